@@ -1,0 +1,2 @@
+#include "gram.h"
+#include "dual_space.h"

@@ -1,0 +1,26 @@
+// The per-instruction-set kernels behind gram_cpu: each works on one chunk of every list.
+#pragma once
+
+#include "gram.h"
+
+namespace mollm {
+
+constexpr int kMaxRows = 64;  // K at most; the optimizer's callers stay far below
+
+struct GramKernels {
+  // partial[i * (i + 1) / 2 + j], j <= i: the products of rows i and j over `count` elements.
+  void (*gram)(int rows, const void* const* data, const DType* dtypes, int64_t count,
+               double* partial);
+  // out = sum_k weights[k] * row k
+  void (*combine)(int rows, const void* const* data, const DType* dtypes, const double* weights,
+                  int64_t count, void* out, DType out_dtype);
+  // partial[k] = row k . x
+  void (*dots)(int rows, const void* const* data, const DType* dtypes, const void* x,
+               DType x_dtype, int64_t count, double* partial);
+};
+
+namespace baseline { extern const GramKernels gram_kernels; }
+namespace avx2 { extern const GramKernels gram_kernels; }
+namespace avx512 { extern const GramKernels gram_kernels; }
+
+}  // namespace mollm

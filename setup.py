@@ -1,0 +1,45 @@
+"""Builds mollm_ops._C with CMake; everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds csrc/ into the folder where setuptools expects the extension.
+
+    The environment variable MOLLM_CUDA decides about the CUDA part: unset builds it where nvcc is
+    found, 1 makes a missing nvcc an error, 0 leaves it out.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S", str(ROOT),
+            "-B", str(build),
+            "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMOLLM_OUTPUT_DIR={target.parent}",
+            f"-DMOLLM_OUTPUT_NAME={target.name}",
+            f"-DMOLLM_CUDA={os.environ.get('MOLLM_CUDA', 'AUTO')}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(ext_modules=[Extension("mollm_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
