@@ -5,17 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 try:
-    from mollm_ops import _C as _module
+    extension: ModuleType | None = import_module("mollm_ops._C")
 except ImportError:  # installed without a compiler: plain Torch serves every call
-    _module = None  # type: ignore[assignment]
-
-extension: ModuleType | None = _module
+    extension = None
 
 # The order of csrc/gram.h, enum DType.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -54,8 +54,8 @@ def nnls(A: Array, b: Array) -> Array:
                 y = target
                 break
             gap = np.maximum(y[blocked] - target[blocked], np.finfo(float).tiny)
-            y = y + float((y[blocked] / gap).min()) * (target - y)
-            free &= y > 1e-15 * max(float(y.max()), np.finfo(float).tiny)
+            y = y + float(np.min(y[blocked] / gap)) * (target - y)
+            free &= y > 1e-15 * float(np.max(y))
             y[~free] = 0
         if not free[candidate]:
             break
@@ -69,20 +69,20 @@ def min_norm_point(G: Array) -> tuple[Array, float]:
     """
     y = nnls(G / float(G.diagonal().min()) + 1, np.ones(len(G)))
     w = y / y.sum()
-    return w, float(np.sqrt(max(w @ G @ w, 0.0)))
+    return w, float(np.sqrt(max(float(w @ G @ w), 0.0)))
 
 
 def length_of(G: Array, active: NDArray[np.intp], length: str) -> float:
     """τ: `mean` |(1/K) Σ g_i|, `first` |g_1|, `min-norm` distance of the hull from 0."""
     if length == "first":
-        return float(np.sqrt(max(G[0, 0], 0.0)))
+        return float(np.sqrt(max(float(G[0, 0]), 0.0)))
     if length == "mean":
-        return float(np.sqrt(max(G.sum(), 0.0))) / len(G)
+        return float(np.sqrt(max(float(G.sum()), 0.0))) / len(G)
     return min_norm_point(G[np.ix_(active, active)])[1]
 
 
 def _norm(C: Array, y: Array) -> float:
-    return float(np.sqrt(max(y @ C @ y, 0.0)))
+    return float(np.sqrt(max(float(y @ C @ y), 0.0)))
 
 
 def _descends_on_all(C: Array, y: Array) -> bool:
@@ -110,7 +110,7 @@ def projection(C: Array, c: Array) -> Array:
 def solve(
     G: Array, rule: str, preferences: Array | None = None, *, normalize: bool, length: str
 ) -> Verdict:
-    """The weights of one of the rules `dual`, `mgda`, `project`, `upgrad`; see mollm_ops.dual_space."""
+    """One of the rules `dual`, `mgda`, `project`, `upgrad`, as defined in mollm_ops.dual_space."""
     K = len(G)
     zero = np.zeros(K)
     if not np.isfinite(G).all():

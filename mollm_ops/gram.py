@@ -43,7 +43,9 @@ def combine_reference(gradients: GradientLists, weights: Tensor) -> list[Tensor 
     combined: list[Tensor | None] = []
     for tensors in zip(*gradients, strict=True):
         terms = [
-            w * t.double() for w, t in zip(weights, tensors, strict=True) if t is not None and w != 0
+            w * t.double()
+            for w, t in zip(weights, tensors, strict=True)
+            if t is not None and w != 0
         ]
         like = next((t for t in tensors if t is not None), None)
         if like is None:
