@@ -126,13 +126,13 @@ struct EveryFace {
 template <class Nnls>
 MOLLM_HD double min_norm_point(int n, const double gram[][kMaxObjectives], const Nnls& nnls,
                                double* w) {
-  double largest = 0;
-  for (int i = 0; i < n; ++i) largest = fmax(largest, gram[i][i]);
+  double smallest = gram[0][0];  // near it lies the answer, so t = 1 must not drown it
+  for (int i = 1; i < n; ++i) smallest = fmin(smallest, gram[i][i]);
   Quadratic q;
   q.n = n;
   for (int i = 0; i < n; ++i) {
     q.b[i] = 1;
-    for (int j = 0; j < n; ++j) q.A[i][j] = gram[i][j] / largest + 1;
+    for (int j = 0; j < n; ++j) q.A[i][j] = gram[i][j] / smallest + 1;
   }
   nnls(q, w);
   double total = 0;
@@ -185,16 +185,18 @@ MOLLM_HD double length_of(int K, const double* G, const Cone& cone, Length lengt
   return min_norm_point(cone.n, raw, nnls, w);
 }
 
-// The weights of the original gradients for the direction sum_i y_i g_i/|g_i|, made `length` long
-// (or left as it is where length is negative).
-MOLLM_HD inline void write_weights(const Cone& cone, const double* y, double length, Solution* s) {
-  const double norm = sqrt(fmax(quadratic_form(cone.n, cone.C, y), 0.0));
-  const double scale = length < 0 ? 1 : length / norm;
+// |sum_i y_i g_i/|g_i||
+MOLLM_HD inline double norm_of(const Cone& cone, const double* y) {
+  return sqrt(fmax(quadratic_form(cone.n, cone.C, y), 0.0));
+}
+
+// The weights of the original gradients for the direction scale * sum_i y_i g_i/|g_i|.
+MOLLM_HD inline void write_weights(const Cone& cone, const double* y, double scale, Solution* s) {
   for (int i = 0; i < cone.n; ++i) s->weights[cone.index[i]] = scale * y[i] / cone.norm[i];
 }
 
 MOLLM_HD inline bool descends_on_all(const Cone& cone, const double* y) {
-  const double norm = sqrt(fmax(quadratic_form(cone.n, cone.C, y), 0.0));
+  const double norm = norm_of(cone, y);
   for (int i = 0; i < cone.n; ++i) {
     double along = 0;
     for (int j = 0; j < cone.n; ++j) along += cone.C[i][j] * y[j];
@@ -245,12 +247,13 @@ MOLLM_HD Solution dual_space_solution(int K, const double* G, Length length, con
   const bool dual = dual_centre(cone, y);
   if (!dual && (s.pareto_gap <= kStationaryGap || !descends_on_all(cone, hull))) return s;
   s.status = dual ? Status::kDual : Status::kMinNorm;
-  write_weights(cone, dual ? y : hull, length_of(K, G, cone, length, nnls), &s);
+  const double* centre = dual ? y : hull;
+  write_weights(cone, centre, length_of(K, G, cone, length, nnls) / norm_of(cone, centre), &s);
   return s;
 }
 
-// MGDA: the min-norm point of the convex hull, of the gradients as they are (its own length) or of
-// the unit gradients (made `length` long).
+// MGDA: the min-norm point of the convex hull of the gradients, as they are or (`normalize`) all
+// scaled to the norm `length`.
 template <class Nnls>
 MOLLM_HD Solution min_norm_solution(int K, const double* G, bool normalize, Length length,
                                     const Nnls& nnls) {
@@ -290,8 +293,7 @@ MOLLM_HD void add_projection(const Cone& cone, const double* c, const Nnls& nnls
 }
 
 // `project`: the point of the dual cone nearest to sum_k c_k g_k. `upgrad`: the mean over k of the
-// points nearest to c_k g_k. With `normalize` the g_k are taken at unit norm and the result is made
-// `length` long.
+// points nearest to c_k g_k. With `normalize` every g_k is first scaled to the norm `length`.
 template <class Nnls>
 MOLLM_HD Solution projected_solution(int K, const double* G, const double* preferences,
                                      bool each_alone, bool normalize, Length length,
@@ -317,11 +319,9 @@ MOLLM_HD Solution projected_solution(int K, const double* G, const double* prefe
   } else {
     add_projection(cone, c, nnls, y);
   }
-  if (quadratic_form(cone.n, cone.C, y) <= kStationaryGap * kStationaryGap) return s;
+  if (norm_of(cone, y) <= kStationaryGap) return s;
   s.status = Status::kRule;
-  write_weights(cone, y, normalize ? length_of(K, G, cone, length, nnls) : -1, &s);
-  if (!normalize)
-    for (int k = 0; k < K; ++k) s.weights[k] *= size;
+  write_weights(cone, y, size * (normalize ? length_of(K, G, cone, length, nnls) : 1), &s);
   return s;
 }
 

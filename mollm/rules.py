@@ -1,0 +1,157 @@
+"""Rules: from the Gram matrix of the objectives' gradients to the weights of their combination."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mollm_ops import (
+    Solution,
+    Status,
+    dual_space_weights,
+    min_norm_weights,
+    project_weights,
+    upgrad_weights,
+)
+
+
+class Rule(Protocol):
+    """Gram matrix [K, K] in float64 → weights of Σ_k w_k g_k, with status and Pareto gap."""
+
+    def __call__(self, gram: Tensor) -> Solution: ...
+
+
+def sum_weights(gram: Tensor, preferences: Sequence[float]) -> Tensor:
+    """w_k = c_k: the gradient of the weighted sum of the losses."""
+    return gram.new_tensor(preferences)
+
+
+def pcgrad_weights(gram: Tensor, preferences: Sequence[float]) -> Tensor:
+    """PCGrad: each c_k g_k loses its component along every gradient it conflicts with, one after
+    the other in the order of the objectives, and the results are added.
+
+        h_i = c_i g_i;  for j ≠ i with h_i · g_j < 0:  h_i ← h_i − (h_i · g_j / |g_j|²) g_j
+
+    The original draws the order of the j at random; a fixed order makes a run reproducible.
+
+    Source: Yu et al., Gradient surgery for multi-task learning, 2020, algorithm 1.
+    """
+    rows = torch.diag(gram.new_tensor(preferences))  # row i: h_i in terms of the g_k
+    square = gram.diagonal()
+    for j in range(len(gram)):
+        along = rows @ gram[j]
+        along[j] = 0
+        share = along.clamp(max=0) / square[j].clamp(min=torch.finfo(gram.dtype).tiny)
+        rows[:, j] -= share
+    return rows.sum(0)
+
+
+def _finished(gram: Tensor, weights: Tensor) -> Solution:
+    """Adds status and Pareto gap to bare weights; non-finite weights become zeros."""
+    finite = torch.isfinite(gram).all() & torch.isfinite(weights).all()
+    gap = torch.as_tensor(min_norm_weights(gram)._packed[-1])
+    status = torch.where(finite, int(Status.RULE), int(Status.NON_FINITE)).to(gram.dtype)
+    return Solution(torch.cat([torch.where(finite, weights, 0.0), status[None], gap[None]]))
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """One of the rules that mollm_ops solves whole."""
+
+    name: str
+    preferences: tuple[float, ...]
+    normalize: bool
+    length: str
+
+    def __call__(self, gram: Tensor) -> Solution:
+        if self.name == "dual":
+            return dual_space_weights(gram, length=self.length)
+        if self.name == "mgda":
+            return min_norm_weights(gram, normalize=self.normalize, length=self.length)
+        solve = project_weights if self.name == "project" else upgrad_weights
+        return solve(gram, self.preferences, normalize=self.normalize, length=self.length)
+
+
+@dataclass(frozen=True)
+class _Weighting:
+    """A rule that returns bare weights, on the gradients as they are or scaled to unit norm."""
+
+    weighting: Callable[[Tensor], Tensor]
+    normalize: bool
+
+    def __call__(self, gram: Tensor) -> Solution:
+        known = torch.nan_to_num(gram, nan=0.0, posinf=0.0, neginf=0.0)
+        scale = torch.ones_like(known[0])
+        if self.normalize:
+            square = known.diagonal()
+            scale = torch.where(square > 0, square.rsqrt(), 0.0)
+        weights = self.weighting(known * scale[:, None] * scale)
+        if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(
+                f"direction must return a tensor of {len(gram)} weights, but got {got}."
+            )
+        return _finished(gram, weights.to(gram) * scale)
+
+
+@dataclass(frozen=True)
+class _Preferred:
+    """A bare rule with its preferences, as a function of the Gram matrix alone."""
+
+    function: Callable[[Tensor, Sequence[float]], Tensor]
+    preferences: tuple[float, ...]
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        return self.function(gram, self.preferences)
+
+
+DIRECTIONS = ("dual", "project", "upgrad", "mgda", "pcgrad", "sum")
+_WITHOUT_PREFERENCES = ("dual", "mgda")
+
+
+def make_rule(
+    direction: str | Callable[[Tensor], Tensor],
+    *,
+    objectives: int,
+    preferences: Sequence[float] | None,
+    normalize: bool,
+    length: str,
+) -> Rule:
+    """The rule of that name, or a callable from Gram matrix to weights, as a Rule.
+
+    Args:
+        direction: one of DIRECTIONS, or a callable such as a TorchJD `Weighting`.
+        objectives: K.
+        preferences: c_k ≥ 0, one per objective; default all 1. `dual` and `mgda` and callables
+            take none.
+        normalize: give the rule the gradients scaled to a common norm.
+        length: see `mollm_ops.dual_space_weights`.
+    """
+    if preferences is not None and (callable(direction) or direction in _WITHOUT_PREFERENCES):
+        raise ValueError(
+            f"preferences must be None for direction {direction!r}, which does not use them, "
+            f"but got {list(preferences)}."
+        )
+    c = tuple(float(p) for p in preferences) if preferences is not None else (1.0,) * objectives
+    if len(c) != objectives:
+        raise ValueError(
+            f"preferences must have one entry per objective ({objectives}), but got {len(c)}."
+        )
+    if callable(direction):
+        return _Weighting(direction, normalize)
+    if direction == "sum":
+        return _Weighting(_Preferred(sum_weights, c), normalize)
+    if direction == "pcgrad":
+        return _Weighting(_Preferred(pcgrad_weights, c), normalize)
+    if direction not in DIRECTIONS:
+        raise ValueError(
+            f"direction must be one of {', '.join(DIRECTIONS)} or a callable on the Gram matrix, "
+            f"but got {direction!r}."
+        )
+    rule = _Solver(direction, c, normalize, length)
+    rule(torch.eye(objectives, dtype=torch.float64))  # refuses a bad length or preference now
+    return rule

@@ -1,0 +1,43 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+HAS_CUDA: bool
+MAX_OBJECTIVES: int
+
+def cpu_instruction_set() -> str: ...
+def gram_cpu(
+    data: Sequence[int], dtypes: Sequence[int], counts: Sequence[int], gram: int, threads: int
+) -> None: ...
+def combine_cpu(
+    data: Sequence[int],
+    dtypes: Sequence[int],
+    counts: Sequence[int],
+    weights: int,
+    out: Sequence[int],
+    out_dtypes: Sequence[int],
+    threads: int,
+) -> None: ...
+def dots_cpu(
+    data: Sequence[int],
+    dtypes: Sequence[int],
+    counts: Sequence[int],
+    x: Sequence[int],
+    x_dtypes: Sequence[int],
+    dots: int,
+    threads: int,
+) -> None: ...
+def dual_space_solution(
+    gram: NDArray[np.float64], length: int
+) -> tuple[NDArray[np.float64], int, float]: ...
+def min_norm_solution(
+    gram: NDArray[np.float64], normalize: bool, length: int
+) -> tuple[NDArray[np.float64], int, float]: ...
+def projected_solution(
+    gram: NDArray[np.float64],
+    preferences: Sequence[float],
+    each_alone: bool,
+    normalize: bool,
+    length: int,
+) -> tuple[NDArray[np.float64], int, float]: ...

@@ -1,0 +1,193 @@
+"""From the Gram matrix of K gradients to the weights of a common descent direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from mollm_ops import dual_space_reference
+from mollm_ops._extension import extension
+
+LENGTHS = ("mean", "min-norm", "first")  # the order of csrc/dual_space.h, enum Length
+
+
+class Status(IntEnum):
+    """How a Solution came about."""
+
+    DUAL = 0
+    """The centre of the dual cone."""
+    MIN_NORM = 1
+    """The min-norm point of the gradients' convex hull."""
+    STATIONARY = 2
+    """No direction descends on every objective; the weights are zero."""
+    NON_FINITE = 3
+    """The Gram matrix holds an infinity or a NaN; the weights are zero."""
+    RULE = 4
+    """Another rule's weights."""
+
+
+class Solution:
+    """Weights for Σ_k w_k g_k; the direction of descent is its negative.
+
+    `weights` is float64 [K] on the Gram matrix's device. Reading `status` or `pareto_gap` waits
+    for that device; holding a Solution does not.
+    """
+
+    def __init__(self, packed: Tensor) -> None:
+        self._packed = packed.detach()  # [K weights, status, Pareto gap]
+
+    @property
+    def weights(self) -> Tensor:
+        return self._packed[:-2]
+
+    @property
+    def status(self) -> Status:
+        return Status(int(self._packed[-2]))
+
+    @property
+    def pareto_gap(self) -> float:
+        """Norm of the min-norm point of the unit gradients, in [0, 1]; 0 is Pareto stationary."""
+        return float(self._packed[-1])
+
+    def __repr__(self) -> str:
+        return (
+            f"Solution(weights={self.weights.tolist()}, status={self.status.name}, "
+            f"pareto_gap={self.pareto_gap:.6g})"
+        )
+
+
+@torch.library.custom_op("mollm::solve", mutates_args=())
+def _solve(
+    gram: Tensor, rule: str, preferences: Sequence[float], normalize: bool, length: str
+) -> Tensor:
+    G = gram.detach().cpu().numpy()
+    if extension is None or len(G) > extension.MAX_OBJECTIVES:
+        verdict = dual_space_reference.solve(
+            G,
+            rule,
+            dual_space_reference.as_array(preferences),
+            normalize=normalize,
+            length=length,
+        )
+        weights, status, gap = verdict.weights, verdict.status, verdict.pareto_gap
+    else:
+        tau = LENGTHS.index(length)
+        if rule == "dual":
+            weights, status, gap = extension.dual_space_solution(G, tau)
+        elif rule == "mgda":
+            weights, status, gap = extension.min_norm_solution(G, normalize, tau)
+        else:
+            weights, status, gap = extension.projected_solution(
+                G, list(preferences), rule == "upgrad", normalize, tau
+            )
+    return torch.tensor([*weights, status, gap], dtype=torch.float64, device=gram.device)
+
+
+@_solve.register_fake
+def _(
+    gram: Tensor, rule: str, preferences: Sequence[float], normalize: bool, length: str
+) -> Tensor:
+    return gram.new_empty(gram.shape[0] + 2)
+
+
+def _run(
+    gram: Tensor,
+    rule: str,
+    preferences: Sequence[float] | None = None,
+    *,
+    normalize: bool = False,
+    length: str = "mean",
+) -> Solution:
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+        raise ValueError(f"gram must be a square matrix, but got shape {tuple(gram.shape)}.")
+    if not gram.dtype.is_floating_point:
+        raise TypeError(f"gram must be of a floating dtype, but got {gram.dtype}.")
+    if length not in LENGTHS:
+        raise ValueError(f"length must be one of {', '.join(LENGTHS)}, but got {length!r}.")
+    K = gram.shape[0]
+    c = [1.0] * K if preferences is None else [float(p) for p in preferences]
+    if len(c) != K:
+        raise ValueError(f"preferences must have one entry per objective ({K}), but got {len(c)}.")
+    if not all(0 <= p < float("inf") for p in c):
+        raise ValueError(f"preferences must be finite and not negative, but got {c}.")
+    return Solution(_solve(gram.detach().double(), rule, c, normalize, length))
+
+
+def dual_space_weights(gram: Tensor, *, length: str = "mean") -> Solution:
+    """The centre of the dual cone: the paper's common descent direction.
+
+        r_i = g_i − proj(g_i onto span of the other gradients),  u_i = r_i / |r_i|
+        Σ_k w_k g_k = τ Σ_i u_i / |Σ_i u_i|,   w ∝ G⁻¹α,  α_i = 1/√((G⁻¹)_ii)
+
+    so that g_k · Σ w g = τ' α_k > 0 for every k: a step along the negative descends on every
+    objective. Weights may be negative.
+
+    An objective with G_kk below 1e-12 of the largest gets weight 0. Where the gradients are too
+    nearly dependent for the u_i to mean anything, the min-norm point of the unit gradients' convex
+    hull takes their place (Status.MIN_NORM); where that is 0 no common descent direction exists
+    (Status.STATIONARY, weights 0). A non-finite entry gives Status.NON_FINITE and weights 0.
+
+    Args:
+        gram: [K, K], K ≥ 1; solved in float64. Up to 8 objectives in the compiled solver, more in
+            NumPy on the host.
+        length: τ = `mean` |(1/K) Σ g_i|, `min-norm` the distance from 0 to the gradients' convex
+            hull (the step vanishes at Pareto-stationary points), `first` |g_1|.
+
+    Raises:
+        ValueError: gram is not square, or length is unknown.
+
+    Source: arXiv 2412.20412, section III.B.
+    """
+    return _run(gram, "dual", length=length)
+
+
+def min_norm_weights(gram: Tensor, *, normalize: bool = False, length: str = "mean") -> Solution:
+    """MGDA: the point of smallest norm in the convex hull of the gradients.
+
+        w = argmin |Σ_k w_k g_k|²   over w ≥ 0, Σ_k w_k = 1
+
+    Args:
+        gram: [K, K].
+        normalize: first scale every gradient to the norm `length`.
+        length: as for `dual_space_weights`; used with `normalize` alone.
+
+    Source: Désidéri, Multiple-gradient descent algorithm, 2012.
+    """
+    return _run(gram, "mgda", normalize=normalize, length=length)
+
+
+def project_weights(
+    gram: Tensor,
+    preferences: Sequence[float] | None = None,
+    *,
+    normalize: bool = False,
+    length: str = "mean",
+) -> Solution:
+    """The point of the dual cone {x : g_i · x ≥ 0 for all i} nearest to Σ_k c_k g_k.
+
+    Nothing changes where the weighted sum harms no objective already.
+
+    Args:
+        gram: [K, K].
+        preferences: c, not negative; default all 1.
+        normalize: first scale every gradient to the norm `length`.
+        length: as for `dual_space_weights`; used with `normalize` alone.
+    """
+    return _run(gram, "project", preferences, normalize=normalize, length=length)
+
+
+def upgrad_weights(
+    gram: Tensor,
+    preferences: Sequence[float] | None = None,
+    *,
+    normalize: bool = False,
+    length: str = "mean",
+) -> Solution:
+    """The mean over k of the points of the dual cone nearest to c_k g_k.
+
+    Arguments as for `project_weights`. Source: Quinton and Rey, arXiv 2406.16232, section 3.
+    """
+    return _run(gram, "upgrad", preferences, normalize=normalize, length=length)

@@ -1,0 +1,302 @@
+"""The Gram matrix of K gradients, their weighted sum, and both around the dual-space solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mollm_ops._checks import GradientLists, check_dtype, check_gradients
+from mollm_ops._extension import addresses, dtype_codes, extension, has_kernels_for
+from mollm_ops.dual_space import Solution, dual_space_weights
+
+_CHUNK = 1 << 22  # elements that the plain-Torch versions hold in float64 at a time
+
+# ---- reference: plain Torch, the definition
+
+
+def _slices(tensors: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+    """The K gradients of one parameter, flattened and cut into pieces of at most _CHUNK."""
+    flat = [None if t is None else t.detach().reshape(-1) for t in tensors]
+    count = max(t.numel() for t in flat if t is not None)
+    starts = range(0, count, _CHUNK)
+    return [[None if t is None else t[a : a + _CHUNK] for t in flat] for a in starts]
+
+
+def gram_reference(gradients: GradientLists) -> Tensor:
+    """G_ij = g_i · g_j with every product and sum in float64; see `gram`."""
+    device = next(t.device for tensors in gradients for t in tensors if t is not None)
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
+    for tensors in zip(*gradients, strict=True):
+        rows = [k for k, t in enumerate(tensors) if t is not None]
+        if not rows:
+            continue
+        for piece in _slices(tensors):
+            M = torch.stack([piece[k].double() for k in rows])  # type: ignore[union-attr]
+            total[torch.tensor(rows)[:, None], torch.tensor(rows)] += M @ M.T
+    return total
+
+
+def combine_reference(gradients: GradientLists, weights: Tensor) -> list[Tensor | None]:
+    """Σ_k w_k g_k in float64, rounded once to the gradients' dtype; see `combine`."""
+    combined: list[Tensor | None] = []
+    for tensors in zip(*gradients, strict=True):
+        terms = [
+            w * t.double()
+            for w, t in zip(weights, tensors, strict=True)
+            if t is not None and w != 0
+        ]
+        like = next((t for t in tensors if t is not None), None)
+        if like is None:
+            combined.append(None)
+        else:
+            combined.append(sum(terms, torch.zeros_like(like, dtype=torch.float64)).to(like.dtype))
+    return combined
+
+
+# ---- kernels and Torch's view of them
+
+
+def _contiguous(flat: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in flat]
+
+
+def _counts(flat: Sequence[Tensor | None], lists: int) -> list[int]:
+    tensors = len(flat) // lists
+    columns = (flat[n::tensors] for n in range(tensors))
+    return [next((t.numel() for t in column if t is not None), 0) for column in columns]
+
+
+def _lists(flat: Sequence[Tensor | None], lists: int) -> list[Sequence[Tensor | None]]:
+    tensors = len(flat) // lists
+    return [flat[k * tensors : (k + 1) * tensors] for k in range(lists)]
+
+
+def _device(flat: Sequence[Tensor | None]) -> torch.device:
+    return next(t.device for t in flat if t is not None)
+
+
+@torch.library.custom_op("mollm::gram", mutates_args=())
+def _gram(flat: Sequence[Tensor | None], lists: int) -> Tensor:
+    device = _device(flat)
+    if device.type != "cpu" or not has_kernels_for(device):
+        return gram_reference(_lists(flat, lists))
+    assert extension is not None, "has_kernels_for(cpu) implies the extension"
+    rows = _contiguous(flat)
+    out = torch.zeros(lists, lists, dtype=torch.float64)
+    extension.gram_cpu(
+        data=addresses(rows),
+        dtypes=dtype_codes(rows),
+        counts=_counts(rows, lists),
+        gram=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+@_gram.register_fake
+def _(flat: Sequence[Tensor | None], lists: int) -> Tensor:
+    return torch.empty(lists, lists, dtype=torch.float64, device=_device(flat))
+
+
+@torch.library.custom_op("mollm::combine_", mutates_args=("out",))
+def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
+    lists = weights.numel()
+    device = _device(flat)
+    if device.type != "cpu" or not has_kernels_for(device):
+        for to, value in zip(out, combine_reference(_lists(flat, lists), weights), strict=True):
+            assert value is not None, "combine leaves out the tensors that no list has"
+            to.copy_(value)
+        return
+    assert extension is not None, "has_kernels_for(cpu) implies the extension"
+    rows = _contiguous(flat)
+    targets = [t.contiguous() for t in out]
+    extension.combine_cpu(
+        data=addresses(rows),
+        dtypes=dtype_codes(rows),
+        counts=_counts(rows, lists),
+        weights=weights.data_ptr(),
+        out=addresses(targets),
+        out_dtypes=dtype_codes(targets),
+        threads=torch.get_num_threads(),
+    )
+    for to, value in zip(out, targets, strict=True):
+        if value is not to and value.data_ptr() != to.data_ptr():
+            to.copy_(value)
+
+
+@torch.library.custom_op("mollm::dots", mutates_args=())
+def _dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Tensor:
+    device = _device(flat)
+    if device.type != "cpu" or not has_kernels_for(device):
+        totals = [
+            sum(
+                (g.double() * t.double()).sum()
+                for g, t in zip(row, x, strict=True)
+                if g is not None
+            )
+            for row in _lists(flat, lists)
+        ]
+        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in totals])
+    assert extension is not None, "has_kernels_for(cpu) implies the extension"
+    rows, column = _contiguous(flat), _contiguous(x)
+    out = torch.zeros(lists, dtype=torch.float64)
+    extension.dots_cpu(
+        data=addresses(rows),
+        dtypes=dtype_codes(rows),
+        counts=_counts(rows, lists),
+        x=addresses(column),
+        x_dtypes=dtype_codes(column),
+        dots=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+@_dots.register_fake
+def _(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Tensor:
+    return torch.empty(lists, dtype=torch.float64, device=_device(flat))
+
+
+# ---- public functions
+
+
+def _flatten(gradients: GradientLists, keep: Sequence[int] | None = None) -> list[Tensor | None]:
+    columns = range(len(gradients[0])) if keep is None else keep
+    return [
+        None if tensors[n] is None else tensors[n].detach()  # type: ignore[union-attr]
+        for tensors in gradients
+        for n in columns
+    ]
+
+
+def gram(gradients: GradientLists) -> Tensor:
+    """The Gram matrix of K gradients, each a list of tensors over the same parameters.
+
+        G_ij = g_i · g_j = Σ over all parameters and elements of g_i g_j
+
+    Every gradient is read once where it lies, without a flattened copy. Products of 32-bit and
+    shorter numbers are added in float32 over at most 2048 elements and in float64 beyond. On the
+    CPU the result is the same, bit for bit, in every run and for every number of threads.
+
+    Args:
+        gradients: K lists of N tensors; entry n of every list has the shape of parameter n, or is
+            None for a gradient of zeros. float32, float64, bfloat16 or float16, mixed as needed.
+
+    Returns:
+        float64 [K, K] on the gradients' device.
+
+    Raises:
+        ValueError: lists of different lengths, shapes or devices, or no tensor at all.
+        TypeError: a sparse tensor or another dtype.
+
+    Source: arXiv 2412.20412, section III.B.
+    """
+    check_gradients(gradients)
+    result: Tensor = _gram(_flatten(gradients), len(gradients))
+    return result
+
+
+def _check_weights(gradients: GradientLists, weights: Tensor) -> Tensor:
+    if weights.shape != (len(gradients),):
+        raise ValueError(
+            f"weights must have one entry per list of gradients ({len(gradients)}), "
+            f"but got shape {tuple(weights.shape)}."
+        )
+    flat = next(t for tensors in gradients for t in tensors if t is not None)
+    return weights.detach().to(device=flat.device, dtype=torch.float64)
+
+
+def _check_out(out: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> None:
+    if len(out) != len(like):
+        raise ValueError(f"out must have {len(like)} tensors, but got {len(out)}.")
+    for n, (to, expected) in enumerate(zip(out, like, strict=True)):
+        if expected is None:
+            continue
+        if to is None or to.shape != expected.shape or to.device != expected.device:
+            got = "None" if to is None else f"{tuple(to.shape)} on {to.device}"
+            raise ValueError(
+                f"out[{n}] must have shape {tuple(expected.shape)} on {expected.device}, "
+                f"but got {got}."
+            )
+        check_dtype(f"out[{n}]", to)
+
+
+def combine(
+    gradients: GradientLists,
+    weights: Tensor,
+    *,
+    out: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """The weighted sum of K gradients, parameter by parameter.
+
+        d_n = Σ_k w_k g_k,n
+
+    The sum is computed in float32 (float64 where one of the tensors is) and rounded once. A
+    gradient of weight 0 is not read, so an infinity in it does no harm.
+
+    Args:
+        gradients: K lists of N tensors or None, as for `gram`.
+        weights: [K], any float dtype.
+        out: N tensors to write to; may be one of the lists. Default: new tensors with the dtype of
+            the first gradient of each parameter.
+
+    Returns:
+        N tensors; None where no list has a gradient.
+
+    Raises:
+        ValueError: weights or out do not match the gradients; otherwise as for `gram`.
+    """
+    check_gradients(gradients)
+    weights = _check_weights(gradients, weights)
+    like = [next((t for t in ts if t is not None), None) for ts in zip(*gradients, strict=True)]
+    if out is None:
+        out = [None if t is None else torch.empty_like(t) for t in like]
+    _check_out(out, like)
+    keep = [n for n, t in enumerate(like) if t is not None]
+    _combine_(_flatten(gradients, keep), weights, [out[n] for n in keep])
+    return [out[n] if t is not None else None for n, t in enumerate(like)]
+
+
+def dots(gradients: GradientLists, x: Sequence[Tensor]) -> Tensor:
+    """The dot product of each of K gradients with one more list of tensors, g_k · x.
+
+    Every product and sum is in float64, so that differences of such dot products (before and after
+    an update of x) keep their digits.
+
+    Args:
+        gradients: K lists of N tensors or None, as for `gram`.
+        x: N tensors of the same shapes.
+
+    Returns:
+        float64 [K] on the gradients' device.
+    """
+    check_gradients([*gradients, x])
+    result: Tensor = _dots(_flatten(gradients), len(gradients), [t.detach() for t in x])
+    return result
+
+
+def gram_direction(
+    gradients: GradientLists,
+    *,
+    length: str = "mean",
+    out: Sequence[Tensor | None] | None = None,
+) -> tuple[list[Tensor | None], Tensor, Solution]:
+    """Gram matrix, dual-space weights and weighted sum of K gradients in one call.
+
+        G = gram(g),  w = dual_space_weights(G),  d = Σ_k w_k g_k
+
+    The gradients are read twice: once for G, once for d.
+
+    Args:
+        gradients: K lists of N tensors or None, as for `gram`.
+        length: of d; see `dual_space_weights`.
+        out: as for `combine`.
+
+    Returns:
+        (d, G, solution): d as N tensors, to be subtracted from the parameters.
+    """
+    matrix = gram(gradients)
+    solution = dual_space_weights(matrix, length=length)
+    return combine(gradients, solution.weights, out=out), matrix, solution
