@@ -141,9 +141,7 @@ class ChatFormat:
         return after[0] if after and after[0] in special else end
 
 
-def collate(
-    rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] = "right"
-) -> Batch:
+def collate(rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
     """Pads `rows` to one length on the given side.
 
     Raises:

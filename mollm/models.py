@@ -123,9 +123,7 @@ def count_parameters(source: Source) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load(
-    source: Source, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model with float32 weights, without dropout, and its tokenizer.
 
     Small steps need float32 weights: at a learning rate of 1e-5 an update of a bf16 weight is
@@ -221,9 +219,7 @@ def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]
 
 
 def _hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    output = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    )
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     hidden: Tensor = output.last_hidden_state  # [B, T, H]
     return hidden
 

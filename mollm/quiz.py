@@ -50,9 +50,7 @@ class Score:
         """The score over the questions on `subjects`, in that order."""
         at = {question.subject: i for i, question in enumerate(self.questions)}
         rows = [at[subject] for subject in subjects]
-        return Score(
-            tuple(self.questions[i] for i in rows), tuple(self.replies[i] for i in rows)
-        )
+        return Score(tuple(self.questions[i] for i in rows), tuple(self.replies[i] for i in rows))
 
     def known(self) -> list[str]:
         """The subjects of the questions that were answered right."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import backward
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OBJECTIVES = ("forget", "kl", "retain")
-DIRECTIONS = ("dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
 
 ForgetLoss = Callable[..., Tensor]
 Sampler = Callable[[], tuple[Batch, Batch]]
@@ -50,7 +50,8 @@ class StepRecord:
     status: str
     pareto_gap: float
     changes: dict[str, float]
-    """g_k · Δθ: to first order, what the update really applied did to each loss."""
+    """g_k · Δθ: to first order, what the update really applied did to each loss; empty where the
+    step was skipped because a gradient was not finite."""
     conflicts: dict[str, bool]
     """True where that update does not descend."""
 
@@ -85,7 +86,7 @@ def descend(
     with optimizer.objective("forget"):
         hidden, target = answer_states(model, forget)
         loss_forget = forget_loss(hidden, layer.weight, target, bias=layer.bias)
-        loss_forget.backward()
+        backward(loss_forget)
 
     hidden, target = answer_states(model, retain)
     with torch.no_grad():
@@ -101,12 +102,12 @@ def descend(
         ref_bias=ref_layer.bias,
     )
     with optimizer.objective("kl"):
-        loss_kl.backward(retain_graph=True)
+        backward(loss_kl, retain_graph=True)
     with optimizer.objective("retain"):
-        loss_retain.backward()
+        backward(loss_retain)
     optimizer.step()
     losses = (loss_forget, loss_kl, loss_retain)
-    return {name: float(loss) for name, loss in zip(OBJECTIVES, losses, strict=True)}
+    return {name: loss.item() for name, loss in zip(OBJECTIVES, losses, strict=True)}
 
 
 def unlearn(
@@ -127,8 +128,8 @@ def unlearn(
         sample: Gives the forget and the retain batch of the next step.
         steps: Number of steps.
         lr: Learning rate of AdamW at the first step.
-        direction: One of DIRECTIONS. "ga" is the plain baseline: gradient ascent on the
-            cross-entropy of the forget batch, the other gradients being measured only.
+        direction: One of mollm.settings.DIRECTIONS. "ga" is the plain baseline: gradient ascent
+            on the cross-entropy of the forget batch, the other gradients being measured only.
     """
     reference = copy.deepcopy(model).requires_grad_(False)
     ascent = direction == "ga"
@@ -143,7 +144,7 @@ def unlearn(
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
     forget_loss = negative_cross_entropy if ascent else linear_uce_loss
     for step in range(steps):
-        rate = schedule.get_last_lr()[0]
+        rate = float(schedule.get_last_lr()[0])
         losses = descend(model, reference, optimizer, *sample(), forget_loss=forget_loss)
         schedule.step()
         yield _record(step, rate, losses, optimizer)
@@ -176,12 +177,10 @@ def _record(
         lr=lr,
         losses=losses,
         norms=dict(zip(OBJECTIVES, map(float, last.norms), strict=True)),
-        cosines={
-            f"{OBJECTIVES[i]}·{OBJECTIVES[j]}": float(last.cosines[i, j]) for i, j in pairs()
-        },
+        cosines={f"{OBJECTIVES[i]}·{OBJECTIVES[j]}": float(last.cosines[i, j]) for i, j in pairs()},
         weights=dict(zip(OBJECTIVES, map(float, last.weights), strict=True)),
         status=last.status.name,
         pareto_gap=float(last.pareto_gap),
-        changes={name: float(last.changes[name]) for name in OBJECTIVES},
-        conflicts={name: bool(last.conflicts[name]) for name in OBJECTIVES},
+        changes=last.changes or {},
+        conflicts=last.conflicts or {},
     )
