@@ -1,0 +1,206 @@
+"""The GEMMs of the linear losses, a chunk of rows at a time, around the row kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mollm_ops._loss_arguments import Head
+from mollm_ops.reference import wide_dtype
+from mollm_ops.rows import RowLoss, kl_rows, log_rows
+
+WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+"""What the logits of one chunk may take, all projections of a loss together."""
+
+MIN_CHUNK_ROWS = {"cuda": 2048, "cpu": 256}
+"""Rows below which the GEMMs lose more speed than the smaller workspace is worth."""
+
+_UPCAST_BYTES = 32 << 20  # of weight that the CPU holds in float32 at a time, for float32 logits
+_ROUNDED_BYTES = 16 << 20  # of a 16-bit dW product that the CPU holds before it is added up
+
+
+class Gradients(NamedTuple):
+    """Of one loss with respect to hidden, weight and bias; empty where not wanted."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss to compute for every row: [N] wide scales in, [N] wide losses out."""
+
+    scale: Tensor
+    wants: tuple[bool, bool, bool]
+
+
+def chunk_rows_for(head: Head, projections: int, rows: int, chunk_rows: int | None) -> int:
+    """How many rows to work on at a time: the largest equal chunks within the workspace."""
+    if chunk_rows is None:
+        kind = head.hidden.device.type if head.hidden.device.type in WORKSPACE_BYTES else "cuda"
+        size = logits_dtype(head, projections).itemsize * projections * head.weight.shape[0]
+        chunk_rows = max(WORKSPACE_BYTES[kind] // size, MIN_CHUNK_ROWS[kind])
+        chunk_rows = -(-rows // max(1, -(-rows // chunk_rows)))
+    return max(1, min(chunk_rows, rows))
+
+
+def logits_dtype(head: Head, projections: int) -> torch.dtype:
+    """A KL, the difference of two projections, needs logits that are not rounded to 16 bits."""
+    return wide_dtype(head.hidden.dtype) if projections > 1 else head.hidden.dtype
+
+
+def project_rows(head: Head, hidden: Tensor, out: Tensor) -> None:
+    """out = hidden weight' + bias; `out` may be wider than the operands, which stay as they are."""
+    if out.dtype == hidden.dtype:
+        if head.bias is None:
+            torch.mm(hidden, head.weight.t(), out=out)
+        else:
+            torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+        return
+    if hidden.device.type == "cuda":
+        torch.mm(hidden, head.weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        width = max(1, _UPCAST_BYTES // (out.dtype.itemsize * max(1, hidden.shape[1])))
+        for begin in range(0, out.shape[1], width):
+            block = head.weight[begin : begin + width].to(out.dtype)
+            torch.mm(wide, block.t(), out=out[:, begin : begin + width])
+    if head.bias is not None:
+        out.add_(head.bias)
+
+
+class GradientSums:
+    """Adds up the gradients of one loss over chunks.
+
+    dW of 16-bit operands is added up in float32 and rounded once, at the end; one chunk needs no
+    addition and no buffer beside the result.
+    """
+
+    def __init__(self, head: Head, wants: tuple[bool, bool, bool], rows: int, chunks: int) -> None:
+        self.head = head
+        wide = wide_dtype(head.hidden.dtype)
+        self.hidden = head.hidden.new_empty(rows, head.hidden.shape[1]) if wants[0] else None
+        dtype = head.weight.dtype if chunks == 1 else wide
+        self.weight = torch.empty_like(head.weight, dtype=dtype) if wants[1] else None
+        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if wants[2] else None
+        self.started = False
+
+    def add(self, gradient: Tensor, hidden: Tensor, begin: int) -> None:
+        """gradient [R, V] of the logits of rows begin ... begin + R, hidden [R, H]."""
+        if self.hidden is not None:
+            out = self.hidden[begin : begin + len(hidden)]
+            torch.mm(gradient, self.head.weight, out=out)
+        if self.weight is not None:
+            self._add_weight(self.weight, gradient.t(), hidden)
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        self.started = True
+
+    def _add_weight(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        if total.dtype == hidden.dtype:
+            if self.started:
+                torch.addmm(total, gradient, hidden, out=total)
+            else:
+                torch.mm(gradient, hidden, out=total)
+        elif hidden.device.type == "cuda":
+            if self.started:
+                torch.addmm(total, gradient, hidden, out_dtype=total.dtype, out=total)
+            else:
+                torch.mm(gradient, hidden, out_dtype=total.dtype, out=total)
+        else:
+            height = max(1, _ROUNDED_BYTES // (2 * max(1, hidden.shape[1])))
+            for begin in range(0, len(total), height):
+                block = torch.mm(gradient[begin : begin + height], hidden)
+                if self.started:
+                    total[begin : begin + height] += block
+                else:
+                    total[begin : begin + height] = block
+
+    def finish(self, index: Tensor | None) -> Gradients:
+        """The sums in the dtype of the inputs; rows outside `index` have gradient zero."""
+        head, none = self.head, self.head.hidden.new_empty
+        hidden = self.hidden
+        if hidden is not None and index is not None:
+            hidden = torch.zeros_like(head.hidden).index_copy_(0, index, hidden)
+        weight = self.weight
+        if weight is not None:
+            weight = (weight if self.started else weight.zero_()).to(head.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(head.weight.dtype)
+        return Gradients(
+            none(0) if hidden is None else hidden,
+            none(0) if weight is None else weight,
+            none(0) if bias is None else bias,
+        )
+
+
+def counted_index(target: Tensor) -> Tensor | None:
+    """The rows that count, None for all. Only where the host may look at the data."""
+    if target.device.type != "cpu" or bool((target >= 0).all()):
+        return None
+    return (target >= 0).nonzero()[:, 0]
+
+
+def losses_in_chunks(
+    head: Head,
+    reference: Head | None,
+    target: Tensor,  # [N], as `mollm_ops.rows` takes it
+    ce: Loss | None,
+    kl: Loss | None,
+    eps: float | None,
+    chunk_rows: int | None,
+) -> tuple[list[Tensor], list[Gradients]]:
+    """Losses [N] and gradients of ce and kl, those that are given, in this order."""
+    head, reference = head.detach(), None if reference is None else reference.detach()
+    index = counted_index(target)
+    hidden, ref_hidden = head.hidden, None if reference is None else reference.hidden
+    if index is not None:
+        hidden, target = hidden[index], target[index]
+        ref_hidden = None if ref_hidden is None else ref_hidden[index]
+    asked = [loss for loss in (ce, kl) if loss is not None]
+    scales = [loss.scale.expand(len(head.hidden)) for loss in asked]
+    if index is not None:
+        scales = [scale[index] for scale in scales]
+
+    rows, projections = len(hidden), 1 if reference is None else 2
+    size = chunk_rows_for(head, projections, rows, chunk_rows)
+    dtype = logits_dtype(head, projections)
+    buffers = [hidden.new_empty(size, len(head.weight), dtype=dtype) for _ in range(projections)]
+    sums = [GradientSums(head, loss.wants, rows, -(-rows // size)) for loss in asked]
+    losses = [torch.empty(rows, dtype=s.dtype, device=s.device) for s in scales]
+    for begin in range(0, rows, size):
+        part = slice(begin, begin + size)
+        h, t = hidden[part], target[part]
+        z = buffers[0][: len(h)]
+        project_rows(head, h, out=z)
+        if reference is not None and ref_hidden is not None:
+            project_rows(reference, ref_hidden[part], out=buffers[1][: len(h)])
+        to = [
+            RowLoss(
+                losses[k][part],
+                scales[k][part],
+                _narrow(buffers[k][: len(h)], h.dtype) if any(asked[k].wants) else None,
+            )
+            for k in range(len(asked))
+        ]
+        if reference is None:
+            log_rows(z, t, to[0], eps)
+        else:
+            kl_rows(z, buffers[1][: len(h)], t, kl=to[-1], ce=to[0] if ce is not None else None)
+        for k, total in enumerate(sums):
+            gradient = to[k].gradient
+            if gradient is not None:
+                total.add(gradient, h, begin)
+    if index is not None:
+        losses = [
+            total.new_zeros(len(head.hidden)).index_copy_(0, index, total) for total in losses
+        ]
+    return losses, [total.finish(index) for total in sums]
+
+
+def _narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first bytes of every row of logits as a row of `dtype`: gradients need no buffer."""
+    return logits.view(dtype)[:, : logits.shape[1]]

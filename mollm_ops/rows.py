@@ -1,0 +1,137 @@
+"""Row kernels: from rows of logits to per-token losses and, in place, their gradients.
+
+Every loss here is a function of one row z of logits. With m = max z, e_j = exp(z_j - m),
+S = Σ_{j≠t} e_j and Z = S + e_t,
+
+    cross-entropy  L = log(1 + S / e_t)        ∂L/∂z_j = e_j / Z        ∂L/∂z_t = -S / Z
+    UCE            L = log(1 + s)              ∂L/∂z_j = -s e_j / Z     ∂L/∂z_t = s S / Z
+                   s = (1 - ε) e_t / (S + ε e_t)
+    KL(ref || .)   L = Σ_j p_ref_j φ(log p_ref_j - log p_j),  φ(d) = exp(-d) + d - 1 >= 0
+                                               ∂L/∂z_j = p_j - p_ref_j
+
+Nothing is ever computed as 1 - p: at p close to 1 that has no correct digit, S / Z has all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Where one loss of a block of rows goes."""
+
+    losses: Tensor
+    """[R] wide, contiguous: the loss of every row, not scaled."""
+    scale: Tensor
+    """[R] wide, any stride: what the gradient of every row is multiplied by."""
+    gradient: Tensor | None
+    """[R, V], rows contiguous: scale · ∂L/∂z. May be the logits or the reference's logits."""
+
+
+def log_rows(
+    logits: Tensor,  # [R, V]
+    target: Tensor,  # [R] int64
+    ce: RowLoss,
+    eps: float | None = None,
+) -> None:
+    """Cross-entropy, or UCE where eps is given, of every row.
+
+    A negative target stands for a row that does not count: loss 0, gradient 0. A target of V or
+    more is an error that a GPU cannot raise without a synchronisation: loss NaN, gradient 0.
+    """
+    _torch_rows(logits, None, target, ce, None, eps)
+
+
+def kl_rows(
+    logits: Tensor,  # [R, V]
+    ref_logits: Tensor,  # [R, V]
+    target: Tensor,  # [R] int64
+    kl: RowLoss,
+    ce: RowLoss | None = None,
+) -> None:
+    """KL(softmax(ref_logits) || softmax(logits)) of every row and, where asked, its cross-entropy.
+
+    A row counts unless its target is negative. Both gradients come from one read of the rows.
+    """
+    _torch_rows(logits, ref_logits, target, ce, kl, None)
+
+
+def row_targets(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """target as the row kernels take it; out of range is an error on the CPU and `vocab` beyond."""
+    ignored = target == ignore_index
+    unknown = ((target < 0) | (target >= vocab)) & ~ignored
+    if target.device.type == "cpu" and bool(unknown.any()):
+        raise ValueError(
+            f"target must be in [0, {vocab}) or ignore_index {ignore_index}, "
+            f"but got {int(target[unknown][0])}."
+        )
+    return torch.where(ignored, -1, torch.where(unknown, vocab, target))
+
+
+def refuse_double_backward() -> None:
+    """Called in backward: the gradients returned there are constants to autograd."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph must be False in a backward through mollm_ops losses: their second "
+            "derivative is not implemented; use the functions of mollm_ops.reference for it."
+        )
+
+
+# ---- plain Torch: any device and dtype
+
+
+def _torch_rows(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    target: Tensor,
+    ce: RowLoss | None,
+    kl: RowLoss | None,
+    eps: float | None,
+) -> None:
+    wide = (kl or ce).losses.dtype  # type: ignore[union-attr]
+    z = logits.to(wide)
+    counted, known = target >= 0, target < z.shape[1]
+    at = target.clamp(0, z.shape[1] - 1)[:, None]
+    z = z - z.amax(1, keepdim=True)
+    e = z.exp()
+    e_t = e.gather(1, at)
+    S = e.scatter(1, at, 0).sum(1, keepdim=True)
+    Z = S + e_t
+    results = []
+    if kl is not None:
+        assert ref_logits is not None, "KL needs the reference's logits"
+        z_ref = ref_logits.to(wide)
+        p_ref = z_ref.softmax(1)
+        d = z_ref.log_softmax(1) - (z - Z.log())
+        phi = torch.where(p_ref > 0, p_ref * _phi(d), e / Z)
+        results.append((kl, phi.sum(1), e / Z - p_ref))
+    if ce is not None:
+        results.append((ce, *_log_loss(z, e, e_t, S, at, eps)))
+    for to, loss, gradient in results:
+        loss = torch.where(known, loss, torch.nan)
+        to.losses.copy_(torch.where(counted, loss, 0))
+        if to.gradient is not None:
+            uses = (counted & known)[:, None]
+            to.gradient.copy_(torch.where(uses, gradient * to.scale[:, None], 0))
+
+
+def _log_loss(
+    z: Tensor, e: Tensor, e_t: Tensor, S: Tensor, at: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    Z = S + e_t
+    if eps is None:
+        z_t = z.gather(1, at)
+        loss = torch.where(z_t > -30, torch.log1p(S / e_t), Z.log() - z_t)
+        return loss[:, 0], (e / Z).scatter(1, at, -S / Z)
+    s = (1 - eps) * e_t / (S + eps * e_t)
+    return torch.log1p(s)[:, 0], (-s * e / Z).scatter(1, at, s * S / Z)
+
+
+def _phi(d: Tensor) -> Tensor:
+    """exp(-d) + d - 1 without cancellation, so that a KL is never negative."""
+    series = d * d * (0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d / 5040)))))
+    return torch.where(d.abs() < 0.25, series, torch.expm1(-d) + d)

@@ -1,0 +1,111 @@
+"""Unlearning cross-entropy on logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mollm_ops._checks import check_dtype
+from mollm_ops._loss_arguments import check_eps, check_reduction, flat_target
+from mollm_ops.reference import wide_dtype
+from mollm_ops.rows import RowLoss, log_rows, refuse_double_backward, row_targets
+
+
+@torch.library.custom_op("mollm::uce_rows", mutates_args=())
+def _uce_rows(logits: Tensor, target: Tensor, eps: float, ignore_index: int) -> Tensor:
+    """Losses [N] of logits [N, V]."""
+    losses = logits.new_empty(len(logits), dtype=wide_dtype(logits.dtype))
+    target = row_targets(target, logits.shape[1], ignore_index)
+    log_rows(logits, target, RowLoss(losses, torch.ones_like(losses), None), eps)
+    return losses
+
+
+@_uce_rows.register_fake
+def _(logits: Tensor, target: Tensor, eps: float, ignore_index: int) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype))
+
+
+@torch.library.custom_op("mollm::uce_rows_backward", mutates_args=())
+def _uce_rows_backward(
+    logits: Tensor, target: Tensor, upstream: Tensor, eps: float, ignore_index: int
+) -> Tensor:
+    """Gradient [N, V] of Σ_n upstream_n losses_n."""
+    losses = torch.empty_like(upstream, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    target = row_targets(target, logits.shape[1], ignore_index)
+    log_rows(logits, target, RowLoss(losses, upstream, gradient), eps)
+    return gradient
+
+
+@_uce_rows_backward.register_fake
+def _(logits: Tensor, target: Tensor, upstream: Tensor, eps: float, ignore_index: int) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, target, *ctx.options = inputs
+    ctx.save_for_backward(logits, target)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_double_backward()
+    return _uce_rows_backward(*ctx.saved_tensors, upstream, *ctx.options), None, None, None
+
+
+_uce_rows.register_autograd(_backward, setup_context=_save)
+
+
+def uce_loss(
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [...]
+    *,
+    eps: float = 1e-3,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Unlearning cross-entropy: bounded where gradient ascent on cross-entropy explodes.
+
+        p = softmax(z)_t,   L = -log(1 - (1 - ε) p),
+        ∂L/∂z_j = s (δ_jt - softmax(z)_j),  s = (1 - ε) p / (1 - (1 - ε) p)
+
+    0 <= L <= -log ε and ‖∂L/∂z‖₁ <= 2 for every ε and every logit. L is least at p = 0, where it
+    stops pushing. ε trades the height of the bound against the speed of the start: the gradient of
+    a token that the model knows by heart, 1 - p much smaller than ε, vanishes like (1 - p) / ε.
+    Both are exact for 1 - p as small as the logits can express; arithmetic is float32, or float64
+    for float64 logits. Nothing but the logits is kept for backward.
+
+    Args:
+        logits: [..., V], float32, float64, bfloat16 or float16.
+        target: [...] integers in [0, V), or ignore_index: such rows count neither in the loss nor
+            in its mean.
+        eps: 0 < ε < 1.
+        reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for a
+            loss per row, 0 where ignored.
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or [...] for "none".
+
+    Raises:
+        ValueError: shapes that do not fit, eps out of range, or a target outside [0, V). A GPU
+            cannot say the last without a synchronisation: there the loss is NaN and the row's
+            gradient zero.
+        TypeError: another dtype.
+        RuntimeError: backward with create_graph=True; the second derivative is not implemented.
+
+    Source: arXiv 2412.20412, section III.A.
+    """
+    check_eps(eps)
+    check_reduction(reduction)
+    check_dtype("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V >= 1, but got {list(logits.shape)}.")
+    lead = logits.shape[:-1]
+    target = flat_target(target, lead, logits.device)
+    losses: Tensor = _uce_rows(logits.reshape(-1, logits.shape[-1]), target, eps, ignore_index)
+    if reduction == "none":
+        return losses.reshape(lead)
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (target != ignore_index).sum().clamp(min=1)
