@@ -235,7 +235,7 @@ struct FacePerThread {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) solve_kernel(int K, const double* gram,
+__global__ void __launch_bounds__(kThreads, 1) solve_kernel(int K, const double* gram,
                                                          SolveRequest request, double* packed) {
   __shared__ double values[kThreads];
   __shared__ unsigned faces[kThreads];
