@@ -28,6 +28,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # a compiler that has come or gone since the last build is noticed
             "-S", str(ROOT),
             "-B", str(build),
             "-G", "Ninja",

@@ -82,6 +82,65 @@ void bind_gram(py::module_& m) {
   m.def("cpu_instruction_set", &cpu_instruction_set);
 }
 
+#ifdef MOLLM_WITH_CUDA
+void check(int error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_string(error) + ".");
+}
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// `table` is int64 on the device: [K, N] addresses, [K, N] dtypes, [N] counts, [N] first chunks.
+DeviceLists device_lists(std::uintptr_t table, int lists, int64_t tensors, int64_t chunks) {
+  const int64_t* const base = at<const int64_t>(table);
+  const int64_t entries = lists * tensors;
+  return {lists,          tensors, chunks, base, base + entries, base + 2 * entries,
+          base + 2 * entries + tensors};
+}
+
+void bind_cuda(py::module_& m) {
+  m.attr("CUDA_CHUNK") = kCudaChunk;
+  m.def("cuda_grid", [] {
+    int blocks = 0;
+    check(cuda_grid(&blocks));
+    return blocks;
+  });
+  m.def(
+      "gram_cuda",
+      [](std::uintptr_t table, int lists, int64_t tensors, int64_t chunks, std::uintptr_t partials,
+         std::uintptr_t arrived, int blocks, std::uintptr_t gram, std::uintptr_t stream) {
+        check(gram_cuda(device_lists(table, lists, tensors, chunks),
+                        {at<double>(partials), at<unsigned>(arrived)}, blocks, at<double>(gram),
+                        at<void>(stream)));
+      },
+      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
+      py::arg("partials"), py::arg("arrived"), py::arg("blocks"), py::arg("gram"),
+      py::arg("stream"));
+  m.def(
+      "combine_cuda",
+      [](std::uintptr_t table, int lists, int64_t tensors, int64_t chunks, std::uintptr_t weights,
+         std::uintptr_t out_table, int blocks, std::uintptr_t stream) {
+        const int64_t* const out = at<const int64_t>(out_table);
+        check(combine_cuda(device_lists(table, lists, tensors, chunks), at<const double>(weights),
+                           {out, out + tensors}, blocks, at<void>(stream)));
+      },
+      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
+      py::arg("weights"), py::arg("out_table"), py::arg("blocks"), py::arg("stream"));
+  m.def(
+      "solve_cuda",
+      [](std::uintptr_t gram, int objectives, int rule, std::uintptr_t preferences, bool normalize,
+         int length, std::uintptr_t packed, std::uintptr_t stream) {
+        check(solve_cuda(objectives, at<const double>(gram),
+                         {rule, length, normalize, at<const double>(preferences)},
+                         at<double>(packed), at<void>(stream)));
+      },
+      py::arg("gram"), py::arg("objectives"), py::arg("rule"), py::arg("preferences"),
+      py::arg("normalize"), py::arg("length"), py::arg("packed"), py::arg("stream"));
+}
+#endif
+
 int objectives_of(const Matrix& gram) {
   if (gram.ndim() != 2 || gram.shape(0) != gram.shape(1) || gram.shape(0) < 1 ||
       gram.shape(0) > kMaxObjectives)
@@ -137,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
   bind_dual_space(m);
 #ifdef MOLLM_WITH_CUDA
   m.attr("HAS_CUDA") = true;
+  bind_cuda(m);
 #else
   m.attr("HAS_CUDA") = false;
 #endif

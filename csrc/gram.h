@@ -34,11 +34,47 @@ void dots_cpu(const TensorLists& gradients, const void* const* x, const DType* x
 const char* cpu_instruction_set();
 
 #ifdef MOLLM_WITH_CUDA
-// The same on the current device, enqueued on `stream` (a cudaStream_t). All pointers but those in
-// `gradients` itself and `out_dtypes` point to device memory. Return the cudaError_t.
-int gram_cuda(const TensorLists& gradients, double* gram, void* stream);
-int combine_cuda(const TensorLists& gradients, const double* weights, void* const* out,
-                 const DType* out_dtypes, void* stream);
+// ---- The same on the current CUDA device, enqueued on `stream` (a cudaStream_t). Every pointer
+// points to device memory; each call returns its cudaError_t.
+
+constexpr int64_t kCudaChunk = 1 << 15;  // elements of one tensor that a block takes at a time
+
+// As TensorLists, with addresses and dtypes as int64; tensor n starts with chunk first_chunk[n].
+struct DeviceLists {
+  int lists;                   // K
+  int64_t tensors, chunks;     // N, and the sum of the tensors' chunks
+  const int64_t* data;         // [K, N]
+  const int64_t* dtypes;       // [K, N]
+  const int64_t* counts;       // [N]
+  const int64_t* first_chunk;  // [N]
+};
+
+struct DeviceOutputs {
+  const int64_t* data;    // [N]
+  const int64_t* dtypes;  // [N]
+};
+
+struct GramWorkspace {
+  double* partials;   // [K (K + 1) / 2, blocks]
+  unsigned* arrived;  // zero before the launch and after it
+};
+
+// Which rule of dual_space.h: 0 dual, 1 mgda, 2 project, 3 upgrad.
+struct SolveRequest {
+  int rule, length;
+  bool normalize;
+  const double* preferences;  // [K]
+};
+
+// The number of blocks that fills the current device; the result of gram_cuda depends on it.
+int cuda_grid(int* blocks);
+int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, double* gram,
+              void* stream);
+int combine_cuda(const DeviceLists& lists, const double* weights, const DeviceOutputs& out,
+                 int blocks, void* stream);
+// packed: [K weights, status, Pareto gap]
+int solve_cuda(int K, const double* gram, const SolveRequest& request, double* packed,
+               void* stream);
 const char* cuda_error_string(int error);
 #endif
 

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 HAS_CUDA: bool
 MAX_OBJECTIVES: int
+CUDA_CHUNK: int
 
 def cpu_instruction_set() -> str: ...
 def gram_cpu(
@@ -27,6 +28,38 @@ def dots_cpu(
     x_dtypes: Sequence[int],
     dots: int,
     threads: int,
+) -> None: ...
+def cuda_grid() -> int: ...
+def gram_cuda(
+    table: int,
+    lists: int,
+    tensors: int,
+    chunks: int,
+    partials: int,
+    arrived: int,
+    blocks: int,
+    gram: int,
+    stream: int,
+) -> None: ...
+def combine_cuda(
+    table: int,
+    lists: int,
+    tensors: int,
+    chunks: int,
+    weights: int,
+    out_table: int,
+    blocks: int,
+    stream: int,
+) -> None: ...
+def solve_cuda(
+    gram: int,
+    objectives: int,
+    rule: int,
+    preferences: int,
+    normalize: bool,
+    length: int,
+    packed: int,
+    stream: int,
 ) -> None: ...
 def dual_space_solution(
     gram: NDArray[np.float64], length: int

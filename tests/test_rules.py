@@ -1,0 +1,120 @@
+"""Every direction as a rule on the Gram matrix, TorchJD's weightings among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchjd.aggregation import MGDAWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.linalg import QuadprogProjector
+
+from mollm.rules import DIRECTIONS, make_rule, pcgrad_weights
+from mollm_ops import Status
+
+
+def rule(direction, K=3, preferences=None, normalize=False, length="mean"):
+    return make_rule(
+        direction, objectives=K, preferences=preferences, normalize=normalize, length=length
+    )
+
+
+def gram(K=3, D=10):
+    g = torch.randn(K, D, dtype=torch.float64)
+    return g, g @ g.T
+
+
+def conflicting():
+    g = torch.tensor([[1.0, 0.0], [-0.5, 1.0]], dtype=torch.float64)
+    return g, g @ g.T
+
+
+def test_sum_is_the_weighted_sum():
+    _, G = gram()
+    assert rule("sum", preferences=[1, 2, 3])(G).weights.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_pcgrad_against_the_vectors_themselves():
+    g, G = gram(4, 3)
+    total = torch.zeros(3, dtype=torch.float64)
+    for i in range(4):
+        h = g[i].clone()
+        for j in range(4):
+            if j != i and h @ g[j] < 0:
+                h -= (h @ g[j]) / (g[j] @ g[j]) * g[j]
+        total += h
+    torch.testing.assert_close(pcgrad_weights(G, [1.0] * 4) @ g, total)
+
+
+def test_upgrad_equals_torchjd():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        g, G = gram(3, 4)
+        exactly = QuadprogProjector(norm_eps=0.0, reg_eps=1e-12)
+        theirs = UPGradWeighting(projector=exactly)(G)
+        torch.testing.assert_close(rule("upgrad")(G).weights @ g, theirs @ g, rtol=1e-6, atol=1e-6)
+
+
+def test_mgda_is_no_longer_than_torchjd():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        g, G = gram(3, 4)
+        theirs = MGDAWeighting(epsilon=1e-9, max_iters=2000)(G) @ g
+        ours = rule("mgda")(G).weights @ g
+        assert float(ours.norm()) <= float(theirs.norm()) * (1 + 1e-9)
+
+
+def test_two_objective_pcgrad_equals_torchjd():
+    _, G = conflicting()
+    torch.testing.assert_close(rule("pcgrad", K=2)(G).weights, PCGradWeighting()(G))
+
+
+@pytest.mark.parametrize("direction", [d for d in DIRECTIONS if d != "sum"])
+def test_a_conflict_is_resolved(direction):
+    g, G = conflicting()
+    d = rule(direction, K=2)(G).weights @ g
+    assert (g @ d >= -1e-12).all()
+
+
+@pytest.mark.parametrize("direction", ["project", "upgrad", "mgda", "pcgrad", "sum"])
+def test_normalized_rules_ignore_the_size_of_a_gradient(direction):
+    g, _ = gram()
+    big = g * torch.tensor([[1.0], [100.0], [0.01]], dtype=torch.float64)
+    normal = rule(direction, normalize=True)
+
+    def unit_direction(x):
+        d = normal(x @ x.T).weights @ x
+        return d / d.norm()
+
+    torch.testing.assert_close(unit_direction(big), unit_direction(g))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_non_finite_gradients_give_zero_weights(direction):
+    G = torch.eye(3, dtype=torch.float64)
+    G[0, 0] = float("nan")
+    solution = rule(direction)(G)
+    assert solution.status is Status.NON_FINITE
+    assert not solution.weights.any()
+
+
+def test_a_callable_that_fails_to_return_weights():
+    with pytest.raises(ValueError, match=r"direction must return a tensor of 3 weights, .*\(2,\)"):
+        rule(lambda G: G[:2, 0])(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="but got list"):
+        rule(lambda G: [1, 2, 3])(torch.eye(3, dtype=torch.float64))
+
+
+def test_a_callable_with_non_finite_weights_is_refused():
+    solution = rule(lambda G: G[0] / 0)(torch.eye(3, dtype=torch.float64))
+    assert solution.status is Status.NON_FINITE
+    assert not solution.weights.any()
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"direction must be one of dual, project.*but got 'best'"):
+        rule("best")
+    with pytest.raises(ValueError, match="preferences must be None for direction 'dual'"):
+        rule("dual", preferences=[1, 1, 1])
+    with pytest.raises(ValueError, match=r"one entry per objective \(3\), but got 2"):
+        rule("sum", preferences=[1, 1])
+    with pytest.raises(ValueError, match="length must be one of"):
+        rule("dual", length="long")
