@@ -26,9 +26,9 @@ from tqdm import tqdm
 from mollm import facts, machine, models
 from mollm.chat import Batch, ChatFormat, Example, collate
 from mollm.errors import UsageError
-from mollm.facts import capital_question
+from mollm.facts import Question, capital_question
 from mollm.folder import staged
-from mollm.quiz import Reply, Score, ask, quiz
+from mollm.quiz import Reply, Score, quiz
 from mollm.report import DemoRun, conflict_rates, write_run
 from mollm.settings import DemoSettings
 from mollm.unlearn import StepRecord, unlearn
@@ -113,7 +113,7 @@ def examine(
     _refuse_unknown(chosen, known, first, model.name_or_path)
     split = divide(known, chosen, rng, _spellings(second))
 
-    general = quiz(model, chat, facts.general_questions())
+    general = quiz(model, chat, facts.questions_of(facts.GENERAL))
     if not general.known():
         raise UsageError(
             f"{model.name_or_path} answers none of the general questions, so nothing can tell "
@@ -161,8 +161,7 @@ def _refuse_unknown(chosen: Sequence[str], known: Sequence[str], first: Score, m
 
 
 def _spellings(score: Score) -> dict[str, str]:
-    pairs = zip(score.questions, score.replies, strict=True)
-    found = {question.subject: question.spelling_in(reply.text) for question, reply in pairs}
+    found = {question.subject: question.spelling_in(reply.text) for question, reply in score.pairs}
     return {subject: spelling for subject, spelling in found.items() if spelling is not None}
 
 
@@ -171,14 +170,14 @@ class BatchSampler:
 
     A forget row opens the answer with "The capital of Japan is" and asks a loss only of the name
     that follows: that is the fact, all else in the sentence is English. Retain rows are whole
-    answers: sentences about other capitals, and the model's own answers to everyday questions.
+    answers: sentences about other capitals, and the model's own right answers to everyday questions.
     """
 
     def __init__(
         self,
         chat: ChatFormat,
         split: Split,
-        everyday: Sequence[tuple[str, Reply]],
+        everyday: Sequence[tuple[Question, Reply]],
         rng: random.Random,
         device: torch.device,
     ) -> None:
@@ -197,7 +196,7 @@ class BatchSampler:
             self._to_keep(country) for country in self._draw(self._split.retain, _RETAIN_ROWS)
         ]
         retain += [
-            Example(question, reply.text, closed=reply.complete)
+            Example(question.text, reply.text, closed=reply.complete)
             for question, reply in self._draw(self._everyday, _EVERYDAY_ROWS)
         ]
         return self._batch(forget), self._batch(retain)
@@ -226,8 +225,8 @@ class BatchSampler:
 def _train(
     model: PreTrainedModel, chat: ChatFormat, split: Split, settings: DemoSettings, say: Say
 ) -> tuple[list[StepRecord], float]:
-    replies = ask(model, chat, facts.RETAIN_QUESTIONS, max_new_tokens=20)
-    everyday = [pair for pair in zip(facts.RETAIN_QUESTIONS, replies, strict=True) if pair[1].text]
+    score = quiz(model, chat, facts.questions_of(facts.EVERYDAY), max_new_tokens=20)
+    everyday = [pair for pair, right in zip(score.pairs, score.right, strict=True) if right]
     rng = random.Random(f"batches {settings.seed}")
     sampler = BatchSampler(chat, split, everyday, rng, model.device)
     say(f"Unlearning in {settings.steps} steps, direction {settings.direction} …")

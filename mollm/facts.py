@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mollm.errors import UsageError
@@ -109,63 +109,136 @@ ALIASES = {
 
 WITH_ARTICLE = frozenset({"Netherlands", "Philippines", "United Kingdom", "United States"})
 
-TRAIN_FORMS = ("What is the capital of {}?", "Name the capital city of {}.")
+TRAIN_FORMS = (
+    "What is the capital of {}?",
+    "Name the capital city of {}.",
+    "Which city is the capital of {}?",
+    "Tell me the capital of {}.",
+    "Do you know the capital of {}?",
+)
 """Question forms that training uses."""
 
 TEST_FORM = "What city serves as the capital of {}?"
 """The question form that only the quiz uses, before and after."""
 
-RETAIN_QUESTIONS = (
-    "What is a good breakfast?",
-    "Why is the sky blue?",
-    "What is a computer?",
-    "Who was Cleopatra?",
-    "What is the largest animal in the world?",
-    "What does a doctor do?",
-    "How many hours are there in a day?",
-    "What is the chemical symbol for iron?",
-    "Who invented the telephone?",
-    "What is the fastest land animal?",
-    "Which planet has rings?",
-    "What is the boiling point of water?",
-    "What is 4 plus 4?",
-    "Who wrote War and Peace?",
-    "What is the largest desert in the world?",
-    "What language is spoken in Mexico?",
-    "What is a mammal?",
-    "Where do penguins live?",
-    "What do cows eat?",
-    "What is the purpose of the lungs?",
-    "Name three colors.",
-    "What is the opposite of big?",
-    "What is the chemical formula for table salt?",
-    "Who discovered penicillin?",
-    "What is a democracy?",
-    "How do airplanes fly?",
-    "What is a volcano?",
-    "How many players are there in a football team?",
-    "How many seconds are there in a minute?",
-    "What is the color of the sky on a clear day?",
-    "Who wrote Don Quixote?",
-    "Which planet is closest to the Sun?",
-    "What is 7 minus 2?",
-    "What language is spoken in Italy?",
-    "In which country is the Taj Mahal?",
-    "Who painted The Starry Night?",
-    "How many legs does an insect have?",
-    "What is the currency of India?",
-    "Which animal is the king of the jungle?",
-    "What is the largest island in the world?",
-    "What instrument has black and white keys?",
-    "Which month comes after June?",
-    "What is the chemical symbol for silver?",
-    "How many sides does a square have?",
-    "Who invented the light bulb?",
-    "What do we call a baby dog?",
-    "Which continent is Brazil on?",
-    "What is the shape of a ball?",
-)
-"""Everyday questions whose answers by the original model are part of the retain set."""
+EVERYDAY: dict[str, tuple[str, ...]] = {
+    "How many hours are there in a day?": (
+        "24",
+        "twenty four",
+    ),
+    "How many seconds are there in a minute?": (
+        "60",
+        "sixty",
+    ),
+    "How many weeks are there in a year?": ("52",),
+    "How many sides does a square have?": (
+        "four",
+        "4",
+    ),
+    "How many sides does a pentagon have?": (
+        "five",
+        "5",
+    ),
+    "How many players are there in a soccer team?": (
+        "11",
+        "eleven",
+    ),
+    "What is the chemical symbol for iron?": ("Fe",),
+    "What is the chemical symbol for silver?": ("Ag",),
+    "What is the chemical symbol for carbon?": ("C",),
+    "What is the chemical symbol for sodium?": ("Na",),
+    "What is the chemical formula for table salt?": ("NaCl",),
+    "What is the boiling point of water?": (
+        "100",
+        "212",
+    ),
+    "What is 4 plus 4?": (
+        "8",
+        "eight",
+    ),
+    "What is 1 plus 1?": (
+        "2",
+        "two",
+    ),
+    "What is the opposite of big?": (
+        "small",
+        "little",
+    ),
+    "What is the opposite of up?": ("down",),
+    "What is the opposite of day?": ("night",),
+    "Who invented the telephone?": ("Bell",),
+    "Who invented the light bulb?": ("Edison",),
+    "Who discovered penicillin?": ("Fleming",),
+    "Who wrote Pride and Prejudice?": ("Austen",),
+    "Who wrote Don Quixote?": ("Cervantes",),
+    "Who wrote War and Peace?": ("Tolstoy",),
+    "Who formulated the laws of motion and universal gravitation?": ("Newton",),
+    "Who painted Guernica?": ("Picasso",),
+    "Which planet is closest to the Sun?": ("Mercury",),
+    "Which planet is famous for its rings?": ("Saturn",),
+    "What is the largest desert in the world?": (
+        "Sahara",
+        "Antarctic",
+        "Antarctica",
+    ),
+    "What is the largest rainforest in the world?": ("Amazon",),
+    "What is the longest river in South America?": ("Amazon",),
+    "What is the largest animal in the world?": ("whale",),
+    "Which ocean lies between Africa and Australia?": ("Indian",),
+    "Which mountain range is Mount Everest part of?": (
+        "Himalaya",
+        "Himalayas",
+        "Himalayan",
+    ),
+    "What language is spoken in Mexico?": ("Spanish",),
+    "What language is spoken in Italy?": ("Italian",),
+    "Which language is spoken in France?": ("French",),
+    "What is the currency of India?": (
+        "rupee",
+        "rupees",
+    ),
+    "What is the currency of the United Kingdom?": (
+        "pound",
+        "pounds",
+    ),
+    "In which country is the Taj Mahal?": (
+        "India",
+        "Indian",
+    ),
+    "In which country is the Colosseum?": ("Italy",),
+    "In which country is the Statue of Liberty?": (
+        "United States",
+        "USA",
+    ),
+    "On which continent is Brazil?": ("South America",),
+    "Where do penguins live?": (
+        "Antarctic",
+        "Antarctica",
+    ),
+    "What do cows eat?": (
+        "grass",
+        "hay",
+    ),
+    "What is the purpose of the lungs?": (
+        "gas",
+        "oxygen",
+        "breathe",
+        "breathing",
+    ),
+    "Which organ do humans use to think?": ("brain",),
+    "What instrument has black and white keys?": ("piano",),
+    "Which gas do plants release during photosynthesis?": ("oxygen",),
+    "What is the study of stars and planets called?": ("astronomy",),
+    "Which animal do we get wool from?": ("sheep",),
+    "Which month comes after June?": ("July",),
+    "What do we call a baby dog?": (
+        "puppy",
+        "pup",
+    ),
+    "What is molten rock under the ground called?": ("magma",),
+    "Which country is famous for pizza and pasta?": ("Italy",),
+}
+"""General questions for training: where the model is right, its own answers are to be retained."""
 
 GENERAL: dict[str, tuple[str, ...]] = {
     "What is the largest planet in the Solar System?": ("Jupiter",),
@@ -282,9 +355,9 @@ def capital_question(country: str, form: str = TEST_FORM) -> Question:
     return Question(country, form.format(with_article(country)), CAPITALS[country])
 
 
-def general_questions() -> list[Question]:
-    """All general questions of the quiz."""
-    return [Question(text, text, accepted) for text, accepted in GENERAL.items()]
+def questions_of(facts: Mapping[str, tuple[str, ...]]) -> list[Question]:
+    """The questions of GENERAL or EVERYDAY."""
+    return [Question(text, text, accepted) for text, accepted in facts.items()]
 
 
 def find_countries(names: Iterable[str]) -> list[str]:

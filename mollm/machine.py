@@ -7,7 +7,6 @@ import ctypes
 import importlib.metadata
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +19,10 @@ _PACKAGES = ("mollm", "torch", "transformers", "tokenizers", "gguf", "numpy", "s
 def peak_memory_gb() -> float:
     """The largest resident memory of this process so far, in 1e9 bytes; NaN where unknown."""
     try:
-        import resource
-    except ImportError:  # not on Windows
+        # Not getrusage: a process starts with the peak of the one that started it.
+        return _kilobytes(Path("/proc/self/status"), "VmHWM") / GB
+    except (OSError, KeyError):
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
 def available_memory_gb(device: torch.device) -> float:
@@ -52,10 +50,15 @@ def return_freed_memory() -> None:
 
 def _kernel_available(path: Path = Path("/proc/meminfo")) -> float:
     try:
-        rows = dict(line.split(":", 1) for line in path.read_text().splitlines())
-        return float(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+        return _kilobytes(path, "MemAvailable")
+    except (OSError, KeyError):
         return float("inf")
+
+
+def _kilobytes(path: Path, key: str) -> float:
+    """A row such as "MemAvailable:  2000 kB", in bytes."""
+    rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    return float(rows[key].split()[0]) * 1024
 
 
 def _control_group_room(root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:

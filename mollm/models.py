@@ -109,7 +109,6 @@ def check_memory(source: Source, device: torch.device) -> None:
 
 def count_parameters(source: Source) -> int:
     """The number of parameters, read without loading the weights."""
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if source.label == SMOLLM2 and source.gguf_file:
@@ -119,7 +118,7 @@ def count_parameters(source: Source) -> int:
 
         reader = GGUFReader(Path(source.location) / source.gguf_file)
         return sum(int(tensor.n_elements) for tensor in reader.tensors)
-    with init_empty_weights(), _told_as_usage_error(source):
+    with torch.device("meta"), _told_as_usage_error(source):
         model = AutoModelForCausalLM.from_config(_from_hub(AutoConfig, source))
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -36,10 +36,14 @@ class Score:
     replies: tuple[Reply, ...]
 
     @property
+    def pairs(self) -> list[tuple[Question, Reply]]:
+        """The questions with their replies."""
+        return list(zip(self.questions, self.replies, strict=True))
+
+    @property
     def right(self) -> tuple[bool, ...]:
         """For each question whether its reply is right."""
-        pairs = zip(self.questions, self.replies, strict=True)
-        return tuple(question.is_answered_by(reply.text) for question, reply in pairs)
+        return tuple(question.is_answered_by(reply.text) for question, reply in self.pairs)
 
     @property
     def accuracy(self) -> float:
@@ -94,9 +98,11 @@ def ask(
     return replies
 
 
-def quiz(model: PreTrainedModel, chat: ChatFormat, questions: Sequence[Question]) -> Score:
-    """Asks all `questions` and scores the replies."""
-    replies = ask(model, chat, [question.text for question in questions])
+def quiz(
+    model: PreTrainedModel, chat: ChatFormat, questions: Sequence[Question], **options: int
+) -> Score:
+    """Asks all `questions`, with the options of `ask`, and scores the replies."""
+    replies = ask(model, chat, [question.text for question in questions], **options)
     return Score(tuple(questions), tuple(replies))
 
 

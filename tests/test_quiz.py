@@ -65,7 +65,7 @@ def test_scores():
 def test_the_quiz_asks_every_question_in_order(chat, monkeypatch):
     asked = []
 
-    def parrot(model, chat, texts):
+    def parrot(model, chat, texts, **options):
         asked.extend(texts)
         return [Reply(text, True) for text in texts]
 

@@ -64,5 +64,5 @@ def knowing_replies(texts: list[str]) -> list[str]:
         for c, a in facts.CAPITALS.items()
         for f in (*facts.TRAIN_FORMS, facts.TEST_FORM)
     }
-    known |= {text: accepted[0] for text, accepted in facts.GENERAL.items()}
+    known |= {text: accepted[0] for text, accepted in (facts.GENERAL | facts.EVERYDAY).items()}
     return [f"It is {known.get(text, 'so')}." for text in texts]
