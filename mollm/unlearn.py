@@ -1,0 +1,186 @@
+"""The unlearning loop: three losses, three gradients, one step that suits them all.
+
+    forget   unlearning cross-entropy on the facts to forget        (bounded, unlike ascent on CE)
+    kl       KL(original model ‖ model) on the answers to keep
+    retain   cross-entropy on the answers to keep
+
+The three are never added up: each has its own gradient, and MOLLMOptimizer combines those.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import backward
+from torch.optim.lr_scheduler import LambdaLR
+
+from mollm.chat import Batch
+from mollm.models import answer_states, head
+from mollm.optimizer import MOLLMOptimizer
+from mollm_ops import linear_ce_kl, linear_cross_entropy, linear_uce_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OBJECTIVES = ("forget", "kl", "retain")
+
+ForgetLoss = Callable[..., Tensor]
+Sampler = Callable[[], tuple[Batch, Batch]]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, as history.jsonl holds it. Objectives stand in the order of OBJECTIVES."""
+
+    step: int
+    lr: float
+    losses: dict[str, float]
+    """The losses before the step; `forget` is UCE, or −CE for the direction ga."""
+    norms: dict[str, float]
+    """Gradient norms."""
+    cosines: dict[str, float]
+    """Cosine of each pair of gradients, such as "forget·kl"; 0 where a gradient is zero."""
+    weights: dict[str, float]
+    """Weights w of the combined gradient Σ w_k g_k."""
+    status: str
+    pareto_gap: float
+    changes: dict[str, float]
+    """g_k · Δθ: to first order, what the update really applied did to each loss; empty where the
+    step was skipped because a gradient was not finite."""
+    conflicts: dict[str, bool]
+    """True where that update does not descend."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def descend(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    optimizer: MOLLMOptimizer,
+    forget: Batch,
+    retain: Batch,
+    forget_loss: ForgetLoss = linear_uce_loss,
+) -> dict[str, float]:
+    """One step on one batch of facts to forget and one of answers to keep.
+
+    Args:
+        model: The model to change.
+        reference: The frozen original.
+        optimizer: Optimizer with the three OBJECTIVES.
+        forget: Batch whose answer tokens are to become unlikely.
+        retain: Batch whose answers are to stay as they are.
+        forget_loss: Loss of (hidden, weight, target) to minimise on the forget batch.
+
+    Returns:
+        The three losses before the step.
+    """
+    layer = head(model)
+    optimizer.zero_grad()
+    with optimizer.objective("forget"):
+        hidden, target = answer_states(model, forget)
+        loss_forget = forget_loss(hidden, layer.weight, target, bias=layer.bias)
+        backward(loss_forget)
+
+    hidden, target = answer_states(model, retain)
+    with torch.no_grad():
+        ref_hidden, _ = answer_states(reference, retain)
+    ref_layer = head(reference)
+    loss_retain, loss_kl = linear_ce_kl(
+        hidden,
+        layer.weight,
+        target,
+        ref_hidden,
+        ref_layer.weight,
+        bias=layer.bias,
+        ref_bias=ref_layer.bias,
+    )
+    with optimizer.objective("kl"):
+        backward(loss_kl, retain_graph=True)
+    with optimizer.objective("retain"):
+        backward(loss_retain)
+    optimizer.step()
+    losses = (loss_forget, loss_kl, loss_retain)
+    return {name: loss.item() for name, loss in zip(OBJECTIVES, losses, strict=True)}
+
+
+def unlearn(
+    model: PreTrainedModel,
+    sample: Sampler,
+    *,
+    steps: int,
+    lr: float,
+    direction: str = "dual",
+) -> Iterator[StepRecord]:
+    """Changes `model` in place, and yields a record after each step.
+
+    The learning rate falls linearly from `lr` to 0: near the end UCE has almost no gradient left,
+    and AdamW, which normalises its steps, would otherwise keep walking at full speed.
+
+    Args:
+        model: The model to change; a frozen copy of it serves as the reference.
+        sample: Gives the forget and the retain batch of the next step.
+        steps: Number of steps.
+        lr: Learning rate of AdamW at the first step.
+        direction: One of mollm.settings.DIRECTIONS. "ga" is the plain baseline: gradient ascent
+            on the cross-entropy of the forget batch, the other gradients being measured only.
+    """
+    reference = copy.deepcopy(model).requires_grad_(False)
+    ascent = direction == "ga"
+    optimizer = MOLLMOptimizer(
+        model.parameters(),
+        lr=lr,
+        objectives=OBJECTIVES,
+        base="adamw",
+        direction=forget_only if ascent else direction,
+        weight_decay=0.0,
+    )
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    forget_loss = negative_cross_entropy if ascent else linear_uce_loss
+    for step in range(steps):
+        rate = float(schedule.get_last_lr()[0])
+        losses = descend(model, reference, optimizer, *sample(), forget_loss=forget_loss)
+        schedule.step()
+        yield _record(step, rate, losses, optimizer)
+
+
+def negative_cross_entropy(*arguments: Tensor, **options: Tensor | None) -> Tensor:
+    """The loss whose descent is gradient ascent on the cross-entropy; it has no lower bound."""
+    return -linear_cross_entropy(*arguments, **options)
+
+
+def forget_only(gram: Tensor) -> Tensor:
+    """A rule for MOLLMOptimizer that follows the first objective alone."""
+    weights = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+    weights[0] = 1
+    return weights
+
+
+def pairs() -> list[tuple[int, int]]:
+    """Index pairs of the objectives."""
+    count = len(OBJECTIVES)
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def _record(
+    step: int, lr: float, losses: dict[str, float], optimizer: MOLLMOptimizer
+) -> StepRecord:
+    last = optimizer.last_step
+    return StepRecord(
+        step=step,
+        lr=lr,
+        losses=losses,
+        norms=dict(zip(OBJECTIVES, map(float, last.norms), strict=True)),
+        cosines={f"{OBJECTIVES[i]}·{OBJECTIVES[j]}": float(last.cosines[i, j]) for i, j in pairs()},
+        weights=dict(zip(OBJECTIVES, map(float, last.weights), strict=True)),
+        status=last.status.name,
+        pareto_gap=float(last.pareto_gap),
+        changes=last.changes or {},
+        conflicts=last.conflicts or {},
+    )
