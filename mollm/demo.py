@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORGET_COUNT = 6
-_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 5, 3
+_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 4, 4
 _FEWEST_KEPT = 6
 
 Say = Callable[[str], None]
@@ -65,6 +65,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
     """
     started = time.perf_counter()
     chosen = facts.find_countries(settings.forget) if settings.forget else []
+    machine.return_freed_memory()
     with staged(settings.out) as folder:
         device = _device(settings.device)
         source = models.find_model(settings.model)

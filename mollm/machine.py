@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.metadata
 import platform
 import subprocess
@@ -34,6 +36,18 @@ def available_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GB
     return min([_kernel_available(), *_control_group_room()]) / GB
+
+
+def return_freed_memory() -> None:
+    """Makes the C library give large freed blocks back to the system at once.
+
+    By default glibc learns from the first large blocks that are freed to keep later ones of up to
+    32 MB in its heap; the gradients of a language model, made and freed in every step, then leave
+    holes that cost half a gigabyte. Elsewhere this does nothing.
+    """
+    m_mmap_threshold, one_megabyte = -3, 1 << 20
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, one_megabyte)
 
 
 def _kernel_available(path: Path = Path("/proc/meminfo")) -> float:

