@@ -4,13 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "dual_space.h"
 #include "gram.h"
 #include "gram_kernels.h"
+#include "rows.h"
 
 namespace py = pybind11;
 
@@ -188,12 +191,48 @@ void bind_dual_space(py::module_& m) {
       py::arg("length"));
 }
 
+// (scale, its stride, losses, gradient, its stride); None for a loss that is not asked for
+using RowLossTuple = std::tuple<std::uintptr_t, int64_t, std::uintptr_t, std::uintptr_t, int64_t>;
+
+RowLoss row_loss_of(const std::optional<RowLossTuple>& loss) {
+  if (!loss) return {};
+  const auto& [scale, scale_stride, losses, gradient, gradient_stride] = *loss;
+  return {reinterpret_cast<const void*>(scale), scale_stride, reinterpret_cast<void*>(losses),
+          reinterpret_cast<void*>(gradient), gradient_stride};
+}
+
+void bind_rows(py::module_& m) {
+  m.def(
+      "rows_cpu",
+      [](int64_t rows, int64_t vocab, int dtype, int gradient_dtype, std::uintptr_t logits,
+         int64_t stride, std::uintptr_t reference, int64_t reference_stride, std::uintptr_t target,
+         double eps, const std::optional<RowLossTuple>& ce, const std::optional<RowLossTuple>& kl,
+         int threads) {
+        const LogitRows all = {rows,
+                               vocab,
+                               static_cast<DType>(dtype),
+                               static_cast<DType>(gradient_dtype),
+                               reinterpret_cast<const void*>(logits),
+                               stride,
+                               reinterpret_cast<const void*>(reference),
+                               reference_stride,
+                               reinterpret_cast<const int64_t*>(target)};
+        const RowLoss to_ce = row_loss_of(ce), to_kl = row_loss_of(kl);
+        py::gil_scoped_release release;
+        rows_cpu(all, eps, to_ce, to_kl, threads);
+      },
+      py::arg("rows"), py::arg("vocab"), py::arg("dtype"), py::arg("gradient_dtype"),
+      py::arg("logits"), py::arg("stride"), py::arg("reference"), py::arg("reference_stride"),
+      py::arg("target"), py::arg("eps"), py::arg("ce"), py::arg("kl"), py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of mollm_ops.";
   bind_gram(m);
   bind_dual_space(m);
+  bind_rows(m);
 #ifdef MOLLM_WITH_CUDA
   m.attr("HAS_CUDA") = true;
   bind_cuda(m);

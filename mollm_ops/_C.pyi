@@ -74,3 +74,18 @@ def projected_solution(
     normalize: bool,
     length: int,
 ) -> tuple[NDArray[np.float64], int, float]: ...
+def rows_cpu(
+    rows: int,
+    vocab: int,
+    dtype: int,
+    gradient_dtype: int,
+    logits: int,
+    stride: int,
+    reference: int,
+    reference_stride: int,
+    target: int,
+    eps: float,
+    ce: tuple[int, int, int, int, int] | None,
+    kl: tuple[int, int, int, int, int] | None,
+    threads: int,
+) -> None: ...

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mollm_ops._extension import DTYPE_CODES, extension, has_kernels_for
+
 
 @dataclass(frozen=True)
 class RowLoss:
@@ -43,7 +45,7 @@ def log_rows(
     A negative target stands for a row that does not count: loss 0, gradient 0. A target of V or
     more is an error that a GPU cannot raise without a synchronisation: loss NaN, gradient 0.
     """
-    _torch_rows(logits, None, target, ce, None, eps)
+    _rows(logits, None, target, ce, None, eps)
 
 
 def kl_rows(
@@ -57,7 +59,21 @@ def kl_rows(
 
     A row counts unless its target is negative. Both gradients come from one read of the rows.
     """
-    _torch_rows(logits, ref_logits, target, ce, kl, None)
+    _rows(logits, ref_logits, target, ce, kl, None)
+
+
+def _rows(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    target: Tensor,
+    ce: RowLoss | None,
+    kl: RowLoss | None,
+    eps: float | None,
+) -> None:
+    if logits.device.type == "cpu" and has_kernels_for(logits.device):
+        _cpu_rows(logits, ref_logits, target, ce, kl, eps)
+    else:
+        _torch_rows(logits, ref_logits, target, ce, kl, eps)
 
 
 def row_targets(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
@@ -79,6 +95,45 @@ def refuse_double_backward() -> None:
             "create_graph must be False in a backward through mollm_ops losses: their second "
             "derivative is not implemented; use the functions of mollm_ops.reference for it."
         )
+
+
+# ---- C++: one vectorised pass over each row while it is in cache
+
+
+def _cpu_rows(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    target: Tensor,
+    ce: RowLoss | None,
+    kl: RowLoss | None,
+    eps: float | None,
+) -> None:
+    assert extension is not None, "has_kernels_for(cpu) implies the extension"
+    gradients = [to.gradient for to in (ce, kl) if to is not None and to.gradient is not None]
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    target = target.contiguous()
+    extension.rows_cpu(
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        dtype=DTYPE_CODES[logits.dtype],
+        gradient_dtype=DTYPE_CODES[gradients[0].dtype if gradients else logits.dtype],
+        logits=logits.data_ptr(),
+        stride=logits.stride(0),
+        reference=0 if ref_logits is None else ref_logits.data_ptr(),
+        reference_stride=0 if ref_logits is None else ref_logits.stride(0),
+        target=target.data_ptr(),
+        eps=0.0 if eps is None else eps,
+        ce=_addresses(ce),
+        kl=_addresses(kl),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _addresses(to: RowLoss | None) -> tuple[int, int, int, int, int] | None:
+    if to is None:
+        return None
+    gradient = (0, 0) if to.gradient is None else (to.gradient.data_ptr(), to.gradient.stride(0))
+    return to.scale.data_ptr(), to.scale.stride(0), to.losses.data_ptr(), *gradient
 
 
 # ---- plain Torch: any device and dtype

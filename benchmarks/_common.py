@@ -1,0 +1,115 @@
+"""Shared by the benchmarks: where a figure comes from, paired timing, tables, files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+
+
+def device_name(device: str) -> str:
+    """What a reader calls the device: the GPU's name, or the CPU's with its number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "triton", "mollm", *packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def provenance(device: str, *packages: str) -> Row:
+    """Device, date, versions, commit and command: what every figure carries."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": device_name(device),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "versions": versions(*packages),
+        "commit": commit or "unknown",
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def interleaved_medians(
+    calls: Mapping[str, Callable[[], object]], device: str, *, rounds: int = 7, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns, so that drift hits all alike."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(_seconds(call, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """The rows as an aligned table; numbers with three digits."""
+    if not rows:
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(c), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
+    print(f"\n{title}")
+    for line in [columns, ["-" * w for w in widths], *cells]:
+        print("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def results_folder(device: str) -> Path:
+    """benchmarks/results/<device>, made where it is missing."""
+    name = "".join(c if c.isalnum() else "-" for c in device_name(device).lower())
+    folder = ROOT / "benchmarks" / "results" / "-".join(filter(None, name.split("-")))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_json(path: Path, source: Row, rows: Sequence[Row]) -> None:
+    """Provenance and rows as JSON."""
+    path.write_text(json.dumps({**source, "rows": list(rows)}, indent=1) + "\n")

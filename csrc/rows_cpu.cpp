@@ -1,0 +1,32 @@
+#include "rows.h"
+
+#include <string>
+
+#include "parallel.h"
+#include "rows_kernels.h"
+
+namespace mollm {
+namespace {
+
+constexpr int64_t kWorthAThread = 1 << 16;  // logits below which a thread costs more than it saves
+
+const RowKernels* choose_kernels() {
+#ifdef MOLLM_X86
+  const std::string isa = cpu_instruction_set();
+  if (isa == "avx512") return &avx512::row_kernels;
+  if (isa == "avx2") return &avx2::row_kernels;
+#endif
+  return &baseline::row_kernels;
+}
+
+}  // namespace
+
+void rows_cpu(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl,
+              int threads) {
+  static const RowKernels* const kernels = choose_kernels();
+  const int64_t useful = 1 + rows.rows * rows.vocab / kWorthAThread;
+  parallel_for(rows.rows, static_cast<int>(std::min<int64_t>(threads, useful)),
+               [&](int64_t r) { kernels->row(rows, eps, ce, kl, r); });
+}
+
+}  // namespace mollm

@@ -1,0 +1,16 @@
+// The per-instruction-set kernel behind rows_cpu: it works on one row.
+#pragma once
+
+#include "rows.h"
+
+namespace mollm {
+
+struct RowKernels {
+  void (*row)(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl, int64_t r);
+};
+
+namespace baseline { extern const RowKernels row_kernels; }
+namespace avx2 { extern const RowKernels row_kernels; }
+namespace avx512 { extern const RowKernels row_kernels; }
+
+}  // namespace mollm
