@@ -170,7 +170,8 @@ class BatchSampler:
 
     A forget row opens the answer with "The capital of Japan is" and asks a loss only of the name
     that follows: that is the fact, all else in the sentence is English. Retain rows are whole
-    answers: sentences about other capitals, and the model's own right answers to everyday questions.
+    answers: sentences about other capitals, and the model's own answers to everyday questions
+    where those are right.
     """
 
     def __init__(

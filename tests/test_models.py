@@ -80,7 +80,7 @@ def test_a_missing_path_is_refused(name):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="config.json"):
+    with pytest.raises(UsageError, match="a folder with a config"):
         models.find_model(str(tmp_path))
 
 

@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import tiny
+import torch
+
+from mollm import models, unlearn
+from mollm.chat import ChatFormat, Example, collate
+from mollm.settings import DIRECTIONS
+from mollm.unlearn import OBJECTIVES, descend, freeze
+from mollm_ops import linear_cross_entropy
+
+
+@pytest.fixture
+def chat():
+    return ChatFormat(tiny.tokenizer())
+
+
+@pytest.fixture
+def batches(chat):
+    forget = [Example("What is the capital of Japan?", "Tokyo", "It is", closed=False)]
+    retain = [Example("And of Peru?", "Lima."), Example("How many legs has a dog?", "4")]
+    return tuple(
+        collate([chat.encode(e) for e in examples], chat.pad_id) for examples in (forget, retain)
+    )
+
+
+def losses_of(model, batch):
+    hidden, target = models.answer_states(model, batch)
+    return linear_cross_entropy(hidden, models.head(model).weight, target).item()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_direction_forgets_and_records(direction, batches):
+    model = tiny.model()
+    before = losses_of(model, batches[0])
+    records = list(unlearn.unlearn(model, lambda: batches, steps=4, lr=1e-3, direction=direction))
+    assert losses_of(model, batches[0]) > before
+    assert [r.step for r in records] == [0, 1, 2, 3]
+    assert [r.lr for r in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    for record in records:
+        assert set(record.losses) == set(record.norms) == set(record.weights) == set(OBJECTIVES)
+        assert set(record.cosines) == {"forget·kl", "forget·retain", "kl·retain"}
+        assert all(math.isfinite(loss) for loss in record.losses.values())
+        assert record.conflicts == {
+            name: record.norms[name] > 1e-6 * max(record.norms.values()) and change >= 0
+            for name, change in record.changes.items()
+        }
+
+
+def test_the_kl_gradient_is_nothing_but_rounding_at_the_first_step(batches):
+    (first, second) = unlearn.unlearn(tiny.model(), lambda: batches, steps=2, lr=1e-3)
+    assert first.losses["kl"] < 1e-12
+    assert first.norms["kl"] < 1e-6 * max(first.norms.values())
+    assert first.weights["kl"] == 0
+    assert second.losses["kl"] > 0
+    assert second.norms["kl"] > 0
+
+
+def test_losses_are_those_of_the_texts(batches):
+    model = tiny.model()
+    record = next(iter(unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-12)))
+    ce = losses_of(model, batches[0])
+    assert record.losses["retain"] == pytest.approx(losses_of(model, batches[1]), rel=1e-3)
+    # UCE of an almost uniform model: p ≈ 1/V at every token
+    assert record.losses["forget"] == pytest.approx(-math.log1p(-math.exp(-ce)), rel=0.3)
+
+
+def test_gradient_ascent_climbs_the_cross_entropy_and_measures_the_rest(batches):
+    model = tiny.model()
+    ce = losses_of(model, batches[0])
+    (record,) = unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-3, direction="ga")
+    assert record.losses["forget"] == pytest.approx(-ce, rel=1e-3)
+    assert list(record.weights.values()) == [1, 0, 0]
+    assert record.norms["retain"] > 0
+
+
+def test_the_same_batches_give_the_same_weights(batches):
+    def trained():
+        model = tiny.model()
+        list(unlearn.unlearn(model, lambda: batches, steps=3, lr=1e-3))
+        return model.state_dict()
+
+    first, second = trained(), trained()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_reference_stays_as_it_was(batches):
+    from mollm import MOLLMOptimizer
+
+    model = tiny.model()
+    reference = freeze(model)
+    copies = {name: value.clone() for name, value in reference.state_dict().items()}
+    optimizer = MOLLMOptimizer(model.parameters(), lr=1e-2, objectives=OBJECTIVES)
+    descend(model, reference, optimizer, *batches)
+    assert all(torch.equal(copies[name], v) for name, v in reference.state_dict().items())
+    assert not torch.equal(model.lm_head.weight, reference.lm_head.weight)
+
+
+def test_a_poisoned_batch_is_skipped_and_recorded(batches, monkeypatch):
+    model = tiny.model()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def broken(hidden, *arguments, **options):
+        return hidden.sum() * float("nan")
+
+    monkeypatch.setattr(unlearn, "linear_uce_loss", broken)
+    with pytest.warns(UserWarning, match="not finite"):
+        (record,) = unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-2)
+    assert record.status == "NON_FINITE"
+    assert record.changes == record.conflicts == {}
+    assert all(torch.equal(weights[name], v) for name, v in model.state_dict().items())
