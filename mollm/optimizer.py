@@ -32,14 +32,15 @@ def _make_base(
             f"base must be 'adamw', 'sgd', or an optimizer class or factory, but got {base!r}."
         )
     optimizer = classes[base](params, lr=lr, **options)
-    if {"fused", "foreach", "capturable", "differentiable"}.isdisjoint(options) and all(
-        p.device.type in _FUSED_DEVICES and p.is_floating_point()
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ):
-        options = {**options, "fused": True}
-        return classes[base](optimizer.param_groups, lr=lr, **options)
+    if {"fused", "foreach", "capturable", "differentiable"}.isdisjoint(options):
+        for group in optimizer.param_groups:
+            group["fused"] = group["fused"] or _can_be_fused(group["params"])
     return optimizer
+
+
+def _can_be_fused(params: Sequence[Tensor]) -> bool:
+    """Whether Torch's fused kernels take these parameters."""
+    return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
 
 
 class MOLLMOptimizer(Optimizer):

@@ -230,6 +230,16 @@ def test_parameter_groups_keep_their_own_options():
     assert not torch.equal(model[2].weight.detach(), make_model()[2].weight.detach())
 
 
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_the_base_is_fused_where_it_can_be(base):
+    x = batches(1)[0]
+    for options, fused in (({}, True), ({"foreach": False}, None)):
+        model = make_model()
+        opt = MOLLMOptimizer(model.parameters(), base=base, **options)
+        assert opt.base.param_groups[0]["fused"] is fused
+        train(model, opt, [x])
+
+
 def test_add_param_group():
     model, x = make_model(), batches(1)[0]
     opt = MOLLMOptimizer(model[0].parameters(), lr=0.1, base="sgd")
