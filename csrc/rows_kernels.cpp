@@ -179,6 +179,20 @@ static double sweep_kl(const double* z, Shift own, const double* z_ref, Shift re
 
 // ---- one row
 
+struct Sums {
+  double m;  // max z
+  double x;  // z_t - m
+  double S;  // the sum of exp(z_j - m), j != t
+
+  Shift shift() const { return {m, S + std::exp(x)}; }
+};
+
+template <class T>
+static Sums sums(const T* z, int64_t count, int64_t t) {
+  const double m = maximum(z, count);
+  return {m, at(z + t) - m, sum_exp(z, t, m) + sum_exp(z + t + 1, count - t - 1, m)};
+}
+
 // Cross-entropy or UCE of a row, from sums alone.
 struct LogLoss {
   double loss;
@@ -233,19 +247,18 @@ static void row(const LogitRows& rows, double eps, const RowLoss& ce, const RowL
   G* ce_gradient = gradient_at<G>(ce, r);
   G* kl_gradient = gradient_at<G>(kl, r);
 
-  const double m = maximum(z, V), x = at(z + t) - m;
-  const double S = sum_exp(z, t, m) + sum_exp(z + t + 1, V - t - 1, m);
-  const LogLoss own = log_loss(x, S, eps);
+  const Sums own_sums = sums(z, V, t);
+  const LogLoss own = log_loss(own_sums.x, own_sums.S, eps);
   const double ce_scale = ce.losses ? scale_at<Wide>(ce, r) : 0;
   if (kl.losses) {
+    // Both rows are summed alike, so that KL and its gradient are exactly 0 where they are equal.
     const T* z_ref = static_cast<const T*>(rows.reference) + r * rows.reference_stride;
-    const double m_ref = maximum(z_ref, V);
-    const Shift ref = {m_ref, sum_exp(z_ref, V, m_ref)};
+    const Shift ref = sums(z_ref, V, t).shift();
     const Factors factors = {own.at_others * ce_scale, scale_at<Wide>(kl, r)};
-    set_loss<Wide>(kl, r, sweep_kl(z, {m, S + std::exp(x)}, z_ref, ref, V, factors, ce_gradient,
+    set_loss<Wide>(kl, r, sweep_kl(z, own_sums.shift(), z_ref, ref, V, factors, ce_gradient,
                                    kl_gradient));
   } else if (ce_gradient) {
-    write_softmax(z, V, m, own.at_others * ce_scale, ce_gradient);
+    write_softmax(z, V, own_sums.m, own.at_others * ce_scale, ce_gradient);
   }
   set_loss<Wide>(ce, r, own.loss);
   if (ce_gradient) put(ce_gradient + t, own.at_target * ce_scale);

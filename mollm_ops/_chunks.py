@@ -18,8 +18,7 @@ WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 MIN_CHUNK_ROWS = {"cuda": 2048, "cpu": 256}
 """Rows below which the GEMMs lose more speed than the smaller workspace is worth."""
 
-_UPCAST_BYTES = 32 << 20  # of weight that the CPU holds in float32 at a time, for float32 logits
-_ROUNDED_BYTES = 16 << 20  # of a 16-bit dW product that the CPU holds before it is added up
+_UPCAST_BYTES = 32 << 20  # of 16-bit operands that the CPU, whose GEMMs round, holds in float32
 
 
 class Gradients(NamedTuple):
@@ -77,7 +76,8 @@ class GradientSums:
     """Adds up the gradients of one loss over chunks.
 
     dW of 16-bit operands is added up in float32 and rounded once, at the end; one chunk needs no
-    addition and no buffer beside the result.
+    addition and no buffer beside the result. A GPU's GEMM adds 16-bit products up in float32; the
+    CPU's rounds its result, so there several chunks are multiplied in float32, a block at a time.
     """
 
     def __init__(self, head: Head, wants: tuple[bool, bool, bool], rows: int, chunks: int) -> None:
@@ -112,13 +112,11 @@ class GradientSums:
             else:
                 torch.mm(gradient, hidden, out_dtype=total.dtype, out=total)
         else:
-            height = max(1, _ROUNDED_BYTES // (2 * max(1, hidden.shape[1])))
+            wide = hidden.to(total.dtype)
+            height = max(1, _UPCAST_BYTES // (total.dtype.itemsize * max(1, len(hidden))))
             for begin in range(0, len(total), height):
-                block = torch.mm(gradient[begin : begin + height], hidden)
-                if self.started:
-                    total[begin : begin + height] += block
-                else:
-                    total[begin : begin + height] = block
+                block = gradient[begin : begin + height].to(total.dtype)
+                total[begin : begin + height].addmm_(block, wide, beta=int(self.started))
 
     def finish(self, index: Tensor | None) -> Gradients:
         """The sums in the dtype of the inputs; rows outside `index` have gradient zero."""

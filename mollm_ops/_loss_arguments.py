@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from mollm_ops._checks import check_dtype, name_of
 from mollm_ops.reference import wide_dtype
@@ -53,6 +55,7 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "
         bias = None if bias is None else bias.to(dtype)
     names = (f"{prefix}hidden", f"{prefix}weight" if prefix else "weight", f"{prefix}bias")
     check_dtype(names[0], hidden)
+    check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"{names[1]} must be [V, H] with V >= 1, but got {_shape(weight)}.")
     if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -125,6 +128,28 @@ def mask_target(mask: Tensor | None, head: Head) -> Tensor:
     if mask.device != head.hidden.device:
         raise ValueError(f"mask must be on {head.hidden.device}, but got {mask.device}.")
     return mask.reshape(-1).ne(0).long() - 1
+
+
+def check_transforms(*tensors: Tensor | None) -> None:
+    """Refuses torch.func.grad, jvp and forward-mode duals: their derivatives would be zero."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and _is_differentiated(tensor):
+            raise RuntimeError(
+                "mollm_ops losses must be differentiated with backward() or torch.autograd.grad, "
+                "but got a tensor of torch.func.grad, torch.func.jvp or forward-mode AD; use the "
+                "functions of mollm_ops.reference there."
+            )
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    dual = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return dual.tangent is not None
 
 
 def check_eps(eps: float) -> None:

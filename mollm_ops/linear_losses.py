@@ -440,7 +440,8 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, or a target outside [0, V). A GPU cannot say so without
             a synchronisation: there the loss is NaN and the row's gradient zero.
         TypeError: another dtype, or dtypes that differ.
-        RuntimeError: backward with create_graph=True; the second derivative is not implemented.
+        RuntimeError: backward with create_graph=True, for the second derivative is not implemented;
+            torch.func.grad and jvp.
     """
     return _ce(
         hidden,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops._checks import check_dtype
-from mollm_ops._loss_arguments import check_eps, check_reduction, flat_target
+from mollm_ops._loss_arguments import check_eps, check_reduction, check_transforms, flat_target
 from mollm_ops.reference import wide_dtype
 from mollm_ops.rows import RowLoss, log_rows, refuse_double_backward, row_targets
 
@@ -92,13 +92,15 @@ def uce_loss(
             cannot say the last without a synchronisation: there the loss is NaN and the row's
             gradient zero.
         TypeError: another dtype.
-        RuntimeError: backward with create_graph=True; the second derivative is not implemented.
+        RuntimeError: backward with create_graph=True, for the second derivative is not implemented;
+            torch.func.grad and jvp.
 
     Source: arXiv 2412.20412, section III.A.
     """
     check_eps(eps)
     check_reduction(reduction)
     check_dtype("logits", logits)
+    check_transforms(logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, but got {list(logits.shape)}.")
     lead = logits.shape[:-1]
