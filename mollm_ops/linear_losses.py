@@ -431,7 +431,7 @@ def linear_cross_entropy(
         normalizer: what "mean" divides by instead, for instance the number of answer tokens in all
             micro-batches of a step. A number, or a tensor of one element on any device.
         chunk_rows: rows of logits to hold at a time; the default keeps them near 1 GiB on a GPU
-            and 128 MiB on a CPU.
+            and 256 MiB on a CPU.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [...] for "none".
