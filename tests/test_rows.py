@@ -1,4 +1,4 @@
-"""The row kernels against the equations in float64 (and, where float64 ends, in mpmath's digits)."""
+"""The row kernels against the equations in float64, and in 60 digits where float64 ends."""
 
 import mpmath
 import pytest
