@@ -419,7 +419,9 @@ def linear_cross_entropy(
     Logits are rounded to the inputs' dtype, as a linear layer's are; everything between them and
     the gradients is float32, and dW is added up over chunks in float32 (float64 throughout for
     float64 inputs). A frozen weight costs no GEMM and no memory. Rows with target ignore_index
-    count neither in the loss nor in its mean. The op traces into a compiled graph in one piece.
+    count neither in the loss nor in its mean; on the CPU they cost no GEMM either, a GPU does not
+    tell the host how many they are without a synchronisation. The op traces into a compiled graph
+    in one piece.
 
     Args:
         hidden: [..., H], float32, float64, bfloat16 or float16; under autocast the autocast dtype.
