@@ -100,7 +100,10 @@ MOLLM_INLINE f32x16 phi_series(f32x16 d) {
 }
 
 struct Shift {
-  double m, Z;  // the maximum and the sum of exp(z - m)
+  double m;  // max z
+  double x;  // z_t - m
+  double S;  // the sum of exp(z_j - m), j != t
+  double Z;  // S + exp(x)
 };
 
 struct Factors {
@@ -179,20 +182,6 @@ static double sweep_kl(const double* z, Shift own, const double* z_ref, Shift re
 
 // ---- one row
 
-struct Sums {
-  double m;  // max z
-  double x;  // z_t - m
-  double S;  // the sum of exp(z_j - m), j != t
-
-  Shift shift() const { return {m, S + std::exp(x)}; }
-};
-
-template <class T>
-static Sums sums(const T* z, int64_t count, int64_t t) {
-  const double m = maximum(z, count);
-  return {m, at(z + t) - m, sum_exp(z, t, m) + sum_exp(z + t + 1, count - t - 1, m)};
-}
-
 // Cross-entropy or UCE of a row, from sums alone.
 struct LogLoss {
   double loss;
@@ -200,15 +189,23 @@ struct LogLoss {
   double at_target;  // dL/dz_t
 };
 
-// x = z_t - m, e_t = exp(x), S the other exponentials' sum. Never 1 - p: S / Z keeps its digits.
-LogLoss log_loss(double x, double S, double eps) {
-  const double e_t = std::exp(x), Z = S + e_t;
+// Never 1 - p: S / Z keeps its digits.
+LogLoss log_loss(const Shift& z, double eps) {
+  const double e_t = std::exp(z.x);
   if (eps > 0) {
-    const double s = (1 - eps) * e_t / (S + eps * e_t);
-    return {std::log1p(s), -s / Z, s * (S / Z)};
+    const double s = (1 - eps) * e_t / (z.S + eps * e_t);
+    return {std::log1p(s), -s / z.Z, s * (z.S / z.Z)};
   }
-  const double loss = x > -30 ? std::log1p(S / e_t) : std::log(Z) - x;
-  return {loss, 1 / Z, -(S / Z)};
+  const double loss = z.x > -30 ? std::log1p(z.S / e_t) : std::log(z.Z) - z.x;
+  return {loss, 1 / z.Z, -(z.S / z.Z)};
+}
+
+// Reference and model are added up in the same order: where they agree, KL is exactly zero.
+template <class T>
+static Shift shift_of(const T* z, int64_t t, int64_t V) {
+  const double m = maximum(z, V), x = at(z + t) - m;
+  const double S = sum_exp(z, t, m) + sum_exp(z + t + 1, V - t - 1, m);
+  return {m, x, S, S + std::exp(x)};
 }
 
 template <class Wide>
@@ -247,21 +244,19 @@ static void row(const LogitRows& rows, double eps, const RowLoss& ce, const RowL
   G* ce_gradient = gradient_at<G>(ce, r);
   G* kl_gradient = gradient_at<G>(kl, r);
 
-  const Sums own_sums = sums(z, V, t);
-  const LogLoss own = log_loss(own_sums.x, own_sums.S, eps);
+  const Shift own = shift_of(z, t, V);
+  const LogLoss log = log_loss(own, eps);
   const double ce_scale = ce.losses ? scale_at<Wide>(ce, r) : 0;
   if (kl.losses) {
-    // Both rows are summed alike, so that KL and its gradient are exactly 0 where they are equal.
     const T* z_ref = static_cast<const T*>(rows.reference) + r * rows.reference_stride;
-    const Shift ref = sums(z_ref, V, t).shift();
-    const Factors factors = {own.at_others * ce_scale, scale_at<Wide>(kl, r)};
-    set_loss<Wide>(kl, r, sweep_kl(z, own_sums.shift(), z_ref, ref, V, factors, ce_gradient,
+    const Factors factors = {log.at_others * ce_scale, scale_at<Wide>(kl, r)};
+    set_loss<Wide>(kl, r, sweep_kl(z, own, z_ref, shift_of(z_ref, t, V), V, factors, ce_gradient,
                                    kl_gradient));
   } else if (ce_gradient) {
-    write_softmax(z, V, own_sums.m, own.at_others * ce_scale, ce_gradient);
+    write_softmax(z, V, own.m, log.at_others * ce_scale, ce_gradient);
   }
-  set_loss<Wide>(ce, r, own.loss);
-  if (ce_gradient) put(ce_gradient + t, own.at_target * ce_scale);
+  set_loss<Wide>(ce, r, log.loss);
+  if (ce_gradient) put(ce_gradient + t, log.at_target * ce_scale);
 }
 
 static void any_row(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl,

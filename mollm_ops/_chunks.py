@@ -12,13 +12,14 @@ from mollm_ops._loss_arguments import Head
 from mollm_ops.reference import wide_dtype
 from mollm_ops.rows import RowLoss, kl_rows, log_rows
 
-WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 """What the logits of one chunk may take, all projections of a loss together."""
 
 MIN_CHUNK_ROWS = {"cuda": 2048, "cpu": 256}
 """Rows below which the GEMMs lose more speed than the smaller workspace is worth."""
 
-_UPCAST_BYTES = 32 << 20  # of 16-bit operands that the CPU, whose GEMMs round, holds in float32
+_UPCAST_BYTES = 32 << 20
+"""Of 16-bit operands that the CPU, whose GEMMs round to 16 bits, holds in float32 at a time."""
 
 
 class Gradients(NamedTuple):
@@ -64,12 +65,16 @@ def project_rows(head: Head, hidden: Tensor, out: Tensor) -> None:
         torch.mm(hidden, head.weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        width = max(1, _UPCAST_BYTES // (out.dtype.itemsize * max(1, hidden.shape[1])))
+        width = _block_rows(hidden.shape[1], out.dtype)
         for begin in range(0, out.shape[1], width):
             block = head.weight[begin : begin + width].to(out.dtype)
             torch.mm(wide, block.t(), out=out[:, begin : begin + width])
     if head.bias is not None:
         out.add_(head.bias)
+
+
+def _block_rows(width: int, dtype: torch.dtype) -> int:
+    return max(1, _UPCAST_BYTES // (dtype.itemsize * max(1, width)))
 
 
 class GradientSums:
@@ -113,7 +118,7 @@ class GradientSums:
                 torch.mm(gradient, hidden, out_dtype=total.dtype, out=total)
         else:
             wide = hidden.to(total.dtype)
-            height = max(1, _UPCAST_BYTES // (total.dtype.itemsize * max(1, len(hidden))))
+            height = _block_rows(len(hidden), total.dtype)
             for begin in range(0, len(total), height):
                 block = gradient[begin : begin + height].to(total.dtype)
                 total[begin : begin + height].addmm_(block, wide, beta=int(self.started))

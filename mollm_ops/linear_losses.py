@@ -419,7 +419,9 @@ def linear_cross_entropy(
     Logits are rounded to the inputs' dtype, as a linear layer's are; everything between them and
     the gradients is float32, and dW is added up over chunks in float32 (float64 throughout for
     float64 inputs). A frozen weight costs no GEMM and no memory. Rows with target ignore_index
-    count neither in the loss nor in its mean. The op traces into a compiled graph in one piece.
+    count neither in the loss nor in its mean; on the CPU they cost no GEMM either, a GPU does not
+    tell the host how many they are without a synchronisation. The op traces into a compiled graph
+    in one piece.
 
     Args:
         hidden: [..., H], float32, float64, bfloat16 or float16; under autocast the autocast dtype.
@@ -431,7 +433,7 @@ def linear_cross_entropy(
         normalizer: what "mean" divides by instead, for instance the number of answer tokens in all
             micro-batches of a step. A number, or a tensor of one element on any device.
         chunk_rows: rows of logits to hold at a time; the default keeps them near 1 GiB on a GPU
-            and 128 MiB on a CPU.
+            and 256 MiB on a CPU.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [...] for "none".

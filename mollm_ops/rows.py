@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mollm_ops._extension import DTYPE_CODES, extension, has_kernels_for
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def _rows(
 ) -> None:
     if logits.device.type == "cpu" and has_kernels_for(logits.device):
         _cpu_rows(logits, ref_logits, target, ce, kl, eps)
+    elif logits.device.type == "cuda" and logits.dtype != torch.float64 and HAS_TRITON:
+        _triton_rows(logits, ref_logits, target, ce, kl, eps)
     else:
         _torch_rows(logits, ref_logits, target, ce, kl, eps)
 
@@ -135,6 +140,31 @@ def _addresses(to: RowLoss | None) -> tuple[int, int, int, int, int] | None:
         return None
     gradient = (0, 0) if to.gradient is None else (to.gradient.data_ptr(), to.gradient.stride(0))
     return to.scale.data_ptr(), to.scale.stride(0), to.losses.data_ptr(), *gradient
+
+
+# ---- Triton: two sweeps, one read and one write of memory
+
+
+def _triton_rows(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    target: Tensor,
+    ce: RowLoss | None,
+    kl: RowLoss | None,
+    eps: float | None,
+) -> None:
+    from mollm_ops._rows_triton import kl_rows_triton, log_rows_triton
+
+    if len(logits) == 0:
+        return
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    target = target.contiguous()
+    if ref_logits is None:
+        assert ce is not None, "without a reference there is only this loss"
+        log_rows_triton(logits, target, ce, eps)
+    else:
+        assert kl is not None, "a reference is given for KL"
+        kl_rows_triton(logits, ref_logits, target, kl, ce)
 
 
 # ---- plain Torch: any device and dtype

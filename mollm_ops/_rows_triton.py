@@ -1,0 +1,264 @@
+"""The row kernels in Triton; see `mollm_ops.rows` for the equations.
+
+A row of 128256 logits fits no multiprocessor, so a program sweeps it twice: once for its maximum
+and sum, once for its gradient. One program per multiprocessor keeps the rows in flight (32 MiB of
+16-bit logits) in the L2 cache for the second sweep, so that memory sees one read and one write.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mollm_ops.rows import RowLoss
+
+MAX_BLOCK = 8192
+LOWEST = tl.constexpr(-3.0e38)  # below every finite logit; -inf - -inf would be NaN
+
+
+class Config(NamedTuple):
+    BLOCK: int
+    num_warps: int
+
+
+def config_of(vocab: int) -> Config:
+    """The shipped configurations: 16 logits a thread, 16 warps for a real vocabulary."""
+    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(vocab)))
+    return Config(block, max(1, block // 512))
+
+
+# ---- kernels
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u), u >= 0, to float32's last digits where 1 + u has lost u's."""
+    series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u / 5))))
+    return tl.where(u < 0.03, series, tl.log(1 + u))
+
+
+@triton.jit
+def _maximum_and_sum(row, t, V, BLOCK: tl.constexpr):
+    """m = max z, x = z_t - m and S = Σ_{j≠t} exp(z_j - m)."""
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full((), LOWEST, tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, V, BLOCK):
+        j = begin + lanes
+        z = tl.load(row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_last")
+        z = z.to(tl.float32)
+        top = tl.maximum(m, tl.max(z, 0))
+        sums = sums * tl.exp(m - top) + tl.where(j == t, 0.0, tl.exp(z - top))
+        m = top
+    x = tl.load(row + t).to(tl.float32) - m
+    return m, x, tl.sum(sums, 0)
+
+
+@triton.jit
+def _log_loss(x, S, eps, HAS_EPS: tl.constexpr):
+    """L, and ∂L/∂z as factors: of exp(z_j - m) for j != t, and alone for t."""
+    e_t = tl.exp(x)
+    Z = S + e_t
+    if HAS_EPS:
+        s = (1 - eps) * e_t / (S + eps * e_t)
+        return _log1p(s), -s / Z, s * (S / Z)
+    else:
+        # Below -30 the 1 of 1 + S / e_t has no digit left, and e_t may be zero.
+        ratio = S / tl.where(x > -30, e_t, 1.0)
+        return tl.where(x > -30, _log1p(ratio), tl.log(Z) - x), 1 / Z, -(S / Z)
+
+
+@triton.jit
+def _zero_row(row, V, BLOCK: tl.constexpr):
+    for begin in range(0, V, BLOCK):
+        j = begin + tl.arange(0, BLOCK)
+        tl.store(row + j, tl.zeros((BLOCK,), row.dtype.element_ty), mask=j < V)
+
+
+@triton.jit
+def log_rows_kernel(
+    logits,  # [R, V]
+    target,  # [R]
+    losses,  # [R]
+    scale,  # [R]
+    gradient,  # [R, V]; may be logits
+    stride,
+    scale_stride,
+    gradient_stride,
+    R,
+    V,
+    eps,
+    HAS_EPS: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    for r in range(tl.program_id(0), R, tl.num_programs(0)):
+        n = tl.cast(r, tl.int64)
+        t = tl.load(target + n)
+        out = gradient + n * gradient_stride
+        if (t < 0) | (t >= V):
+            tl.store(losses + n, tl.where(t < 0, 0.0, float("nan")))
+            if HAS_GRADIENT:
+                _zero_row(out, V, BLOCK)
+        else:
+            row = logits + n * stride
+            m, x, S = _maximum_and_sum(row, t, V, BLOCK)
+            loss, at_others, at_target = _log_loss(x, S, eps, HAS_EPS)
+            tl.store(losses + n, loss)
+            if HAS_GRADIENT:
+                c = tl.load(scale + n * scale_stride)
+                for begin in range(0, V, BLOCK):
+                    j = begin + tl.arange(0, BLOCK)
+                    z = tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
+                    e = tl.exp(z.to(tl.float32) - m)
+                    g = tl.where(j == t, at_target, at_others * e) * c
+                    tl.store(out + j, g.to(out.dtype.element_ty), mask=j < V)
+
+
+@triton.jit
+def kl_rows_kernel(
+    logits,  # [R, V]
+    ref_logits,  # [R, V]
+    target,  # [R]
+    kl_losses,  # [R]
+    kl_scale,  # [R]
+    kl_gradient,  # [R, V]; may begin where a row of logits or ref_logits does
+    ce_losses,  # [R]
+    ce_scale,  # [R]
+    ce_gradient,  # [R, V]; may begin where a row of logits or ref_logits does
+    stride,
+    ref_stride,
+    kl_scale_stride,
+    kl_gradient_stride,
+    ce_scale_stride,
+    ce_gradient_stride,
+    R,
+    V,
+    HAS_CE: tl.constexpr,
+    HAS_KL_GRADIENT: tl.constexpr,
+    HAS_CE_GRADIENT: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    for r in range(tl.program_id(0), R, tl.num_programs(0)):
+        n = tl.cast(r, tl.int64)
+        t = tl.load(target + n)
+        kl_out, ce_out = kl_gradient + n * kl_gradient_stride, ce_gradient + n * ce_gradient_stride
+        if (t < 0) | (t >= V):
+            loss = tl.where(t < 0, 0.0, float("nan"))
+            tl.store(kl_losses + n, loss)
+            if HAS_KL_GRADIENT:
+                _zero_row(kl_out, V, BLOCK)
+            if HAS_CE:
+                tl.store(ce_losses + n, loss)
+            if HAS_CE_GRADIENT:
+                _zero_row(ce_out, V, BLOCK)
+        else:
+            row, ref_row = logits + n * stride, ref_logits + n * ref_stride
+            m, x, S = _maximum_and_sum(row, t, V, BLOCK)
+            m_ref, x_ref, S_ref = _maximum_and_sum(ref_row, t, V, BLOCK)
+            Z, Z_ref = S + tl.exp(x), S_ref + tl.exp(x_ref)
+            log_ratio = tl.log(Z_ref) - tl.log(Z)
+            loss, at_others, at_target = _log_loss(x, S, 0.0, False)
+            kl_c, ce_c = tl.load(kl_scale + n * kl_scale_stride), 0.0
+            if HAS_CE:
+                tl.store(ce_losses + n, loss)
+                ce_c = tl.load(ce_scale + n * ce_scale_stride)
+            sums = tl.zeros((BLOCK,), tl.float32)
+            for begin in range(0, V, BLOCK):
+                j = begin + tl.arange(0, BLOCK)
+                a = tl.load(row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_first")
+                b = tl.load(
+                    ref_row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_first"
+                )
+                a, b = a.to(tl.float32) - m, b.to(tl.float32) - m_ref
+                e = tl.exp(a)
+                p, p_ref = e / Z, tl.exp(b) / Z_ref
+                d = (b - a) - log_ratio
+                phi = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
+                term = tl.where(tl.abs(d) < 0.25, p_ref * phi, p - p_ref + p_ref * d)
+                sums += tl.where(p_ref == 0, p, term)
+                if NARROW:
+                    # Shorter gradients of this block lie over logits that other threads read.
+                    tl.debug_barrier()
+                if HAS_KL_GRADIENT:
+                    g = (p - p_ref) * kl_c
+                    tl.store(kl_out + j, g.to(kl_out.dtype.element_ty), mask=j < V)
+                if HAS_CE_GRADIENT:
+                    g = tl.where(j == t, at_target, at_others * e) * ce_c
+                    tl.store(ce_out + j, g.to(ce_out.dtype.element_ty), mask=j < V)
+            tl.store(kl_losses + n, tl.sum(sums, 0))
+
+
+# ---- launchers
+
+
+def _programs(logits: Tensor) -> int:
+    if logits.device.type != "cuda":  # Triton's interpreter
+        return min(3, logits.shape[0])
+    properties = torch.cuda.get_device_properties(logits.device)
+    return min(properties.multi_processor_count, logits.shape[0])
+
+
+def log_rows_triton(logits: Tensor, target: Tensor, ce: RowLoss, eps: float | None) -> None:
+    config = config_of(logits.shape[1])
+    with _device_of(logits):
+        log_rows_kernel[(_programs(logits),)](
+            logits,
+            target,
+            ce.losses,
+            ce.scale,
+            logits if ce.gradient is None else ce.gradient,
+            logits.stride(0),
+            ce.scale.stride(0),
+            0 if ce.gradient is None else ce.gradient.stride(0),
+            *logits.shape,
+            0.0 if eps is None else eps,
+            HAS_EPS=eps is not None,
+            HAS_GRADIENT=ce.gradient is not None,
+            BLOCK=config.BLOCK,
+            num_warps=config.num_warps,
+        )
+
+
+def kl_rows_triton(
+    logits: Tensor, ref_logits: Tensor, target: Tensor, kl: RowLoss, ce: RowLoss | None
+) -> None:
+    config = config_of(logits.shape[1])
+    other = kl if ce is None else ce
+    written = [to.gradient for to in (kl, other) if to.gradient is not None]
+    with _device_of(logits):
+        kl_rows_kernel[(_programs(logits),)](
+            logits,
+            ref_logits,
+            target,
+            kl.losses,
+            kl.scale,
+            logits if kl.gradient is None else kl.gradient,
+            other.losses,
+            other.scale,
+            logits if other.gradient is None else other.gradient,
+            logits.stride(0),
+            ref_logits.stride(0),
+            kl.scale.stride(0),
+            0 if kl.gradient is None else kl.gradient.stride(0),
+            other.scale.stride(0),
+            0 if other.gradient is None else other.gradient.stride(0),
+            *logits.shape,
+            HAS_CE=ce is not None,
+            HAS_KL_GRADIENT=kl.gradient is not None,
+            HAS_CE_GRADIENT=ce is not None and ce.gradient is not None,
+            NARROW=any(g.dtype != logits.dtype for g in written),
+            BLOCK=config.BLOCK,
+            num_warps=config.num_warps,
+        )
+
+
+def _device_of(logits: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
