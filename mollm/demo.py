@@ -13,7 +13,6 @@ quiz, in a question form that training does not use, is held before and after.
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,6 +282,6 @@ def _summary(
         "device": machine.device_name(torch.device(settings.device)),
         "versions": machine.versions(),
         "commit": machine.commit(),
-        "command": " ".join(["mollm", *sys.argv[1:]]),
+        "command": settings.command(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

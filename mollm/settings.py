@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mollm.errors import UsageError
@@ -48,3 +49,13 @@ class DemoSettings:
             raise UsageError(
                 f"direction must be one of {', '.join(DIRECTIONS)}, but got {self.direction!r}."
             )
+
+    def command(self) -> str:
+        """The command line that makes the same run: the options that are not at their default."""
+        words = ["mollm", "demo"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value != option.default:
+                text = ",".join(value) if option.name == "forget" else str(value)
+                words += [f"--{option.name}", text]
+        return shlex.join(words)

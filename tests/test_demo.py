@@ -170,21 +170,6 @@ def test_batches_hold_the_facts_in_the_models_own_spelling():
     ]
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"steps": 0}, "steps must be at least 1, but got 0"),
-        ({"lr": 0.0}, "lr must be a positive number, but got 0.0"),
-        ({"lr": float("nan")}, "lr must be a positive number"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"direction": "up"}, "direction must be one of dual, project"),
-    ],
-)
-def test_settings_out_of_range_are_refused(options, words):
-    with pytest.raises(UsageError, match=words):
-        DemoSettings(**options)
-
-
 @pytest.mark.model
 def test_smollm2_forgets_in_a_short_run(tmp_path):
     """The real model, 4 steps: everything but the quality of a full run."""
