@@ -1,0 +1,29 @@
+"""The benchmarks run from end to end at small sizes and say where their figures come from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {
+    "gram_throughput.py": ["--elements", "40000", "--rounds", "1"],
+    "loss_throughput.py": ["--quick", "--rounds", "1", "--losses", "uce", "kl"],
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_benchmark_writes_its_rows_and_their_provenance(script, tmp_path):
+    path = tmp_path / "rows.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *COMMANDS[script]]
+    command += ["--device", "cpu", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(path.read_text())
+    assert {"device", "date", "versions", "commit", "command", "rows"} <= set(written)
+    assert all(row["error"] < 1e-2 for row in written["rows"])
+    assert path.with_suffix(".png").stat().st_size > 10_000
