@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
-    "gram_throughput.py": ["--elements", "40000", "--rounds", "1"],
+    "gram_throughput.py": ["--elements", "100000", "--rounds", "1"],
     "loss_throughput.py": ["--quick", "--rounds", "1", "--losses", "uce", "kl"],
 }
 
@@ -25,5 +25,7 @@ def test_a_benchmark_writes_its_rows_and_their_provenance(script, tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads(path.read_text())
     assert {"device", "date", "versions", "commit", "command", "rows"} <= set(written)
-    assert all(row["error"] < 1e-2 for row in written["rows"])
+    ours = [row for row in written["rows"] if row.get("method", "mollm") == "mollm"]
+    assert ours
+    assert all(row["error"] < 1e-2 for row in ours)
     assert path.with_suffix(".png").stat().st_size > 10_000
