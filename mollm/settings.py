@@ -31,8 +31,9 @@ class DemoSettings:
     """Decides the split of the countries and the order of training."""
     forget: tuple[str, ...] = ()
     """Countries to forget; without any, six are drawn from those that the model knows."""
-    direction: str = "dual"
-    """One of DIRECTIONS."""
+    direction: str = "project"
+    """One of DIRECTIONS. The default is the common descent direction nearest to the weighted sum:
+    unlike the paper's centre of the cone, it eases off once the facts are forgotten."""
     out: Path = Path("runs/demo")
     """Folder for the results."""
     device: str = "cpu"
