@@ -199,6 +199,16 @@ def head(model: PreTrainedModel) -> nn.Linear:
     return layer
 
 
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Takes the token embeddings and the head, often one matrix, out of training.
+
+    Through the softmax every token of the vocabulary gets some gradient from every batch, mostly
+    noise, and AdamW turns that into steps as large as any other. The facts sit in the layers.
+    """
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.requires_grad_(False)
+
+
 def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """The final hidden states from which the answer tokens are predicted, and those tokens.
 

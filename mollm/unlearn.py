@@ -19,7 +19,7 @@ from torch.autograd import backward
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
-from mollm.models import answer_states, freeze, head
+from mollm.models import answer_states, freeze_embeddings, freeze, head
 from mollm.optimizer import MOLLMOptimizer
 from mollm_ops import linear_ce_kl, linear_cross_entropy, linear_uce_loss
 
@@ -120,7 +120,8 @@ def unlearn(
     """Changes `model` in place, and yields a record after each step.
 
     The learning rate falls linearly from `lr` to 0: near the end UCE has almost no gradient left,
-    and AdamW, which normalises its steps, would otherwise keep walking at full speed.
+    and AdamW, which normalises its steps, would otherwise keep walking at full speed. Embeddings
+    and head stay as they are, see `freeze_embeddings`.
 
     Args:
         model: The model to change; a frozen copy of it serves as the reference.
@@ -132,8 +133,9 @@ def unlearn(
     """
     reference = freeze(model)
     ascent = direction == "ga"
+    freeze_embeddings(model)
     optimizer = MOLLMOptimizer(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=lr,
         objectives=OBJECTIVES,
         base="adamw",
