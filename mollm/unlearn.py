@@ -19,7 +19,7 @@ from torch.autograd import backward
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
-from mollm.models import answer_states, freeze_embeddings, freeze, head
+from mollm.models import answer_states, freeze, freeze_embeddings, head
 from mollm.optimizer import MOLLMOptimizer
 from mollm_ops import linear_ce_kl, linear_cross_entropy, linear_uce_loss
 
