@@ -6,14 +6,13 @@ RESULTS ?= benchmarks/results/gpu
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench soak gpu clean help
+.PHONY: demo test lint bench gpu clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  CPU benchmarks, results in benchmarks/results"
-	@echo "make soak   the long tests"
 	@echo "make gpu    on a machine with a CUDA device: build, GPU tests, compute-sanitizer,"
 	@echo "            benchmarks; results in RESULTS=$(RESULTS)"
 
@@ -35,10 +34,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
-
-soak: $(VENV)/installed
-	$(BIN)/python -m pytest --soak $(ARGS)
+	for b in benchmarks/*_throughput.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
 
 # Uses PYTHON's own Torch, installs nothing, and takes up where it stopped.
 gpu:

@@ -67,7 +67,10 @@ def test_a_run_leaves_everything_behind(saved, tmp_path):
     assert finished.summary == summary
 
     fresh = AutoModelForCausalLM.from_pretrained(out / "model")
-    assert not torch.equal(fresh.lm_head.weight, tiny.model().lm_head.weight)
+    original = tiny.model()
+    assert torch.equal(fresh.lm_head.weight, original.lm_head.weight)
+    layers = (model.model.layers[0].mlp.up_proj.weight for model in (fresh, original))
+    assert not torch.equal(*layers)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer("Oslo")["input_ids"] == tiny.tokenizer()("Oslo")["input_ids"]
 
