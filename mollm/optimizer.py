@@ -173,14 +173,13 @@ class MOLLMOptimizer(Optimizer):
                 f"objective {name!r} was opened after aggregate(): call step() or zero_grad() "
                 "first."
             )
-        mine = self._gradients.pop(name, {})
         for n, p in enumerate(self._parameters()):
             if p.grad is not None and not self._stale:
-                self._gradients[name] = mine
                 raise RuntimeError(
                     f"parameter {n} has a gradient of no objective: call zero_grad(), or run that "
                     "backward() inside `with optimizer.objective(name)`."
                 )
+        mine = self._gradients.pop(name, {})
         for p in self._parameters():
             p.grad = mine.get(p)
         self._stale = False
@@ -303,7 +302,7 @@ class MOLLMOptimizer(Optimizer):
     def _refuse_nonfinite(self, matrix: Tensor) -> None:
         finite = torch.isfinite(matrix.diagonal()).tolist()
         names = [name for name, ok in zip(self.objectives, finite, strict=True) if not ok]
-        what = f"the gradient of {', '.join(names)}" if names else "the Gram matrix"
+        what = f"the gradient of {', '.join(names)}" if names else "the Gram matrix or its rule"
         if self.on_nonfinite == "raise":
             self._solution = None
             for p in self._parameters():
@@ -331,6 +330,7 @@ class MOLLMOptimizer(Optimizer):
         """Empties every objective, and p.grad as any Torch optimizer does."""
         self._forget_gradients()
         super().zero_grad(set_to_none)
+        self._stale = not set_to_none
 
     # ---- what happened, and what is saved
 
@@ -359,8 +359,9 @@ class MOLLMOptimizer(Optimizer):
         self.skipped_steps = state_dict.get("mollm", {}).get("skipped_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        hooks = ("_optimizer_", "_zero_grad_profile_name")
-        return {k: v for k, v in self.__dict__.items() if not k.startswith(hooks)}
+        # A scheduler wraps `step` of this very object; a copy gets its own from the class.
+        left = ("_optimizer_", "_zero_grad_profile_name", "step", "_opt_called")
+        return {k: v for k, v in self.__dict__.items() if not k.startswith(left)}
 
     def __repr__(self) -> str:
         return f"MOLLMOptimizer(objectives={self.objectives}, rule={self.rule}, base={self.base})"

@@ -18,6 +18,9 @@ from mollm_ops import (
     upgrad_weights,
 )
 
+NEGLIGIBLE = 1e-12
+"""Share of the largest |g|² below which an objective takes no part in a normalised rule."""
+
 
 class Rule(Protocol):
     """Gram matrix [K, K] in float64 → weights of Σ_k w_k g_k, with status and Pareto gap."""
@@ -88,7 +91,8 @@ class _Weighting:
         scale = torch.ones_like(known[0])
         if self.normalize:
             square = known.diagonal()
-            scale = torch.where(square > 0, square.rsqrt(), 0.0)
+            takes_part = (square > 0) & (square >= NEGLIGIBLE * square.max())
+            scale = torch.where(takes_part, square.rsqrt(), 0.0)
         weights = self.weighting(known * scale[:, None] * scale)
         if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
@@ -128,7 +132,8 @@ def make_rule(
         objectives: K.
         preferences: c_k ≥ 0, one per objective; default all 1. `dual` and `mgda` and callables
             take none.
-        normalize: give the rule the gradients scaled to a common norm.
+        normalize: give the rule the gradients scaled to a common norm: to `length`, and for
+            `pcgrad`, `sum` and callables to 1.
         length: see `mollm_ops.dual_space_weights`.
     """
     if preferences is not None and (callable(direction) or direction in _WITHOUT_PREFERENCES):
@@ -137,10 +142,8 @@ def make_rule(
             f"but got {list(preferences)}."
         )
     c = tuple(float(p) for p in preferences) if preferences is not None else (1.0,) * objectives
-    if len(c) != objectives:
-        raise ValueError(
-            f"preferences must have one entry per objective ({objectives}), but got {len(c)}."
-        )
+    # Refuses bad preferences and lengths now, for every direction alike.
+    project_weights(torch.eye(objectives, dtype=torch.float64), c, length=length)
     if callable(direction):
         return _Weighting(direction, normalize)
     if direction == "sum":
@@ -152,6 +155,4 @@ def make_rule(
             f"direction must be one of {', '.join(DIRECTIONS)} or a callable on the Gram matrix, "
             f"but got {direction!r}."
         )
-    rule = _Solver(direction, c, normalize, length)
-    rule(torch.eye(objectives, dtype=torch.float64))  # refuses a bad length or preference now
-    return rule
+    return _Solver(direction, c, normalize, length)

@@ -11,12 +11,12 @@ from torch import Tensor
 from mollm_ops._extension import addresses, dtype_codes, extension
 
 _TABLES = 64  # recent pointer tables kept on the device: a training loop reuses a few of them
-_tables: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedDict()
+_tables: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
 
 
 def _device_table(entries: list[int], device: torch.device) -> Tensor:
-    """The entries as int64 on the device. A known table costs no transfer."""
-    key = (device, tuple(entries))
+    """The entries as int64 on the device. A table known to this stream costs no transfer."""
+    key = (torch.cuda.current_stream(device).cuda_stream, (device.index or 0, *entries))
     table = _tables.pop(key, None)
     if table is None:
         host = torch.tensor(entries, dtype=torch.int64).pin_memory()

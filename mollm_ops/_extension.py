@@ -37,6 +37,9 @@ def has_kernels_for(device: torch.device) -> bool:
         built = extension is not None and extension.HAS_CUDA
         if not built:
             _warn_once("mollm_ops was installed without its CUDA part (nvcc was not found)")
+        elif torch.cuda.get_device_capability(device) < (8, 0):
+            _warn_once("the CUDA kernels of mollm_ops need compute capability 8.0")
+            built = False
         return built
     return False
 

@@ -146,15 +146,14 @@ def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tens
 def _dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Tensor:
     device = _device(flat)
     if device.type != "cpu" or not has_kernels_for(device):
-        totals = [
-            sum(
-                (g.double() * t.double()).sum()
-                for g, t in zip(row, x, strict=True)
-                if g is not None
-            )
-            for row in _lists(flat, lists)
-        ]
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in totals])
+        total = torch.zeros(lists, dtype=torch.float64, device=device)
+        for tensors in zip(*_lists(flat, lists), x, strict=True):
+            for *row, t in _slices(tensors):
+                wide = t.double()  # type: ignore[union-attr]
+                for k, g in enumerate(row):
+                    if g is not None:
+                        total[k] += g.double() @ wide
+        return total
     assert extension is not None, "has_kernels_for(cpu) implies the extension"
     rows, column = _contiguous(flat), _contiguous(x)
     out = torch.zeros(lists, dtype=torch.float64)
@@ -221,7 +220,7 @@ def _check_weights(gradients: GradientLists, weights: Tensor) -> Tensor:
             f"but got shape {tuple(weights.shape)}."
         )
     flat = next(t for tensors in gradients for t in tensors if t is not None)
-    return weights.detach().to(device=flat.device, dtype=torch.float64)
+    return weights.detach().to(device=flat.device, dtype=torch.float64).contiguous()
 
 
 def _check_out(out: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> None:

@@ -100,6 +100,12 @@ def test_combine_in_place_of_a_list():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_strided_weights():
+    g = gradients(2, shapes=[(5,)])
+    strided = torch.tensor([[2.0, 9.0], [3.0, 9.0]], dtype=torch.float64)[:, 0]
+    torch.testing.assert_close(combine(g, strided)[0], 2 * g[0][0] + 3 * g[1][0])
+
+
 def test_weight_zero_keeps_an_infinity_out():
     g = [[torch.tensor([1.0, 2.0])], [torch.tensor([float("inf"), float("nan")])]]
     assert combine(g, torch.tensor([2.0, 0.0]))[0].tolist() == [2.0, 4.0]

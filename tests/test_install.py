@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_NVCC = "/usr/bin:/bin"
+HIDDEN = ("CUDACXX", "CUDA_PATH", "CUDAToolkit_ROOT", "CMAKE_PREFIX_PATH", "MOLLM_CUDA")
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def build(tmp_path):
         pytest.skip("nvcc stands in /usr/bin, so PATH cannot hide it")
 
     def run(cuda):
-        environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "MOLLM_CUDA")}
+        environment = {k: v for k, v in os.environ.items() if k not in HIDDEN}
         environment |= {"PATH": WITHOUT_NVCC, **({"MOLLM_CUDA": cuda} if cuda else {})}
         command = [
             sys.executable,

@@ -276,6 +276,7 @@ def test_a_run_continues_bit_for_bit_from_its_state_dict(through):
 def test_pickle_and_deepcopy():
     model, data = make_model(), batches(4)
     opt = MOLLMOptimizer(model.parameters(), lr=0.01, direction="project")
+    torch.optim.lr_scheduler.ConstantLR(opt)
     train(model, opt, data[:2])
     for clone in (lambda m: copy.deepcopy(m), lambda m: pickle.loads(pickle.dumps(m))):
         other_model, other = clone((model, opt))
@@ -459,6 +460,7 @@ def test_errors_name_the_objective_and_the_way_out():
         opt.backward({k: v for k, v in losses(model, x).items() if k != "kl"})
     with pytest.raises(RuntimeError, match="last_step is empty"):
         _ = opt.last_step
+    opt.zero_grad()
     model(x).sum().backward()
     with (
         pytest.raises(RuntimeError, match="parameter 0 has a gradient of no objective"),

@@ -116,5 +116,8 @@ def test_bad_arguments():
         rule("dual", preferences=[1, 1, 1])
     with pytest.raises(ValueError, match=r"one entry per objective \(3\), but got 2"):
         rule("sum", preferences=[1, 1])
-    with pytest.raises(ValueError, match="length must be one of"):
-        rule("dual", length="long")
+    for direction in DIRECTIONS:
+        with pytest.raises(ValueError, match="length must be one of"):
+            rule(direction, length="long")
+    with pytest.raises(ValueError, match="finite and not negative"):
+        rule("sum", preferences=[1, float("nan"), 1])
