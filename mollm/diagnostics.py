@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops import Solution, Status
-
-_NEGLIGIBLE = 1e-12  # share of the largest |g|² below which an objective took no part
+from mollm_ops.dual_space import takes_part
 
 
 class StepReport:
@@ -75,11 +74,9 @@ class StepReport:
         changes = self.changes
         if changes is None:
             return None
-        square = self.gram.diagonal()
-        took_part = (square > 0) & (square >= _NEGLIGIBLE * square.max())
         return {
             name: part and not changes[name] < 0
-            for name, part in zip(self.objectives, took_part.tolist(), strict=True)
+            for name, part in zip(self.objectives, takes_part(self.gram).tolist(), strict=True)
         }
 
     def __repr__(self) -> str:

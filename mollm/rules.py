@@ -17,9 +17,7 @@ from mollm_ops import (
     project_weights,
     upgrad_weights,
 )
-
-NEGLIGIBLE = 1e-12
-"""Share of the largest |g|² below which an objective takes no part in a normalised rule."""
+from mollm_ops.dual_space import takes_part
 
 
 class Rule(Protocol):
@@ -90,9 +88,7 @@ class _Weighting:
         known = torch.nan_to_num(gram, nan=0.0, posinf=0.0, neginf=0.0)
         scale = torch.ones_like(known[0])
         if self.normalize:
-            square = known.diagonal()
-            takes_part = (square > 0) & (square >= NEGLIGIBLE * square.max())
-            scale = torch.where(takes_part, square.rsqrt(), 0.0)
+            scale = torch.where(takes_part(known), known.diagonal().rsqrt(), 0.0)
         weights = self.weighting(known * scale[:, None] * scale)
         if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

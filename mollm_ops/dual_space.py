@@ -30,6 +30,12 @@ class Status(IntEnum):
     """Another rule's weights."""
 
 
+def takes_part(gram: Tensor) -> Tensor:
+    """[K] bool: the objectives whose gradient is not zero or negligible beside the largest."""
+    square = gram.diagonal()
+    return (square > 0) & (square >= dual_space_reference.NEGLIGIBLE * square.max())
+
+
 class Solution:
     """Weights for Σ_k w_k g_k; the direction of descent is its negative.
 
