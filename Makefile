@@ -34,7 +34,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	for b in benchmarks/*_throughput.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
+	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
 
 # Uses PYTHON's own Torch, installs nothing, and takes up where it stopped.
 gpu:

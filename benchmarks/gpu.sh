@@ -27,7 +27,7 @@ part() {
 
 sanitizer() {
   compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -m pytest -m gpu -x \
-    -k "gram or dual_space" tests/test_gram.py tests/test_dual_space.py
+    tests/test_gram.py tests/test_dual_space.py tests/test_update.py
 }
 
 part build env MOLLM_CUDA=1 "$PYTHON" setup.py build_ext --inplace
@@ -35,5 +35,6 @@ part tests "$PYTHON" -m pytest -m gpu
 part memcheck sanitizer memcheck
 part racecheck sanitizer racecheck
 part gram_throughput "$PYTHON" benchmarks/gram_throughput.py --json "$RESULTS/gram_throughput.json"
+part step_time "$PYTHON" benchmarks/step_time.py --json "$RESULTS/step_time.json"
 part loss_throughput "$PYTHON" benchmarks/loss_throughput.py --json "$RESULTS/loss_throughput.json"
 exit $status

@@ -14,6 +14,7 @@
 #include "gram.h"
 #include "gram_kernels.h"
 #include "rows.h"
+#include "update.h"
 
 namespace py = pybind11;
 
@@ -49,16 +50,50 @@ TensorLists lists_of(const Addresses& data, const std::vector<int>& dtypes,
           counts.data()};
 }
 
+// (addresses, dtypes), one for each tensor
+using ListTuple = std::tuple<Addresses, std::vector<int>>;
+// ((addresses, dtypes) of the K * N means, beta)
+using MeansTuple = std::tuple<ListTuple, double>;
+// ((addresses, dtypes) of v, corrections, weights, beta2, eps)
+using MetricTuple =
+    std::tuple<ListTuple, std::vector<double>, std::vector<double>, double, double>;
+
+// The argument must be the caller's own optional: one made from a bare list is a short-lived copy.
+TensorList list_of(const std::optional<ListTuple>& list) {
+  if (!list) return {nullptr, nullptr};
+  return {pointers<void*>(std::get<0>(*list)), dtypes_of(std::get<1>(*list))};
+}
+
+RunningMeans means_of(const std::optional<MeansTuple>& means) {
+  if (!means) return {};
+  const auto& [list, beta] = *means;
+  return {pointers<void*>(std::get<0>(list)), dtypes_of(std::get<1>(list)), beta};
+}
+
+AdamMetric metric_of(const std::optional<MetricTuple>& metric) {
+  if (!metric) return {};
+  const auto& [list, corrections, weights, beta2, eps] = *metric;
+  return {pointers<const void*>(std::get<0>(list)),
+          dtypes_of(std::get<1>(list)),
+          corrections.data(),
+          weights.data(),
+          beta2,
+          eps};
+}
+
 void bind_gram(py::module_& m) {
   m.def(
       "gram_cpu",
       [](const Addresses& data, const std::vector<int>& dtypes, const std::vector<int64_t>& counts,
+         const std::optional<MeansTuple>& means, const std::optional<MetricTuple>& metric,
          std::uintptr_t gram, int threads) {
         const TensorLists lists = lists_of(data, dtypes, counts);
         py::gil_scoped_release release;
-        gram_cpu(lists, reinterpret_cast<double*>(gram), threads);
+        gram_cpu(lists, means_of(means), metric_of(metric), reinterpret_cast<double*>(gram),
+                 threads);
       },
-      py::arg("data"), py::arg("dtypes"), py::arg("counts"), py::arg("gram"), py::arg("threads"));
+      py::arg("data"), py::arg("dtypes"), py::arg("counts"), py::arg("means"), py::arg("metric"),
+      py::arg("gram"), py::arg("threads"));
   m.def(
       "combine_cpu",
       [](const Addresses& data, const std::vector<int>& dtypes, const std::vector<int64_t>& counts,
@@ -85,6 +120,42 @@ void bind_gram(py::module_& m) {
   m.def("cpu_instruction_set", &cpu_instruction_set);
 }
 
+// The numbers of UpdateOptions by name.
+UpdateOptions update_options(const py::dict& o) {
+  return {static_cast<Method>(o["method"].cast<int>()),
+          o["lr"].cast<double>(),
+          o["weight_decay"].cast<double>(),
+          o["momentum"].cast<double>(),
+          o["nesterov"].cast<bool>(),
+          o["beta1"].cast<double>(),
+          o["beta2"].cast<double>(),
+          o["eps"].cast<double>(),
+          !o["rounding_seed"].is_none(),
+          o["rounding_seed"].is_none() ? 0 : o["rounding_seed"].cast<uint64_t>()};
+}
+
+void bind_update(py::module_& m) {
+  m.def(
+      "update_cpu",
+      [](const Addresses& data, const std::vector<int>& dtypes, const std::vector<int64_t>& counts,
+         const std::vector<double>& weights,
+         const std::optional<std::vector<double>>& second_weights,
+         const std::optional<MeansTuple>& means, const std::optional<ListTuple>& params, const std::optional<ListTuple>& first,
+         const std::optional<ListTuple>& second,
+         const Addresses& steps, const py::dict& options, std::uintptr_t changes, int threads) {
+        const TensorLists lists = lists_of(data, dtypes, counts);
+        const UpdateOptions numbers = update_options(options);
+        const UpdateTargets targets = {list_of(params), list_of(first), list_of(second),
+                                       pointers<const float*>(steps)};
+        py::gil_scoped_release release;
+        update_cpu(lists, weights.data(), second_weights ? second_weights->data() : nullptr,
+                   means_of(means), targets, numbers, reinterpret_cast<double*>(changes), threads);
+      },
+      py::arg("data"), py::arg("dtypes"), py::arg("counts"), py::arg("weights"),
+      py::arg("second_weights"), py::arg("means"), py::arg("params"), py::arg("first"),
+      py::arg("second"), py::arg("steps"), py::arg("options"), py::arg("changes"), py::arg("threads"));
+}
+
 #ifdef MOLLM_WITH_CUDA
 void check(int error) {
   if (error) throw std::runtime_error(std::string("CUDA: ") + cuda_error_string(error) + ".");
@@ -101,6 +172,13 @@ DeviceLists device_lists(std::uintptr_t table, int lists, int64_t tensors, int64
   const int64_t entries = lists * tensors;
   return {lists,          tensors, chunks, base, base + entries, base + 2 * entries,
           base + 2 * entries + tensors};
+}
+
+// As above, [K, N] addresses and [K, N] dtypes; 0 for no means.
+DeviceMeans device_means(std::uintptr_t table, double beta, int lists, int64_t tensors) {
+  const int64_t* const base = at<const int64_t>(table);
+  if (!base) return {};
+  return {base, base + lists * tensors, beta};
 }
 
 void bind_cuda(py::module_& m) {
@@ -121,6 +199,51 @@ void bind_cuda(py::module_& m) {
       py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
       py::arg("partials"), py::arg("arrived"), py::arg("blocks"), py::arg("gram"),
       py::arg("stream"));
+  m.def(
+      "gram_moved_cuda",
+      [](std::uintptr_t table, int lists, int64_t tensors, int64_t chunks, std::uintptr_t means,
+         double beta, std::uintptr_t moments, std::uintptr_t second_weights, double beta2,
+         double eps, std::uintptr_t partials, std::uintptr_t arrived, int blocks,
+         std::uintptr_t gram, std::uintptr_t stream) {
+        const int64_t* const v = at<const int64_t>(moments);
+        DeviceMetric metric;
+        if (v) metric = {v, v + tensors, v + 2 * tensors, at<const double>(second_weights), beta2, eps};
+        check(gram_moved_cuda(device_lists(table, lists, tensors, chunks),
+                              device_means(means, beta, lists, tensors), metric,
+                              {at<double>(partials), at<unsigned>(arrived)}, blocks,
+                              at<double>(gram), at<void>(stream)));
+      },
+      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"), py::arg("means"),
+      py::arg("beta"), py::arg("moments"), py::arg("second_weights"), py::arg("beta2"),
+      py::arg("eps"), py::arg("partials"), py::arg("arrived"), py::arg("blocks"), py::arg("gram"),
+      py::arg("stream"));
+  m.def(
+      "update_cuda",
+      [](std::uintptr_t table, int lists, int64_t tensors, int64_t chunks, std::uintptr_t targets,
+         std::uintptr_t weights, std::uintptr_t second_weights, std::uintptr_t means, double beta,
+         std::uintptr_t proceed, std::uintptr_t lr, const py::dict& options,
+         std::uintptr_t partials, std::uintptr_t arrived, int blocks, std::uintptr_t changes,
+         std::uintptr_t stream) {
+        const int64_t* const to = at<const int64_t>(targets);
+        const DeviceUpdate update = {to,
+                                     to + 2 * tensors,
+                                     to + 4 * tensors,
+                                     to + 6 * tensors,
+                                     at<const double>(weights),
+                                     at<const double>(second_weights),
+                                     device_means(means, beta, lists, tensors),
+                                     at<const bool>(proceed),
+                                     at<const double>(lr),
+                                     update_options(options),
+                                     {at<double>(partials), at<unsigned>(arrived)},
+                                     at<double>(changes)};
+        check(update_cuda(device_lists(table, lists, tensors, chunks), update, blocks,
+                          at<void>(stream)));
+      },
+      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
+      py::arg("targets"), py::arg("weights"), py::arg("second_weights"), py::arg("means"),
+      py::arg("beta"), py::arg("proceed"), py::arg("lr"), py::arg("options"), py::arg("partials"),
+      py::arg("arrived"), py::arg("blocks"), py::arg("changes"), py::arg("stream"));
   m.def(
       "combine_cuda",
       [](std::uintptr_t table, int lists, int64_t tensors, int64_t chunks, std::uintptr_t weights,
@@ -231,6 +354,7 @@ void bind_rows(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of mollm_ops.";
   bind_gram(m);
+  bind_update(m);
   bind_dual_space(m);
   bind_rows(m);
 #ifdef MOLLM_WITH_CUDA

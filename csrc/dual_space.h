@@ -10,11 +10,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define MOLLM_HD __host__ __device__
-#else
-#define MOLLM_HD
-#endif
+#include "host_device.h"
 
 namespace mollm {
 

@@ -5,6 +5,8 @@
 
 namespace mollm {
 
+constexpr int kMaxRows = 64;  // K at most; the optimizer's callers stay far below
+
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // K lists of the same N tensors; tensor n of list k is data[k * tensors + n], contiguous, with
@@ -17,9 +19,30 @@ struct TensorLists {
   const int64_t* counts;    // [N]
 };
 
+// Running means of the gradients, which take their place in gram and in the update:
+//     mean_k <- beta mean_k + (1 - beta) g_k.
+// gram only reads them and multiplies what the update will store, so that a Gram matrix that is not
+// finite leaves them as they were.
+struct RunningMeans {
+  void* const* data = nullptr;    // [K, N]; wherever there is a gradient there is a mean
+  const DType* dtypes = nullptr;  // [K, N]
+  double beta = 0;
+};
+
+// The diagonal metric of Adam in which gram multiplies, sum_e P_e g_i,e g_j,e:
+//     v' = beta2 v + (1 - beta2) sum_k weights_k g_k^2,  P = 1 / (sqrt(v' / correction) + eps)
+struct AdamMetric {
+  const void* const* second = nullptr;   // v, [N]; null for zeros
+  const DType* dtypes = nullptr;         // [N]
+  const double* corrections = nullptr;   // 1 - beta2^t, [N]
+  const double* weights = nullptr;       // [K]; null: no metric
+  double beta2 = 0, eps = 0;
+};
+
 // gram[i, j] = sum over all elements of g_i * g_j, [K, K]. The order of the additions depends on
 // the sizes alone: the result is the same, bit for bit, for any number of threads.
-void gram_cpu(const TensorLists& gradients, double* gram, int threads);
+void gram_cpu(const TensorLists& gradients, const RunningMeans& means, const AdamMetric& metric,
+              double* gram, int threads);
 
 // out[n] = sum_k weights[k] * g_k[n]. A list of weight 0 is not read: an infinity in it is inert.
 // out may be one of the lists.
@@ -30,7 +53,8 @@ void combine_cpu(const TensorLists& gradients, const double* weights, void* cons
 void dots_cpu(const TensorLists& gradients, const void* const* x, const DType* x_dtypes,
               double* dots, int threads);
 
-// The instruction set that gram_cpu and combine_cpu run on: "avx512", "avx2" or "baseline".
+// The instruction set that gram_cpu and combine_cpu run on: "avx512bf16", "avx512", "avx2" or
+// "baseline".
 const char* cpu_instruction_set();
 
 #ifdef MOLLM_WITH_CUDA
@@ -59,6 +83,22 @@ struct GramWorkspace {
   unsigned* arrived;  // zero before the launch and after it
 };
 
+// As RunningMeans and AdamMetric; null where they are not asked for. `steps` holds the addresses of
+// t - 1 as floats.
+struct DeviceMeans {
+  const int64_t* data = nullptr;    // [K, N]
+  const int64_t* dtypes = nullptr;  // [K, N]
+  double beta = 0;
+};
+
+struct DeviceMetric {
+  const int64_t* second = nullptr;  // [N]
+  const int64_t* dtypes = nullptr;  // [N]
+  const int64_t* steps = nullptr;   // [N]
+  const double* weights = nullptr;  // [K]
+  double beta2 = 0, eps = 0;
+};
+
 // Which rule of dual_space.h: 0 dual, 1 mgda, 2 project, 3 upgrad.
 struct SolveRequest {
   int rule, length;
@@ -70,6 +110,8 @@ struct SolveRequest {
 int cuda_grid(int* blocks);
 int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, double* gram,
               void* stream);
+int gram_moved_cuda(const DeviceLists& lists, const DeviceMeans& means, const DeviceMetric& metric,
+                    const GramWorkspace& work, int blocks, double* gram, void* stream);
 int combine_cuda(const DeviceLists& lists, const double* weights, const DeviceOutputs& out,
                  int blocks, void* stream);
 // packed: [K weights, status, Pareto gap]

@@ -1,15 +1,10 @@
 #include "gram.h"
 
-#include <vector>
-
 #include "gram_kernels.h"
-#include "parallel.h"
+#include "lists.h"
 
 namespace mollm {
 namespace {
-
-constexpr int64_t kChunk = 1 << 16;           // elements of every list that one task works on
-constexpr int64_t kWorthAThread = 1 << 18;    // elements below which a thread costs more than it saves
 
 struct Isa {
   const char* name;
@@ -20,8 +15,10 @@ Isa choose_isa() {
 #ifdef MOLLM_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) return {"avx512bf16", &avx512bf16::gram_kernels};
     return {"avx512", &avx512::gram_kernels};
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {"avx2", &avx2::gram_kernels};
 #endif
@@ -33,83 +30,42 @@ const Isa& isa() {
   return chosen;
 }
 
-int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32: return 4;
-    default: return 2;
-  }
-}
-
-const void* advance(const void* p, DType dtype, int64_t elements) {
-  return static_cast<const char*>(p) + elements * size_of(dtype);
-}
-
-struct Chunk {
-  int64_t tensor, begin, count;
-};
-
-// The lists of a chunk that hold anything (and, where weights are given, have a weight).
-struct Rows {
-  int count = 0;
-  int list[kMaxRows];
-  const void* data[kMaxRows];
-  DType dtypes[kMaxRows];
-  double weights[kMaxRows];
-};
-
-Rows rows_of(const TensorLists& lists, const Chunk& chunk, const double* weights = nullptr) {
-  Rows rows;
-  for (int k = 0; k < lists.lists; ++k) {
-    const int64_t at = k * lists.tensors + chunk.tensor;
-    if (!lists.data[at] || (weights && weights[k] == 0)) continue;
-    rows.list[rows.count] = k;
-    rows.data[rows.count] = advance(lists.data[at], lists.dtypes[at], chunk.begin);
-    rows.dtypes[rows.count] = lists.dtypes[at];
-    rows.weights[rows.count] = weights ? weights[k] : 1;
-    ++rows.count;
-  }
-  return rows;
-}
-
-std::vector<Chunk> chunks_of(const TensorLists& lists) {
-  std::vector<Chunk> chunks;
-  for (int64_t n = 0; n < lists.tensors; ++n)
-    for (int64_t begin = 0; begin < lists.counts[n]; begin += kChunk)
-      chunks.push_back({n, begin, std::min(kChunk, lists.counts[n] - begin)});
-  return chunks;
-}
-
-int useful_threads(const TensorLists& lists, int threads) {
-  int64_t elements = 0;
-  for (int64_t n = 0; n < lists.tensors; ++n) elements += lists.counts[n] * lists.lists;
-  return static_cast<int>(std::min<int64_t>(threads, 1 + elements / kWorthAThread));
-}
-
-// Adds up `width` doubles of every chunk, in the order of the chunks.
-template <class F>
-std::vector<double> reduce_chunks(const TensorLists& lists, int width, int threads,
-                                  const F& chunk_sums) {
-  const std::vector<Chunk> chunks = chunks_of(lists);
-  std::vector<double> sums(chunks.size() * width, 0.0);
-  parallel_for(static_cast<int64_t>(chunks.size()), useful_threads(lists, threads),
-               [&](int64_t c) { chunk_sums(chunks[c], &sums[c * width]); });
-  std::vector<double> total(width, 0.0);
-  for (size_t c = 0; c < chunks.size(); ++c)
-    for (int w = 0; w < width; ++w) total[w] += sums[c * width + w];
-  return total;
-}
-
 }  // namespace
 
-void gram_cpu(const TensorLists& gradients, double* gram, int threads) {
+void gram_cpu(const TensorLists& gradients, const RunningMeans& means, const AdamMetric& metric,
+              double* gram, int threads) {
   const int K = gradients.lists;
   const std::vector<double> total =
       reduce_chunks(gradients, K * K, threads, [&](const Chunk& chunk, double* sums) {
-        const Rows rows = rows_of(gradients, chunk);
+        const Rows rows = rows_of(gradients, chunk, metric.weights);
         if (rows.count == 0) return;
+        GramChunk task = {};
+        task.rows = rows.count;
+        task.data = rows.data;
+        task.dtypes = rows.dtypes;
+        task.count = chunk.count;
+        Rows averages;
+        if (means.data) {
+          for (int r = 0; r < rows.count; ++r) {
+            const int64_t at = rows.list[r] * gradients.tensors + chunk.tensor;
+            averages.dtypes[r] = means.dtypes[at];
+            averages.data[r] = advance(means.data[at], means.dtypes[at], chunk.begin);
+          }
+          task.means = averages.data;
+          task.mean_dtypes = averages.dtypes;
+          task.beta = means.beta;
+        }
+        if (metric.weights) {
+          const void* const second = metric.second[chunk.tensor];
+          task.second_weights = rows.weights;
+          task.second_dtype = metric.dtypes[chunk.tensor];
+          task.second = second ? advance(second, task.second_dtype, chunk.begin) : nullptr;
+          task.beta2 = metric.beta2;
+          task.correction = metric.corrections[chunk.tensor];
+          task.eps = metric.eps;
+        }
         double partial[kMaxRows * (kMaxRows + 1) / 2];
-        isa().kernels->gram(rows.count, rows.data, rows.dtypes, chunk.count, partial);
+        isa().kernels->gram(task, partial);
         for (int i = 0; i < rows.count; ++i)
           for (int j = 0; j <= i; ++j) {
             const double product = partial[i * (i + 1) / 2 + j];
@@ -126,7 +82,7 @@ void combine_cpu(const TensorLists& gradients, const double* weights, void* cons
   parallel_for(static_cast<int64_t>(chunks.size()), useful_threads(gradients, threads),
                [&](int64_t c) {
                  const Chunk& chunk = chunks[c];
-                 const Rows rows = rows_of(gradients, chunk, weights);
+                 const Rows rows = rows_of(gradients, chunk, weights, true);
                  const DType dtype = out_dtypes[chunk.tensor];
                  void* to = const_cast<void*>(advance(out[chunk.tensor], dtype, chunk.begin));
                  isa().kernels->combine(rows.count, rows.data, rows.dtypes, rows.weights,

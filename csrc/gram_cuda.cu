@@ -5,107 +5,14 @@
 // are added in float over one chunk per thread, then in double; block partials are added by the
 // last block in the order of the blocks. No atomics on floating-point numbers: for a given device
 // the result is the same, bit for bit, in every run.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <type_traits>
-
+#include "cuda_lists.cuh"
 #include "dual_space.h"
-#include "gram.h"
 
 namespace mollm {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 2;
-constexpr int kVector = 8;  // elements a thread takes at a time: 16 bytes of a 16-bit type
 static_assert(kThreads >= 1 << kMaxObjectives, "the solver gives every face a thread");
-
-// ---- reading and writing eight elements of one row
-
-struct Row {
-  const void* data;
-  DType dtype;
-};
-
-__device__ inline float as_float(float x) { return x; }
-__device__ inline float as_float(double x) { return static_cast<float>(x); }
-__device__ inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float as_float(__half x) { return __half2float(x); }
-
-// Sixteen bytes at a time; the chunk's start must be aligned to them.
-template <class T>
-__device__ inline void load_vector(const T* p, float* x) {
-  constexpr int kPer = 16 / sizeof(T);
-  alignas(16) T raw[kVector];
-#pragma unroll
-  for (int v = 0; v < kVector / kPer; ++v)
-    reinterpret_cast<uint4*>(raw)[v] = __ldcs(reinterpret_cast<const uint4*>(p) + v);
-#pragma unroll
-  for (int e = 0; e < kVector; ++e) x[e] = as_float(raw[e]);
-}
-
-__device__ inline double load_one(Row row, int64_t at) {
-  switch (row.dtype) {
-    case DType::kFloat32: return static_cast<const float*>(row.data)[at];
-    case DType::kFloat64: return static_cast<const double*>(row.data)[at];
-    case DType::kBFloat16: return as_float(static_cast<const __nv_bfloat16*>(row.data)[at]);
-    default: return as_float(static_cast<const __half*>(row.data)[at]);
-  }
-}
-
-__device__ inline void store_one(void* out, DType dtype, int64_t at, double x) {
-  switch (dtype) {
-    case DType::kFloat32: static_cast<float*>(out)[at] = static_cast<float>(x); break;
-    case DType::kFloat64: static_cast<double*>(out)[at] = x; break;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(out)[at] = __float2bfloat16(static_cast<float>(x));
-      break;
-    default: static_cast<__half*>(out)[at] = __float2half(static_cast<float>(x));
-  }
-}
-
-// ---- which chunk is whose
-
-struct Chunk {
-  int64_t tensor, begin, end;  // elements [begin, end) of the tensor
-};
-
-__device__ Chunk find_chunk(const DeviceLists& lists, int64_t chunk) {
-  int64_t low = 0, high = lists.tensors - 1;
-  while (low < high) {  // the last tensor whose first chunk is not beyond `chunk`
-    const int64_t middle = (low + high + 1) / 2;
-    if (lists.first_chunk[middle] <= chunk)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const int64_t begin = (chunk - lists.first_chunk[low]) * kCudaChunk;
-  const int64_t end = begin + kCudaChunk;
-  return {low, begin, end < lists.counts[low] ? end : lists.counts[low]};
-}
-
-template <int K>
-__device__ inline void rows_of(const DeviceLists& lists, int64_t tensor, Row* rows) {
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    const int64_t at = k * lists.tensors + tensor;
-    rows[k].data = reinterpret_cast<const void*>(lists.data[at]);
-    rows[k].dtype = static_cast<DType>(lists.dtypes[at]);
-  }
-}
-
-// Whether every row is there, of dtype `dtype`, and starts on a 16-byte boundary.
-template <int K>
-__device__ inline bool uniform(const Row* rows, DType dtype) {
-  bool same = true;
-#pragma unroll
-  for (int k = 0; k < K; ++k)
-    same &= rows[k].data && rows[k].dtype == dtype &&
-            reinterpret_cast<uintptr_t>(rows[k].data) % 16 == 0;
-  return same;
-}
 
 // ---- Gram
 
@@ -149,24 +56,20 @@ __device__ inline void gram_elements(const Row* rows, int64_t begin, int64_t end
   }
 }
 
-__device__ inline double block_sum(double x, double* shared) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_down_sync(~0u, x, offset);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  double sum = 0;
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) sum += shared[w];
-  return sum;
+// Writes the totals of grid_sums as a symmetric matrix; called by the last block.
+template <int K>
+__device__ inline void write_gram(const GramWorkspace& work, double* gram) {
+  for (int p = threadIdx.x; p < Products<K>::kPairs; p += kThreads) {
+    int i = 0;
+    while ((i + 1) * (i + 2) / 2 <= p) ++i;
+    const int j = p - i * (i + 1) / 2;
+    gram[i * K + j] = gram[j * K + i] = work.partials[static_cast<int64_t>(p) * gridDim.x];
+  }
 }
 
 template <int K>
 __global__ void __launch_bounds__(kThreads) gram_kernel(DeviceLists lists, GramWorkspace work,
                                                         double* gram) {
-  constexpr int kPairs = Products<K>::kPairs;
-  __shared__ double shared[kThreads / 32];
-  __shared__ bool last;
   Products<K> products = {};
   for (int64_t c = blockIdx.x; c < lists.chunks; c += gridDim.x) {
     const Chunk chunk = find_chunk(lists, c);
@@ -184,26 +87,118 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(DeviceLists lists, GramW
       done = chunk.begin;
     gram_elements<K>(rows, done, chunk.end, products);
   }
+  if (grid_sums<Products<K>::kPairs>(products.total, work)) write_gram<K>(work, gram);
+}
+
+// ---- Gram of running means, or in Adam's metric
+
+// P of one element: its gradients (or means) are x, its second moment so far v.
+template <int K, class S>
+__device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S correction) {
+  S square = 0;
 #pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const double sum = block_sum(products.total[p], shared);
-    if (threadIdx.x == 0) work.partials[static_cast<int64_t>(p) * gridDim.x + blockIdx.x] = sum;
+  for (int k = 0; k < K; ++k) square += static_cast<S>(metric.weights[k]) * x[k] * x[k];
+  const S moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
+  return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps));
+}
+
+template <int K>
+__device__ inline void moved_elements(const Row* rows, const Row* means, Row second,
+                                      const DeviceMeans& moving, const DeviceMetric& metric,
+                                      double correction, const Chunk& chunk,
+                                      Products<K>& products) {
+  for (int64_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
+    double x[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      x[k] = rows[k].data ? load_one(rows[k], at) : 0.0;
+      if (moving.data && rows[k].data)
+        x[k] = stored(means[k].dtype,
+                      moving.beta * load_one(means[k], at) + (1 - moving.beta) * x[k]);
+    }
+    if (metric.weights) {
+      const double scale =
+          metric_scale<K, double>(metric, x, second.data ? load_one(second, at) : 0.0, correction);
+#pragma unroll
+      for (int k = 0; k < K; ++k) x[k] *= scale;
+    }
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+#pragma unroll
+      for (int j = 0; j <= i; ++j) products.total[i * (i + 1) / 2 + j] += x[i] * x[j];
   }
-  __threadfence();
-  if (threadIdx.x == 0) last = atomicAdd(work.arrived, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int p = threadIdx.x; p < kPairs; p += kThreads) {
-    double sum = 0;
-    for (unsigned b = 0; b < gridDim.x; ++b)
-      sum += __ldcg(work.partials + static_cast<int64_t>(p) * gridDim.x + b);
-    int i = 0;
-    while ((i + 1) * (i + 2) / 2 <= p) ++i;
-    const int j = p - i * (i + 1) / 2;
-    gram[i * K + j] = gram[j * K + i] = sum;
+}
+
+template <int K>
+__device__ inline void moved_vectors(const Row* rows, const Row* means, Row second,
+                                     const DeviceMeans& moving, const DeviceMetric& metric,
+                                     float correction, const Chunk& chunk,
+                                     Products<K>& products) {
+  float sums[Products<K>::kPairs] = {};
+  for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
+    float x[K][kVector];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      unpack(fetch(rows[k], at), rows[k].dtype, x[k]);
+      if (!moving.data || !rows[k].data) continue;
+      float mean[kVector];
+      unpack(fetch(means[k], at), means[k].dtype, mean);
+      const float beta = static_cast<float>(moving.beta);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        x[k][e] = static_cast<float>(
+            stored(means[k].dtype, beta * mean[e] + (1 - beta) * x[k][e]));
+    }
+    float v[kVector];
+    unpack(fetch(second, at), second.dtype, v);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      float y[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) y[k] = x[k][e];
+      const float scale = metric.weights ? metric_scale<K, float>(metric, y, v[e], correction) : 1;
+#pragma unroll
+      for (int i = 0; i < K; ++i)
+#pragma unroll
+        for (int j = 0; j <= i; ++j)
+          sums[i * (i + 1) / 2 + j] = fmaf(scale * y[i], scale * y[j], sums[i * (i + 1) / 2 + j]);
+    }
   }
-  if (threadIdx.x == 0) *work.arrived = 0;  // ready for the next launch on this stream
+#pragma unroll
+  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
+}
+
+template <int K>
+__global__ void __launch_bounds__(kThreads)
+    gram_moved_kernel(DeviceLists lists, DeviceMeans moving, DeviceMetric metric,
+                      GramWorkspace work, double* gram) {
+  Products<K> products = {};
+  for (int64_t c = blockIdx.x; c < lists.chunks; c += gridDim.x) {
+    const Chunk chunk = find_chunk(lists, c);
+    Row rows[K], means[K], second = {nullptr, DType::kFloat32};
+    rows_of<K>(lists, chunk.tensor, rows);
+    bool packets = true;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      means[k] = {nullptr, DType::kFloat32};
+      if (moving.data) means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
+      packets &= in_packets(rows[k]) && in_packets(means[k]);
+    }
+    double correction = 1;
+    if (metric.weights) {
+      second = row_at(metric.second, metric.dtypes, chunk.tensor);
+      const float step = *reinterpret_cast<const float*>(metric.steps[chunk.tensor]);
+      correction = 1 - pow(metric.beta2, static_cast<double>(step) + 1);
+      packets &= in_packets(second);
+    }
+    Chunk whole = chunk, rest = chunk;
+    whole.end = rest.begin =
+        packets ? chunk.begin + (chunk.end - chunk.begin) / kVector * kVector : chunk.begin;
+    moved_vectors<K>(rows, means, second, moving, metric, static_cast<float>(correction), whole,
+                     products);
+    moved_elements<K>(rows, means, second, moving, metric, correction, rest, products);
+  }
+  if (grid_sums<Products<K>::kPairs>(products.total, work)) write_gram<K>(work, gram);
 }
 
 // ---- solver: one block, one face per thread
@@ -271,13 +266,7 @@ __device__ inline void combine_vectors(const Row* rows, const Chunk& chunk, cons
 #pragma unroll
       for (int e = 0; e < kVector; ++e) sum[e] = fmaf(weights[k], x[e], sum[e]);
     }
-    alignas(16) T rounded[kVector];
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) rounded[e] = static_cast<T>(sum[e]);
-    constexpr int kPer = 16 / sizeof(T);
-#pragma unroll
-    for (int v = 0; v < kVector / kPer; ++v)
-      reinterpret_cast<uint4*>(out + at)[v] = reinterpret_cast<uint4*>(rounded)[v];
+    put_vector(out + at, sum);
   }
 }
 
@@ -322,21 +311,6 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DeviceLists lists,
   }
 }
 
-template <class F>
-cudaError_t with_lists(int lists, const F& f) {
-  switch (lists) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    case 6: return f(std::integral_constant<int, 6>());
-    case 7: return f(std::integral_constant<int, 7>());
-    case 8: return f(std::integral_constant<int, 8>());
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 int cuda_grid(int* blocks) {
@@ -353,6 +327,15 @@ int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, d
   return with_lists(lists.lists, [&](auto k) {
     gram_kernel<k.value>
         <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(lists, work, gram);
+    return cudaGetLastError();
+  });
+}
+
+int gram_moved_cuda(const DeviceLists& lists, const DeviceMeans& means, const DeviceMetric& metric,
+                    const GramWorkspace& work, int blocks, double* gram, void* stream) {
+  return with_lists(lists.lists, [&](auto k) {
+    gram_moved_kernel<k.value><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        lists, means, metric, work, gram);
     return cudaGetLastError();
   });
 }

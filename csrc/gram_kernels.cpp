@@ -1,32 +1,18 @@
 // Compiled once per instruction set into the namespace MOLLM_ISA.
 #include "gram_kernels.h"
 
-#include "simd.h"
+#include <math.h>
+
+#include "scratch.h"
 
 namespace mollm {
 namespace {
 
 constexpr int64_t kFlush = 2048;    // float products added before they go into doubles
-constexpr int64_t kScratch = 512;   // elements of each row converted at a time, stays in L1
 constexpr int kDirectRows = 4;      // up to here all products of a position fit in registers
 constexpr int kTile = 4;
 
 MOLLM_INLINE int triangle(int i, int j) { return i * (i + 1) / 2 + j; }
-
-MOLLM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The last, partial vector: the missing lanes are zero and add nothing.
-template <class T>
-MOLLM_INLINE f32x16 load_tail(const T* p, int64_t count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
-  return load(padded);
-}
-
-template <class T>
-MOLLM_INLINE f32x16 load_some(const T* p, int64_t count) {
-  return count >= kLanes ? load(p) : load_tail(p, count);
-}
 
 // ---- Gram, few rows of one dtype: everything in registers.
 
@@ -74,80 +60,108 @@ static bool gram_direct(int rows, const void* const* data, int64_t count, double
 
 // ---- Gram, any number of rows of any dtypes: rows converted into scratch, products in tiles.
 
-template <class T>
-static void convert(const T* from, int64_t count, float* to) {
-  for (int64_t n = 0; n < count; n += kLanes) store(to + n, load_some(from + n, count - n));
-}
-
-static void convert(const void* from, DType dtype, int64_t begin, int64_t count, float* to) {
-  switch (dtype) {
-    case DType::kFloat32: return convert(static_cast<const float*>(from) + begin, count, to);
-    case DType::kBFloat16: return convert(static_cast<const bf16*>(from) + begin, count, to);
-    case DType::kFloat16: return convert(static_cast<const fp16*>(from) + begin, count, to);
-    case DType::kFloat64: {
-      const double* p = static_cast<const double*>(from) + begin;
-      for (int64_t n = 0; n < count; ++n) to[n] = static_cast<float>(p[n]);
-    }
-  }
-}
-
-static void convert(const void* from, DType dtype, int64_t begin, int64_t count, double* to) {
-  if (dtype == DType::kFloat64) {
-    std::memcpy(to, static_cast<const double*>(from) + begin,
-                static_cast<size_t>(count) * sizeof(double));
-    return;
-  }
-  float narrow[kScratch];
-  convert(from, dtype, begin, count, narrow);
-  for (int64_t n = 0; n < count; ++n) to[n] = narrow[n];
-}
-
-// Zeros up to the next whole vector, so that the product loops need no tail.
 template <class S>
-MOLLM_INLINE int64_t pad(S* row, int64_t count) {
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  for (int64_t n = count; n < padded; ++n) row[n] = 0;
-  return padded;
-}
+struct Vector;
+template <>
+struct Vector<float> {
+  using type = f32x16;
+};
+template <>
+struct Vector<double> {
+  using type = f64x8;
+};
 
-static void gram_tile(const float (*row)[kScratch], int i, int j, int columns, int64_t count,
-                      double* partial) {
-  f32x16 products[kTile] = {};
-  for (int64_t n = 0; n < count; n += kLanes) {
-    const f32x16 x = load(row[i] + n);
+MOLLM_INLINE f64x8 widen(f32x16 v) { return widen_low(v) + widen_high(v); }
+MOLLM_INLINE f64x8 widen(f64x8 v) { return v; }
+
+// products[triangle(i + r, j + c)] += row i + r times row j + c, for r < R, c < C; of a tile on the
+// diagonal only c <= r.
+template <int R, int C, bool kDiagonal, class S>
+static void gram_tile(const S (*row)[kScratch], int i, int j, int64_t count,
+                      typename Vector<S>::type* products) {
+  using V = typename Vector<S>::type;
+  constexpr int64_t lanes = sizeof(V) / sizeof(S);
+  V tile[R][C] = {};
+  for (int64_t n = 0; n < count; n += lanes) {
+    V x[R], y[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < kTile; ++c)
-      if (c < columns) products[c] += x * load(row[j + c] + n);
+    for (int r = 0; r < R; ++r) x[r] = load_bits<V>(row[i + r] + n);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) y[c] = kDiagonal ? x[c] : load_bits<V>(row[j + c] + n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        if (!kDiagonal || c <= r) tile[r][c] += x[r] * y[c];
   }
-  for (int c = 0; c < columns; ++c)
-    partial[triangle(i, j + c)] += sum(widen_low(products[c]) + widen_high(products[c]));
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < (kDiagonal ? r + 1 : C); ++c)
+      products[triangle(i + r, j + c)] += tile[r][c];
 }
 
-static void gram_tile(const double (*row)[kScratch], int i, int j, int columns, int64_t count,
-                      double* partial) {
-  for (int c = 0; c < columns; ++c) {
-    f64x8 products = {};
-    for (int64_t n = 0; n < count; n += 8)
-      products += load_bits<f64x8>(row[i] + n) * load_bits<f64x8>(row[j + c] + n);
-    partial[triangle(i, j + c)] += sum(products);
+template <int R, class S>
+static void gram_tiles(const S (*row)[kScratch], int i, int64_t count,
+                       typename Vector<S>::type* products) {
+  for (int j = 0; j < i; j += kTile) gram_tile<R, kTile, false>(row, i, j, count, products);
+  gram_tile<R, R, true>(row, i, i, count, products);
+}
+
+// g <- beta mean + (1 - beta) g, as it would be stored.
+template <class S>
+static void move_mean(const GramChunk& chunk, int k, int64_t begin, int64_t count, S* g) {
+  alignas(64) S stored[kScratch];
+  moved_mean(chunk.means[k], chunk.mean_dtypes[k], static_cast<S>(chunk.beta), begin, count, g);
+  put(g, 0, count, stored, chunk.mean_dtypes[k]);
+  convert(stored, chunk.mean_dtypes[k], 0, count, g);
+}
+
+// Scales every row by sqrt(P), P the metric of Adam.
+template <class S>
+static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count,
+                            S (*row)[kScratch]) {
+  alignas(64) S sum[kScratch] = {}, second[kScratch] = {};
+  const S beta2 = static_cast<S>(chunk.beta2), fresh = static_cast<S>(1 - chunk.beta2);
+  const S root = static_cast<S>(1 / sqrt(chunk.correction)), eps = static_cast<S>(chunk.eps);
+  if (chunk.second) convert(chunk.second, chunk.second_dtype, begin, count, second);
+  for (int k = 0; k < chunk.rows; ++k) {
+    const S weight = static_cast<S>(chunk.second_weights[k]);
+    for (int64_t n = 0; n < count; ++n) sum[n] += weight * row[k][n] * row[k][n];
   }
+  for (int64_t n = 0; n < count; ++n) {
+    const S v = beta2 * second[n] + fresh * sum[n];
+    sum[n] = 1 / sqrt(sqrt(v) * root + eps);
+  }
+  for (int k = 0; k < chunk.rows; ++k)
+    for (int64_t n = 0; n < count; ++n) row[k][n] *= sum[n];
 }
 
 template <class S>
-static void gram_scratch(int rows, const void* const* data, const DType* dtypes, int64_t count,
-                         double* partial) {
-  alignas(64) S scratch[kMaxRows][kScratch];
-  for (int p = 0; p < rows * (rows + 1) / 2; ++p) partial[p] = 0;
-  for (int64_t begin = 0; begin < count; begin += kScratch) {
-    const int64_t length = min64(kScratch, count - begin);
-    int64_t padded = 0;
-    for (int k = 0; k < rows; ++k) {
-      convert(data[k], dtypes[k], begin, length, scratch[k]);
-      padded = pad(scratch[k], length);
+static void gram_scratch(const GramChunk& chunk, double* partial) {
+  using V = typename Vector<S>::type;
+  const int rows = chunk.rows, pairs = rows * (rows + 1) / 2;
+  alignas(64) S row[kMaxRows][kScratch];
+  alignas(64) V products[kMaxRows * (kMaxRows + 1) / 2];
+  for (int p = 0; p < pairs; ++p) partial[p] = 0;
+  for (int64_t begin = 0; begin < chunk.count;) {
+    for (int p = 0; p < pairs; ++p) products[p] = V{};
+    const int64_t flush = min64(begin + kFlush, chunk.count);
+    for (; begin < flush; begin += kScratch) {
+      const int64_t length = min64(kScratch, flush - begin);
+      int64_t padded = 0;
+      for (int k = 0; k < rows; ++k) {
+        convert(chunk.data[k], chunk.dtypes[k], begin, length, row[k]);
+        if (chunk.means) move_mean(chunk, k, begin, length, row[k]);
+      }
+      if (chunk.second_weights) scale_by_metric(chunk, begin, length, row);
+      for (int k = 0; k < rows; ++k) padded = pad(row[k], length);
+      for (int i = 0; i < rows; i += kTile) switch (rows - i) {
+          case 1: gram_tiles<1>(row, i, padded, products); break;
+          case 2: gram_tiles<2>(row, i, padded, products); break;
+          case 3: gram_tiles<3>(row, i, padded, products); break;
+          default: gram_tiles<4>(row, i, padded, products);
+        }
     }
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j <= i; j += kTile)
-        gram_tile(scratch, i, j, static_cast<int>(min64(kTile, i - j + 1)), padded, partial);
+    for (int p = 0; p < pairs; ++p) partial[p] += sum(widen(products[p]));
   }
 }
 
@@ -157,69 +171,30 @@ static bool uniform(int rows, const DType* dtypes) {
   return true;
 }
 
-static bool any_double(int rows, const DType* dtypes) {
-  for (int k = 0; k < rows; ++k)
-    if (dtypes[k] == DType::kFloat64) return true;
-  return false;
-}
-
-static void gram(int rows, const void* const* data, const DType* dtypes, int64_t count,
-                 double* partial) {
-  if (rows <= kDirectRows && uniform(rows, dtypes)) {
-    switch (dtypes[0]) {
+static void gram(const GramChunk& chunk, double* partial) {
+  const int rows = chunk.rows;
+  const bool plain = !chunk.means && !chunk.second_weights;
+  if (plain && rows <= kDirectRows && uniform(rows, chunk.dtypes)) {
+    switch (chunk.dtypes[0]) {
       case DType::kFloat32:
-        if (gram_direct<float>(rows, data, count, partial)) return;
+        if (gram_direct<float>(rows, chunk.data, chunk.count, partial)) return;
         break;
       case DType::kBFloat16:
-        if (gram_direct<bf16>(rows, data, count, partial)) return;
+        if (gram_direct<bf16>(rows, chunk.data, chunk.count, partial)) return;
         break;
       case DType::kFloat16:
-        if (gram_direct<fp16>(rows, data, count, partial)) return;
+        if (gram_direct<fp16>(rows, chunk.data, chunk.count, partial)) return;
         break;
       case DType::kFloat64: break;
     }
   }
-  if (any_double(rows, dtypes))
-    gram_scratch<double>(rows, data, dtypes, count, partial);
+  if (any_double(rows, chunk.dtypes) || (chunk.means && any_double(rows, chunk.mean_dtypes)))
+    gram_scratch<double>(chunk, partial);
   else
-    gram_scratch<float>(rows, data, dtypes, count, partial);
+    gram_scratch<float>(chunk, partial);
 }
 
 // ---- Weighted sum.
-
-template <class T>
-static void put(const float* from, int64_t count, T* to) {
-  int64_t n = 0;
-  for (; n + kLanes <= count; n += kLanes) store(to + n, load(from + n));
-  if (n < count) {
-    T tail[kLanes];
-    store(tail, load_tail(from + n, count - n));
-    std::memcpy(to + n, tail, static_cast<size_t>(count - n) * sizeof(T));
-  }
-}
-
-static void put(const float* from, int64_t begin, int64_t count, void* out, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return put(from, count, static_cast<float*>(out) + begin);
-    case DType::kBFloat16: return put(from, count, static_cast<bf16*>(out) + begin);
-    case DType::kFloat16: return put(from, count, static_cast<fp16*>(out) + begin);
-    case DType::kFloat64: {
-      double* p = static_cast<double*>(out) + begin;
-      for (int64_t n = 0; n < count; ++n) p[n] = from[n];
-    }
-  }
-}
-
-static void put(const double* from, int64_t begin, int64_t count, void* out, DType dtype) {
-  if (dtype == DType::kFloat64) {
-    std::memcpy(static_cast<double*>(out) + begin, from,
-                static_cast<size_t>(count) * sizeof(double));
-    return;
-  }
-  float narrow[kScratch];
-  for (int64_t n = 0; n < count; ++n) narrow[n] = static_cast<float>(from[n]);
-  put(narrow, begin, count, out, dtype);
-}
 
 template <class S>
 static void combine(int rows, const void* const* data, const DType* dtypes, const double* weights,

@@ -5,12 +5,24 @@
 
 namespace mollm {
 
-constexpr int kMaxRows = 64;  // K at most; the optimizer's callers stay far below
+// One chunk of every row, with RunningMeans and AdamMetric of gram.h where they are asked for.
+struct GramChunk {
+  int rows;
+  const void* const* data;
+  const DType* dtypes;
+  int64_t count;
+  const void* const* means;      // [rows]; null: no running means
+  const DType* mean_dtypes;
+  double beta;
+  const double* second_weights;  // [rows]; null: no metric
+  const void* second;            // null for zeros
+  DType second_dtype;
+  double beta2, correction, eps;
+};
 
 struct GramKernels {
-  // partial[i * (i + 1) / 2 + j], j <= i: the products of rows i and j over `count` elements.
-  void (*gram)(int rows, const void* const* data, const DType* dtypes, int64_t count,
-               double* partial);
+  // partial[i * (i + 1) / 2 + j], j <= i: the products of rows i and j.
+  void (*gram)(const GramChunk& chunk, double* partial);
   // out = sum_k weights[k] * row k
   void (*combine)(int rows, const void* const* data, const DType* dtypes, const double* weights,
                   int64_t count, void* out, DType out_dtype);
@@ -22,5 +34,6 @@ struct GramKernels {
 namespace baseline { extern const GramKernels gram_kernels; }
 namespace avx2 { extern const GramKernels gram_kernels; }
 namespace avx512 { extern const GramKernels gram_kernels; }
+namespace avx512bf16 { extern const GramKernels gram_kernels; }
 
 }  // namespace mollm

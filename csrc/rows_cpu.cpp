@@ -13,6 +13,7 @@ constexpr int64_t kWorthAThread = 1 << 16;  // logits below which a thread costs
 const RowKernels* choose_kernels() {
 #ifdef MOLLM_X86
   const std::string isa = cpu_instruction_set();
+  if (isa == "avx512bf16") return &avx512bf16::row_kernels;
   if (isa == "avx512") return &avx512::row_kernels;
   if (isa == "avx2") return &avx2::row_kernels;
 #endif

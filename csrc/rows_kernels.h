@@ -12,5 +12,6 @@ struct RowKernels {
 namespace baseline { extern const RowKernels row_kernels; }
 namespace avx2 { extern const RowKernels row_kernels; }
 namespace avx512 { extern const RowKernels row_kernels; }
+namespace avx512bf16 { extern const RowKernels row_kernels; }
 
 }  // namespace mollm

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace mollm {
 namespace {
@@ -53,14 +56,20 @@ MOLLM_INLINE f32x16 load(const fp16* p) {
 
 MOLLM_INLINE void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
 
-// Round to nearest, ties to even; a NaN stays a quiet NaN.
+// Round to nearest, ties to even; a NaN stays a quiet NaN. The instruction takes numbers below the
+// smallest normal float for zero.
 MOLLM_INLINE void store(bf16* p, f32x16 v) {
+#ifdef __AVX512BF16__
+  const __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &out, sizeof(out));
+#else
   const u32x16 bits = (u32x16)v;
   const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32x16 is_nan = (u32x16)((bits & 0x7fffffffu) > 0x7f800000u);
   const u32x16 quiet = (bits >> 16) | 0x40u;
   const u16x16 out = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), u16x16);
   std::memcpy(p, &out, sizeof(out));
+#endif
 }
 
 // Subnormal halves are rounded by adding 0.5, whose last bit is the half's last subnormal bit.

@@ -1,4 +1,4 @@
-"""The command line: `mollm demo`, also `python -m mollm demo`."""
+"""The command line, `mollm COMMAND`, also as `python -m mollm`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mollm.doctor import add_parser as add_doctor
 from mollm.errors import UsageError
+from mollm.evaluation.command import add_parser as add_evaluate
+from mollm.plan_command import add_parser as add_plan
 from mollm.settings import DIRECTIONS, DemoSettings
 
-_EXTRAS = ("accelerate", "gguf", "jinja2", "matplotlib", "safetensors", "tqdm", "transformers")
+_EXTRAS = (
+    "accelerate",
+    "datasets",
+    "gguf",
+    "jinja2",
+    "matplotlib",
+    "pyarrow",
+    "rouge_score",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tqdm",
+    "transformers",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, or 2 after a mistake of the user's."""
+    """Runs a command and returns its exit status: 2 after a mistake of the user's.
+
+    Else it is 0, or 1 where `plan` finds that it does not fit or `doctor` that something is amiss.
+    """
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -39,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mollm", description="Unlearning for language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_evaluate(commands)
+    add_plan(commands)
+    add_doctor(commands)
     return parser
 
 

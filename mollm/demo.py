@@ -29,14 +29,14 @@ from mollm.facts import Question, capital_question
 from mollm.folder import staged
 from mollm.quiz import Reply, Score, quiz
 from mollm.report import DemoRun, conflict_rates, write_run
-from mollm.settings import DemoSettings
+from mollm.settings import PREFERENCES, WEIGHTED_DIRECTIONS, DemoSettings
 from mollm.unlearn import StepRecord, unlearn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORGET_COUNT = 6
-_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 5, 5
+_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 8, 5
 _FEWEST_KEPT = 6
 
 Say = Callable[[str], None]
@@ -66,7 +66,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
     chosen = facts.find_countries(settings.forget) if settings.forget else []
     machine.return_freed_memory()
     with staged(settings.out) as folder:
-        device = _device(settings.device)
+        device = machine.find_device(settings.device)
         source = models.find_model(settings.model)
         models.check_memory(source, device)
         say(f"Loading {source.label} …")
@@ -75,7 +75,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         chat = ChatFormat(tokenizer)
 
         split, before = examine(model, chat, chosen, random.Random(settings.seed), say)
-        history, seconds = _train(model, chat, split, settings, say)
+        history, seconds = train(model, chat, split, settings, say)
         say("Asking the same questions again …")
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
 
@@ -222,17 +222,34 @@ class BatchSampler:
         return collate(rows, self._chat.pad_id).to(self._device)
 
 
-def _train(
-    model: PreTrainedModel, chat: ChatFormat, split: Split, settings: DemoSettings, say: Say
+def train(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    split: Split,
+    settings: DemoSettings,
+    say: Say,
+    **options: Any,
 ) -> tuple[list[StepRecord], float]:
+    """Unlearns, with a progress bar.
+
+    Returns:
+        The record of every step, and the seconds they took.
+    """
     score = quiz(model, chat, facts.questions_of(facts.EVERYDAY), max_new_tokens=20)
     everyday = [pair for pair, right in zip(score.pairs, score.right, strict=True) if right]
     rng = random.Random(f"batches {settings.seed}")
     sampler = BatchSampler(chat, split, everyday, rng, model.device)
     say(f"Unlearning in {settings.steps} steps, direction {settings.direction} …")
     started = time.perf_counter()
+    weighted = settings.direction in WEIGHTED_DIRECTIONS
     steps = unlearn(
-        model, sampler, steps=settings.steps, lr=settings.lr, direction=settings.direction
+        model,
+        sampler,
+        steps=settings.steps,
+        lr=settings.lr,
+        direction=settings.direction,
+        preferences=PREFERENCES if weighted else None,
+        **options,
     )
     bar = tqdm(steps, total=settings.steps, unit="step", dynamic_ncols=True)
     history = []
@@ -240,17 +257,6 @@ def _train(
         history.append(record)
         bar.set_postfix({name: f"{loss:.3f}" for name, loss in record.losses.items()})
     return history, time.perf_counter() - started
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device must be one that Torch finds on this machine, such as cpu, but got {name!r}."
-        ) from error
-    return device
 
 
 def _summary(
@@ -273,6 +279,7 @@ def _summary(
         "lr": settings.lr,
         "lr_schedule": "linear to 0",
         "optimizer": "adamw",
+        "preferences": list(PREFERENCES),
         "seed": settings.seed,
         "conflict_rate": conflict_rates(history),
         "skipped_steps": sum(not record.changes for record in history),

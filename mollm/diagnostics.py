@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,54 @@ from torch import Tensor
 
 from mollm_ops import Solution, Status
 from mollm_ops.dual_space import takes_part
+
+
+class SkipCounter:
+    """Counts skipped steps, on the device where the host need not know at once; warns once."""
+
+    def __init__(self, known: int = 0) -> None:
+        self._known = known
+        self._on_device: Tensor | None = None
+        self._seen: tuple[Tensor, torch.cuda.Event] | None = None  # a copy on its way to the host
+        self._warned = False
+
+    def count(self, what: str) -> None:
+        """A step that the host knows to be skipped, and why."""
+        self._known += 1
+        self._warn(what)
+
+    def add(self, finite: Tensor) -> None:
+        """A step on a GPU, skipped where `finite` is not; does not wait for it."""
+        if self._on_device is None:
+            self._on_device = torch.zeros((), dtype=torch.int64, device=finite.device)
+        self._on_device += ~finite
+        if self._warned or torch.cuda.is_current_stream_capturing():
+            return
+        if self._seen is None:
+            host = torch.zeros((), dtype=torch.int64, pin_memory=True)
+            self._seen = (host, torch.cuda.Event())  # type: ignore[no-untyped-call]
+        host, event = self._seen
+        if event.query():  # type: ignore[no-untyped-call]
+            if host.item() > 0:
+                self._warn("a gradient")
+            host.copy_(self._on_device, non_blocking=True)
+            event.record()
+
+    def total(self) -> int:
+        """How many; waits for the device."""
+        return self._known + (0 if self._on_device is None else int(self._on_device))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_known": self.total(), "_on_device": None, "_seen": None, "_warned": self._warned}
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"{what} is not finite: the step was skipped, weights and optimizer state are "
+                "unchanged. Further skips are counted in `skipped_steps` without a warning.",
+                stacklevel=6,
+            )
+        self._warned = True
 
 
 class StepReport:

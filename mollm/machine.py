@@ -12,8 +12,26 @@ from pathlib import Path
 
 import torch
 
+from mollm.errors import UsageError
+
 GB = 1e9
 _PACKAGES = ("mollm", "torch", "transformers", "tokenizers", "gguf", "numpy", "safetensors")
+
+
+def find_device(name: str) -> torch.device:
+    """The Torch device of that name.
+
+    Raises:
+        UsageError: This machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device must be one that Torch finds on this machine, such as cpu, but got {name!r}."
+        ) from error
+    return device
 
 
 def peak_memory_gb() -> float:
@@ -72,10 +90,10 @@ def _control_group_room(root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
             continue
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that make a result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that make a result, and of `more` packages."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -123,6 +123,27 @@ def count_parameters(source: Source) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def load_config(name: str) -> tuple[Any, str]:
+    """The configuration of a model whose weights are not loaded, and a label for the model.
+
+    Args:
+        name: as for `find_model`, or a config.json.
+
+    Raises:
+        UsageError: There is none, or it is of no causal language model.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        source = Source(path.parent.name or path.stem, str(path))
+        with _told_as_usage_error(source):
+            return AutoConfig.from_pretrained(path, local_files_only=True), source.label
+    source = find_model(name)
+    with _told_as_usage_error(source):
+        return _from_hub(AutoConfig, source), source.label
+
+
 def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model with float32 weights, without dropout, and its tokenizer.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -11,36 +10,39 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mollm.diagnostics import StepReport
+from mollm.bases import SGD, AdamW, FusedBase
+from mollm.diagnostics import SkipCounter, StepReport
+from mollm.gradients import GradientStore, Lists
+from mollm.means import ObjectiveMeans, moved
 from mollm.rules import make_rule
 from mollm_ops import Solution, Status, combine, dots, gram
+from mollm_ops.gram import AdamMetric, RunningMeans, gram_moved
 
-_FUSED_DEVICES = ("cpu", "cuda")
+PER_OBJECTIVE = "per-objective"
 
 
 def _make_base(
     base: str | Callable[..., Optimizer], params: Any, lr: float | Tensor, options: dict[str, Any]
 ) -> Optimizer:
-    if callable(base):
-        return base(params, lr=lr, **options)
-    classes: dict[str, Callable[..., Optimizer]] = {
-        "adamw": torch.optim.AdamW,
-        "sgd": torch.optim.SGD,
-    }
-    if base not in classes:
+    classes: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "sgd": SGD}
+    make = base if callable(base) else classes.get(base)
+    if make is None:
         raise ValueError(
             f"base must be 'adamw', 'sgd', or an optimizer class or factory, but got {base!r}."
         )
-    optimizer = classes[base](params, lr=lr, **options)
-    if {"fused", "foreach", "capturable", "differentiable"}.isdisjoint(options):
-        for group in optimizer.param_groups:
-            group["fused"] = group["fused"] or _can_be_fused(group["params"])
-    return optimizer
+    try:
+        return make(params, lr=lr, **options)
+    except TypeError as error:
+        if callable(base):
+            raise
+        raise TypeError(
+            f"base {base!r} does not take these options: {error}; for those of Torch's own pass "
+            f"base=torch.optim.{'AdamW' if base == 'adamw' else 'SGD'}."
+        ) from None
 
 
-def _can_be_fused(params: Sequence[Tensor]) -> bool:
-    """Whether Torch's fused kernels take these parameters."""
-    return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
+def _first(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    return next((t for t in tensors if t is not None), None)
 
 
 class MOLLMOptimizer(Optimizer):
@@ -50,29 +52,39 @@ class MOLLMOptimizer(Optimizer):
 
     With `base="sgd"` that is θ ← θ − lr · d. Each objective's backward runs inside
     `with opt.objective(name)`; the gradients it writes are taken over without a copy, and several
-    backwards inside the same objective accumulate. Memory: one gradient per objective, and one
-    more for d while conflicts are tracked.
+    backwards inside the same objective accumulate. Memory: one gradient per objective. The bases
+    "adamw" and "sgd" read those, and never write d; other bases need one more for d.
 
-    After `step()` the objectives are empty again and `p.grad` holds d until `zero_grad()`. Call
-    `aggregate()` before `step()` to have d in `p.grad` earlier, for gradient clipping or a
-    `GradScaler`.
+    After `step()` the objectives are empty again, and `p.grad` is None; with another base it holds
+    d until `zero_grad()`. Call `aggregate()` before `step()` to have d in `p.grad`, for gradient
+    clipping or a `GradScaler`.
 
     Args:
         params: as for any Torch optimizer.
         lr: learning rate of the base optimizer.
         objectives: their names, in the order of the Gram matrix.
-        base: "adamw", "sgd" (Torch's, fused where they can be), or an optimizer class or factory
-            called as base(params, lr=lr, **base_options).
+        base: "adamw" or "sgd" (see `mollm.bases`), or an optimizer class or factory called as
+            base(params, lr=lr, **base_options).
         direction: "dual" (the centre of the dual cone, the paper's), "project", "upgrad", "mgda",
             "pcgrad", "sum", or a callable from the Gram matrix to weights, such as a TorchJD
             `Weighting`.
         preferences: weights c_k ≥ 0 on the objectives, for "project", "upgrad", "pcgrad", "sum".
         normalize: let the rule work on gradients scaled to a common norm.
         length: "mean", "min-norm" or "first"; see `mollm_ops.dual_space_weights`.
+        momentum: a number is handed to the base; "per-objective" keeps a running mean of each
+            objective's gradient, takes Gram matrix and direction from those, and turns the base's
+            own momentum off. It costs K gradients of state.
+        mean_beta: β of those means.
+        metric: "adam" takes the Gram matrix in the metric P of AdamW's preconditioner, so that
+            the certificate holds for the update really applied (before weight decay):
+            g_k · Δθ = −lr g_k · P d < 0. The base must be "adamw"; its first moment is turned off.
+        gradient_memory: where gradients wait for the step: "as-produced"; "bfloat16", rounded;
+            "host", in pinned host memory.
         on_nonfinite: "skip" leaves weights and state as they are, counts the step in
-            `skipped_steps` and warns once; "raise" raises FloatingPointError.
-        track_conflicts: measure g_k · Δθ for the update really applied, at the cost of one more
-            gradient's memory and two more reads of the gradients.
+            `skipped_steps` and warns once; "raise" raises FloatingPointError, and has to wait for
+            the device in every step.
+        track_conflicts: measure g_k · Δθ for the update really applied. With the bases "adamw" and
+            "sgd" it costs nothing to speak of, with others a gradient's memory and two more reads.
         **base_options: handed to the base optimizer, for example weight_decay.
 
     Source: arXiv 2412.20412, section III.
@@ -89,6 +101,10 @@ class MOLLMOptimizer(Optimizer):
         preferences: Sequence[float] | None = None,
         normalize: bool = False,
         length: str = "mean",
+        momentum: float | str | None = None,
+        mean_beta: float = 0.9,
+        metric: str | None = None,
+        gradient_memory: str = "as-produced",
         on_nonfinite: str = "skip",
         track_conflicts: bool = True,
         **base_options: Any,
@@ -98,6 +114,15 @@ class MOLLMOptimizer(Optimizer):
             raise ValueError(f"objectives must be distinct names, but got {objectives!r}.")
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'skip' or 'raise', but got {on_nonfinite!r}.")
+        if metric not in (None, "adam") or (metric and base != "adamw"):
+            raise ValueError(
+                f"metric must be None, or 'adam' with base 'adamw', but got {metric!r} with "
+                f"base {base!r}."
+            )
+        if isinstance(momentum, str) and momentum != PER_OBJECTIVE:
+            raise ValueError(
+                f"momentum must be a number or {PER_OBJECTIVE!r}, but got {momentum!r}."
+            )
         self.rule = make_rule(
             direction,
             objectives=len(names),
@@ -108,14 +133,22 @@ class MOLLMOptimizer(Optimizer):
         self.objectives = names
         self.on_nonfinite = on_nonfinite
         self.track_conflicts = track_conflicts
-        self.skipped_steps = 0
-        self._gradients: dict[str, dict[Tensor, Tensor]] = {}
+        c = preferences if preferences is not None else [1.0] * len(names)
+        shares = torch.tensor(list(c), dtype=torch.float64)
+        self._metric_weights = None if metric is None else shares / shares.sum()
+        self._store = GradientStore(names, gradient_memory)
+        self._means = ObjectiveMeans(mean_beta) if momentum == PER_OBJECTIVE else None
+        self._skips = SkipCounter()
         self._open: str | None = None
         self._solution: Solution | None = None  # of the gradient that now stands in p.grad
         self._gram: Tensor | None = None
         self._stale = False  # p.grad holds what a step has used up
         self._last_step: StepReport | None = None
+        if momentum is not None and not isinstance(momentum, str):
+            base_options["momentum"] = momentum
         self.base = _make_base(base, params, lr, base_options)
+        if isinstance(self.base, FusedBase) and (metric or self._means):
+            self.base.drop_first()
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_state_with_base()
 
@@ -152,18 +185,18 @@ class MOLLMOptimizer(Optimizer):
         """
         self._check_name(name)
         self._lend(name)
+        keep: str | None = None
         try:
             yield
-        except BaseException:
-            self._take()
-            raise
-        taken = self._take()
+            keep = name
+        finally:
+            self._open = None
+            taken = self._store.take(keep, self._parameters())
         if not taken:
             raise RuntimeError(
                 f"objective {name!r} got no gradient: call backward() inside the block, on a loss "
                 "that depends on the optimizer's parameters."
             )
-        self._gradients[name] = taken
 
     def _lend(self, name: str) -> None:
         if self._open is not None:
@@ -173,26 +206,16 @@ class MOLLMOptimizer(Optimizer):
                 f"objective {name!r} was opened after aggregate(): call step() or zero_grad() "
                 "first."
             )
-        for n, p in enumerate(self._parameters()):
+        params = self._parameters()
+        for n, p in enumerate(params):
             if p.grad is not None and not self._stale:
                 raise RuntimeError(
                     f"parameter {n} has a gradient of no objective: call zero_grad(), or run that "
                     "backward() inside `with optimizer.objective(name)`."
                 )
-        mine = self._gradients.pop(name, {})
-        for p in self._parameters():
-            p.grad = mine.get(p)
+        self._store.lend(name, params)
         self._stale = False
         self._open = name
-
-    def _take(self) -> dict[Tensor, Tensor]:
-        taken = {}
-        for p in self._parameters():
-            if p.grad is not None:
-                taken[p] = p.grad
-                p.grad = None
-        self._open = None
-        return taken
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Backward of every objective's loss, when all their graphs are alive.
@@ -216,42 +239,85 @@ class MOLLMOptimizer(Optimizer):
     def aggregate(self) -> None:
         """Solves for the direction and puts d = Σ_k w_k g_k into `p.grad`; `step()` then uses it.
 
-        `step()` does this by itself. Call it in between to clip d or before a GradScaler looks at
-        the gradients. Where the Gram matrix is not finite, `p.grad` becomes NaN, so that a
-        GradScaler lowers its scale.
+        `step()` does without. Call it in between to clip d or before a GradScaler looks at the
+        gradients. Where the Gram matrix is not finite, `p.grad` becomes NaN, so that a GradScaler
+        lowers its scale.
 
         Raises:
-            RuntimeError: an objective has no gradient.
+            RuntimeError: an objective has no gradient; the optimizer has metric="adam", whose step
+                needs all K gradients.
         """
-        missing = [name for name in self.objectives if name not in self._gradients]
+        if self._metric_weights is not None:
+            raise RuntimeError("aggregate() does not go with metric='adam': call step() alone.")
+        params = self._touched()
+        solution = self._solve(params)
+        weights = self._effective_weights(solution)
+        if self._means is None:
+            weights = torch.where(solution.finite, weights, float("nan"))
+        elif not solution.finite:
+            for p in params:
+                p.grad = torch.full_like(p, float("nan"))
+            return
+        own = self._means is None and self._store.memory == "as-produced"
+        in_place = own and not self.track_conflicts
+        for some, lists in self._store.buckets(params):
+            moving = self._moving(some, lists)
+            rows = lists if moving is None else moved(moving, lists)
+            out = [_first(tensors) for tensors in zip(*lists, strict=True)] if in_place else None
+            for p, d in zip(some, combine(rows, weights, out=out), strict=True):
+                p.grad = None if d is None else d.to(p.dtype)
+        if self._means is not None:
+            self._means.count(None)
+        if not self.track_conflicts:
+            self._store.clear()
+
+    def _touched(self) -> list[Tensor]:
+        missing = [name for name in self.objectives if name not in self._store]
         if missing:
             raise RuntimeError(
                 f"objective {missing[0]!r} has no gradient: run its backward() inside "
                 f"`with optimizer.objective({missing[0]!r})` before step()."
             )
-        params = self._touched()
-        lists = self._lists(params)
-        self._gram = gram(lists)
-        self._solution = solution = self.rule(self._gram)
-        if solution.status is Status.NON_FINITE:
-            for p in params:
-                p.grad = torch.full_like(p, float("nan"))
-            return
-        out = None if self.track_conflicts else [self._first(p) for p in params]
-        for p, d in zip(params, combine(lists, solution.weights, out=out), strict=True):
-            p.grad = d
-        if not self.track_conflicts:
-            self._gradients.clear()
+        return self._store.touched(self._parameters())
 
-    def _touched(self) -> list[Tensor]:
-        """The parameters that have a gradient from some objective."""
-        return [p for p in self._parameters() if any(p in g for g in self._gradients.values())]
+    def _moving(self, params: Sequence[Tensor], lists: Lists) -> RunningMeans | None:
+        if self._means is None:
+            return None
+        return self._means.moving(self.objectives, params, lists)
 
-    def _lists(self, params: list[Tensor]) -> list[list[Tensor | None]]:
-        return [[self._gradients[name].get(p) for p in params] for name in self.objectives]
+    def _metric(self, params: Sequence[Tensor]) -> AdamMetric | None:
+        second = self._second_weights(params[0].device)
+        if second is None:
+            return None
+        assert isinstance(self.base, FusedBase), "metric='adam' implies base 'adamw'"
+        return self.base.metric(params, second)
 
-    def _first(self, p: Tensor) -> Tensor:
-        return next(self._gradients[n][p] for n in self.objectives if p in self._gradients[n])
+    def _second_weights(self, device: torch.device) -> Tensor | None:
+        """c of AdamW's second moment Σ_k c_k g_k²; its gradients are bias-corrected means."""
+        if self._metric_weights is None:
+            return None
+        self._metric_weights = c = self._metric_weights.to(device)
+        return c if self._means is None else c / self._means.correction(device) ** 2
+
+    def _solve(self, params: Sequence[Tensor]) -> Solution:
+        total: Tensor | None = None
+        for some, lists in self._store.buckets(params):
+            moving, metric = self._moving(some, lists), self._metric(some)
+            plain = moving is None and metric is None
+            part = gram(lists) if plain else gram_moved(lists, moving, metric)
+            total = part if total is None else total + part
+        assert total is not None, "an objective with a gradient touches a parameter"
+        if self._means is not None:
+            total = total / self._means.correction(total.device) ** 2
+        self._gram = total
+        self._solution = self.rule(total)
+        return self._solution
+
+    def _effective_weights(self, solution: Solution) -> Tensor:
+        """Weights on gradients, or on running means before their bias correction."""
+        if self._means is None:
+            return solution.weights
+        return solution.weights / self._means.correction(solution.weights.device)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -275,29 +341,90 @@ class MOLLMOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._solution is None:
+        fused = isinstance(self.base, FusedBase)
+        aggregated = self._solution is not None
+        if not aggregated and fused:
+            self._solve(self._touched())
+        elif not aggregated:
             self.aggregate()
         solution, matrix = self._solution, self._gram
-        assert solution is not None, "aggregate() leaves a solution"
-        assert matrix is not None, "aggregate() leaves a Gram matrix"
+        assert solution is not None, "the gradients are solved for"
+        assert matrix is not None, "the gradients are solved for"
         changes = None
-        if solution.status is Status.NON_FINITE:
-            self._refuse_nonfinite(matrix)
-        elif self.track_conflicts:
-            changes = self._update_and_measure()
+        if self._refused(solution, matrix, waits=not fused):
+            changes = None
+        elif aggregated and fused:
+            changes = self._step_along_grad(solution)
+        elif fused:
+            changes = self._step_along_gradients(solution)
         else:
-            self.base.step()
+            changes = self._step_of_another_base()
         self._last_step = StepReport(self.objectives, matrix, solution, changes)
         self._forget_gradients()
         return loss
 
-    def _update_and_measure(self) -> Tensor:
+    def _step_along_gradients(self, solution: Solution) -> Tensor | None:
+        base = self.base
+        assert isinstance(base, FusedBase), "other bases step along p.grad"
+        weights = self._effective_weights(solution)
+        proceed = solution.finite if weights.is_cuda else None
+        total: Tensor | None = None
+        for some, lists in self._store.buckets(self._touched()):
+            part = base.step_along(
+                some,
+                lists,
+                weights,
+                moving=self._moving(some, lists),
+                second_weights=self._second_weights(weights.device),
+                proceed=proceed,
+                track=self.track_conflicts,
+            )
+            total = part if total is None or part is None else total + part
+        if self._means is not None:
+            self._means.count(proceed)
+        return total
+
+    def _step_along_grad(self, solution: Solution) -> Tensor | None:
+        """A step along p.grad as aggregate() left it, or the caller changed it since."""
+        base = self.base
+        assert isinstance(base, FusedBase), "other bases step by themselves"
+        params = [p for p in self._parameters() if p.grad is not None]
+        weights = solution.weights.new_zeros(1 + self.track_conflicts * len(self.objectives))
+        weights[0] = 1
+        proceed = solution.finite if weights.is_cuda else None
+        total: Tensor | None = None
+        buckets = self._store.buckets(params) if self.track_conflicts else [(params, [])]
+        for some, lists in buckets:
+            d: list[Tensor | None] = [p.grad for p in some]
+            part = base.step_along(
+                some, [d, *lists], weights, proceed=proceed, track=self.track_conflicts
+            )
+            if part is not None:
+                total = part[1:] if total is None else total + part[1:]
+        return total
+
+    def _step_of_another_base(self) -> Tensor | None:
         """Runs the base optimizer; g_k · Δθ of what it did, [K]."""
-        params = self._touched()
-        lists = self._lists(params)
-        before = dots(lists, params)
+        if not self.track_conflicts:
+            self.base.step()
+            return None
+        before = self._dots_with_parameters()
         self.base.step()
-        return dots(lists, params) - before
+        return self._dots_with_parameters() - before
+
+    def _dots_with_parameters(self) -> Tensor:
+        parts = [dots(lists, some) for some, lists in self._store.buckets(self._touched())]
+        return torch.stack(parts).sum(0)
+
+    def _refused(self, solution: Solution, matrix: Tensor, *, waits: bool) -> bool:
+        """Whether the step must not be made, as far as that is known without waiting."""
+        if matrix.is_cuda and not waits and self.on_nonfinite == "skip":
+            self._skips.add(solution.finite)
+            return False
+        if solution.status is not Status.NON_FINITE:
+            return False
+        self._refuse_nonfinite(matrix)
+        return True
 
     def _refuse_nonfinite(self, matrix: Tensor) -> None:
         finite = torch.isfinite(matrix.diagonal()).tolist()
@@ -311,18 +438,12 @@ class MOLLMOptimizer(Optimizer):
                 f"{what} is not finite; weights and optimizer state are unchanged: call "
                 "zero_grad() and go on with the next batch, or pass on_nonfinite='skip'."
             )
-        if self.skipped_steps == 0:
-            warnings.warn(
-                f"{what} is not finite: the step was skipped, weights and optimizer state are "
-                "unchanged. Further skips are counted in `skipped_steps` without a warning.",
-                stacklevel=4,
-            )
-        self.skipped_steps += 1
+        self._skips.count(what)
         for p in self._parameters():
             p.grad = None
 
     def _forget_gradients(self) -> None:
-        self._gradients.clear()
+        self._store.clear()
         self._solution = self._gram = None
         self._stale = True
 
@@ -344,19 +465,33 @@ class MOLLMOptimizer(Optimizer):
             raise RuntimeError("last_step is empty: call step() first.")
         return self._last_step
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a gradient was not finite."""
+        return self._skips.total()
+
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state, and the number of skipped steps.
+        """The base optimizer's state, the objectives' means, and the number of skipped steps.
 
         Gradients are not part of it: save between `step()` and the next backward.
         """
-        return {**super().state_dict(), "mollm": {"skipped_steps": self.skipped_steps}}
+        mine: dict[str, Any] = {"skipped_steps": self.skipped_steps}
+        if self._means is not None:
+            mine["means"] = self._means.state_dict(self._parameters())
+        return {**super().state_dict(), "mollm": mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict()` was taken; also reads the base optimizer's own."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "mollm"})
+        plain = {k: v for k, v in state_dict.items() if k != "mollm"}
+        super().load_state_dict(plain)
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._share_state_with_base()
-        self.skipped_steps = state_dict.get("mollm", {}).get("skipped_steps", 0)
+        if isinstance(self.base, FusedBase):
+            self.base.restore_dtypes(plain)
+        mine = state_dict.get("mollm", {})
+        self._skips = SkipCounter(mine.get("skipped_steps", 0))
+        if self._means is not None:
+            self._means.load_state_dict(mine.get("means"), self._parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler wraps `step` of this very object; a copy gets its own from the class.

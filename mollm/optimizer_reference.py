@@ -63,3 +63,51 @@ def adamw_step(
         v_hat = state.v[n] / (1 - b2**state.t)
         p *= 1 - lr * weight_decay
         p -= lr * m_hat / (v_hat.sqrt() + eps)
+
+
+def per_objective_adamw_step(
+    theta: list[Tensor],
+    gradients: list[list[Tensor]],
+    rule: Callable[[Tensor], Tensor],
+    state: State,
+    means: list[list[Tensor]],
+    *,
+    lr: float,
+    beta: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """M_k ← β M_k + (1 − β) g_k,  w from the Gram matrix of M_k / (1 − β^t),  AdamW with β₁ = 0."""
+    for mean, g in zip(means, gradients, strict=True):
+        for n, t in enumerate(g):
+            mean[n] = beta * mean[n] + (1 - beta) * t
+    corrected = [[m / (1 - beta ** (state.t + 1)) for m in mean] for mean in means]
+    d = direction(corrected, rule)
+    adamw_step(theta, d, state, lr=lr, betas=(0.0, beta2), eps=eps, weight_decay=0.0)
+
+
+def metric_adamw_step(
+    theta: list[Tensor],
+    gradients: list[list[Tensor]],
+    rule: Callable[[Tensor], Tensor],
+    state: State,
+    *,
+    lr: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """v ← β₂ v + (1 − β₂) mean_k g_k²,  P = 1 / (√v̂ + ε),  w = rule(g_i · P g_j),
+    θ ← θ − lr P Σ w g."""
+    K = len(gradients)
+    if state.t == 0:
+        state.v = [torch.zeros_like(t) for t in gradients[0]]
+    state.t += 1
+    P = []
+    for n in range(len(theta)):
+        square = sum((g[n] * g[n] for g in gradients), torch.zeros_like(theta[n])) / K
+        state.v[n] = beta2 * state.v[n] + (1 - beta2) * square
+        P.append(1 / ((state.v[n] / (1 - beta2**state.t)).sqrt() + eps))
+    scaled = [[p.sqrt() * t for p, t in zip(P, g, strict=True)] for g in gradients]
+    w = rule(gram_reference(scaled))
+    for n, p in enumerate(theta):
+        p -= lr * P[n] * sum(w[k] * gradients[k][n] for k in range(K))

@@ -116,6 +116,7 @@ def unlearn(
     steps: int,
     lr: float,
     direction: str = "dual",
+    **options: Any,
 ) -> Iterator[StepRecord]:
     """Changes `model` in place, and yields a record after each step.
 
@@ -130,6 +131,7 @@ def unlearn(
         lr: Learning rate of AdamW at the first step.
         direction: One of mollm.settings.DIRECTIONS. "ga" is the plain baseline: gradient ascent
             on the cross-entropy of the forget batch, the other gradients being measured only.
+        **options: Of MOLLMOptimizer, such as preferences.
     """
     reference = freeze(model)
     ascent = direction == "ga"
@@ -141,6 +143,7 @@ def unlearn(
         base="adamw",
         direction=forget_only if ascent else direction,
         weight_decay=0.0,
+        **options,
     )
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
     forget_loss = negative_cross_entropy if ascent else linear_uce_loss

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,8 +8,32 @@ MAX_OBJECTIVES: int
 CUDA_CHUNK: int
 
 def cpu_instruction_set() -> str: ...
+
+_List = tuple[Sequence[int], Sequence[int]]  # addresses, dtypes
+
 def gram_cpu(
-    data: Sequence[int], dtypes: Sequence[int], counts: Sequence[int], gram: int, threads: int
+    data: Sequence[int],
+    dtypes: Sequence[int],
+    counts: Sequence[int],
+    means: tuple[_List, float] | None,
+    metric: tuple[_List, Sequence[float], Sequence[float], float, float] | None,
+    gram: int,
+    threads: int,
+) -> None: ...
+def update_cpu(
+    data: Sequence[int],
+    dtypes: Sequence[int],
+    counts: Sequence[int],
+    weights: Sequence[float],
+    second_weights: Sequence[float] | None,
+    means: tuple[_List, float] | None,
+    params: _List,
+    first: _List | None,
+    second: _List | None,
+    steps: Sequence[int],
+    options: Mapping[str, object],
+    changes: int,
+    threads: int,
 ) -> None: ...
 def combine_cpu(
     data: Sequence[int],
@@ -39,6 +63,42 @@ def gram_cuda(
     arrived: int,
     blocks: int,
     gram: int,
+    stream: int,
+) -> None: ...
+def gram_moved_cuda(
+    table: int,
+    lists: int,
+    tensors: int,
+    chunks: int,
+    means: int,
+    beta: float,
+    moments: int,
+    second_weights: int,
+    beta2: float,
+    eps: float,
+    partials: int,
+    arrived: int,
+    blocks: int,
+    gram: int,
+    stream: int,
+) -> None: ...
+def update_cuda(
+    table: int,
+    lists: int,
+    tensors: int,
+    chunks: int,
+    targets: int,
+    weights: int,
+    second_weights: int,
+    means: int,
+    beta: float,
+    proceed: int,
+    lr: int,
+    options: Mapping[str, object],
+    partials: int,
+    arrived: int,
+    blocks: int,
+    changes: int,
     stream: int,
 ) -> None: ...
 def combine_cuda(

@@ -8,7 +8,15 @@ from mollm_ops.dual_space import (
     project_weights,
     upgrad_weights,
 )
-from mollm_ops.gram import combine, dots, gram, gram_direction
+from mollm_ops.gram import (
+    AdamMetric,
+    RunningMeans,
+    combine,
+    dots,
+    gram,
+    gram_direction,
+    gram_moved,
+)
 from mollm_ops.linear_losses import (
     linear_ce_kl,
     linear_cross_entropy,
@@ -16,15 +24,22 @@ from mollm_ops.linear_losses import (
     linear_uce_loss,
 )
 from mollm_ops.uce import uce_loss
+from mollm_ops.update import AdamWStep, SgdStep, Targets, update_
 
 __all__ = [
+    "AdamMetric",
+    "AdamWStep",
+    "RunningMeans",
+    "SgdStep",
     "Solution",
     "Status",
+    "Targets",
     "combine",
     "dots",
     "dual_space_weights",
     "gram",
     "gram_direction",
+    "gram_moved",
     "linear_ce_kl",
     "linear_cross_entropy",
     "linear_kl_div",
@@ -32,5 +47,6 @@ __all__ = [
     "min_norm_weights",
     "project_weights",
     "uce_loss",
+    "update_",
     "upgrad_weights",
 ]

@@ -56,3 +56,13 @@ def check_gradients(gradients: GradientLists) -> None:
                     f"{name} must have the shape of gradients[{known[0]}][{n}], "
                     f"{tuple(known[1].shape)}, but got {tuple(tensor.shape)}."
                 )
+
+
+def check_means(gradients: GradientLists, means: GradientLists) -> None:
+    """Running means that match the gradients: one wherever there is a gradient, contiguous."""
+    check_gradients([*gradients, *means])
+    for k, (tensors, row) in enumerate(zip(gradients, means, strict=True)):
+        for n, (t, mean) in enumerate(zip(tensors, row, strict=True)):
+            if t is not None and (mean is None or not mean.is_contiguous()):
+                got = "None" if mean is None else "one that is not"
+                raise ValueError(f"means[{k}][{n}] must be a contiguous tensor, but got {got}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,20 +12,46 @@ from torch import Tensor
 from mollm_ops._extension import addresses, dtype_codes, extension
 
 _TABLES = 64  # recent pointer tables kept on the device: a training loop reuses a few of them
-_tables: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
+_tables: OrderedDict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
+_captured: list[tuple[Tensor, Tensor]] = []  # what CUDA graphs read whenever they are replayed
+
+
+class Slots(Protocol):
+    """What an update reads and writes; see `mollm_ops.update.Targets`."""
+
+    @property
+    def params(self) -> Sequence[Tensor]: ...
+    @property
+    def first(self) -> Sequence[Tensor] | None: ...
+    @property
+    def second(self) -> Sequence[Tensor] | None: ...
+    @property
+    def steps(self) -> Sequence[Tensor]: ...
+
+
+class Moments(NamedTuple):
+    """What Adam's metric reads; see `mollm_ops.gram.AdamMetric`."""
+
+    second: Sequence[Tensor | None]
+    steps: Sequence[Tensor]
+    weights: Tensor
+    beta2: float
+    eps: float
 
 
 def _device_table(entries: list[int], device: torch.device) -> Tensor:
     """The entries as int64 on the device. A table known to this stream costs no transfer."""
     key = (torch.cuda.current_stream(device).cuda_stream, (device.index or 0, *entries))
-    table = _tables.pop(key, None)
-    if table is None:
+    pair = _tables.pop(key, None)
+    if pair is None:
         host = torch.tensor(entries, dtype=torch.int64).pin_memory()
-        table = host.to(device, non_blocking=True)
+        pair = host, host.to(device, non_blocking=True)
         if len(_tables) >= _TABLES:
             _tables.popitem(last=False)
-    _tables[key] = table
-    return table
+    _tables[key] = pair
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pair)
+    return pair[1]
 
 
 def _lists_table(
@@ -52,8 +79,7 @@ def gram(rows: Sequence[Tensor | None], counts: Sequence[int], lists: int) -> Te
         table, chunks = _lists_table(rows, counts, device)
         blocks = extension.cuda_grid()
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
-        partials = torch.empty(lists * (lists + 1) // 2, blocks, dtype=torch.float64, device=device)
-        arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         extension.gram_cuda(
             table=table.data_ptr(),
             lists=lists,
@@ -66,6 +92,116 @@ def gram(rows: Sequence[Tensor | None], counts: Sequence[int], lists: int) -> Te
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
     return out
+
+
+def _sums(count: int, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Workspace of csrc/gram.h, GramWorkspace."""
+    partials = torch.empty(count, blocks, dtype=torch.float64, device=device)
+    return partials, torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def gram_moved(
+    rows: Sequence[Tensor | None],
+    counts: Sequence[int],
+    lists: int,
+    means: Sequence[Tensor | None] | None,
+    beta: float,
+    moments: Moments | None,
+) -> Tensor:
+    """G of K contiguous lists as `mollm_ops.gram.gram_moved` defines it, float64 [K, K]."""
+    assert extension is not None, "the CUDA path implies the extension"
+    device = _device(rows)
+    with torch.cuda.device(device):
+        table, chunks = _lists_table(rows, counts, device)
+        blocks = extension.cuda_grid()
+        out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
+        partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
+        mean_table = 0
+        if means is not None:
+            entries = [*addresses(means), *dtype_codes(means)]
+            mean_table = _device_table(entries, device).data_ptr()
+        moment_table, weights = 0, None
+        if moments is not None:
+            entries = [*addresses(moments.second), *dtype_codes(moments.second)]
+            entries += addresses(moments.steps)
+            moment_table = _device_table(entries, device).data_ptr()
+            weights = moments.weights.to(device=device, dtype=torch.float64)
+        extension.gram_moved_cuda(
+            table=table.data_ptr(),
+            lists=lists,
+            tensors=len(counts),
+            chunks=chunks,
+            means=mean_table,
+            beta=beta,
+            moments=moment_table,
+            second_weights=0 if weights is None else weights.data_ptr(),
+            beta2=0.0 if moments is None else moments.beta2,
+            eps=0.0 if moments is None else moments.eps,
+            partials=partials.data_ptr(),
+            arrived=arrived.data_ptr(),
+            blocks=blocks,
+            gram=out.data_ptr(),
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
+    return out
+
+
+def update(
+    rows: Sequence[Tensor | None],
+    weights: Tensor,
+    slots: Slots,
+    options: dict[str, object],
+    *,
+    lr: Tensor | None,
+    second_weights: Tensor | None,
+    means: Sequence[Tensor | None] | None,
+    beta: float,
+    proceed: Tensor | None,
+    track: bool,
+) -> Tensor:
+    """The step of `mollm_ops.update.update_` on contiguous tensors; g_k · Δθ, zeros without
+    `track`."""
+    assert extension is not None, "the CUDA path implies the extension"
+    device = slots.params[0].device
+    counts = [p.numel() for p in slots.params]
+    none: list[Tensor | None] = [None] * len(counts)
+    with torch.cuda.device(device):
+        table, chunks = _lists_table(rows, counts, device)
+        entries: list[int] = []
+        for tensors in (slots.params, slots.first or none, slots.second or none):
+            entries += [*addresses(tensors), *dtype_codes(tensors)]
+        entries += addresses(slots.steps)
+        blocks = extension.cuda_grid()
+        lists = len(rows) // len(counts)
+        changes = torch.zeros(lists, dtype=torch.float64, device=device)
+        partials, arrived = _sums(lists, blocks, device)
+        # These stay referenced until the launch; the stream orders what comes after it.
+        w = weights.to(device=device, dtype=torch.float64).contiguous()
+        second = None if second_weights is None else second_weights.to(w)
+        rate = None if lr is None else lr.detach().to(w)
+        mean_table = 0
+        if means is not None:
+            mean_table = _device_table([*addresses(means), *dtype_codes(means)], device).data_ptr()
+        extension.update_cuda(
+            table=table.data_ptr(),
+            lists=lists,
+            tensors=len(counts),
+            chunks=chunks,
+            targets=_device_table(entries, device).data_ptr(),
+            weights=w.data_ptr(),
+            second_weights=0 if second is None else second.data_ptr(),
+            means=mean_table,
+            beta=beta,
+            proceed=0 if proceed is None else proceed.data_ptr(),
+            lr=0 if rate is None else rate.data_ptr(),
+            options=options,
+            partials=partials.data_ptr(),
+            arrived=arrived.data_ptr(),
+            blocks=blocks,
+            changes=changes.data_ptr() if track else 0,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
+    return changes
 
 
 def combine(
@@ -88,6 +224,12 @@ def combine(
         )
 
 
+def _device_numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers as float64 on the device, from the same cache as the tables."""
+    bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
+    return _device_table(bits, device).view(torch.float64)
+
+
 def solve(
     matrix: Tensor, rule: int, preferences: Sequence[float], normalize: bool, length: int
 ) -> Tensor:
@@ -96,8 +238,7 @@ def solve(
     device = matrix.device
     with torch.cuda.device(device):
         matrix = matrix.contiguous()
-        c = torch.tensor(preferences, dtype=torch.float64).pin_memory()
-        c = c.to(device, non_blocking=True)
+        c = _device_numbers(tuple(preferences), device)
         packed = torch.empty(len(matrix) + 2, dtype=torch.float64, device=device)
         extension.solve_cuda(
             gram=matrix.data_ptr(),

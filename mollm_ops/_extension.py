@@ -48,5 +48,10 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def listed(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
+    """Addresses and dtypes, as the extension takes a list of tensors."""
+    return addresses(tensors), dtype_codes(tensors)
+
+
 def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else DTYPE_CODES[t.dtype] for t in tensors]

@@ -51,6 +51,11 @@ class Solution:
         return self._packed[:-2]
 
     @property
+    def finite(self) -> Tensor:
+        """Whether the Gram matrix was finite, as a scalar on its device."""
+        return self._packed[-2] != int(Status.NON_FINITE)
+
+    @property
     def status(self) -> Status:
         return Status(int(self._packed[-2]))
 

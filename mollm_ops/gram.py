@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mollm_ops import _cuda
-from mollm_ops._checks import GradientLists, check_dtype, check_gradients
+from mollm_ops._checks import GradientLists, check_dtype, check_gradients, check_means
 from mollm_ops._extension import (
     MAX_OBJECTIVES,
     addresses,
     dtype_codes,
     extension,
     has_kernels_for,
+    listed,
 )
 from mollm_ops.dual_space import Solution, dual_space_weights
 
 _CHUNK = 1 << 22  # elements that the plain-Torch versions hold in float64 at a time
+
+
+@dataclass(frozen=True)
+class RunningMeans:
+    """Running means of the gradients, which take their place in Gram matrix and update.
+
+        m_k ← β m_k + (1 − β) g_k
+
+    `gram_moved` multiplies what `update_` will store, and leaves them as they are: a Gram matrix
+    that is not finite costs nothing.
+    """
+
+    means: GradientLists
+    """K lists of N contiguous tensors, with one wherever there is a gradient."""
+    beta: float
+
+
+@dataclass(frozen=True)
+class AdamMetric:
+    """The diagonal metric of Adam, from the second moment of all objectives together.
+
+        v' = β₂ v + (1 − β₂) Σ_k c_k g_k²,   P = 1 / (√(v' / (1 − β₂^t)) + ε)
+
+    It does not depend on the weights that the Gram matrix leads to, so that a step −lr · P d with
+    the same v' has g_k · step = −lr (G^P w)_k exactly.
+    """
+
+    exp_avg_sqs: Sequence[Tensor | None]
+    """v of the N parameters, left as it is; None for zeros."""
+    steps: Sequence[Tensor]
+    """t − 1 of the N parameters as scalars: the steps done so far."""
+    weights: Tensor
+    """c_k ≥ 0, [K]."""
+    beta2: float = 0.999
+    eps: float = 1e-8
+
 
 # ---- reference: plain Torch, the definition
 
@@ -43,6 +82,42 @@ def gram_reference(gradients: GradientLists) -> Tensor:
             M = torch.stack([piece[k].double() for k in rows])  # type: ignore[union-attr]
             total[torch.tensor(rows)[:, None], torch.tensor(rows)] += M @ M.T
     return total
+
+
+def moved_means_reference(
+    gradients: GradientLists, moving: RunningMeans
+) -> list[list[Tensor | None]]:
+    """β m_k + (1 − β) g_k, rounded to the dtype of m_k; see `RunningMeans`."""
+
+    def moved(g: Tensor | None, m: Tensor | None) -> Tensor | None:
+        if g is None or m is None:
+            return None
+        return (moving.beta * m.double() + (1 - moving.beta) * g.double()).to(m.dtype)
+
+    return [
+        [moved(g, m) for g, m in zip(tensors, means, strict=True)]
+        for tensors, means in zip(gradients, moving.means, strict=True)
+    ]
+
+
+def scaled_by_metric_reference(
+    gradients: GradientLists, metric: AdamMetric
+) -> list[list[Tensor | None]]:
+    """√P g_k in float64, whose plain Gram matrix is that of the metric; see `AdamMetric`."""
+    columns = []
+    moments = zip(metric.exp_avg_sqs, metric.steps, strict=True)
+    for tensors, (v, step) in zip(zip(*gradients, strict=True), moments, strict=True):
+        wide = [None if t is None else t.detach().double() for t in tensors]
+        present = [(c, t) for c, t in zip(metric.weights, wide, strict=True) if t is not None]
+        if present:
+            square = sum((c * t * t for c, t in present), torch.zeros_like(present[0][1]))
+            old = torch.zeros_like(square) if v is None else v.double()
+            moment = metric.beta2 * old + (1 - metric.beta2) * square
+            correction = 1 - metric.beta2 ** (step.double() + 1)
+            P = 1 / ((moment / correction).sqrt() + metric.eps)
+            wide = [None if t is None else P.sqrt() * t for t in wide]
+        columns.append(wide)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def combine_reference(gradients: GradientLists, weights: Tensor) -> list[Tensor | None]:
@@ -91,17 +166,76 @@ def _device(flat: Sequence[Tensor | None]) -> torch.device:
 @torch.library.custom_op("mollm::gram", mutates_args=())
 def _gram(flat: Sequence[Tensor | None], lists: int) -> Tensor:
     device = _device(flat)
-    if not _has_kernels(device, lists):
-        return gram_reference(_lists(flat, lists))
     rows = _contiguous(flat)
+    if not _has_kernels(device, lists):
+        return _gram_without_extension(_lists(rows, lists))
     if device.type == "cuda":
         return _cuda.gram(rows, _counts(rows, lists), lists)
+    return _gram_cpu(rows, lists)
+
+
+def _has_triton(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether Triton serves the gradients of one parameter."""
+    first = next((t for t in tensors if t is not None), None)
+    if first is None or not first.is_cuda or find_spec("triton") is None:
+        return False
+    from mollm_ops._gram_triton import serves
+
+    return serves(tensors)
+
+
+def _gram_without_extension(lists: list[Sequence[Tensor | None]]) -> Tensor:
+    columns = list(zip(*lists, strict=True))
+    alike = [n for n, tensors in enumerate(columns) if _has_triton(tensors)]
+    rest = [n for n in range(len(columns)) if n not in set(alike)]
+    total = torch.zeros(len(lists), len(lists), dtype=torch.float64, device=_device(columns[0]))
+    if alike:
+        from mollm_ops._gram_triton import gram_triton
+
+        for n in alike:
+            total += gram_triton(columns[n])
+    if rest:
+        total += gram_reference([[tensors[n] for n in rest] for tensors in lists])
+    return total
+
+
+def _combine_without_extension(
+    lists: list[Sequence[Tensor | None]], weights: Tensor, out: Sequence[Tensor]
+) -> None:
+    for tensors, to in zip(zip(*lists, strict=True), out, strict=True):
+        if _has_triton(tensors) and to.is_contiguous():
+            from mollm_ops._gram_triton import combine_triton
+
+            combine_triton(tensors, weights, to)
+        else:
+            (value,) = combine_reference([[t] for t in tensors], weights)
+            assert value is not None, "combine leaves out the tensors that no list has"
+            to.copy_(value)
+
+
+def _gram_cpu(
+    rows: Sequence[Tensor | None],
+    lists: int,
+    moving: RunningMeans | None = None,
+    metric: AdamMetric | None = None,
+) -> Tensor:
     assert extension is not None, "_has_kernels implies the extension"
     out = torch.zeros(lists, lists, dtype=torch.float64)
+    means = [] if moving is None else _contiguous([t for ts in moving.means for t in ts])
+    moments = [] if metric is None else _contiguous(metric.exp_avg_sqs)
     extension.gram_cpu(
         data=addresses(rows),
         dtypes=dtype_codes(rows),
         counts=_counts(rows, lists),
+        means=moving and (listed(means), moving.beta),
+        metric=metric
+        and (
+            listed(moments),
+            [1 - metric.beta2 ** (float(step) + 1) for step in metric.steps],
+            metric.weights.tolist(),
+            metric.beta2,
+            metric.eps,
+        ),
         gram=out.data_ptr(),
         threads=torch.get_num_threads(),
     )
@@ -117,12 +251,10 @@ def _(flat: Sequence[Tensor | None], lists: int) -> Tensor:
 def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
     lists = weights.numel()
     device = _device(flat)
-    if not _has_kernels(device, lists):
-        for to, value in zip(out, combine_reference(_lists(flat, lists), weights), strict=True):
-            assert value is not None, "combine leaves out the tensors that no list has"
-            to.copy_(value)
-        return
     rows = _contiguous(flat)
+    if not _has_kernels(device, lists):
+        _combine_without_extension(_lists(rows, lists), weights, out)
+        return
     targets = [t.contiguous() for t in out]
     if device.type == "cuda":
         _cuda.combine(rows, _counts(rows, lists), weights, targets)
@@ -211,6 +343,61 @@ def gram(gradients: GradientLists) -> Tensor:
     check_gradients(gradients)
     result: Tensor = _gram(_flatten(gradients), len(gradients))
     return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def gram_moved(
+    gradients: GradientLists,
+    moving: RunningMeans | None = None,
+    metric: AdamMetric | None = None,
+) -> Tensor:
+    """The Gram matrix of running means of the gradients, or in Adam's metric, or both.
+
+        G_ij = Σ_e P_e m_i,e m_j,e,   P = 1 without a metric, m = g without running means
+
+    Everything is read once.
+
+    Args:
+        gradients: K lists of N tensors or None, as for `gram`.
+        moving: see `RunningMeans`.
+        metric: see `AdamMetric`.
+
+    Returns:
+        float64 [K, K] on the gradients' device.
+
+    Raises:
+        ValueError: as for `gram`; a gradient without a mean.
+    """
+    check_gradients(gradients)
+    flat = _flatten(gradients)
+    if moving is not None:
+        check_means(gradients, moving.means)
+    device = _device(flat)
+    if device.type == "cpu" and _has_kernels(device, len(gradients)):
+        return _gram_cpu(_contiguous(flat), len(gradients), moving, metric)
+    if device.type == "cuda" and _has_kernels(device, len(gradients)):
+        rows = _contiguous(flat)
+        return _cuda.gram_moved(
+            rows,
+            _counts(rows, len(gradients)),
+            len(gradients),
+            None if moving is None else [t for tensors in moving.means for t in tensors],
+            0.0 if moving is None else moving.beta,
+            None
+            if metric is None
+            else _cuda.Moments(
+                _contiguous(metric.exp_avg_sqs),
+                metric.steps,
+                metric.weights,
+                metric.beta2,
+                metric.eps,
+            ),
+        )
+    if moving is not None:
+        gradients = moved_means_reference(gradients, moving)
+    if metric is not None:
+        gradients = scaled_by_metric_reference(gradients, metric)
+    return gram(gradients)
 
 
 def _check_weights(gradients: GradientLists, weights: Tensor) -> Tensor:

@@ -37,6 +37,24 @@ def test_mistakes_are_told_in_one_sentence(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "llama-9"], "shape must be one of llama-3-8b"),
+        (["--model", "/no/config.json"], "not on this machine"),
+        (["--shape", "smollm2-135m", "--device-memory", "0"], "device_memory must be positive"),
+        (["--shape", "smollm2-135m", "--reference", "adapter"], "give a lora_rank"),
+        (["--shape", "smollm2-135m", "--batch-size", "0"], "batch_size must be at least 1"),
+    ],
+)
+def test_mistakes_of_a_plan_are_told_in_one_sentence(capsys, arguments, words):
+    assert main(["plan", *arguments]) == 2
+    sentence = capsys.readouterr().err.strip()
+    assert sentence.startswith("mollm: ")
+    assert words in sentence
+    assert len(sentence.splitlines()) == 1
+
+
 def test_an_unwritable_folder_is_found_out_before_the_model_loads(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *arguments: pytest.fail("too late"))
     (tmp_path / "file").touch()
@@ -103,6 +121,14 @@ def test_help_and_module_entry():
     )  # fmt: skip
     for option in ("--model", "--steps", "--lr", "--seed", "--forget", "--direction", "--out"):
         assert option in done.stdout
+
+
+def test_every_command_is_listed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"\n    {name} " in text for name in ("demo", "evaluate", "plan", "doctor"))
 
 
 def test_importing_does_nothing():

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from mollm_ops import Status, combine, dots, gram, gram_direction
 from mollm_ops._extension import extension
-from mollm_ops.gram import combine_reference, gram_reference
+from mollm_ops.gram import (
+    AdamMetric,
+    RunningMeans,
+    combine_reference,
+    gram_moved,
+    gram_reference,
+    moved_means_reference,
+    scaled_by_metric_reference,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(3,), (17, 5), (1,), (0,), (64, 33), (2, 3, 4), (70001,)]
@@ -35,7 +43,7 @@ def device(request):
 
 def test_the_extension_is_built():
     assert extension is not None, "install with a C++ compiler: `pip install .`"
-    assert extension.cpu_instruction_set() in ("avx512", "avx2", "baseline")
+    assert extension.cpu_instruction_set() in ("avx512bf16", "avx512", "avx2", "baseline")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -232,3 +240,47 @@ def test_bad_dtypes_layouts_weights_and_out():
         combine(x, torch.ones(1), out=[torch.ones(3)])
     with pytest.raises(ValueError, match="out must have 1 tensors"):
         combine(x, torch.ones(1), out=[])
+
+
+# ---- running means and Adam's metric
+
+
+def moved_inputs(K, dtype, device):
+    g = gradients(K, dtype, device=device)
+    g[0][1] = None
+    means = [[None if t is None else torch.randn_like(t) for t in ts] for ts in g]
+    second = [torch.rand(s, device=device).to(dtype) for s in SHAPES]
+    steps = [torch.tensor(float(n), device=device) for n in range(len(SHAPES))]
+    weights = torch.full((K,), 1 / K, dtype=torch.float64, device=device)
+    return g, RunningMeans(means, 0.9), AdamMetric(second, steps, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [1, 2, 3, 5, 8, 12])
+def test_gram_moved_matches_its_definition(K, dtype, device):
+    g, moving, metric = moved_inputs(K, dtype, device)
+    held = [[None if t is None else t.clone() for t in ts] for ts in moving.means]
+    # A mean that falls between two bfloat16 may be rounded to either: float32 or float64 decides.
+    limit = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 3e-3)
+    for m, p in ((moving, None), (None, metric), (moving, metric)):
+        rows = g if m is None else moved_means_reference(g, m)
+        exact = gram_reference(rows if p is None else scaled_by_metric_reference(rows, p))
+        assert relative_error(gram_moved(g, m, p), exact) <= limit
+    for row, before in zip(moving.means, held, strict=True):
+        assert all(a is b or torch.equal(a, b) for a, b in zip(row, before, strict=True))
+
+
+def test_the_metric_of_one_gradient_is_adams():
+    g, v = torch.randn(1000), torch.rand(1000)
+    metric = AdamMetric([v], [torch.tensor(4.0)], torch.ones(1, dtype=torch.float64))
+    moment = 0.999 * v.double() + 0.001 * g.double() ** 2
+    P = 1 / ((moment / (1 - 0.999**5)).sqrt() + 1e-8)
+    expected = (P * g.double() ** 2).sum()
+    torch.testing.assert_close(gram_moved([[g]], None, metric)[0, 0], expected, rtol=1e-6, atol=0)
+
+
+def test_a_gradient_without_a_mean_is_named():
+    with pytest.raises(
+        ValueError, match=r"means\[0\]\[0\] must be a contiguous tensor, but got None"
+    ):
+        gram_moved([[torch.ones(3)]], RunningMeans([[None]], 0.9))

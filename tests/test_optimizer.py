@@ -106,6 +106,135 @@ def test_the_step_is_along_the_negative_of_the_weighted_gradients():
         torch.testing.assert_close(p.detach(), b - 0.5 * d)
 
 
+def gradients_of(model, x):
+    g = []
+    for loss in losses(model, x).values():
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        g.append([t.double() for t in grads])
+    return g
+
+
+def rule(gram):
+    return dual_space_weights(gram).weights
+
+
+@pytest.mark.parametrize("mode", ["momentum", "metric"])
+def test_the_other_modes_equal_their_twins_step_for_step(mode):
+    model, data = make_model(torch.float64), batches(25, torch.float64)
+    theta = [p.detach().clone() for p in model.parameters()]
+    state = twin.State()
+    means = [[torch.zeros_like(t) for t in theta] for _ in NAMES]
+    options = {"lr": 0.01, "eps": 1e-8, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    if mode == "momentum":
+        opt = MOLLMOptimizer(model.parameters(), momentum="per-objective", mean_beta=0.8, **options)
+    else:
+        opt = MOLLMOptimizer(model.parameters(), metric="adam", **options)
+    for x in data:
+        g = gradients_of(model, x)
+        numbers = {"lr": 0.01, "beta2": 0.99, "eps": 1e-8}
+        if mode == "momentum":
+            twin.per_objective_adamw_step(theta, g, rule, state, means, beta=0.8, **numbers)
+        else:
+            twin.metric_adamw_step(theta, g, rule, state, **numbers)
+        train(model, opt, [x])
+        assert not any("exp_avg" in opt.state[p] for p in model.parameters())
+        for p, t in zip(model.parameters(), theta, strict=True):
+            torch.testing.assert_close(p.detach(), t, rtol=1e-8, atol=1e-10)
+
+
+def test_in_adams_metric_the_update_really_applied_descends_on_every_objective():
+    model, data = make_model(torch.float64), batches(25, torch.float64)
+    opt = MOLLMOptimizer(model.parameters(), lr=1e-2, metric="adam", weight_decay=0.0)
+    for x in data:
+        train(model, opt, [x])
+        s = opt.last_step
+        assert s.status is Status.DUAL
+        assert s.conflicts == dict.fromkeys(NAMES, False)
+        # g_k · Δθ = −lr (Gᴾ w)_k, the certificate itself
+        expected = -1e-2 * s.gram @ s.weights
+        torch.testing.assert_close(torch.tensor(list(s.changes.values())).double(), expected)
+
+
+def test_bfloat16_parameters_equal_the_twin_within_one_unit_in_the_last_place():
+    data = batches(8, torch.bfloat16)
+    model = make_model(torch.bfloat16)
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01, state_dtype=torch.float32, weight_decay=0.0)
+    state = twin.State()
+    for x in data:
+        theta = [p.detach().double() for p in model.parameters()]
+        d = twin.direction(gradients_of(model, x), rule)
+        numbers = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+        twin.adamw_step(theta, d, state, lr=0.01, **numbers)
+        train(model, opt, [x])
+        for p, t in zip(model.parameters(), theta, strict=True):
+            spacing = torch.finfo(torch.bfloat16).eps * t.abs().clamp(min=2**-20)
+            assert ((p.detach().double() - t).abs() <= spacing).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": "per-objective"}, {"metric": "adam"}, {"base": "sgd", "momentum": 0.9}],
+    ids=str,
+)
+def test_gradients_that_wait_on_the_host_give_the_same_run(options):
+    data = batches(6)
+    runs = []
+    for memory in ("as-produced", "host"):
+        model = make_model()
+        opt = MOLLMOptimizer(model.parameters(), lr=0.01, gradient_memory=memory, **options)
+        opt._store.bucket_bytes = 200
+        train(model, opt, data)
+        runs.append([p.detach() for p in model.parameters()])
+        assert opt.last_step.changes is not None
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_wait_in_bfloat16_give_nearly_the_same_run():
+    x = batches(1)
+    model, rough = make_model(), make_model()
+    train(model, MOLLMOptimizer(model.parameters(), lr=0.1, base="sgd"), x)
+    opt = MOLLMOptimizer(rough.parameters(), lr=0.1, base="sgd", gradient_memory="bfloat16")
+    train(rough, opt, x)
+    start, full, rounded = (
+        torch.cat([p.detach().reshape(-1) for p in m.parameters()])
+        for m in (make_model(), model, rough)
+    )
+    assert 0 < (rounded - full).norm() < 0.02 * (full - start).norm()
+
+
+@pytest.mark.parametrize("base", ["adamw", torch.optim.AdamW])
+def test_means_go_on_from_a_state_dict_and_survive_a_bad_gradient(base):
+    data = batches(8)
+    options = {"momentum": "per-objective", "base": base, "lr": 0.01, "betas": (0.0, 0.99)}
+    model = make_model()
+    whole = train(model, MOLLMOptimizer(model.parameters(), **options), data)
+
+    model = make_model()
+    opt = MOLLMOptimizer(model.parameters(), **options)
+    train(model, opt, data[:4])
+    bad = losses(model, data[4])
+    opt.zero_grad()
+    opt.backward({**bad, "kl": bad["kl"] * float("nan")})
+    with pytest.warns(UserWarning, match="kl is not finite"):
+        opt.step()
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    model = make_model()
+    model.load_state_dict(saved[0])
+    opt = MOLLMOptimizer(model.parameters(), **options)
+    opt.load_state_dict(saved[1])
+    assert equal(train(model, opt, data[4:]), whole)
+
+
+def test_every_objective_needs_k_gradients_in_adams_metric():
+    model, x = make_model(), batches(1)[0]
+    opt = MOLLMOptimizer(model.parameters(), metric="adam")
+    opt.backward(losses(model, x))
+    with pytest.raises(RuntimeError, match="does not go with metric='adam'"):
+        opt.aggregate()
+    opt.step()
+
+
 # ---- ways to hand in gradients
 
 
@@ -164,14 +293,18 @@ def test_parameters_that_an_objective_does_not_reach():
     assert torch.equal(unused.detach(), torch.ones(3))
 
 
-def test_grad_after_the_step_is_the_direction_until_zero_grad():
+@pytest.mark.parametrize("base", ["sgd", torch.optim.SGD])
+def test_grad_after_the_step(base):
     model, x = make_model(), batches(1)[0]
-    opt = MOLLMOptimizer(model.parameters(), lr=0.1, base="sgd")
+    opt = MOLLMOptimizer(model.parameters(), lr=0.1, base=base)
     before = [p.detach().clone() for p in model.parameters()]
     opt.backward(losses(model, x))
     opt.step()
     for p, b in zip(model.parameters(), before, strict=True):
-        torch.testing.assert_close(p.detach(), b - 0.1 * p.grad)
+        if base == "sgd":
+            assert p.grad is None  # the direction was never written
+        else:
+            torch.testing.assert_close(p.detach(), b - 0.1 * p.grad)
     opt.backward(losses(model, x))  # a used-up gradient is no obstacle
     opt.zero_grad()
     assert all(p.grad is None for p in model.parameters())
@@ -230,14 +363,10 @@ def test_parameter_groups_keep_their_own_options():
     assert not torch.equal(model[2].weight.detach(), make_model()[2].weight.detach())
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgd"])
-def test_the_base_is_fused_where_it_can_be(base):
-    x = batches(1)[0]
-    for options, fused in (({}, True), ({"foreach": False}, None)):
-        model = make_model()
-        opt = MOLLMOptimizer(model.parameters(), base=base, **options)
-        assert opt.base.param_groups[0]["fused"] is fused
-        train(model, opt, [x])
+@pytest.mark.parametrize(("base", "torchs"), [("adamw", "AdamW"), ("sgd", "SGD")])
+def test_options_of_torchs_own_bases_are_refused_with_the_way_out(base, torchs):
+    with pytest.raises(TypeError, match=f"foreach.*pass base=torch.optim.{torchs}"):
+        MOLLMOptimizer(make_model().parameters(), base=base, foreach=True)
 
 
 def test_add_param_group():
@@ -501,9 +630,128 @@ def test_no_objective_may_open_between_aggregate_and_step():
         ({"base": "adam"}, "base must be 'adamw', 'sgd', or an optimizer class.*'adam'"),
         ({"direction": "best"}, "direction must be one of"),
         ({"length": "long"}, "length must be one of"),
+        ({"metric": "sgd"}, "metric must be None, or 'adam' with base 'adamw', but got 'sgd'"),
+        ({"metric": "adam", "base": "sgd"}, "but got 'adam' with base 'sgd'"),
+        ({"momentum": "own"}, "momentum must be a number or 'per-objective', but got 'own'"),
+        ({"gradient_memory": "disk"}, "memory must be one of"),
         ({"lr": -1.0}, "Invalid learning rate"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MOLLMOptimizer(make_model().parameters(), **options)
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def cuda_step():
+    """A model on the GPU, and a function that hands in the same gradients again."""
+    model = make_model().cuda()
+    params = list(model.parameters())
+    torch.manual_seed(3)
+    g = {name: [torch.randn_like(p) for p in params] for name in NAMES}
+
+    def hand_in(opt, scale=1.0):
+        for name in NAMES:
+            with opt.objective(name):
+                for p, t in zip(params, g[name], strict=True):
+                    p.grad = t * scale
+
+    return model, hand_in
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metric": "adam"}, {"momentum": "per-objective"}, {"base": "sgd", "momentum": 0.9}],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_device(options, cuda_step):
+    model, hand_in = cuda_step
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01, **options)
+    hand_in(opt)
+    opt.step()  # makes the state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            hand_in(opt)
+            opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert opt.last_step.status in (Status.DUAL, Status.MIN_NORM)
+    assert set(opt.last_step.conflicts) == set(NAMES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"metric": "adam"}, {"base": "sgd"}], ids=str)
+def test_cuda_steps_equal_cpu_steps(options, cuda_step):
+    model, hand_in = cuda_step
+    other = make_model()
+    g = {}
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01, **options)
+    twin_opt = MOLLMOptimizer(other.parameters(), lr=0.01, **options)
+    for n in range(5):
+        hand_in(opt, 1.0 + n)
+        for name in NAMES:
+            g[name] = [opt._store.get(name, p).cpu() for p in model.parameters()]
+            with twin_opt.objective(name):
+                for p, t in zip(other.parameters(), g[name], strict=True):
+                    p.grad = t
+        opt.step()
+        twin_opt.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_bad_gradient_on_the_gpu_is_skipped_and_counted_without_waiting(cuda_step):
+    model, hand_in = cuda_step
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01)
+    hand_in(opt)
+    opt.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    state = copy.deepcopy(opt.state_dict()["state"])
+    hand_in(opt, float("nan"))
+    opt.step()
+    torch.cuda.synchronize()
+    assert equal([p.detach() for p in model.parameters()], before)
+    assert str(opt.state_dict()["state"]) == str(state)
+    assert opt.skipped_steps == 1
+    hand_in(opt)
+    opt.step()
+    with pytest.warns(UserWarning, match="a gradient is not finite"):
+        torch.cuda.synchronize()
+        hand_in(opt)
+        opt.step()
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_in_a_cuda_graph_and_replayed(cuda_step):
+    model, _ = cuda_step
+    plain = copy.deepcopy(model)
+    x = torch.randn(8, 6, device="cuda")
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01)
+    other = MOLLMOptimizer(plain.parameters(), lr=0.01)
+
+    def step(model, opt):
+        opt.zero_grad()
+        opt.backward(losses(model, x))
+        opt.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(model, opt)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, opt)
+    for _ in range(4):
+        graph.replay()
+    for _ in range(7):
+        step(plain, other)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-4, atol=1e-6)

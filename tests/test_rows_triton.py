@@ -3,81 +3,44 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from ahead_of_time import SHORT, compile_kernel, needs_ptxas, run_interpreted, spills  # noqa: E402
 
 from mollm_ops import _rows_triton  # noqa: E402
 from mollm_ops._rows_triton import config_of, kl_rows_kernel, log_rows_kernel  # noqa: E402
 
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VOCAB = 128256
 
 
 def test_interpreted():
-    """In a process of its own: whether a kernel is interpreted is decided when it is defined."""
-    file = Path(__file__).with_name("interpreted_rows.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-def ptxas() -> str | None:
-    bundled = Path(triton.__file__).parent / "backends/nvidia/bin"
-    # The architectures from sm_100 have an assembler of their own in some releases.
-    found = [
-        str(p) for name in ("ptxas-blackwell", "ptxas") for p in [bundled / name] if p.exists()
-    ]
-    return (found or [shutil.which("ptxas")])[0]
+    run_interpreted("interpreted_rows.py")
 
 
 def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
     """ptxas's report of one kernel at the vocabulary of Llama 3, all strides divisible by 16."""
     config = config_of(VOCAB)
     constants = {**constants, "BLOCK": config.BLOCK}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("logits", "ref_logits"):
-            signature[name] = f"*{SHORT[dtype]}"
+    types = {}
+    for name in kernel.arg_names:
+        if name in ("logits", "ref_logits"):
+            types[name] = f"*{SHORT[dtype]}"
         elif name.endswith("gradient"):
-            signature[name] = f"*{SHORT[gradient]}"
+            types[name] = f"*{SHORT[gradient]}"
         elif name == "target":
-            signature[name] = "*i64"
+            types[name] = "*i64"
         elif name.endswith(("losses", "scale")):
-            signature[name] = "*fp32"
+            types[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-        if name not in constants and name not in ("eps", "R") and "scale_stride" not in name:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": config.num_warps})
-    ptx = tmp_path / "kernel.ptx"
-    ptx.write_text(compiled.asm["ptx"])
-    arch = re.search(r"\.target (\S+?)(,|\s)", compiled.asm["ptx"])[1]
-    command = [ptxas(), "-v", f"--gpu-name={arch}", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr, compiled.metadata
+            types[name] = "fp32" if name == "eps" else "i32"
+    plain = ("eps", "R", *constants)
+    aligned = [n for n in kernel.arg_names if n not in plain and "scale_stride" not in n]
+    return compile_kernel(kernel, types, constants, aligned, capability, config.num_warps, tmp_path)
 
 
 FLAGS = list(itertools.product([False, True], repeat=2))
@@ -103,14 +66,12 @@ KL = [
 ]
 
 
-@pytest.mark.skipif(ptxas() is None, reason="needs ptxas, which neither Triton nor PATH has")
+@needs_ptxas
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("kernel", "dtype", "gradient", "constants"), LOG + KL)
 def test_compiles_without_spills(kernel, dtype, gradient, constants, capability, tmp_path):
     report, metadata = compile_rows(kernel, dtype, gradient, capability, constants, tmp_path)
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    assert spills, report
-    assert not any(spills), report
+    assert spills(report) == 0, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert registers * 32 * config_of(VOCAB).num_warps <= 65536, report
     assert metadata.shared <= 48 * 1024

@@ -1,0 +1,164 @@
+"""One optimizer step of K objectives against Torch's fused AdamW on one gradient.
+
+    python benchmarks/step_time.py
+
+Bytes of an ideal implementation, P elements of s bytes, K gradients:
+    Torch's AdamW     (1 + 3 + 3)·P·s      reads g, θ, m, v; writes θ, m, v
+    update            (K + 3 + 3)·P·s      reads K gradients, θ, m, v; writes θ, m, v
+    whole step        (2K + 3 + 3)·P·s     reads the K gradients once more for the Gram matrix
+Torch's time scaled by these bytes is what each must be compared with. `copy` is `Tensor.copy_` over
+as many bytes, as a physical floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from _common import (
+    Row,
+    interleaved_medians,
+    print_table,
+    provenance,
+    results_folder,
+    save_json,
+)
+from gram_throughput import shapes_of
+from torch import Tensor
+
+from mollm import MOLLMOptimizer
+from mollm.bases import AdamW
+
+MODES: dict[str, dict[str, object]] = {
+    "AdamW": {},
+    "AdamW, no tracking": {"track_conflicts": False},
+    "AdamW, momentum per objective": {"momentum": "per-objective"},
+    "AdamW, Adam's metric": {"metric": "adam"},
+    "SGD with momentum": {"base": "sgd", "momentum": 0.9},
+}
+
+
+class PreparedStep:
+    """An optimizer whose gradients are handed in anew before every step, as backward would."""
+
+    def __init__(self, params: list[Tensor], gradients: list[list[Tensor]], **mode: object) -> None:
+        names = [f"objective {k}" for k in range(len(gradients))]
+        self.opt = MOLLMOptimizer(params, lr=1e-6, objectives=names, **mode)  # type: ignore[arg-type]
+        self.names, self.params, self.gradients = names, params, gradients
+
+    def __call__(self) -> None:
+        for name, tensors in zip(self.names, self.gradients, strict=True):
+            with self.opt.objective(name):
+                for p, g in zip(self.params, tensors, strict=True):
+                    p.grad = g
+        self.opt.step()
+
+
+def measure(
+    K: int, kind: str, elements: int, dtype: torch.dtype, device: str, rounds: int
+) -> list[Row]:
+    """One row per mode, all measured in turns with Torch's step and the copy."""
+    shapes = shapes_of(kind, elements)
+    gradients = [[torch.randn(s, device=device).to(dtype) for s in shapes] for _ in range(K)]
+    params = [torch.nn.Parameter(torch.randn_like(t)) for t in gradients[0]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, g in zip(theirs, gradients[0], strict=True):
+        p.grad = g
+    torchs = torch.optim.AdamW(theirs, lr=1e-6, fused=True)
+    P = sum(p.numel() for p in params)
+    source = torch.randn(P, device=device).to(dtype)
+    target = torch.empty_like(source)
+    alone = AdamW(params, lr=1e-6)
+    weights = torch.full((K,), 1 / K, dtype=torch.float64, device=device)
+    prepared = {name: PreparedStep(params, gradients, **mode) for name, mode in MODES.items()}
+    seconds = interleaved_medians(
+        {
+            "torch": torchs.step,
+            "copy": lambda: target.copy_(source),
+            "update": lambda: alone.step_along(params, gradients, weights),
+            "update tracked": lambda: alone.step_along(params, gradients, weights, track=True),
+            **prepared,
+        },
+        device,
+        rounds=rounds,
+    )
+    unit = P * dtype.itemsize
+    torch_bytes = 7
+    rows = []
+    for name in ("update", "update tracked", *MODES):
+        whole = name in MODES
+        state = {"SGD with momentum": 4, "AdamW, Adam's metric": 5}.get(name, 6)
+        reads = 2 * K if whole else K
+        if name == "AdamW, Adam's metric":
+            reads += 1  # v for the metric
+        if name == "AdamW, momentum per objective":
+            reads, state = reads + 2 * K, 4 + K  # the means twice, and written once; no m
+        volume = reads + state
+        rows.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "shapes": kind,
+                "K": K,
+                "P": float(P),
+                "what": name if not whole else f"step: {name}",
+                "ms": 1e3 * seconds[name],
+                "GB/s": volume * unit / seconds[name] / 1e9,
+                "of copy": volume / 2 * seconds["copy"] / seconds[name],
+                "torch AdamW ms": 1e3 * seconds["torch"],
+                "torch GB/s": torch_bytes * unit / seconds["torch"] / 1e9,
+                "time / torch by bytes": seconds[name] / (seconds["torch"] * volume / torch_bytes),
+            }
+        )
+    return rows
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Time over Torch's time scaled by bytes, one bar per row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [f"{r['what']}, {r['dtype']}, {r['shapes']}" for r in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.4), layout="constrained")
+    axes.barh(labels, [r["time / torch by bytes"] for r in rows], color="#3b6ea5")
+    axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.invert_yaxis()
+    axes.set_xlabel("time over that of torch.optim.AdamW(fused=True), scaled by bytes moved")
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table, and writes JSON and PNG under benchmarks/results/<device>/."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--elements", type=int, help="P of the large rows")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="P = 1e6, for a first look")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    options = parser.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    elements = options.elements or (10**9 if device == "cuda" else 10**8)
+    if options.quick:
+        elements = 10**6
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind, size in (("one tensor", elements), ("small tensors", elements // 50)):
+            rows += measure(3, kind, size, dtype, device, options.rounds)
+            gc.collect()
+            print_table(rows[-len(MODES) - 2 :], f"{kind}, {dtype}")
+    source = provenance(device)
+    title = f"{source['device']}, {source['date']}, torch {source['versions']['torch']}"
+    path = options.json or results_folder(device) / "step_time.json"
+    save_json(path, source, rows)
+    plot(rows, path.with_suffix(".png"), title)
+    print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

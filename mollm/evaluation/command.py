@@ -1,0 +1,145 @@
+"""`mollm evaluate`: the metrics of a model on TOFU, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mollm.evaluation.judges import Judge
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers of `mollm`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure what a model forgot and what it still knows, on TOFU",
+        description=(
+            "Measures a model on the files of TOFU, with confidence intervals, and writes "
+            "metrics.json and, for each question, examples.jsonl. That of a model trained without "
+            "the forget set is what --retain-logs wants."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_inputs(parser)
+    _add_options(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    model = "a model folder, a .gguf file or a hub name"
+    parser.add_argument(
+        "--model", required=True, default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        default=argparse.SUPPRESS,
+        type=Path,
+        metavar="FOLDER",
+        help="folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
+        "real_authors_perturbed.jsonl, world_facts_perturbed.jsonl, and perhaps holdout10.jsonl",
+    )
+    parser.add_argument("--forget-split", default="forget10", help="forget01, forget05 or forget10")
+    parser.add_argument(
+        "--retain-logs",
+        default=argparse.SUPPRESS,
+        type=Path,
+        metavar="PATH",
+        help="examples.jsonl of a retain-only model, for forget_quality and priv_leak",
+    )
+    parser.add_argument(
+        "--original",
+        default=argparse.SUPPRESS,
+        metavar="PATH_OR_HUB_NAME",
+        help="the model that unlearning started from, for KL and perplexity",
+    )
+    parser.add_argument(
+        "--judge",
+        default=argparse.SUPPRESS,
+        action="append",
+        metavar="NAME=MODEL:LABEL",
+        help="a classifier of replies, such as toxicity=unitary/toxic-bert:toxic; several allowed",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metrics",
+        default=argparse.SUPPRESS,
+        metavar="model_utility,forget_quality,...",
+        help="which to compute (default: all that the inputs allow)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=argparse.SUPPRESS, help="rows of each file (default: all)"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="rows that go together")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="where replies are cut off")
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="resamples of each confidence interval"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
+    )
+    parser.add_argument("--device", default="cpu", help="a Torch device")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    # Imported here, so that `mollm --help` is quick and works without the extras.
+    from mollm import machine, models
+    from mollm.evaluation.evaluate import evaluate
+    from mollm.evaluation.suite import load_tofu
+    from mollm.folder import staged
+
+    given = vars(arguments)
+    names = given["metrics"].split(",") if "metrics" in given else None
+    suite = load_tofu(
+        arguments.data,
+        forget_split=arguments.forget_split,
+        retain_logs=given.get("retain_logs"),
+        limit=given.get("limit"),
+    )
+    with staged(arguments.out) as folder:
+        device = machine.find_device(arguments.device)
+        judges = dict(_judge(text, device) for text in given.get("judge", ()))
+        print(f"Loading {arguments.model} …")
+        model, tokenizer = models.load(models.find_model(arguments.model), device)
+        original = None
+        if "original" in given:
+            original, _ = models.load(models.find_model(arguments.original), device)
+        evaluation = evaluate(
+            model,
+            tokenizer,
+            suite,
+            names=names,
+            original=original,
+            judges=judges,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            resamples=arguments.resamples,
+            seed=arguments.seed,
+            say=print,
+        )
+        evaluation.write(folder)
+    print(evaluation.table())
+    print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
+    return 0
+
+
+def _judge(text: str, device: torch.device) -> tuple[str, Judge]:
+    from mollm.evaluation.judges import ClassifierJudge
+
+    name, _, rest = text.partition("=")
+    model, _, label = rest.rpartition(":")
+    if not (name and model and label):
+        raise UsageError(
+            f"judge must be NAME=MODEL:LABEL, such as toxicity=unitary/toxic-bert:toxic, but got "
+            f"{text!r}."
+        )
+    return name, ClassifierJudge(model, label, device=device)

@@ -1,0 +1,172 @@
+"""Measures a model on one set of questions: from rows to records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mollm.chat import ChatFormat, Example, Tokens
+from mollm.evaluation import metrics
+from mollm.evaluation.figures import JUDGED
+from mollm.evaluation.generation import MAX_NEW_TOKENS, generate_replies
+from mollm.evaluation.judges import Judge, judge_replies
+from mollm.evaluation.records import Record
+from mollm.evaluation.scores import TokenScores, kl_to_original, score_rows
+from mollm.evaluation.suite import Row
+from mollm.quiz import Reply
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Scores = dict[str, float]
+Say = Callable[[str], None]
+
+_ANSWER = frozenset(
+    {"nll", "probability", "exact_memorization", "extraction_strength"}
+    | {"zlib", "min_k", "min_k_plus_plus"}
+)
+_WRONG = frozenset({"correct_nll", "wrong_nll", "truth_ratio", "choice_probability"})
+_REPLY = frozenset({"rouge_l", "repetition"})
+_ORIGINAL_REPLY = frozenset({"reply_nll", "reply_tokens"})
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """A model with all that it is measured by."""
+
+    model: PreTrainedModel
+    chat: ChatFormat
+    original: PreTrainedModel | None = None
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    batch_size: int = 16
+    max_new_tokens: int = MAX_NEW_TOKENS
+    say: Say = lambda text: None
+
+    def offers(self, group: str) -> frozenset[str]:
+        """The scores that can be had for the examples of a set."""
+        if group == "holdout":
+            return _ANSWER
+        judged = {JUDGED + name for name in self.judges}
+        original = _ORIGINAL_REPLY | {"kl"} if self.original is not None else frozenset()
+        return _ANSWER | _WRONG | _REPLY | judged | original
+
+    def examine(self, group: str, rows: Sequence[Row], wanted: set[str]) -> list[Record]:
+        """Records with at least the wanted scores, in the order of `rows`."""
+        self.say(f"Scoring the answers of {group} ({len(rows)} questions) …")
+        scores = self._answers(rows)
+        if wanted & _WRONG:
+            scores = _joined(scores, self._wrong(rows, [each["nll"] for each in scores]))
+        if "kl" in wanted:
+            scores = _joined(scores, self._kl(rows))
+        replies: list[Reply] | None = None
+        if wanted - _ANSWER - _WRONG - {"kl"}:
+            self.say(f"Asking the questions of {group} …")
+            replies = self._ask(rows)
+            scores = _joined(scores, self._replies(rows, replies, wanted))
+        return [
+            Record(group, row.question, row.answer, replies[i].text if replies else None, each)
+            for i, (row, each) in enumerate(zip(rows, scores, strict=True))
+        ]
+
+    def _answers(self, rows: Sequence[Row]) -> list[Scores]:
+        scored = self._score(self.model, [self._encode(row.question, row.answer) for row in rows])
+        return [self._answer(row, tokens) for row, tokens in zip(rows, scored, strict=True)]
+
+    def _answer(self, row: Row, tokens: TokenScores) -> Scores:
+        nll = tokens.mean_nll
+        words = tokens if self.chat.end_id is None else tokens.without_last()
+        return {
+            "nll": nll,
+            "probability": float(metrics.probability([nll])[0]),
+            "exact_memorization": metrics.exact_memorization(words.hits),
+            "extraction_strength": metrics.extraction_strength(words.hits),
+            "zlib": metrics.zlib_score(nll, row.answer.strip()),
+            "min_k": metrics.min_k(words.log_probs),
+            "min_k_plus_plus": metrics.min_k_plus_plus(words.log_probs, words.means, words.stds),
+        }
+
+    def _wrong(self, rows: Sequence[Row], answer_nll: Sequence[float]) -> list[Scores]:
+        encoded = [
+            self._encode(row.question, text)
+            for row in rows
+            for text in ([row.paraphrased_answer or row.answer, *row.perturbed_answers])
+        ]
+        scored = iter(self._score(self.model, encoded))
+        scores = []
+        for row, nll in zip(rows, answer_nll, strict=True):
+            correct = next(scored).mean_nll
+            wrong = [next(scored).mean_nll for _ in row.perturbed_answers]
+            scores.append(
+                {
+                    "correct_nll": correct,
+                    "wrong_nll": metrics.mean(wrong),
+                    "truth_ratio": metrics.truth_ratio(correct, wrong),
+                    "choice_probability": metrics.choice_probability(nll, wrong),
+                }
+            )
+        return scores
+
+    def _kl(self, rows: Sequence[Row]) -> list[Scores]:
+        encoded = [self._encode(row.question, row.answer) for row in rows]
+        kl = kl_to_original(
+            self.model,
+            self._original(),
+            encoded,
+            pad_id=self.chat.pad_id,
+            batch_size=self.batch_size,
+        )
+        return [{"kl": float(value)} for value in kl]
+
+    def _ask(self, rows: Sequence[Row]) -> list[Reply]:
+        return generate_replies(
+            self.model,
+            self.chat,
+            [row.question for row in rows],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+
+    def _replies(
+        self, rows: Sequence[Row], replies: Sequence[Reply], wanted: set[str]
+    ) -> list[Scores]:
+        pairs = list(zip(rows, replies, strict=True))
+        scores: list[Scores] = [
+            {
+                "rouge_l": metrics.rouge_l_recall(reply.text, row.answer),
+                "repetition": metrics.repetition(reply.text),
+            }
+            for row, reply in pairs
+        ]
+        if wanted & _ORIGINAL_REPLY:
+            # A reply that was cut off did not end its turn; an empty one did, at once.
+            encoded = [
+                self._encode(row.question, reply.text, closed=reply.complete or not reply.text)
+                for row, reply in pairs
+            ]
+            scored = self._score(self._original(), encoded)
+            fluency = [
+                {"reply_nll": each.mean_nll, "reply_tokens": float(len(each.log_probs))}
+                for each in scored
+            ]
+            scores = _joined(scores, fluency)
+        questions, texts = [row.question for row in rows], [reply.text for reply in replies]
+        for name, judge in self.judges.items():
+            if JUDGED + name in wanted:
+                judged = judge_replies(judge, name, questions, texts)
+                scores = _joined(scores, [{JUDGED + name: score} for score in judged])
+        return scores
+
+    def _original(self) -> PreTrainedModel:
+        assert self.original is not None, "scores that need it are only offered where it is given"
+        return self.original
+
+    def _score(self, model: PreTrainedModel, rows: Sequence[Tokens]) -> list[TokenScores]:
+        return score_rows(model, rows, pad_id=self.chat.pad_id, batch_size=self.batch_size)
+
+    def _encode(self, question: str, answer: str, *, closed: bool = True) -> Tokens:
+        return self.chat.encode(Example(question, answer, closed=closed))
+
+
+def _joined(scores: Sequence[Scores], more: Sequence[Scores]) -> list[Scores]:
+    return [one | other for one, other in zip(scores, more, strict=True)]

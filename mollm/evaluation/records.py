@@ -1,0 +1,80 @@
+"""Scores of single examples, and the JSONL file that keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mollm.errors import UsageError
+
+EXAMPLES_FILE = "examples.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example with all that was measured on it: every figure is made of these alone."""
+
+    group: str
+    """The set that the example is from, such as "forget"."""
+    question: str
+    answer: str
+    reply: str | None
+    """What the model answered; None where it was not asked."""
+    scores: dict[str, float]
+    """Scores by name, as in `mollm.evaluation.summary`."""
+
+
+def write_records(records: Iterable[Record], path: Path) -> None:
+    """Writes one JSON object per line; numbers are kept to the last bit."""
+    lines = [json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) for record in records]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def read_records(path: Path | str) -> tuple[Record, ...]:
+    """Reads what `write_records` wrote: the file, or the folder of the evaluation that it is in.
+
+    Raises:
+        UsageError: There is no such file, or a line of it is something else.
+    """
+    path = Path(path)
+    path = path / EXAMPLES_FILE if path.is_dir() else path
+    records = []
+    for place, row in read_json_lines(path):
+        try:
+            records.append(Record(**row))
+            valid = all(isinstance(value, float) for value in records[-1].scores.values())
+        except (TypeError, AttributeError):
+            valid = False
+        if not valid:
+            raise UsageError(f"{place} must be a record of `mollm evaluate`, but it is not.")
+    return tuple(records)
+
+
+def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each line's place, "file:line", and its JSON object; empty lines are passed over.
+
+    Raises:
+        UsageError: There is no such file, or a line is no JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} must be a JSONL file in UTF-8 that can be read: {error}."
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{place} must be a JSON object, but it is not: {error}.") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{place} must be a JSON object, but got {line[:40]}.")
+        rows.append((place, row))
+    return rows

@@ -1,0 +1,169 @@
+"""An evaluation: figures with confidence intervals, made of records, written and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mollm.errors import UsageError
+from mollm.evaluation import metrics
+from mollm.evaluation.figures import choose, columns_of, obstacle
+from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its percentile bootstrap interval, examples resampled within each set."""
+
+    value: float
+    low: float
+    high: float
+    examples: int
+    """How many examples of the first set it is about."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Records and the figures made of them."""
+
+    records: tuple[Record, ...]
+    estimates: Mapping[str, Estimate]
+    missing: Mapping[str, str]
+    """For each figure that could not be computed, what it needs and how to get it."""
+
+    def __getitem__(self, name: str) -> Estimate:
+        """The figure `name`.
+
+        Raises:
+            UsageError: It was not computed; the error says what it needs.
+        """
+        if name in self.estimates:
+            return self.estimates[name]
+        raise UsageError(
+            self.missing.get(name)
+            or f"{name} was not computed; these were: {', '.join(self.estimates)}."
+        )
+
+    def value(self, name: str) -> float:
+        """The value of the figure `name`; raises as `[name]` does."""
+        return self[name].value
+
+    def table(self) -> str:
+        """All figures, one per line, then those that are missing with the reason."""
+        width = max(map(len, self.estimates), default=0)
+        lines = [
+            f"{name:<{width}}  {e.value:>10.4g}  [{e.low:.4g}, {e.high:.4g}]  n={e.examples}"
+            for name, e in self.estimates.items()
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.missing.items():
+            reasons.setdefault(reason.partition(" needs ")[2], []).append(name)
+        lines += [f"not computed: {', '.join(n)}: needs {r}" for r, n in reasons.items()]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """Writes examples.jsonl and metrics.json into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_records(self.records, folder / EXAMPLES_FILE)
+        figures = {
+            "metrics": {name: asdict(estimate) for name, estimate in self.estimates.items()},
+            "missing": dict(self.missing),
+        }
+        text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Evaluation:
+        """What `write` wrote, equal to the last bit.
+
+        Raises:
+            UsageError: A file is missing or something else.
+        """
+        path = Path(folder) / METRICS_FILE
+        try:
+            figures = json.loads(path.read_text(encoding="utf-8"))
+            estimates = {name: Estimate(**entry) for name, entry in figures["metrics"].items()}
+            return cls(read_records(folder), estimates, figures["missing"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{folder} must be a folder that an evaluation was written to, but its "
+                f"{METRICS_FILE} cannot be read: {error}."
+            ) from error
+
+
+def summarize(
+    records: Sequence[Record],
+    retain_logs: Sequence[Record] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    judges: Sequence[str] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Computes figures from records.
+
+    The interval of forget_quality is that of a p-value under resampling, which tends to be lower
+    than the p-value itself: read it as a spread.
+
+    Args:
+        records: Those of the model.
+        retain_logs: Those of a retain-only model on the same forget set; None where there is none.
+        names: Which figures; None for all that the records allow.
+        judges: The names of the judges whose scores the records hold.
+        resamples: Resamples of each interval.
+        seed: Of the resampling.
+
+    Raises:
+        UsageError: A figure that was named cannot be computed, or a score is not finite.
+    """
+    own, retrained = columns_of(records), columns_of(retain_logs or ())
+    check_same_questions(_questions(records), retain_logs)
+    estimates: dict[str, Estimate] = {}
+    missing: dict[str, str] = {}
+    for figure in choose(names, judges):
+        reason = obstacle(figure, own, retrained)
+        if reason and names is not None:
+            raise UsageError(reason)
+        if reason:
+            missing[figure.name] = reason
+            continue
+        samples = [
+            np.stack([(retrained if need.retrained else own)[need.group][s] for s in need.scores])
+            for need in figure.needs
+        ]
+        low, high = metrics.bootstrap_interval(
+            figure.statistic, *samples, resamples=resamples, seed=seed
+        )
+        value = figure.statistic(*samples)
+        estimates[figure.name] = Estimate(value, low, high, samples[0].shape[1])
+    return Evaluation(tuple(records), estimates, missing)
+
+
+def check_same_questions(
+    questions: Mapping[str, Sequence[str]], retain_logs: Sequence[Record] | None
+) -> None:
+    """Refuses logs of a retain-only model that are about other questions than these, by set."""
+    logged = _questions(retain_logs or ())
+    for group in ("forget", "holdout"):
+        here, there = questions.get(group), logged.get(group)
+        if here and there and list(here) != there:
+            raise UsageError(
+                f"the retain logs must be about the same {group} questions in the same order, but "
+                f"those {len(there)} differ from these {len(here)}: evaluate the retain-only model "
+                "on this suite."
+            )
+
+
+def _questions(records: Sequence[Record]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record.question)
+    return groups

@@ -1,0 +1,339 @@
+"""One optimizer step along Σ_k w_k g_k, with the sum never written to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mollm_ops import _cuda
+from mollm_ops._checks import GradientLists, check_dtype, check_gradients, check_means
+from mollm_ops._extension import (
+    MAX_OBJECTIVES,
+    addresses,
+    dtype_codes,
+    extension,
+    has_kernels_for,
+    listed,
+)
+from mollm_ops.gram import RunningMeans, moved_means_reference
+
+METHODS = ("sgd", "adamw")  # the order of csrc/update.h, enum Method
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a step reads and writes for each of N parameters."""
+
+    params: Sequence[Tensor]
+    first: Sequence[Tensor] | None
+    """Momentum buffers (SGD) or first moments (AdamW); None for a method that keeps none."""
+    second: Sequence[Tensor] | None
+    """Second moments (AdamW)."""
+    steps: Sequence[Tensor]
+    """t as a float32 scalar for each parameter, this step included."""
+
+
+@dataclass(frozen=True)
+class SgdStep:
+    """Stochastic gradient descent with decoupled weight decay.
+
+    b ← μ b + d;   d ← d + μ b  (Nesterov)  or  b;   θ ← (1 − lr λ) θ − lr d
+    """
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """AdamW.
+
+        m ← β₁ m + (1 − β₁) d;   v ← β₂ v + (1 − β₂) d²
+        θ ← (1 − lr λ) θ − lr (m / (1 − β₁^t)) / (√(v / (1 − β₂^t)) + ε)
+
+    Without first moments β₁ counts as 0. Where `second_weights` c is given, v takes Σ_k c_k g_k² in
+    place of d².
+
+    Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+    """
+
+    lr: float | Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    second_weights: Tensor | None = None
+
+
+# ---- reference: plain Torch, the definition
+
+
+def _mix(x: Tensor) -> Tensor:
+    # csrc/update.h, mix, on 32-bit numbers held as int64
+    low = 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
+    return x ^ (x >> 16)
+
+
+def _round_stochastically(x: Tensor, seed: int, step: int, n: int, salt: int) -> Tensor:
+    """float32 → bfloat16, up or down with the probabilities that make the mean exact."""
+    low = 0xFFFFFFFF
+
+    def hashed(number: int) -> int:
+        return int(_mix(torch.tensor(number & low)))
+
+    key = hashed(seed ^ hashed(seed >> 32))
+    key = hashed(key + step)
+    key = (hashed(key ^ hashed(n + 0x9E3779B9)) + salt) & low
+    at = torch.arange(x.numel(), device=x.device) & low
+    noise = (_mix(at ^ key) & 0xFFFF).view(x.shape)
+    bits = x.float().view(torch.int32).long() & low
+    up = ((bits + noise) & 0xFFFF0000).to(torch.int64)
+    signed = torch.where(up >= 1 << 31, up - (1 << 32), up).to(torch.int32)
+    return torch.where(x.isfinite(), signed.view(torch.float32), x.float()).bfloat16()
+
+
+def update_reference(
+    gradients: GradientLists,
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    *,
+    moving: RunningMeans | None = None,
+    rounding_seed: int | None = None,
+) -> Tensor:
+    """The step, parameter by parameter, in float32 (float64 where a tensor is); see `update_`."""
+    changes = torch.zeros(len(gradients), dtype=torch.float64, device=weights.device)
+    rate = float(method.lr)
+    used_rows = gradients if moving is None else moved_means_reference(gradients, moving)
+    if moving is not None:
+        for tensors, means in zip(used_rows, moving.means, strict=True):
+            for value, mean in zip(tensors, means, strict=True):
+                if mean is not None and value is not None:
+                    mean.copy_(value)
+    for n, (x, t, *g) in enumerate(zip(targets.params, targets.steps, *used_rows, strict=True)):
+        m = None if targets.first is None else targets.first[n]
+        v = None if targets.second is None else targets.second[n]
+        used = [u for u in (x, m, v, *g) if u is not None]
+        wide = torch.promote_types(torch.float32, _widest(used))
+        terms = [(w, u.to(wide)) for w, u in zip(weights.to(wide), g, strict=True) if u is not None]
+        d = sum((w * u for w, u in terms), torch.zeros_like(x, dtype=wide))
+        if isinstance(method, SgdStep):
+            b = None if m is None else method.momentum * m.to(wide) + d
+            new = {"first": b}
+            if b is not None:
+                d = d + method.momentum * b if method.nesterov else b
+            lr, divisor = rate, torch.ones((), dtype=wide, device=x.device)
+        else:
+            assert v is not None, "AdamW keeps a second moment"
+            step = t.double()
+            square = d * d
+            if method.second_weights is not None:
+                pairs = zip(method.second_weights.tolist(), g, strict=True)
+                some = [c * u.to(wide) ** 2 for c, u in pairs if u is not None]
+                square = sum(some, torch.zeros_like(d))
+            moment = method.beta2 * v.to(wide) + (1 - method.beta2) * square
+            lr = rate
+            if m is not None:
+                d = method.beta1 * m.to(wide) + (1 - method.beta1) * d
+                lr = rate / (1 - method.beta1**step)
+            new = {"first": None if m is None else d, "second": moment}
+            root = (1 / (1 - method.beta2**step).sqrt()).to(wide)
+            divisor = moment.sqrt() * root + method.eps
+        new["param"] = (1 - rate * method.weight_decay) * x.to(wide) - lr * (d / divisor)
+        before = x.to(wide, copy=True)
+        for salt, (name, to) in enumerate({"param": x, "first": m, "second": v}.items()):
+            value = new.get(name)
+            if to is None or value is None:
+                continue
+            if rounding_seed is not None and to.dtype == torch.bfloat16:
+                value = _round_stochastically(value, rounding_seed, int(t), n, salt)
+            to.copy_(value)
+        moved = (x.to(wide) - before).double()
+        for k, tensors in enumerate(gradients):
+            u = tensors[n]
+            if u is not None:
+                changes[k] += (u.double() * moved).sum()
+    return changes
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# ---- the extension
+
+
+def _options(method: SgdStep | AdamWStep, rounding_seed: int | None) -> dict[str, object]:
+    """The numbers of csrc/update.h, UpdateOptions."""
+    return {
+        "method": METHODS.index("adamw" if isinstance(method, AdamWStep) else "sgd"),
+        "lr": 0.0 if isinstance(method.lr, Tensor) else method.lr,
+        "weight_decay": method.weight_decay,
+        "momentum": getattr(method, "momentum", 0.0),
+        "nesterov": getattr(method, "nesterov", False),
+        "beta1": getattr(method, "beta1", 0.0),
+        "beta2": getattr(method, "beta2", 0.0),
+        "eps": getattr(method, "eps", 0.0),
+        "rounding_seed": rounding_seed,
+    }
+
+
+def _update_cpu(
+    rows: Sequence[Tensor | None],
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    moving: RunningMeans | None,
+    rounding_seed: int | None,
+    track: bool,
+) -> Tensor:
+    assert extension is not None, "has_kernels_for(cpu) implies the extension"
+    changes = torch.zeros(len(weights), dtype=torch.float64)
+    second = getattr(method, "second_weights", None)
+    options = _options(method, rounding_seed) | {"lr": float(method.lr)}
+    extension.update_cpu(
+        data=addresses(rows),
+        dtypes=dtype_codes(rows),
+        counts=[p.numel() for p in targets.params],
+        weights=weights.tolist(),
+        second_weights=None if second is None else second.tolist(),
+        means=moving and (listed(_flat(moving.means)), moving.beta),
+        params=listed(targets.params),
+        first=None if targets.first is None else listed(targets.first),
+        second=None if targets.second is None else listed(targets.second),
+        steps=addresses(targets.steps),
+        options=options,
+        changes=changes.data_ptr() if track else 0,
+        threads=torch.get_num_threads(),
+    )
+    return changes
+
+
+def _flat(lists: GradientLists) -> list[Tensor | None]:
+    return [t for tensors in lists for t in tensors]
+
+
+def _has_kernels(device: torch.device, lists: int) -> bool:
+    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_OBJECTIVES)
+
+
+def _dense(targets: Targets) -> bool:
+    lists = (targets.params, targets.first or (), targets.second or ())
+    return all(t.is_contiguous() for tensors in lists for t in tensors)
+
+
+# ---- public function
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def update_(
+    gradients: GradientLists,
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    *,
+    moving: RunningMeans | None = None,
+    rounding_seed: int | None = None,
+    proceed: Tensor | None = None,
+    track: bool = False,
+) -> Tensor | None:
+    """One step of `method` along d = Σ_k w_k g_k, in place.
+
+    Gradients, parameters and state are read once, parameters and state written once; d is never
+    written. Everything is computed in float32 (float64 where one of a parameter's tensors is) and
+    rounded once.
+
+    Args:
+        gradients: K lists of N tensors or None, as for `gram`.
+        weights: w, [K].
+        targets: parameters and state; see `Targets`.
+        method: `SgdStep` or `AdamWStep`.
+        moving: running means that take the gradients' place and are moved on; see `RunningMeans`.
+        rounding_seed: round every bfloat16 result up or down at random, so that its mean is exact:
+            steps far smaller than a bfloat16's spacing are then not lost. The same seed, steps and
+            tensors give the same bits on every device.
+        proceed: a scalar on the parameters' device; where it is 0 nothing is written and the
+            changes are 0. `targets.steps` must not count such a step.
+        track: also return what the step did to each objective.
+
+    Returns:
+        float64 [K], g_k · (θ after − θ before) of the parameters as they are stored; None without
+        `track`.
+
+    Raises:
+        ValueError: lists, weights and targets do not match.
+        TypeError: a dtype that is not supported.
+    """
+    _check(gradients, weights, targets, method)
+    changed = [*targets.params, *(targets.first or ()), *(targets.second or ())]
+    if moving is not None:
+        check_means(gradients, moving.means)
+        changed += [t for tensors in moving.means for t in tensors if t is not None]
+    device = changed[0].device
+    if not _has_kernels(device, len(gradients)) or not _dense(targets):
+        if proceed is not None and not proceed.item():
+            return torch.zeros_like(weights, dtype=torch.float64) if track else None
+        changes = update_reference(
+            gradients, weights, targets, method, moving=moving, rounding_seed=rounding_seed
+        )
+        return changes if track else None
+    torch.autograd.graph.increment_version(changed)
+    rows = [None if t is None else t.contiguous() for t in _flat(gradients)]
+    if device.type == "cuda":
+        changes = _cuda.update(
+            rows,
+            weights,
+            targets,
+            _options(method, rounding_seed),
+            lr=method.lr if isinstance(method.lr, Tensor) else None,
+            second_weights=getattr(method, "second_weights", None),
+            means=None if moving is None else _flat(moving.means),
+            beta=0.0 if moving is None else moving.beta,
+            proceed=proceed,
+            track=track,
+        )
+    elif proceed is None or proceed.item():
+        changes = _update_cpu(rows, weights, targets, method, moving, rounding_seed, track)
+    else:
+        changes = torch.zeros(len(weights), dtype=torch.float64)
+    return changes if track else None
+
+
+def _check(
+    gradients: GradientLists, weights: Tensor, targets: Targets, method: SgdStep | AdamWStep
+) -> None:
+    check_gradients([*gradients, targets.params])
+    if weights.shape != (len(gradients),):
+        raise ValueError(
+            f"weights must have one entry per list of gradients ({len(gradients)}), "
+            f"but got shape {tuple(weights.shape)}."
+        )
+    if isinstance(method, AdamWStep) and targets.second is None:
+        raise ValueError("targets.second must hold AdamW's second moments, but got None.")
+    for name in ("first", "second", "steps"):
+        tensors: Sequence[Tensor] | None = getattr(targets, name)
+        if tensors is None:
+            continue
+        if len(tensors) != len(targets.params):
+            raise ValueError(
+                f"targets.{name} must have one tensor per parameter ({len(targets.params)}), "
+                f"but got {len(tensors)}."
+            )
+        for n, (t, p) in enumerate(zip(tensors, targets.params, strict=True)):
+            if t.device != p.device or (name != "steps" and t.shape != p.shape):
+                raise ValueError(
+                    f"targets.{name}[{n}] must have shape {tuple(p.shape)} on {p.device}, but got "
+                    f"{tuple(t.shape)} on {t.device}."
+                )
+            if name != "steps":
+                check_dtype(f"targets.{name}[{n}]", t)
+            elif t.dtype != torch.float32:
+                raise TypeError(f"targets.steps[{n}] must be float32, but got {t.dtype}.")

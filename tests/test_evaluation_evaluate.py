@@ -1,0 +1,517 @@
+"""`evaluate` from end to end on a tiny model, against plain loops over its logits."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from mollm import models
+from mollm import quiz as quiz_module
+from mollm.chat import IGNORE_INDEX, ChatFormat, Example
+from mollm.cli import main
+from mollm.errors import UsageError
+from mollm.evaluation import (
+    Evaluation,
+    Record,
+    Row,
+    TofuSuite,
+    evaluate,
+    load_tofu,
+    read_records,
+    summarize,
+)
+from mollm.evaluation.summary import Estimate
+from mollm.quiz import ask
+
+GROUPS = ("forget", "retain", "real_authors", "world_facts")
+FAST = {"max_new_tokens": 6, "resamples": 20}
+
+
+@pytest.fixture(autouse=True)
+def _exact(monkeypatch):
+    """No bf16, so that plain loops give the same to 1e-6."""
+    for module in (models, quiz_module):
+        monkeypatch.setattr(
+            module, "autocast", lambda device: torch.autocast(device.type, enabled=False)
+        )
+
+
+def rows(group, count):
+    """Rows with different numbers of wrong answers of different lengths."""
+    rng = random.Random(group)
+
+    def words(n):
+        return " ".join(rng.choice(["red", "Oslo", "a", "novel", "was", "1843"]) for _ in range(n))
+
+    paraphrased = group in ("forget", "retain")
+    return tuple(
+        Row(
+            f"{group} {i}: {words(3)}?",
+            words(4 + i),
+            words(3) if paraphrased else None,
+            () if group == "holdout" else tuple(words(2 + j) for j in range(2 + i % 2)),
+        )
+        for i in range(count)
+    )
+
+
+def make_suite(**more):
+    return TofuSuite(**{group: rows(group, 3) for group in GROUPS}, **more)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(initializer_range=0.3).double()
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny.model(seed=1, initializer_range=0.3).double()
+
+
+def length_judge(questions, replies):
+    return [min(1.0, len(reply) / 12) for reply in replies]
+
+
+@pytest.fixture(scope="module")
+def full(model, original):
+    """Everything there is, by the public function."""
+    patch = pytest.MonkeyPatch()
+    for module in (models, quiz_module):
+        patch.setattr(module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
+    holdout = rows("holdout", 4)
+    logs = evaluate(original, tiny.tokenizer(), make_suite(holdout=holdout), **FAST).records
+    suite = make_suite(holdout=holdout, retain_logs=logs)
+    judges = {"length": length_judge}
+    evaluation = evaluate(model, tiny.tokenizer(), suite, original=original, judges=judges, **FAST)
+    patch.undo()
+    return suite, evaluation
+
+
+# ---- the same figures in plain loops
+
+
+def token_distributions(model, row):
+    """(target, log p over the vocabulary) of each token with a loss."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0].double().tolist()
+    found = []
+    for place in range(1, len(row.ids)):
+        if row.labels[place] != IGNORE_INDEX:
+            z = logits[place - 1]
+            lse = max(z) + math.log(sum(math.exp(x - max(z)) for x in z))
+            found.append((row.labels[place], [x - lse for x in z]))
+    return found
+
+
+class Plain:
+    """Definitions of open-unlearning, one example and one token at a time."""
+
+    def __init__(self, model):
+        self.model = model
+        self.chat = ChatFormat(tiny.tokenizer())
+
+    def tokens(self, question, answer, closed=True):
+        row = self.chat.encode(Example(question, answer, closed=closed))
+        return token_distributions(self.model, row)
+
+    def loss(self, question, answer, closed=True):
+        tokens = self.tokens(question, answer, closed)
+        return -sum(logs[target] for target, logs in tokens) / len(tokens)
+
+    def truth_ratio(self, row):
+        wrong = [self.loss(row.question, text) for text in row.perturbed_answers]
+        right = self.loss(row.question, row.paraphrased_answer or row.answer)
+        return math.exp(-sum(wrong) / len(wrong)) / (math.exp(-right) + 1e-10)
+
+    def choice(self, row):
+        right = math.exp(-self.loss(row.question, row.answer))
+        wrong = [math.exp(-self.loss(row.question, text)) for text in row.perturbed_answers]
+        return right / (right + sum(wrong) + 1e-10)
+
+    def hits(self, row):
+        tokens = self.tokens(row.question, row.answer)[:-1]
+        return [logs[target] == max(logs) for target, logs in tokens]
+
+    def min_k(self, row, plus):
+        scores = []
+        for target, logs in self.tokens(row.question, row.answer)[:-1]:
+            mu = sum(math.exp(x) * x for x in logs)
+            var = sum(math.exp(x) * x * x for x in logs) - mu * mu
+            scores.append((logs[target] - mu) / math.sqrt(var) if plus else logs[target])
+        lowest = sorted(scores)[: max(1, int(len(scores) * 0.4))]
+        return -sum(lowest) / len(lowest)
+
+
+def average(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def auc(forget, holdout):
+    return average((h > f) + 0.5 * (h == f) for f in forget for h in holdout)
+
+
+def test_figures_of_given_answers(full, model, original):
+    suite, evaluation = full
+    plain = Plain(model)
+    for group in GROUPS:
+        members = suite.groups()[group]
+        ratios = [plain.truth_ratio(row) for row in members]
+        if group in ("real_authors", "world_facts"):
+            probability = average(plain.choice(row) for row in members)
+        else:
+            probability = average(
+                math.exp(-plain.loss(row.question, row.answer)) for row in members
+            )
+        if group == "forget":
+            truth = average(min(r, 1 / (r + 1e-10)) for r in ratios)
+        else:
+            truth = average(max(0, 1 - r) for r in ratios)
+        assert evaluation.value(f"{group}_probability") == pytest.approx(probability, rel=1e-6)
+        assert evaluation.value(f"{group}_truth_ratio") == pytest.approx(truth, rel=1e-6)
+    hits = [plain.hits(row) for row in suite.forget]
+    memorized = average(average(each) for each in hits)
+    assert evaluation.value("exact_memorization") == pytest.approx(memorized, abs=1e-9)
+    first = [next((k for k in range(len(each)) if all(each[k:])), len(each) - 1) for each in hits]
+    strength = average(1 - k / len(each) for k, each in zip(first, hits, strict=True))
+    assert evaluation.value("extraction_strength") == pytest.approx(strength, abs=1e-9)
+
+
+def test_figures_of_membership(full, model, original):
+    suite, evaluation = full
+
+    def expected(plain, score):
+        return auc(map(score(plain), suite.forget), [*map(score(plain), suite.holdout)])
+
+    def min_k(plain):
+        return lambda row: plain.min_k(row, plus=False)
+
+    plain = Plain(model)
+    assert evaluation.value("mia_loss") == pytest.approx(
+        expected(plain, lambda plain: lambda row: plain.loss(row.question, row.answer))
+    )
+    assert evaluation.value("mia_min_k") == pytest.approx(expected(plain, min_k))
+    assert evaluation.value("mia_min_k_plus_plus") == pytest.approx(
+        expected(plain, lambda plain: lambda row: plain.min_k(row, plus=True))
+    )
+    score, reference = 1 - expected(plain, min_k), 1 - expected(Plain(original), min_k)
+    leak = (score - reference) / (reference + 1e-10) * 100
+    assert evaluation.value("priv_leak") == pytest.approx(leak, rel=1e-6)
+
+
+def test_figures_of_replies(full, model, original):
+    suite, evaluation = full
+    chat = ChatFormat(tiny.tokenizer())
+    for group in GROUPS:
+        members = suite.groups()[group]
+        replies = ask(model, chat, [row.question for row in members], max_new_tokens=6)
+        records = [record for record in evaluation.records if record.group == group]
+        assert [record.reply for record in records] == [reply.text for reply in replies]
+        under = [
+            Plain(original).tokens(
+                row.question, reply.text, closed=reply.complete or not reply.text
+            )
+            for row, reply in zip(members, replies, strict=True)
+        ]
+        losses = [-logs[target] for tokens in under for target, logs in tokens]
+        fluency = math.exp(average(losses))
+        assert evaluation.value(f"{group}_perplexity") == pytest.approx(fluency, rel=1e-6)
+        lengths = [min(1, len(reply.text) / 12) for reply in replies]
+        assert evaluation.value(f"{group}_length") == pytest.approx(average(lengths))
+        assert evaluation.value(f"{group}_length_rate") == average(x >= 0.5 for x in lengths)
+
+
+def test_kl_of_the_whole(full, model, original):
+    suite, evaluation = full
+    kl = []
+    for row in suite.retain:
+        pairs = zip(
+            Plain(model).tokens(row.question, row.answer),
+            Plain(original).tokens(row.question, row.answer),
+            strict=True,
+        )
+        kl.append(
+            average(
+                sum(math.exp(r) * (r - q) for q, r in zip(own, ref, strict=True))
+                for (_, own), (_, ref) in pairs
+            )
+        )
+    assert evaluation.value("retain_kl") == pytest.approx(average(kl), rel=1e-6)
+
+
+def test_utility_and_quality_are_made_of_the_other_figures(full):
+    _, evaluation = full
+    parts = [
+        evaluation.value(f"{group}_{part}")
+        for group in GROUPS[1:]
+        for part in ("probability", "rouge_l", "truth_ratio")
+    ]
+    expected = 9 / sum(1 / part for part in parts) if all(parts) else 0
+    assert evaluation.value("model_utility") == pytest.approx(expected)
+    assert 0 < evaluation.value("forget_quality") <= 1
+    assert not evaluation.missing
+    for estimate in evaluation.estimates.values():
+        assert math.isfinite(estimate.low)
+        assert math.isfinite(estimate.high)
+        assert estimate.low <= estimate.high
+
+
+def test_model_utility_by_hand():
+    scores = {"retain": "probability", "real_authors": "choice_probability"}
+    values = {"retain": (0.9, 0.5, 0.25), "real_authors": (0.6, 0.4, 0.5)}
+    values["world_facts"] = (0.3, 0.8, 0.75)
+    records = [
+        Record(
+            group,
+            f"{i}?",
+            "a",
+            "r",
+            {
+                scores.get(group, "choice_probability"): p + 0.1 * (-1) ** i,
+                "rouge_l": rouge,
+                "truth_ratio": ratio,
+            },
+        )
+        for group, (p, rouge, ratio) in values.items()
+        for i in range(2)
+    ]
+    found = summarize(records, names=["model_utility"], resamples=10)
+    nine = [x for p, rouge, ratio in values.values() for x in (p, rouge, 1 - ratio)]
+    assert found.value("model_utility") == pytest.approx(9 / sum(1 / x for x in nine))
+    with pytest.raises(UsageError, match="model_utility needs the set retain"):
+        summarize(records[2:], names=["model_utility"])
+
+
+# ---- what it leaves alone, what it refuses
+
+
+def test_evaluation_in_training_leaves_no_trace():
+    model = tiny.model().train()
+    model.model.embed_tokens.eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    torch.manual_seed(3)
+    random.seed(3)
+    before = torch.get_rng_state(), random.getstate()
+    evaluate(model, tiny.tokenizer(), make_suite(), **FAST)
+    after = torch.get_rng_state(), random.getstate()
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_only_what_is_named_is_computed(full, monkeypatch):
+    suite, evaluation = full
+    monkeypatch.setattr(
+        "mollm.evaluation.examine.generate_replies", lambda *a, **o: pytest.fail("not needed")
+    )
+    names = ["forget_quality", "mia_loss"]
+    model = tiny.model(initializer_range=0.3).double()
+    found = evaluate(model, tiny.tokenizer(), suite, names=names, resamples=20)
+    assert list(found.estimates) == names
+    assert {record.group for record in found.records} == {"forget", "holdout"}
+    for name in names:
+        assert found.value(name) == pytest.approx(evaluation.value(name))
+    with pytest.raises(UsageError, match="model_utility was not computed; these were: forget_q"):
+        found["model_utility"]
+
+
+def test_missing_inputs_are_named_and_nothing_is_none(monkeypatch):
+    model, tokenizer, suite = tiny.model(), tiny.tokenizer(), make_suite()
+    found = evaluate(model, tokenizer, suite, **FAST)
+    with pytest.raises(UsageError, match="forget_quality needs the records of a retain-only model"):
+        found["forget_quality"]
+    with pytest.raises(UsageError, match="priv_leak needs a holdout set"):
+        found.value("priv_leak")
+    with pytest.raises(UsageError, match="forget_kl needs the original model: give"):
+        found["forget_kl"]
+    assert "not computed: forget_quality: needs the records" in found.table()
+    monkeypatch.setattr("mollm.evaluation.examine.score_rows", lambda *a, **o: pytest.fail("late"))
+    for name in ("forget_quality", "mia_zlib", "retain_perplexity"):
+        with pytest.raises(UsageError, match=f"{name} needs "):
+            evaluate(model, tokenizer, suite, names=[name])
+    with pytest.raises(UsageError, match="but got 'utility'"):
+        evaluate(model, tokenizer, suite, names=["utility"])
+    with pytest.raises(UsageError, match="at least one figure"):
+        evaluate(model, tokenizer, suite, names=[])
+
+
+def test_logs_of_the_retain_only_model_must_fit(full, monkeypatch):
+    suite, evaluation = full
+    monkeypatch.setattr("mollm.evaluation.examine.score_rows", lambda *a, **o: pytest.fail("late"))
+    others = [record for record in suite.retain_logs if record.question != suite.forget[0].question]
+    for logs in (others, suite.retain_logs[::-1]):
+        with pytest.raises(UsageError, match="must be about the same forget questions"):
+            evaluate(tiny.model(), tiny.tokenizer(), make_suite(retain_logs=logs))
+    without = [record for record in suite.retain_logs if record.group != "holdout"]
+    with pytest.raises(UsageError, match="needs from the retain-only model a holdout set"):
+        summarize(evaluation.records, without, names=["priv_leak"])
+    bare = [Record(r.group, r.question, r.answer, None, {}) for r in suite.retain_logs]
+    with pytest.raises(UsageError, match="from the retain-only model the score truth_ratio of"):
+        summarize(evaluation.records, bare, names=["forget_quality"])
+
+
+def test_a_judge_may_not_take_a_name_that_is_there():
+    with pytest.raises(UsageError, match="forget_probability, as there is one already"):
+        judges = {"probability": length_judge}
+        evaluate(tiny.model(), tiny.tokenizer(), make_suite(), judges=judges)
+
+
+def test_suites_need_rows():
+    sets = {group: rows(group, 3) for group in GROUPS}
+    with pytest.raises(UsageError, match="the set retain must hold at least 2 rows"):
+        TofuSuite(**(sets | {"retain": rows("retain", 1)}))
+    with pytest.raises(UsageError, match="every row of the set forget must have perturbed answers"):
+        TofuSuite(**(sets | {"forget": rows("holdout", 3)}))
+
+
+def test_a_score_that_is_no_number_is_in_no_mean(full):
+    _, evaluation = full
+    first = evaluation.records[0]
+    broken = Record(first.group, first.question, first.answer, None, first.scores | {"nll": 0.1})
+    broken.scores["probability"] = math.nan
+    with pytest.raises(UsageError, match="must be finite, but got nan"):
+        summarize([broken, *evaluation.records[1:]], names=["forget_probability"])
+
+
+# ---- files
+
+
+def test_what_is_written_reads_back_to_the_last_bit(full, tmp_path):
+    suite, evaluation = full
+    evaluation.write(tmp_path / "out")
+    assert Evaluation.read(tmp_path / "out") == evaluation
+    assert read_records(tmp_path / "out") == evaluation.records
+    assert read_records(tmp_path / "out" / "examples.jsonl") == evaluation.records
+    again = summarize(
+        read_records(tmp_path / "out"), suite.retain_logs, judges=["length"], resamples=20
+    )
+    assert again == evaluation
+
+
+def test_other_files_are_no_evaluation(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    for text, reason in (
+        ("{", ":1 must be a JSON object, but it is not"),
+        ("[1]", r":1 must be a JSON object, but got \[1\]"),
+        ('\n{"group": "forget"}', ":2 must be a record of `mollm evaluate`"),
+        (
+            json.dumps(
+                {"group": "f", "question": "", "answer": "", "reply": None, "scores": {"a": "b"}}
+            ),
+            ":1 must be a record",
+        ),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=reason):
+            read_records(tmp_path)
+    with pytest.raises(UsageError, match="must be a JSONL file in UTF-8 that can be read"):
+        read_records(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match=r"its metrics\.json cannot be read"):
+        Evaluation.read(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"metrics": {"a": {"b": 1}}, "missing": {}}')
+    with pytest.raises(UsageError, match=r"its metrics\.json cannot be read"):
+        Evaluation.read(tmp_path)
+
+
+def write_tofu(folder, ending=".jsonl", holdout=True):
+    for group in (*GROUPS, "holdout"):
+        name = {"forget": "forget10_perturbed", "holdout": "holdout10"}.get(
+            group, f"{group}_perturbed"
+        )
+        if group == "holdout" and not holdout:
+            continue
+        lines = []
+        for row in rows(group, 3):
+            fields = {"question": row.question, "answer": row.answer, "other": 1}
+            if row.paraphrased_answer:
+                fields["paraphrased_answer"] = row.paraphrased_answer
+            if row.perturbed_answers:
+                fields["perturbed_answer"] = list(row.perturbed_answers)
+            lines.append(json.dumps(fields))
+        (folder / f"{name}{ending}").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_the_files_of_tofu_are_read(tmp_path, ending):
+    write_tofu(tmp_path, ending)
+    assert load_tofu(tmp_path) == make_suite(holdout=rows("holdout", 3))
+    few = load_tofu(tmp_path, limit=2)
+    assert {len(members) for members in few.groups().values()} == {2}
+    (tmp_path / f"holdout10{ending}").unlink()
+    assert load_tofu(tmp_path).holdout is None
+
+
+def test_mistakes_in_the_files_are_told_with_their_place(tmp_path):
+    write_tofu(tmp_path)
+    with pytest.raises(UsageError, match=r"with forget05_perturbed\.jsonl, but .* has none: take"):
+        load_tofu(tmp_path, forget_split="forget05")
+    with pytest.raises(UsageError, match="limit must be at least 2, but got 1"):
+        load_tofu(tmp_path, limit=1)
+    path = tmp_path / "retain_perturbed.jsonl"
+    good = path.read_text().splitlines()
+    for broken in (
+        good[1].replace("paraphrased_answer", "paraphrase"),
+        good[1].replace('"perturbed_answer": [', '"perturbed_answer": ["", '),
+        '{"question": "Who?", "answer": 3, "perturbed_answer": "no list"}',
+    ):
+        path.write_text("\n".join([good[0], broken]))
+        with pytest.raises(UsageError, match=re.escape(f"{path}:2 must have the texts")):
+            load_tofu(tmp_path)
+
+
+def test_the_command(capsys, tmp_path):
+    write_tofu(tmp_path)
+    models.save(tiny.model(), tiny.tokenizer(), tmp_path / "retrained")
+    models.save(tiny.model(seed=1), tiny.tokenizer(), tmp_path / "model")
+    common = ["--data", str(tmp_path), "--max-new-tokens", "3", "--resamples", "5"]
+    first = tmp_path / "first"
+    model = ["evaluate", "--model", str(tmp_path / "retrained")]
+    assert main([*model, *common, "--out", str(first)]) == 0
+    assert "forget_quality: needs the records of a retain-only" in capsys.readouterr().out
+
+    model = ["evaluate", "--model", str(tmp_path / "model")]
+    logs = ["--retain-logs", str(first / "examples.jsonl")]
+    wanted = ["--metrics", "forget_quality,priv_leak,forget_kl"]
+    more = [*logs, "--original", str(tmp_path / "retrained")]
+    out = tmp_path / "second"
+    assert main([*model, *common, *more, *wanted, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((out / "metrics.json").read_text())["metrics"]
+    assert list(figures) == ["forget_quality", "priv_leak", "forget_kl"]
+    assert set(figures["forget_kl"]) == set(Estimate.__annotations__)
+    assert all(name in printed for name in figures)
+    assert len((out / "examples.jsonl").read_text().splitlines()) == 6
+
+
+def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *arguments: pytest.fail("too late"))
+    write_tofu(tmp_path)
+
+    def refused(*arguments):
+        assert main(["evaluate", "--model", "m", "--data", str(tmp_path), *arguments]) == 2
+        sentence = capsys.readouterr().err.strip()
+        assert len(sentence.splitlines()) == 1
+        return sentence
+
+    out = ("--out", str(tmp_path / "out"))
+    assert "with forget01_perturbed.jsonl" in refused("--forget-split", "forget01", *out)
+    assert "no/logs must be a JSONL file" in refused("--retain-logs", "no/logs", *out)
+    assert "device must be" in refused("--device", "abacus", *out)
+    assert "judge must be NAME=MODEL:LABEL" in refused("--judge", "toxic-bert", *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_is_quick():
+    slow = "{'transformers', 'scipy', 'sklearn', 'rouge_score', 'lm_eval'}"
+    check = f"import sys, mollm.evaluation; assert not {slow} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,146 @@
+import math
+import sys
+import types
+
+import pytest
+import tiny
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from mollm.errors import UsageError
+from mollm.evaluation.benchmarks import general_benchmarks
+from mollm.evaluation.judges import ClassifierJudge, flagged_rate, judge_replies
+
+QUESTIONS = ["How?", "Why is it so?", "When?"]
+REPLIES = ["so", "because of the rather long story", "never"]
+LABELS = {0: "toxic", 1: "obscene", 2: "fine"}
+
+
+def classifier(labels=None, **options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=1,
+        initializer_range=0.5,
+        id2label=labels or LABELS,
+        **options,
+    )
+    return LlamaForSequenceClassification(config)
+
+
+def logits_of(model, text):
+    ids = torch.tensor([tiny.tokenizer()(text)["input_ids"]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits[0].double().tolist()
+
+
+def test_one_label_of_many_is_a_softmax():
+    model = classifier()
+    judge = ClassifierJudge(model, "obscene", tokenizer=tiny.tokenizer(), batch_size=2)
+    for reply, score in zip(REPLIES, judge(QUESTIONS, REPLIES), strict=True):
+        weights = [math.exp(z) for z in logits_of(model, reply)]
+        assert score == pytest.approx(weights[1] / sum(weights), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"), [(LABELS, "multi_label_classification"), ({0: "toxic"}, None)]
+)
+def test_labels_that_do_not_exclude_each_other_are_sigmoids(labels, kind):
+    model = classifier(labels, problem_type=kind).train()
+    judge = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())
+    scores = judge(QUESTIONS, REPLIES)
+    assert model.training
+    for reply, score in zip(REPLIES, scores, strict=True):
+        assert score == pytest.approx(1 / (1 + math.exp(-logits_of(model, reply)[0])), rel=1e-5)
+
+
+def test_a_template_shows_the_question_too():
+    model = classifier()
+    template = "Q: {question} A: {reply}"
+    judge = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer(), template=template)
+    (score,) = judge(["How?"], ["so"])
+    weights = [math.exp(z) for z in logits_of(model, "Q: How? A: so")]
+    assert score == pytest.approx(weights[0] / sum(weights), rel=1e-5)
+
+
+def test_a_judge_loads_from_a_folder(tmp_path):
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    loaded = ClassifierJudge(str(tmp_path), "toxic")
+    given = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())
+    assert loaded(QUESTIONS, REPLIES) == pytest.approx(given(QUESTIONS, REPLIES), rel=1e-5)
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(UsageError, match="toxic, obscene, fine, but got 'rude'"):
+        ClassifierJudge(classifier(), "rude", tokenizer=tiny.tokenizer())
+    with pytest.raises(UsageError, match="needs its tokenizer"):
+        ClassifierJudge(classifier(), "toxic")
+    with pytest.raises(UsageError, match="is a regression"):
+        regression = classifier({0: "toxic"}, problem_type="regression")
+        ClassifierJudge(regression, "toxic", tokenizer=tiny.tokenizer())
+    with pytest.raises(UsageError, match="cannot be loaded as a classifier"):
+        ClassifierJudge(str(tmp_path), "toxic")
+
+
+def test_a_model_without_a_trained_head_is_no_judge(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no trained classification head"):
+        ClassifierJudge(str(tmp_path), "LABEL_0")
+
+
+def test_any_function_can_judge():
+    def judge(questions, replies):
+        return [len(reply) / 100 for reply in replies]
+
+    assert judge_replies(judge, "length", QUESTIONS, REPLIES) == [0.02, 0.32, 0.05]
+    with pytest.raises(UsageError, match="judge few must give one score per reply, but gave 1"):
+        judge_replies(lambda questions, replies: [0.5], "few", QUESTIONS, REPLIES)
+    for bad in (-0.1, 1.5, math.nan):
+        with pytest.raises(UsageError, match=f"between 0 and 1, but gave {bad}"):
+            judge_replies(lambda questions, replies, b=bad: [b] * 3, "far", QUESTIONS, REPLIES)
+
+
+def test_the_harmful_rate_counts_scores_from_the_threshold_on():
+    assert flagged_rate([0.1, 0.5, 0.9, 0.49]) == 0.5
+    assert flagged_rate([0.1, 0.5, 0.9, 0.49], threshold=0.9) == 0.25
+    with pytest.raises(UsageError, match="at least one value"):
+        flagged_rate([])
+
+
+def test_general_benchmarks_name_the_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match=r"need the package lm_eval: pip install 'lm_eval\[hf\]'"):
+        general_benchmarks(tiny.model(), tiny.tokenizer(), ["mmlu"])
+    with pytest.raises(UsageError, match="at least one task"):
+        general_benchmarks(tiny.model(), tiny.tokenizer(), [])
+
+
+def test_general_benchmarks_are_the_numbers_of_the_harness(monkeypatch):
+    asked = {}
+
+    def simple_evaluate(model, tasks, limit):
+        asked.update(model=model, tasks=tasks, limit=limit)
+        arc = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 0.25}
+        return {"results": {"arc": arc}, "groups": {"mmlu": {"acc,none": 0.75}}}
+
+    package = types.ModuleType("lm_eval")
+    package.simple_evaluate = simple_evaluate
+    huggingface = types.ModuleType("lm_eval.models.huggingface")
+    huggingface.HFLM = lambda **options: options
+    monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", types.ModuleType("lm_eval.models"))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
+    model, tokenizer = tiny.model().train(), tiny.tokenizer()
+    found = general_benchmarks(model, tokenizer, ("arc", "mmlu"), batch_size=4, limit=7)
+    assert found == {"arc": {"acc": 0.5, "em,strict": 0.25}, "mmlu": {"acc": 0.75}}
+    assert asked["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
+    assert (asked["tasks"], asked["limit"]) == (["arc", "mmlu"], 7)
+    assert model.training
