@@ -39,7 +39,7 @@ def shapes_of(kind: str, elements: int) -> list[tuple[int, ...]]:
     if kind == "one tensor":
         return [(elements,)]
     if kind == "small tensors":
-        return [(64, 64)] * (elements // 4096)
+        return [(64, 64)] * max(1, elements // 4096)
     shapes: list[tuple[int, ...]] = []
     layer = sum(torch.Size(s).numel() for s in LLAMA_8B_LAYER)
     for _ in range(max(1, elements // layer)):

@@ -169,7 +169,7 @@ __device__ inline void moved_vectors(const Row* rows, const Row* means, Row seco
 }
 
 template <int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gram_moved_kernel(DeviceLists lists, DeviceMeans moving, DeviceMetric metric,
                       GramWorkspace work, double* gram) {
   Products<K> products = {};
