@@ -59,6 +59,10 @@ class DemoSettings:
                 f"direction must be one of {', '.join(DIRECTIONS)}, but got {self.direction!r}."
             )
 
+    def preferences(self) -> tuple[float, ...] | None:
+        """Weights of forget, kl and retain; None for a direction that takes none."""
+        return PREFERENCES if self.direction in WEIGHTED_DIRECTIONS else None
+
     def command(self) -> str:
         """The command line that makes the same run: the options that are not at their default."""
         words = ["mollm", "demo"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_NVCC = "/usr/bin:/bin"
+NOT_SOURCES = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
 HIDDEN = ("CUDACXX", "CUDA_PATH", "CUDAToolkit_ROOT", "CMAKE_PREFIX_PATH", "MOLLM_CUDA")
 
 
@@ -20,23 +22,15 @@ def build(tmp_path):
     """Builds a wheel of the committed and uncommitted sources in isolation, without nvcc."""
     if (Path("/usr/bin/nvcc")).exists():
         pytest.skip("nvcc stands in /usr/bin, so PATH cannot hide it")
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
 
     def run(cuda):
         environment = {k: v for k, v in os.environ.items() if k not in HIDDEN}
         environment |= {"PATH": WITHOUT_NVCC, **({"MOLLM_CUDA": cuda} if cuda else {})}
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-v",
-            "--no-deps",
-            "-w",
-            str(tmp_path),
-            ".",
-        ]
+        command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path), "."]
         return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            command, cwd=sources, env=environment, capture_output=True, text=True, check=False
         )
 
     return run
