@@ -28,7 +28,8 @@ def build(tmp_path):
     def run(cuda):
         environment = {k: v for k, v in os.environ.items() if k not in HIDDEN}
         environment |= {"PATH": WITHOUT_NVCC, **({"MOLLM_CUDA": cuda} if cuda else {})}
-        command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path), "."]
+        pip = [sys.executable, "-m", "pip"]
+        command = [*pip, "wheel", "-v", "--no-deps", "-w", str(tmp_path), "."]
         return subprocess.run(
             command, cwd=sources, env=environment, capture_output=True, text=True, check=False
         )
