@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "scratch.h"
 
 namespace mollm {
@@ -25,16 +27,27 @@ static void gram_direct(const void* const* data, int64_t count, double* partial)
   for (int64_t begin = 0; begin < count; begin += kFlush) {
     const int64_t end = min64(begin + kFlush, count);
     f32x16 products[kPairs] = {};
-    const auto accumulate = [&](auto read) __attribute__((always_inline)) {
-      f32x16 x[K];
-#pragma GCC unroll 4
-      for (int i = 0; i < K; ++i) x[i] = read(rows[i]);
+    const auto add = [&](const f32x16* x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < K; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j <= i; ++j) products[triangle(i, j)] += x[i] * x[j];
     };
+    const auto accumulate = [&](auto read) __attribute__((always_inline)) {
+      f32x16 x[K];
+#pragma GCC unroll 4
+      for (int i = 0; i < K; ++i) x[i] = read(rows[i]);
+      add(x);
+    };
     int64_t n = begin;
+    if constexpr (std::is_same_v<T, bf16>)
+      for (; n + 2 * kLanes <= end; n += 2 * kLanes) {
+        f32x16 even[K], odd[K];
+#pragma GCC unroll 4
+        for (int i = 0; i < K; ++i) load_pairs(rows[i] + n, &even[i], &odd[i]);
+        add(even);
+        add(odd);
+      }
     for (; n + kLanes <= end; n += kLanes)
       accumulate([n](const T* row) __attribute__((always_inline)) { return load(row + n); });
     if (n < end)

@@ -43,6 +43,13 @@ MOLLM_INLINE f32x16 load(const bf16* p) {
   return (f32x16)(__builtin_convertvector(load_bits<u16x16>(p), u32x16) << 16);
 }
 
+// Of 32 elements those at even and those at odd places, two instructions from one load.
+MOLLM_INLINE void load_pairs(const bf16* p, f32x16* even, f32x16* odd) {
+  const u32x16 both = load_bits<u32x16>(p);
+  *even = (f32x16)(both << 16);
+  *odd = (f32x16)(both & 0xffff0000u);
+}
+
 // A half is 2^112 too small when its bits are moved under a float's exponent; the product also
 // normalises subnormal halves. Infinity and NaN need the float's own top exponent.
 MOLLM_INLINE f32x16 load(const fp16* p) {
