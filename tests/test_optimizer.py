@@ -10,7 +10,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torchjd.aggregation import UPGradWeighting
 
 from mollm import MOLLMOptimizer
 from mollm import optimizer_reference as twin
@@ -458,10 +457,12 @@ def test_grad_scaler_unscales_and_skips():
 
 
 def test_a_torchjd_weighting_is_a_direction():
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    weighting = aggregation.UPGradWeighting()
     model, data = make_model(), batches(3)
     theirs = train(
         model,
-        MOLLMOptimizer(model.parameters(), lr=0.1, base="sgd", direction=UPGradWeighting()),
+        MOLLMOptimizer(model.parameters(), lr=0.1, base="sgd", direction=weighting),
         data,
     )
     model = make_model()
@@ -719,12 +720,11 @@ def test_a_bad_gradient_on_the_gpu_is_skipped_and_counted_without_waiting(cuda_s
     assert equal([p.detach() for p in model.parameters()], before)
     assert str(opt.state_dict()["state"]) == str(state)
     assert opt.skipped_steps == 1
-    hand_in(opt)
-    opt.step()
     with pytest.warns(UserWarning, match="a gradient is not finite"):
-        torch.cuda.synchronize()
-        hand_in(opt)
-        opt.step()
+        for _ in range(2):  # the count travels with one step and is read with the next
+            torch.cuda.synchronize()
+            hand_in(opt)
+            opt.step()
 
 
 @pytest.mark.gpu
