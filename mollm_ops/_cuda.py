@@ -39,18 +39,25 @@ class Moments(NamedTuple):
     eps: float
 
 
-def _device_table(entries: list[int], device: torch.device) -> Tensor:
-    """The entries as int64 on the device. A table known to this stream costs no transfer."""
+def device_table(entries: list[int], device: torch.device) -> Tensor:
+    """The entries as int64 on the device. A table known to this stream costs no transfer.
+
+    One that is made during a graph's capture is filled by the replays alone: it is kept for them,
+    and nobody else may find it.
+    """
     key = (torch.cuda.current_stream(device).cuda_stream, (device.index or 0, *entries))
     pair = _tables.pop(key, None)
     if pair is None:
         host = torch.tensor(entries, dtype=torch.int64).pin_memory()
         pair = host, host.to(device, non_blocking=True)
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(pair)
+            return pair[1]
         if len(_tables) >= _TABLES:
             _tables.popitem(last=False)
-    _tables[key] = pair
-    if torch.cuda.is_current_stream_capturing():
+    elif torch.cuda.is_current_stream_capturing():
         _captured.append(pair)
+    _tables[key] = pair
     return pair[1]
 
 
@@ -64,7 +71,7 @@ def _lists_table(
         first_chunk.append(chunks)
         chunks += -(-count // extension.CUDA_CHUNK)
     entries = [*addresses(rows), *dtype_codes(rows), *counts, *first_chunk]
-    return _device_table(entries, device), chunks
+    return device_table(entries, device), chunks
 
 
 def _device(rows: Sequence[Tensor | None]) -> torch.device:
@@ -119,12 +126,12 @@ def gram_moved(
         mean_table = 0
         if means is not None:
             entries = [*addresses(means), *dtype_codes(means)]
-            mean_table = _device_table(entries, device).data_ptr()
+            mean_table = device_table(entries, device).data_ptr()
         moment_table, weights = 0, None
         if moments is not None:
             entries = [*addresses(moments.second), *dtype_codes(moments.second)]
             entries += addresses(moments.steps)
-            moment_table = _device_table(entries, device).data_ptr()
+            moment_table = device_table(entries, device).data_ptr()
             weights = moments.weights.to(device=device, dtype=torch.float64)
         extension.gram_moved_cuda(
             table=table.data_ptr(),
@@ -181,13 +188,13 @@ def update(
         rate = None if lr is None else lr.detach().to(w)
         mean_table = 0
         if means is not None:
-            mean_table = _device_table([*addresses(means), *dtype_codes(means)], device).data_ptr()
+            mean_table = device_table([*addresses(means), *dtype_codes(means)], device).data_ptr()
         extension.update_cuda(
             table=table.data_ptr(),
             lists=lists,
             tensors=len(counts),
             chunks=chunks,
-            targets=_device_table(entries, device).data_ptr(),
+            targets=device_table(entries, device).data_ptr(),
             weights=w.data_ptr(),
             second_weights=0 if second is None else second.data_ptr(),
             means=mean_table,
@@ -218,7 +225,7 @@ def combine(
             tensors=len(counts),
             chunks=chunks,
             weights=weights.data_ptr(),
-            out_table=_device_table([*addresses(out), *dtype_codes(out)], device).data_ptr(),
+            out_table=device_table([*addresses(out), *dtype_codes(out)], device).data_ptr(),
             blocks=extension.cuda_grid(),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
@@ -227,7 +234,7 @@ def combine(
 def _device_numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """The numbers as float64 on the device, from the same cache as the tables."""
     bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
-    return _device_table(bits, device).view(torch.float64)
+    return device_table(bits, device).view(torch.float64)
 
 
 def solve(
