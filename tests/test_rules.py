@@ -45,7 +45,7 @@ def test_pcgrad_against_the_vectors_themselves():
             if j != i and h @ g[j] < 0:
                 h -= (h @ g[j]) / (g[j] @ g[j]) * g[j]
         total += h
-    torch.testing.assert_close(pcgrad_weights(G, [1.0] * 4) @ g, total)
+    torch.testing.assert_close(pcgrad_weights(G, G.new_ones(4)) @ g, total)
 
 
 def test_upgrad_equals_torchjd(torchjd):

@@ -124,6 +124,18 @@ def test_adamw_is_torchs(device):
     torch.testing.assert_close(p, theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+def test_the_learning_rate_may_be_a_tensor(on_host, device):
+    g, w = make_gradients(torch.float32, device), weights_on(device)
+    ours, plain = (
+        make_targets(AdamWStep(1e-2), torch.float32, torch.float32, device) for _ in "ab"
+    )
+    update_(g, w, ours, AdamWStep(torch.tensor(0.5, device="cpu" if on_host else device)))
+    update_(g, w, plain, AdamWStep(0.5))
+    for a, b in zip(tensors_of(ours), tensors_of(plain), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_same_bits_for_any_number_of_threads(method):
     def run(threads):
