@@ -84,7 +84,7 @@ def gram(rows: Sequence[Tensor | None], counts: Sequence[int], lists: int) -> Te
     device = _device(rows)
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
-        blocks = extension.cuda_grid()
+        blocks = extension.cuda_grid(lists)
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         extension.gram_cuda(
@@ -120,7 +120,8 @@ def gram_moved(
     device = _device(rows)
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
-        blocks = extension.cuda_grid()
+        held = lists if means is None else 2 * lists
+        blocks = extension.cuda_grid(held + (moments is not None))
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         mean_table = 0
@@ -178,8 +179,8 @@ def update(
         for tensors in (slots.params, slots.first or none, slots.second or none):
             entries += [*addresses(tensors), *dtype_codes(tensors)]
         entries += addresses(slots.steps)
-        blocks = extension.cuda_grid()
         lists = len(rows) // len(counts)
+        blocks = extension.cuda_grid(lists + 3)  # with parameter and state
         changes = torch.zeros(lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists, blocks, device)
         # These stay referenced until the launch; the stream orders what comes after it.
@@ -226,7 +227,7 @@ def combine(
             chunks=chunks,
             weights=weights.data_ptr(),
             out_table=device_table([*addresses(out), *dtype_codes(out)], device).data_ptr(),
-            blocks=extension.cuda_grid(),
+            blocks=extension.cuda_grid(weights.numel()),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
 

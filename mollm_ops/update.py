@@ -21,6 +21,7 @@ from mollm_ops._extension import (
 )
 from mollm_ops.gram import RunningMeans, moved_means_reference
 
+MAX_LISTS = MAX_OBJECTIVES + 1  # on a GPU; csrc/update.h, kMaxUpdateLists
 METHODS = ("sgd", "adamw")  # the order of csrc/update.h, enum Method
 
 
@@ -226,7 +227,7 @@ def _flat(lists: GradientLists) -> list[Tensor | None]:
 
 
 def _has_kernels(device: torch.device, lists: int) -> bool:
-    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_OBJECTIVES)
+    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_LISTS)
 
 
 def _dense(targets: Targets) -> bool:
@@ -254,7 +255,7 @@ def update_(
 
     Gradients, parameters and state are read once, parameters and state written once; d is never
     written. Everything is computed in float32 (float64 where one of a parameter's tensors is) and
-    rounded once. On a GPU nothing waits for the device, except with more than 8 lists of gradients
+    rounded once. On a GPU nothing waits for the device, except with more than 9 lists of gradients
     or where a parameter or its state is not contiguous: the step is then made in plain Torch.
 
     Args:
