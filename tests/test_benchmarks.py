@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -30,3 +32,19 @@ def test_a_benchmark_writes_its_rows_and_their_provenance(script, tmp_path):
     assert ours
     assert all(row.get("error", 0) < 1e-2 for row in ours)
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the script would run for minutes")
+def test_the_gpu_script_stops_at_once_without_a_device(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(tmp_path)}
+    environment.pop("CUDAARCHS", None)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stdout
+    assert not list(tmp_path.iterdir())
