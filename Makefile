@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-RESULTS ?= benchmarks/results/gpu
+RESULTS ?= build/gpu
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 

@@ -17,7 +17,8 @@ class CMakeBuild(build_ext):
     """Configures and builds csrc/ into the folder where setuptools expects the extension.
 
     The environment variable MOLLM_CUDA decides about the CUDA part: unset builds it where nvcc is
-    found, 1 makes a missing nvcc an error, 0 leaves it out.
+    found, 1 makes a missing nvcc an error, 0 leaves it out. CUDAARCHS names the architectures to
+    build for, as CMake takes them; unset all that are supported.
     """
 
     def build_extension(self, ext: Extension) -> None:

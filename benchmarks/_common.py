@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -12,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
+UNMEASURED = "the inputs"
 
 
 def device_name(device: str) -> str:
@@ -47,7 +51,10 @@ def versions(*packages: str) -> dict[str, str]:
 def provenance(device: str, *packages: str) -> Row:
     """Device, date, versions, commit and command: what every figure carries."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     return {
         "device": device_name(device),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -55,6 +62,32 @@ def provenance(device: str, *packages: str) -> Row:
         "commit": commit or "unknown",
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
+
+
+def elements_that_fit(device: str, bytes_each: int) -> int:
+    """P of the large rows where every element takes so many bytes in all: 1e8 on a CPU, on a GPU
+    what fits into 80% of its free memory, in one digit and at most 1e9."""
+    if device != "cuda":
+        return 10**8
+    free, _ = torch.cuda.mem_get_info()
+    fitting = min(10**9, int(0.8 * free / bytes_each))
+    digit = 10 ** int(math.log10(fitting))
+    return fitting // digit * digit
+
+
+def free_memory() -> None:
+    """Gives back what an OutOfMemoryError left behind."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def rows_or_none(measure: Callable[[], list[Row]], what: Row) -> list[Row]:
+    """The rows that were measured, or one that says of what the inputs alone did not fit."""
+    try:
+        return measure()
+    except torch.cuda.OutOfMemoryError:
+        free_memory()
+    return [{**what, "out of memory": UNMEASURED}]
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
@@ -73,15 +106,27 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 def interleaved_medians(
     calls: Mapping[str, Callable[[], object]], device: str, *, rounds: int = 7, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that drift hits all alike."""
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
+    """Median seconds of each call; the calls take turns, so that drift hits all alike.
+
+    NaN for a call that ran out of memory; the others go on without it.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_seconds(call, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    failed: set[str] = set()
+    for turn in range(-warmup, rounds):
+        for name in [n for n in calls if n not in failed]:
+            try:
+                seconds = _seconds(calls[name], device)
+            except torch.cuda.OutOfMemoryError:
+                failed.add(name)
+                continue
+            if turn >= 0:
+                times[name].append(seconds)
+        if failed:
+            free_memory()
+    return {
+        name: math.nan if name in failed else statistics.median(values)
+        for name, values in times.items()
+    }
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:
@@ -110,6 +155,25 @@ def results_folder(device: str) -> Path:
     return folder
 
 
+def title_of(source: Row) -> str:
+    return f"{source['device']}, {source['date']}, torch {source['versions']['torch']}"
+
+
 def save_json(path: Path, source: Row, rows: Sequence[Row]) -> None:
-    """Provenance and rows as JSON."""
-    path.write_text(json.dumps({**source, "rows": list(rows)}, indent=1) + "\n")
+    """Provenance and rows as JSON; numbers that are not finite as text."""
+    plain = [
+        {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in rows
+    ]
+    path.write_text(json.dumps({**source, "rows": plain}, indent=1) + "\n")
+
+
+def save_plot(
+    plot: Callable[[Sequence[Row], Path, str], None], path: Path, source: Row, rows: Sequence[Row]
+) -> None:
+    """The rows' figure beside their JSON, where matplotlib is installed; says what was written."""
+    print(f"\nwritten: {path}")
+    measured = [row for row in rows if row.get("out of memory") != UNMEASURED]
+    if measured and find_spec("matplotlib"):
+        plot(measured, path.with_suffix(".png"), title_of(source))
+        print(f"written: {path.with_suffix('.png')}")

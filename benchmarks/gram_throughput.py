@@ -11,23 +11,29 @@ The read bandwidth is that of torch.sum over as many bytes, measured in the same
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from _common import (
     Row,
+    elements_that_fit,
     interleaved_medians,
     print_table,
     provenance,
     results_folder,
+    rows_or_none,
     save_json,
+    save_plot,
+    title_of,
 )
 from torch import Tensor
 
 from mollm_ops import combine, dual_space_weights, gram, gram_direction
 from mollm_ops.gram import gram_reference
 
+HELD = 23  # tensors of P elements at K = 4: five times the gradients with the peers, the sum
 LLAMA_8B_LAYER = [
     (4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096),
     (14336, 4096), (14336, 4096), (4096, 14336), (4096,), (4096,),
@@ -93,6 +99,7 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
     exact = gram_reference(gradients)
     norms = exact.diagonal().sqrt()
     ours = {"gram": seconds["gram"], "all": seconds["all"]}
+    lost = [name for name, value in seconds.items() if math.isnan(value)]
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "shapes": kind,
@@ -110,6 +117,7 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
             f"x {name}": seconds[name] / ours["all" if "TorchJD" in name else "gram"]
             for name in others
         },
+        **({"out of memory": ", ".join(lost)} if lost else {}),
     }
 
 
@@ -135,7 +143,7 @@ def cases(
     device: str, quick: bool, elements: int | None
 ) -> list[tuple[int, str, int, torch.dtype]]:
     """(K, shapes, P, dtype) of every row."""
-    largest = elements or (10**9 if device == "cuda" else 10**8)
+    largest = elements or elements_that_fit(device, HELD * torch.float32.itemsize)
     if quick:
         largest = min(largest, 10**7)
     rows = []
@@ -160,17 +168,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = provenance(device, "torchjd", "numpy")
-    rows = []
+    path = options.json or results_folder(device) / "gram_throughput.json"
+    rows: list[Row] = []
     for K, kind, elements, dtype in cases(device, options.quick, options.elements):
-        rows.append(measure(K, kind, elements, dtype, device, options.rounds))
-        print_table(rows[-1:], f"{kind}, K={K}, {dtype}")
-    title = f"{source['device']}, {source['date']}, torch {source['versions']['torch']}"
-    print_table([{k: v for k, v in r.items() if not k.startswith("x ")} for r in rows], title)
-    folder = results_folder(device)
-    path = options.json or folder / "gram_throughput.json"
-    save_json(path, source, rows)
-    plot(rows, path.with_suffix(".png"), title)
-    print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
+        what = {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "K": K}
+        part = rows_or_none(
+            lambda case=(K, kind, elements, dtype): [measure(*case, device, options.rounds)],
+            {**what, "P": float(elements)},
+        )
+        print_table(part, f"{kind}, K={K}, {dtype}")
+        rows += part
+        save_json(path, source, rows)
+    table = [{k: v for k, v in r.items() if not k.startswith("x ")} for r in rows]
+    print_table(table, title_of(source))
+    save_plot(plot, path, source, rows)
 
 
 if __name__ == "__main__":

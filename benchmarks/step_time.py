@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from _common import (
     Row,
+    elements_that_fit,
     interleaved_medians,
     print_table,
     provenance,
     results_folder,
+    rows_or_none,
     save_json,
+    save_plot,
 )
 from gram_throughput import shapes_of
 from torch import Tensor
@@ -32,6 +37,8 @@ from torch import Tensor
 from mollm import MOLLMOptimizer
 from mollm.bases import AdamW
 
+OBJECTIVES = 3
+HELD = 23  # tensors of P elements: gradients, parameters, and the states of all that is compared
 MODES: dict[str, dict[str, object]] = {
     "AdamW": {},
     "AdamW, no tracking": {"track_conflicts": False},
@@ -97,6 +104,7 @@ def measure(
         if name == "AdamW, momentum per objective":
             reads, state = reads + 2 * K, 4 + K  # the means twice, and written once; no m
         volume = reads + state
+        lost = [n for n in (name, "torch", "copy") if math.isnan(seconds[n])]
         rows.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -110,6 +118,7 @@ def measure(
                 "torch AdamW ms": 1e3 * seconds["torch"],
                 "torch GB/s": torch_bytes * unit / seconds["torch"] / 1e9,
                 "time / torch by bytes": seconds[name] / (seconds["torch"] * volume / torch_bytes),
+                **({"out of memory": ", ".join(lost)} if lost else {}),
             }
         )
     return rows
@@ -143,21 +152,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    elements = options.elements or (10**9 if device == "cuda" else 10**8)
+    elements = options.elements or elements_that_fit(device, HELD * torch.float32.itemsize)
     if options.quick:
         elements = 10**6
+    source = provenance(device)
+    path = options.json or results_folder(device) / "step_time.json"
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16):
         for kind, size in (("one tensor", elements), ("small tensors", elements // 50)):
-            rows += measure(3, kind, size, dtype, device, options.rounds)
+            part = rows_or_none(
+                partial(measure, OBJECTIVES, kind, size, dtype, device, options.rounds),
+                {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "P": float(size)},
+            )
             gc.collect()
-            print_table(rows[-len(MODES) - 2 :], f"{kind}, {dtype}")
-    source = provenance(device)
-    title = f"{source['device']}, {source['date']}, torch {source['versions']['torch']}"
-    path = options.json or results_folder(device) / "step_time.json"
-    save_json(path, source, rows)
-    plot(rows, path.with_suffix(".png"), title)
-    print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
+            print_table(part, f"{kind}, {dtype}")
+            rows += part
+            save_json(path, source, rows)
+    save_plot(plot, path, source, rows)
 
 
 if __name__ == "__main__":

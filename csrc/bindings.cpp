@@ -183,9 +183,9 @@ DeviceMeans device_means(std::uintptr_t table, double beta, int lists, int64_t t
 
 void bind_cuda(py::module_& m) {
   m.attr("CUDA_CHUNK") = kCudaChunk;
-  m.def("cuda_grid", [] {
+  m.def("cuda_grid", [](int lists) {
     int blocks = 0;
-    check(cuda_grid(&blocks));
+    check(cuda_grid(lists, &blocks));
     return blocks;
   });
   m.def(

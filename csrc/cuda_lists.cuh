@@ -115,6 +115,14 @@ __device__ inline bool in_packets(Row row) {
                        reinterpret_cast<uintptr_t>(row.data) % 16 == 0);
 }
 
+template <int K>
+__device__ inline bool all_in_packets(const Row* rows) {
+  bool all = true;
+#pragma unroll
+  for (int k = 0; k < K; ++k) all &= in_packets(rows[k]);
+  return all;
+}
+
 __device__ inline Packet fetch(Row row, int64_t at) {
   Packet packet = {};
   if (!row.data) return packet;

@@ -106,8 +106,9 @@ struct SolveRequest {
   const double* preferences;  // [K]
 };
 
-// The number of blocks that fills the current device; the result of gram_cuda depends on it.
-int cuda_grid(int* blocks);
+// The number of blocks that fills the current device with gram or combine of K lists; their results
+// depend on it. What holds more rows than these K counts those as well.
+int cuda_grid(int lists, int* blocks);
 int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, double* gram,
               void* stream);
 int gram_moved_cuda(const DeviceLists& lists, const DeviceMeans& means, const DeviceMetric& metric,

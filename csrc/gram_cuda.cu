@@ -11,7 +11,8 @@
 namespace mollm {
 namespace {
 
-constexpr int kBlocksPerSm = 2;
+// Few lists are few loads at a time for each thread: more threads must hide their latency.
+constexpr int blocks_per_sm(int lists) { return lists <= 3 ? 4 : 2; }
 static_assert(kThreads >= 1 << kMaxObjectives, "the solver gives every face a thread");
 
 // ---- Gram
@@ -22,6 +23,17 @@ struct Products {
   double total[kPairs];
 };
 
+template <int K>
+__device__ inline void multiply(const float x[][kVector], float* sums) {
+#pragma unroll
+  for (int i = 0; i < K; ++i)
+#pragma unroll
+    for (int j = 0; j <= i; ++j)
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        sums[i * (i + 1) / 2 + j] = fmaf(x[i][e], x[j][e], sums[i * (i + 1) / 2 + j]);
+}
+
 template <int K, class T>
 __device__ inline void gram_vectors(const Row* rows, const Chunk& chunk, Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
@@ -30,13 +42,25 @@ __device__ inline void gram_vectors(const Row* rows, const Chunk& chunk, Product
     float x[K][kVector];
 #pragma unroll
     for (int k = 0; k < K; ++k) load_vector(static_cast<const T*>(rows[k].data) + at, x[k]);
+    multiply<K>(x, sums);
+  }
 #pragma unroll
-    for (int i = 0; i < K; ++i)
+  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
+}
+
+// The same for rows of which some are missing or that differ in dtype.
+template <int K>
+__device__ inline void gram_packets(const Row* rows, const Chunk& chunk, Products<K>& products) {
+  float sums[Products<K>::kPairs] = {};
+  const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kVector * kVector;
+  for (int64_t at = chunk.begin + threadIdx.x * kVector; at < whole; at += kThreads * kVector) {
+    Packet g[K];
 #pragma unroll
-      for (int j = 0; j <= i; ++j)
+    for (int k = 0; k < K; ++k) g[k] = fetch(rows[k], at);
+    float x[K][kVector];
 #pragma unroll
-        for (int e = 0; e < kVector; ++e)
-          sums[i * (i + 1) / 2 + j] = fmaf(x[i][e], x[j][e], sums[i * (i + 1) / 2 + j]);
+    for (int k = 0; k < K; ++k) unpack(g[k], rows[k].dtype, x[k]);
+    multiply<K>(x, sums);
   }
 #pragma unroll
   for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
@@ -68,8 +92,8 @@ __device__ inline void write_gram(const GramWorkspace& work, double* gram) {
 }
 
 template <int K>
-__global__ void __launch_bounds__(kThreads) gram_kernel(DeviceLists lists, GramWorkspace work,
-                                                        double* gram) {
+__global__ void __launch_bounds__(kThreads, K <= 6 ? blocks_per_sm(K) : 1)
+    gram_kernel(DeviceLists lists, GramWorkspace work, double* gram) {
   Products<K> products = {};
   for (int64_t c = blockIdx.x; c < lists.chunks; c += gridDim.x) {
     const Chunk chunk = find_chunk(lists, c);
@@ -83,6 +107,8 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(DeviceLists lists, GramW
       gram_vectors<K, float>(rows, chunk, products);
     else if (uniform<K>(rows, DType::kFloat16))
       gram_vectors<K, __half>(rows, chunk, products);
+    else if (all_in_packets<K>(rows))
+      gram_packets<K>(rows, chunk, products);
     else
       done = chunk.begin;
     gram_elements<K>(rows, done, chunk.end, products);
@@ -144,10 +170,11 @@ __device__ inline void moved_vectors(const Row* rows, const Row* means, Row seco
       float mean[kVector];
       unpack(fetch(means[k], at), means[k].dtype, mean);
       const float beta = static_cast<float>(moving.beta);
+      const float fresh = static_cast<float>(1 - moving.beta);
 #pragma unroll
       for (int e = 0; e < kVector; ++e)
-        x[k][e] = static_cast<float>(
-            stored(means[k].dtype, beta * mean[e] + (1 - beta) * x[k][e]));
+        x[k][e] =
+            static_cast<float>(stored(means[k].dtype, beta * mean[e] + fresh * x[k][e]));
     }
     float v[kVector];
     unpack(fetch(second, at), second.dtype, v);
@@ -177,13 +204,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Chunk chunk = find_chunk(lists, c);
     Row rows[K], means[K], second = {nullptr, DType::kFloat32};
     rows_of<K>(lists, chunk.tensor, rows);
-    bool packets = true;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       means[k] = {nullptr, DType::kFloat32};
       if (moving.data) means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
-      packets &= in_packets(rows[k]) && in_packets(means[k]);
     }
+    bool packets = all_in_packets<K>(rows) && all_in_packets<K>(means);
     double correction = 1;
     if (metric.weights) {
       second = row_at(metric.second, metric.dtypes, chunk.tensor);
@@ -313,12 +339,12 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(DeviceLists lists,
 
 }  // namespace
 
-int cuda_grid(int* blocks) {
+int cuda_grid(int lists, int* blocks) {
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  *blocks = multiprocessors * kBlocksPerSm;
+  *blocks = multiprocessors * blocks_per_sm(lists);
   return error;
 }
 

@@ -123,7 +123,7 @@ static void gram_tiles(const S (*row)[kScratch], int i, int64_t count,
 template <class S>
 static void move_mean(const GramChunk& chunk, int k, int64_t begin, int64_t count, S* g) {
   alignas(64) S stored[kScratch];
-  moved_mean(chunk.means[k], chunk.mean_dtypes[k], static_cast<S>(chunk.beta), begin, count, g);
+  moved_mean(chunk.means[k], chunk.mean_dtypes[k], chunk.beta, begin, count, g);
   put(g, 0, count, stored, chunk.mean_dtypes[k]);
   convert(stored, chunk.mean_dtypes[k], 0, count, g);
 }

@@ -63,10 +63,12 @@ MOLLM_INLINE int64_t pad(S* row, int64_t count) {
 
 // g <- beta mean + (1 - beta) g
 template <class S>
-static void moved_mean(const void* mean, DType dtype, S beta, int64_t begin, int64_t count, S* g) {
+static void moved_mean(const void* mean, DType dtype, double beta, int64_t begin, int64_t count,
+                       S* g) {
   alignas(64) S old[kScratch];
+  const S kept = static_cast<S>(beta), fresh = static_cast<S>(1 - beta);
   convert(mean, dtype, begin, count, old);
-  for (int64_t n = 0; n < count; ++n) g[n] = beta * old[n] + (1 - beta) * g[n];
+  for (int64_t n = 0; n < count; ++n) g[n] = kept * old[n] + fresh * g[n];
 }
 
 static bool any_double(int rows, const DType* dtypes) {

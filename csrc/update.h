@@ -64,6 +64,9 @@ struct DeviceUpdate {
   double* changes;               // [K] or null
 };
 
+// One more than the solver takes: the direction may come with the gradients it was made of.
+constexpr int kMaxUpdateLists = 9;
+
 int update_cuda(const DeviceLists& lists, const DeviceUpdate& update, int blocks, void* stream);
 #endif
 

@@ -73,9 +73,12 @@ __device__ inline void update_vectors(const Row* rows, const Row* means, const E
                                       double* changes) {
   float totals[K] = {};
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
-    Packet g[K];
+    Packet g[K], old[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) g[k] = fetch(rows[k], at);
+    for (int k = 0; k < K; ++k) {
+      g[k] = fetch(rows[k], at);
+      old[k] = fetch(means[k], at);
+    }
     const Packet param = fetch(to.param, at), first = fetch(to.first, at),
                  second = fetch(to.second, at);
     float d[kVector] = {}, square[kVector] = {};
@@ -86,11 +89,12 @@ __device__ inline void update_vectors(const Row* rows, const Row* means, const E
       unpack(g[k], rows[k].dtype, x);
       if (u.means.data) {
         float mean[kVector];
-        unpack(fetch(means[k], at), means[k].dtype, mean);
+        unpack(old[k], means[k].dtype, mean);
         const float beta = static_cast<float>(u.means.beta);
+        const float fresh = static_cast<float>(1 - u.means.beta);
 #pragma unroll
         for (int e = 0; e < kVector; ++e)
-          x[e] = static_cast<float>(stored(means[k].dtype, beta * mean[e] + (1 - beta) * x[e]));
+          x[e] = static_cast<float>(stored(means[k].dtype, beta * mean[e] + fresh * x[e]));
         put_vector(const_cast<void*>(means[k].data), means[k].dtype, at, x);
       }
       const float weight = static_cast<float>(u.weights[k]);
@@ -178,13 +182,13 @@ __global__ void __launch_bounds__(kThreads) update_kernel(DeviceLists lists, Dev
     const Elements to = {row_at(u.params, u.params + lists.tensors, n),
                          row_at(u.first, u.first + lists.tensors, n),
                          row_at(u.second, u.second + lists.tensors, n)};
-    bool packets = in_packets(to.param) && in_packets(to.first) && in_packets(to.second);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       means[k] = {nullptr, DType::kFloat32};
       if (u.means.data) means[k] = row_at(u.means.data, u.means.dtypes, k * lists.tensors + n);
-      packets &= in_packets(rows[k]) && in_packets(means[k]);
     }
+    const bool packets = in_packets(to.param) && in_packets(to.first) && in_packets(to.second) &&
+                         all_in_packets<K>(rows) && all_in_packets<K>(means);
     __syncthreads();
     if (threadIdx.x == 0) {
       const float t = *reinterpret_cast<const float*>(u.steps[n]);
@@ -207,11 +211,14 @@ __global__ void __launch_bounds__(kThreads) update_kernel(DeviceLists lists, Dev
 }  // namespace
 
 int update_cuda(const DeviceLists& lists, const DeviceUpdate& update, int blocks, void* stream) {
-  return with_lists(lists.lists, [&](auto k) {
+  const auto launch = [&](auto k) {
     update_kernel<k.value>
         <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(lists, update);
     return cudaGetLastError();
-  });
+  };
+  if (lists.lists == kMaxUpdateLists)
+    return launch(std::integral_constant<int, kMaxUpdateLists>());
+  return with_lists(lists.lists, launch);
 }
 
 }  // namespace mollm

@@ -174,8 +174,8 @@ MOLLM_INLINE Weighed<V> weigh(const UpdateChunk& chunk, int64_t at, int64_t vali
     kept[k] = x;
     if (chunk.means) {
       const Span& mean = chunk.means[k];
-      const S beta = static_cast<S>(chunk.beta);
-      x = beta * read<V>(mean.data, mean.dtype, at, valid) + (1 - beta) * x;
+      x = static_cast<S>(chunk.beta) * read<V>(mean.data, mean.dtype, at, valid) +
+          static_cast<S>(1 - chunk.beta) * x;
       write(mean, at, valid, x);
       x = read<V>(mean.data, mean.dtype, at, valid);  // as it is stored
     }

@@ -110,7 +110,7 @@ class StepReport:
 
         None where the step was skipped or conflicts are not tracked.
         """
-        if self._changes is None:
+        if self._changes is None or self.status is Status.NON_FINITE:
             return None
         return dict(zip(self.objectives, self._changes.tolist(), strict=True))
 

@@ -64,7 +64,8 @@ class MOLLMOptimizer(Optimizer):
         lr: learning rate of the base optimizer.
         objectives: their names, in the order of the Gram matrix.
         base: "adamw" or "sgd" (see `mollm.bases`), or an optimizer class or factory called as
-            base(params, lr=lr, **base_options).
+            base(params, lr=lr, **base_options). On a GPU such a base waits for the device in every
+            step, to know whether it is to be skipped.
         direction: "dual" (the centre of the dual cone, the paper's), "project", "upgrad", "mgda",
             "pcgrad", "sum", or a callable from the Gram matrix to weights, such as a TorchJD
             `Weighting`.

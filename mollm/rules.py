@@ -26,12 +26,12 @@ class Rule(Protocol):
     def __call__(self, gram: Tensor) -> Solution: ...
 
 
-def sum_weights(gram: Tensor, preferences: Sequence[float]) -> Tensor:
+def sum_weights(gram: Tensor, preferences: Tensor) -> Tensor:
     """w_k = c_k: the gradient of the weighted sum of the losses."""
-    return gram.new_tensor(preferences)
+    return preferences
 
 
-def pcgrad_weights(gram: Tensor, preferences: Sequence[float]) -> Tensor:
+def pcgrad_weights(gram: Tensor, preferences: Tensor) -> Tensor:
     """PCGrad: each c_k g_k loses its component along every gradient it conflicts with, one after
     the other in the order of the objectives, and the results are added.
 
@@ -41,7 +41,7 @@ def pcgrad_weights(gram: Tensor, preferences: Sequence[float]) -> Tensor:
 
     Source: Yu et al., Gradient surgery for multi-task learning, 2020, algorithm 1.
     """
-    rows = torch.diag(gram.new_tensor(preferences))  # row i: h_i in terms of the g_k
+    rows = torch.diag(preferences)  # row i: h_i in terms of the g_k
     square = gram.diagonal()
     for j in range(len(gram)):
         along = rows @ gram[j]
@@ -98,14 +98,15 @@ class _Weighting:
         return _finished(gram, weights.to(gram) * scale)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Preferred:
     """A bare rule with its preferences, as a function of the Gram matrix alone."""
 
-    function: Callable[[Tensor, Sequence[float]], Tensor]
-    preferences: tuple[float, ...]
+    function: Callable[[Tensor, Tensor], Tensor]
+    preferences: Tensor
 
     def __call__(self, gram: Tensor) -> Tensor:
+        self.preferences = self.preferences.to(gram)  # waits for a GPU the first time only
         return self.function(gram, self.preferences)
 
 
@@ -143,9 +144,11 @@ def make_rule(
     if callable(direction):
         return _Weighting(direction, normalize)
     if direction == "sum":
-        return _Weighting(_Preferred(sum_weights, c), normalize)
+        return _Weighting(_Preferred(sum_weights, torch.tensor(c, dtype=torch.float64)), normalize)
     if direction == "pcgrad":
-        return _Weighting(_Preferred(pcgrad_weights, c), normalize)
+        return _Weighting(
+            _Preferred(pcgrad_weights, torch.tensor(c, dtype=torch.float64)), normalize
+        )
     if direction not in DIRECTIONS:
         raise ValueError(
             f"direction must be one of {', '.join(DIRECTIONS)} or a callable on the Gram matrix, "

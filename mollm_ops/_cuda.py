@@ -39,18 +39,25 @@ class Moments(NamedTuple):
     eps: float
 
 
-def _device_table(entries: list[int], device: torch.device) -> Tensor:
-    """The entries as int64 on the device. A table known to this stream costs no transfer."""
+def device_table(entries: list[int], device: torch.device) -> Tensor:
+    """The entries as int64 on the device. A table known to this stream costs no transfer.
+
+    One that is made during a graph's capture is filled by the replays alone: it is kept for them,
+    and nobody else may find it.
+    """
     key = (torch.cuda.current_stream(device).cuda_stream, (device.index or 0, *entries))
     pair = _tables.pop(key, None)
     if pair is None:
         host = torch.tensor(entries, dtype=torch.int64).pin_memory()
         pair = host, host.to(device, non_blocking=True)
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(pair)
+            return pair[1]
         if len(_tables) >= _TABLES:
             _tables.popitem(last=False)
-    _tables[key] = pair
-    if torch.cuda.is_current_stream_capturing():
+    elif torch.cuda.is_current_stream_capturing():
         _captured.append(pair)
+    _tables[key] = pair
     return pair[1]
 
 
@@ -64,7 +71,7 @@ def _lists_table(
         first_chunk.append(chunks)
         chunks += -(-count // extension.CUDA_CHUNK)
     entries = [*addresses(rows), *dtype_codes(rows), *counts, *first_chunk]
-    return _device_table(entries, device), chunks
+    return device_table(entries, device), chunks
 
 
 def _device(rows: Sequence[Tensor | None]) -> torch.device:
@@ -77,7 +84,7 @@ def gram(rows: Sequence[Tensor | None], counts: Sequence[int], lists: int) -> Te
     device = _device(rows)
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
-        blocks = extension.cuda_grid()
+        blocks = extension.cuda_grid(lists)
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         extension.gram_cuda(
@@ -113,18 +120,19 @@ def gram_moved(
     device = _device(rows)
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
-        blocks = extension.cuda_grid()
+        held = lists if means is None else 2 * lists
+        blocks = extension.cuda_grid(held + (moments is not None))
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         mean_table = 0
         if means is not None:
             entries = [*addresses(means), *dtype_codes(means)]
-            mean_table = _device_table(entries, device).data_ptr()
+            mean_table = device_table(entries, device).data_ptr()
         moment_table, weights = 0, None
         if moments is not None:
             entries = [*addresses(moments.second), *dtype_codes(moments.second)]
             entries += addresses(moments.steps)
-            moment_table = _device_table(entries, device).data_ptr()
+            moment_table = device_table(entries, device).data_ptr()
             weights = moments.weights.to(device=device, dtype=torch.float64)
         extension.gram_moved_cuda(
             table=table.data_ptr(),
@@ -171,8 +179,8 @@ def update(
         for tensors in (slots.params, slots.first or none, slots.second or none):
             entries += [*addresses(tensors), *dtype_codes(tensors)]
         entries += addresses(slots.steps)
-        blocks = extension.cuda_grid()
         lists = len(rows) // len(counts)
+        blocks = extension.cuda_grid(lists + 3)  # with parameter and state
         changes = torch.zeros(lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists, blocks, device)
         # These stay referenced until the launch; the stream orders what comes after it.
@@ -181,13 +189,13 @@ def update(
         rate = None if lr is None else lr.detach().to(w)
         mean_table = 0
         if means is not None:
-            mean_table = _device_table([*addresses(means), *dtype_codes(means)], device).data_ptr()
+            mean_table = device_table([*addresses(means), *dtype_codes(means)], device).data_ptr()
         extension.update_cuda(
             table=table.data_ptr(),
             lists=lists,
             tensors=len(counts),
             chunks=chunks,
-            targets=_device_table(entries, device).data_ptr(),
+            targets=device_table(entries, device).data_ptr(),
             weights=w.data_ptr(),
             second_weights=0 if second is None else second.data_ptr(),
             means=mean_table,
@@ -218,8 +226,8 @@ def combine(
             tensors=len(counts),
             chunks=chunks,
             weights=weights.data_ptr(),
-            out_table=_device_table([*addresses(out), *dtype_codes(out)], device).data_ptr(),
-            blocks=extension.cuda_grid(),
+            out_table=device_table([*addresses(out), *dtype_codes(out)], device).data_ptr(),
+            blocks=extension.cuda_grid(weights.numel()),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
 
@@ -227,7 +235,7 @@ def combine(
 def _device_numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """The numbers as float64 on the device, from the same cache as the tables."""
     bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist()
-    return _device_table(bits, device).view(torch.float64)
+    return device_table(bits, device).view(torch.float64)
 
 
 def solve(

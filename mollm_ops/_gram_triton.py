@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mollm_ops._cuda import device_table
+
 MAX_ROWS = 8
 _PROGRAMS_PER_SM = 4
 
@@ -102,14 +104,17 @@ def _launch(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, int, int]
     """Table of addresses, one of the rows, ROWS and the number of programs."""
     like = next(t for t in tensors if t is not None)
     entries = [0 if t is None else t.data_ptr() for t in tensors]
-    table = torch.tensor(entries, dtype=torch.int64)
     rows = triton.next_power_of_2(len(tensors))
     blocks = triton.cdiv(like.numel(), block_of(rows))
     if not like.is_cuda:  # Triton's interpreter
-        return table, like, rows, min(3, blocks)
+        return torch.tensor(entries, dtype=torch.int64), like, rows, min(3, blocks)
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count
-    table = table.pin_memory().to(like.device, non_blocking=True)
-    return table, like, rows, min(_PROGRAMS_PER_SM * processors, blocks)
+    return (
+        device_table(entries, like.device),
+        like,
+        rows,
+        min(_PROGRAMS_PER_SM * processors, blocks),
+    )
 
 
 def _device_of(t: Tensor) -> AbstractContextManager[object]:

@@ -190,9 +190,12 @@ def scale_of(
     if normalizer is None:
         return counted.sum().clamp(min=1).to(wide).reciprocal()
     if isinstance(normalizer, Tensor):
+        divisor = normalizer.detach().reshape(()).to(wide)
+        if divisor.device.type != "cpu":  # a scalar on the host goes into the kernel as it is
+            divisor = divisor.to(counted.device)
         # A batch without an answer token has normalizer 0 and loss 0: 0 / tiny is 0, 0 / 0 is not.
-        positive = normalizer.detach().to(counted.device, wide).clamp(min=torch.finfo(wide).tiny)
-        return positive.reshape(()).reciprocal()
+        one = torch.ones((), dtype=wide, device=counted.device)
+        return one / divisor.clamp(min=torch.finfo(wide).tiny)
     return torch.full((), 1 / normalizer, dtype=wide, device=counted.device)
 
 

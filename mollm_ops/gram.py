@@ -185,7 +185,7 @@ def _has_triton(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _gram_without_extension(lists: list[Sequence[Tensor | None]]) -> Tensor:
-    columns = list(zip(*lists, strict=True))
+    columns = [c for c in zip(*lists, strict=True) if any(t is not None for t in c)]
     alike = [n for n, tensors in enumerate(columns) if _has_triton(tensors)]
     rest = [n for n in range(len(columns)) if n not in set(alike)]
     total = torch.zeros(len(lists), len(lists), dtype=torch.float64, device=_device(columns[0]))
@@ -195,7 +195,7 @@ def _gram_without_extension(lists: list[Sequence[Tensor | None]]) -> Tensor:
         for n in alike:
             total += gram_triton(columns[n])
     if rest:
-        total += gram_reference([[tensors[n] for n in rest] for tensors in lists])
+        total += gram_reference(list(zip(*(columns[n] for n in rest), strict=True)))
     return total
 
 

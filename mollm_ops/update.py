@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mollm_ops._extension import (
 )
 from mollm_ops.gram import RunningMeans, moved_means_reference
 
+MAX_LISTS = MAX_OBJECTIVES + 1  # on a GPU; csrc/update.h, kMaxUpdateLists
 METHODS = ("sgd", "adamw")  # the order of csrc/update.h, enum Method
 
 
@@ -170,11 +172,16 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 # ---- the extension
 
 
+def _on_device(lr: float | Tensor) -> TypeGuard[Tensor]:
+    """Whether the kernel must read the learning rate itself: the host would have to wait for it."""
+    return isinstance(lr, Tensor) and lr.is_cuda
+
+
 def _options(method: SgdStep | AdamWStep, rounding_seed: int | None) -> dict[str, object]:
     """The numbers of csrc/update.h, UpdateOptions."""
     return {
         "method": METHODS.index("adamw" if isinstance(method, AdamWStep) else "sgd"),
-        "lr": 0.0 if isinstance(method.lr, Tensor) else method.lr,
+        "lr": 0.0 if _on_device(method.lr) else float(method.lr),
         "weight_decay": method.weight_decay,
         "momentum": getattr(method, "momentum", 0.0),
         "nesterov": getattr(method, "nesterov", False),
@@ -197,7 +204,6 @@ def _update_cpu(
     assert extension is not None, "has_kernels_for(cpu) implies the extension"
     changes = torch.zeros(len(weights), dtype=torch.float64)
     second = getattr(method, "second_weights", None)
-    options = _options(method, rounding_seed) | {"lr": float(method.lr)}
     extension.update_cpu(
         data=addresses(rows),
         dtypes=dtype_codes(rows),
@@ -209,7 +215,7 @@ def _update_cpu(
         first=None if targets.first is None else listed(targets.first),
         second=None if targets.second is None else listed(targets.second),
         steps=addresses(targets.steps),
-        options=options,
+        options=_options(method, rounding_seed),
         changes=changes.data_ptr() if track else 0,
         threads=torch.get_num_threads(),
     )
@@ -221,7 +227,7 @@ def _flat(lists: GradientLists) -> list[Tensor | None]:
 
 
 def _has_kernels(device: torch.device, lists: int) -> bool:
-    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_OBJECTIVES)
+    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_LISTS)
 
 
 def _dense(targets: Targets) -> bool:
@@ -249,7 +255,8 @@ def update_(
 
     Gradients, parameters and state are read once, parameters and state written once; d is never
     written. Everything is computed in float32 (float64 where one of a parameter's tensors is) and
-    rounded once.
+    rounded once. On a GPU nothing waits for the device, except with more than 9 lists of gradients
+    or where a parameter or its state is not contiguous: the step is then made in plain Torch.
 
     Args:
         gradients: K lists of N tensors or None, as for `gram`.
@@ -293,7 +300,7 @@ def update_(
             weights,
             targets,
             _options(method, rounding_seed),
-            lr=method.lr if isinstance(method.lr, Tensor) else None,
+            lr=method.lr if _on_device(method.lr) else None,
             second_weights=getattr(method, "second_weights", None),
             means=None if moving is None else _flat(moving.means),
             beta=0.0 if moving is None else moving.beta,

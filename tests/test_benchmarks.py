@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -30,3 +34,50 @@ def test_a_benchmark_writes_its_rows_and_their_provenance(script, tmp_path):
     assert ours
     assert all(row.get("error", 0) < 1e-2 for row in ours)
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("_common")
+
+
+def test_what_runs_out_of_memory_is_told_and_loses_nothing_else(common, tmp_path):
+    def fails():
+        raise torch.cuda.OutOfMemoryError
+
+    calls = {"fails": fails, "works": lambda: None}
+    seconds = common.interleaved_medians(calls, "cpu", rounds=3)
+    assert math.isnan(seconds["fails"])
+    assert seconds["works"] >= 0
+    rows = common.rows_or_none(fails, {"K": 4})
+    assert rows == [{"K": 4, "out of memory": "the inputs"}]
+    common.save_json(tmp_path / "rows.json", {}, [*rows, seconds])
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][1]["fails"] == "nan"
+
+
+@pytest.mark.parametrize(("free", "expected"), [(80 * 10**9, 6 * 10**8), (10**13, 10**9)])
+def test_the_default_size_fits_into_free_memory(common, monkeypatch, free, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    assert common.elements_that_fit("cuda", 23 * 4) == expected
+
+
+def test_a_machine_without_git(common, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert common.provenance("cpu")["commit"] == "unknown"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the script would run for minutes")
+def test_the_gpu_script_stops_at_once_without_a_device(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(tmp_path)}
+    environment.pop("CUDAARCHS", None)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stdout
+    assert not list(tmp_path.iterdir())

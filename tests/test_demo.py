@@ -6,6 +6,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
 from mollm import demo, facts, models
 from mollm import quiz as quiz_module
 from mollm.chat import IGNORE_INDEX, ChatFormat

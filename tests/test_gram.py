@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mollm_ops import Status, combine, dots, gram, gram_direction
+from mollm_ops import Status, _extension, combine, dots, gram, gram_direction
 from mollm_ops._extension import extension
 from mollm_ops.gram import (
     AdamMetric,
@@ -86,6 +86,14 @@ def test_mixed_dtypes_and_missing_tensors(device):
     ]
     for a, b in zip(out[:3], exact[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:mollm_ops was installed without")
+@pytest.mark.parametrize("K", [3, 9])
+def test_a_parameter_without_any_gradient_in_plain_torch(K, device, monkeypatch):
+    monkeypatch.setattr(_extension, "extension", None)
+    g = [[None, *row] for row in gradients(K, shapes=[(5,), (7, 3)], device=device)]
+    torch.testing.assert_close(gram(g), gram_reference(g), rtol=1e-6, atol=1e-5)
 
 
 def test_non_contiguous_and_misaligned_tensors(device):

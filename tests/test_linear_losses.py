@@ -81,7 +81,7 @@ def plain(loss, hidden, weight, target, ref_hidden):
 
 def case(rows=11, width=6, vocab=37, dtype=torch.float32, **options):
     hidden, weight, target = inputs(rows, width, vocab, dtype, **options)
-    ref_hidden = hidden + (torch.randn(rows, width) / 4).to(dtype)
+    ref_hidden = hidden + (torch.randn_like(hidden, dtype=torch.float32) / 4).to(dtype)
     return hidden, weight, target, ref_hidden
 
 
@@ -91,19 +91,23 @@ def case(rows=11, width=6, vocab=37, dtype=torch.float32, **options):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_as_exact_as_plain_torch_of_the_same_dtype(loss, dtype, rows, width, vocab, chunk_rows):
     hidden, weight, target, ref_hidden = case(rows, width, vocab, dtype, scale=2.0)
+    ours = loss_and_gradients(
+        lambda h, w: loss(h, w, target, ref_hidden, chunk_rows=chunk_rows), [hidden, weight]
+    )
+    assert ours[0].dtype == wide_dtype(dtype)
+    assert_as_exact_as_plain(ours, loss, hidden, weight, target, ref_hidden)
+
+
+def assert_as_exact_as_plain(ours, loss, hidden, weight, target, ref_hidden):
     truth = loss_and_gradients(
         lambda h, w: reference(loss)(h, w, target, ref_hidden.double()),
         [hidden.double(), weight.double()],
     )
-    ours = loss_and_gradients(
-        lambda h, w: loss(h, w, target, ref_hidden, chunk_rows=chunk_rows), [hidden, weight]
-    )
     theirs = loss_and_gradients(
         lambda h, w: plain(loss, h, w, target, ref_hidden), [hidden, weight]
     )
-    assert ours[0].dtype == wide_dtype(dtype)
     for name, a, b, exact in zip(["L", "dh", "dW"], ours, theirs, truth, strict=True):
-        assert error(a, exact) <= error(b, exact) + TOLERANCE[dtype], name
+        assert error(a, exact) <= error(b, exact) + TOLERANCE[hidden.dtype], name
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -638,3 +642,55 @@ def test_bad_arguments(loss, needed, expected):
     arguments |= {name: given[name] for name in needed.split()} | changed
     with pytest.raises(kind, match=message):
         loss(**arguments)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [128256, 50257])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_a_gpu_exact_and_without_waiting_for_it(loss, vocab):
+    rows = 96
+    tensors = case(rows, 64, vocab, torch.bfloat16, scale=2.0, device="cuda")
+    hidden, weight, target, ref_hidden = tensors
+    counted = (target != IGNORED).sum().cpu()
+
+    def ours():
+        return loss_and_gradients(
+            lambda h, w: loss(h, w, target, ref_hidden, chunk_rows=rows // 3, normalizer=counted),
+            [hidden, weight],
+        )
+
+    ours()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = ours()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_as_exact_as_plain(got, loss, *tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_is_captured_in_a_cuda_graph_and_replayed(loss):
+    hidden, weight, target, ref_hidden = case(24, 16, 1001, torch.bfloat16, device="cuda")
+    own = leaves(hidden, weight)
+
+    def run():
+        value = loss(*own, target, ref_hidden, chunk_rows=8)
+        return [value.detach(), *torch.autograd.grad(value, own)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = run()
+    with torch.no_grad():
+        own[0].mul_(2)
+    graph.replay()
+    for a, b in zip(replayed, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)

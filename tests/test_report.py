@@ -4,6 +4,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
 from mollm import plots, report
 from mollm.facts import Question
 from mollm.quiz import Reply, Score

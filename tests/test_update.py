@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mollm_ops.gram import RunningMeans
+from mollm_ops.gram import RunningMeans, gram_moved
 from mollm_ops.update import AdamWStep, SgdStep, Targets, update_, update_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -124,6 +124,18 @@ def test_adamw_is_torchs(device):
     torch.testing.assert_close(p, theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+def test_the_learning_rate_may_be_a_tensor(on_host, device):
+    g, w = make_gradients(torch.float32, device), weights_on(device)
+    ours, plain = (
+        make_targets(AdamWStep(1e-2), torch.float32, torch.float32, device) for _ in "ab"
+    )
+    update_(g, w, ours, AdamWStep(torch.tensor(0.5, device="cpu" if on_host else device)))
+    update_(g, w, plain, AdamWStep(0.5))
+    for a, b in zip(tensors_of(ours), tensors_of(plain), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_same_bits_for_any_number_of_threads(method):
     def run(threads):
@@ -158,6 +170,16 @@ def test_running_means_move_and_take_the_gradients_place(device):
                 torch.testing.assert_close(mean, t)
     for a, b in zip(tensors_of(ours), tensors_of(plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_slow_mean_takes_its_small_share_to_the_last_digit(device):
+    g, mean = torch.ones(99, device=device), torch.zeros(99, device=device)
+    w, moving = torch.ones(1, dtype=torch.float64, device=device), RunningMeans([[mean]], 0.9999)
+    G = gram_moved([[g]], moving)
+    torch.testing.assert_close(float(G), 99e-8, rtol=1e-6, atol=0)
+    targets = Targets([g.clone()], None, None, [torch.ones((), device=device)])
+    update_([[g]], w, targets, SgdStep(0.1), moving=moving)
+    torch.testing.assert_close(mean, torch.full_like(mean, 1e-4), rtol=1e-6, atol=0)
 
 
 def test_stochastic_rounding_has_the_exact_mean_where_nearest_loses_the_step(device):
@@ -212,15 +234,17 @@ def test_where_it_must_not_proceed_nothing_is_written(device):
     assert not any(t.any() for row in means for t in row if t is not None)
 
 
-def test_more_than_eight_lists(device):
-    g = [[torch.full((5,), float(k), device=device)] for k in range(12)]
+@pytest.mark.parametrize("K", [9, 12])
+def test_more_than_eight_lists(K, device):
+    g = [[torch.full((5,), float(k), device=device)] for k in range(K)]
     p = torch.zeros(5, device=device)
-    w = torch.ones(12, dtype=torch.float64, device=device)
+    w = torch.ones(K, dtype=torch.float64, device=device)
     targets = Targets([p], None, None, [torch.ones((), device=device)])
     changes = update_(g, w, targets, SgdStep(1.0), track=True)
-    assert torch.equal(p, torch.full_like(p, -66.0))
+    down = K * (K - 1) / 2
+    assert torch.equal(p, torch.full_like(p, -down))
     torch.testing.assert_close(
-        changes, -330.0 * torch.arange(12, dtype=torch.float64, device=device)
+        changes, -5 * down * torch.arange(K, dtype=torch.float64, device=device)
     )
 
 
