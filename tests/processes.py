@@ -174,6 +174,22 @@ def accumulated(layout):
     return {"weights": weights(model)}
 
 
+def accumulated_unsharded(layout):
+    """FSDP2 keeps whole gradients until the last micro-batch of each objective."""
+    model = layout.wrap(make_model())
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01)
+    for n in range(2):
+        halves = layout.mine(batch(n)).chunk(2)
+        for name in NAMES:
+            with opt.objective(name):
+                for number, half in enumerate(halves):
+                    if layout.name != "one":
+                        model.set_requires_gradient_sync(number == 1)
+                    (losses(model(half))[name] / 2).backward()
+        opt.step()
+    return {"weights": weights(model)}
+
+
 def not_finite_here(layout):
     """One element of one process's gradient is NaN: nobody makes the step."""
     model = layout.wrap(make_model())
@@ -197,9 +213,9 @@ def not_finite_here(layout):
     return {**skipped, "status": opt.last_step.status.name, "weights": weights(model)}
 
 
-def resumed(layout):
+def resumed(layout, key):
     """Saved and loaded with torch.distributed.checkpoint in the middle."""
-    dtype, options = torch.float64, OPTIONS["means"]
+    options = OPTIONS[key]
     model = layout.wrap(make_model())
     opt = MOLLMOptimizer(model.parameters(), **options)
     for n in range(2):
@@ -215,7 +231,7 @@ def resumed(layout):
             p.copy_(q)
     again = MOLLMOptimizer(other.parameters(), **options)
     state = {"optimizer": get_optimizer_state_dict(other, again), "mollm": state["mollm"]}
-    for row in state["mollm"]["means"]["held"].values():
+    for row in state["mollm"].get("means", {"held": {}})["held"].values():
         for n, mean in row.items():
             row[n] = torch.zeros_like(mean)
     dcp.load(state, checkpoint_id=folder[0], no_dist=layout.world == 1)
@@ -223,7 +239,7 @@ def resumed(layout):
     again.load_state_dict({**again.state_dict(), "mollm": state["mollm"]})
     for m, o in ((model, opt), (other, again)):
         for n in range(2, 4):
-            step(layout, m, o, n, dtype)
+            step(layout, m, o, n)
     return {"weights": weights(model), "resumed": weights(other)}
 
 
@@ -317,8 +333,10 @@ CASES = {
     "in_single_precision": (in_single_precision, ("ddp", *SHARDED)),
     "clipped": (clipped, ("ddp", "fsdp", "hsdp")),
     "accumulated": (accumulated, ("ddp", "fsdp")),
+    "accumulated_unsharded": (accumulated_unsharded, ("fsdp",)),
     "not_finite_here": (not_finite_here, ("ddp", "fsdp", "hsdp")),
-    "resumed": (resumed, ("ddp", "fsdp", "hsdp")),
+    "resumed": (lambda layout: resumed(layout, "torch"), ("ddp", "fsdp")),
+    "resumed_means": (lambda layout: resumed(layout, "means"), ("ddp", "fsdp", "hsdp")),
     "traffic": (traffic, ("ddp", "fsdp", "hsdp")),
     "not_averaged": (not_averaged, ("ddp",)),
     "views_of_buckets": (views_of_buckets, ("ddp",)),

@@ -89,7 +89,7 @@ def test_the_direction_is_clipped_as_in_one_process(world, case, layout, found, 
         close(mine["changes"], alone(case)["changes"], rtol=1e-7)
 
 
-@only("accumulated", "unused_parameters")
+@only("accumulated", "accumulated_unsharded", "unused_parameters")
 def test_other_ways_to_run_the_backwards_equal_one_process(world, case, layout, found, alone):
     for mine in found(world, case, layout):
         close(mine["weights"], alone(case)["weights"])
@@ -105,7 +105,7 @@ def test_nobody_steps_where_one_gradient_is_not_finite(world, case, layout, foun
         assert not torch.equal(mine["weights"][0], mine["after"][0])
 
 
-@only("resumed")
+@only("resumed", "resumed_means")
 def test_a_run_goes_on_from_a_distributed_checkpoint(world, case, layout, found):
     for mine in found(world, case, layout):
         # A new DistributedDataParallel adds the processes' gradients up in another order at first.
