@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mollm.distributed import common_seed, local, sharding_of
 from mollm_ops.gram import AdamMetric, RunningMeans
 from mollm_ops.update import AdamWStep, SgdStep, Targets, update_
 
@@ -42,7 +43,8 @@ class FusedBase(Optimizer):
                 f"state_dtype must be torch.float32, torch.bfloat16 or None, but got {dtype}."
             )
         # "fused" makes Torch keep `step` on the parameter's device when a state is loaded.
-        super().__init__(params, {**defaults, "fused": True, "rounding_seed": torch.initial_seed()})
+        seed = common_seed() if defaults["stochastic_rounding"] else torch.initial_seed()
+        super().__init__(params, {**defaults, "fused": True, "rounding_seed": seed})
 
     def drop_first(self) -> None:
         """Keep no momentum of the combined gradient: the caller has its own."""
@@ -66,12 +68,18 @@ class FusedBase(Optimizer):
                 state[name] = torch.zeros_like(p, dtype=group["state_dtype"] or p.dtype)
         return state
 
+    def make_state(self) -> None:
+        """The state of every parameter, where there is none yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state_of(p, group)
+
     def metric(self, params: Sequence[Tensor], weights: Tensor) -> AdamMetric:
         """Adam's metric at the coming step; for bases that keep a second moment."""
         group = self.param_groups[0]
         states = [self._state_of(p, group) for p in params]
         return AdamMetric(
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [state["step"] for state in states],
             weights,
             group["betas"][1],
@@ -93,13 +101,13 @@ class FusedBase(Optimizer):
         """One step of every group along d = Σ_k w_k g_k.
 
         Args:
-            params: the N parameters that have a gradient.
-            gradients: K lists of N tensors or None.
+            params: the N parameters that have a gradient, all sharded alike.
+            gradients: K lists of N tensors or None; of sharded ones, this process's part.
             weights: w, [K].
             moving, second_weights, proceed, track: see `mollm_ops.update.update_` and `AdamWStep`.
 
         Returns:
-            g_k · Δθ over all parameters, [K], or None without `track`.
+            g_k · Δθ over all parameters' parts on this process, [K], or None without `track`.
         """
         changes: Tensor | None = None
         at = {p: n for n, p in enumerate(params)}
@@ -113,16 +121,17 @@ class FusedBase(Optimizer):
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1.0 if proceed is None else proceed.float())
             first, second = (
-                [state[name] for state in states] if name in self._slots(group) else None
+                [local(state[name]) for state in states] if name in self._slots(group) else None
                 for name in (self.first_name, "exp_avg_sq")
             )
             seed = None
-            if group["stochastic_rounding"]:  # another one for every group and bucket
-                seed = (group["rounding_seed"] + (number << 32) + columns_of[mine[0]]) % (1 << 63)
+            if group["stochastic_rounding"]:  # another one for every group, bucket and shard
+                place = (sharding_of(mine[0]).part << 48) + (number << 32) + columns_of[mine[0]]
+                seed = (group["rounding_seed"] + place) % (1 << 63)
             part = update_(
                 [[tensors[n] for n in columns] for tensors in gradients],
                 weights,
-                Targets(mine, first, second, steps),
+                Targets([local(p) for p in mine], first, second, steps),
                 self._method(group, second_weights),
                 moving=moving and _columns(moving, columns),
                 rounding_seed=seed,

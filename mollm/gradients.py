@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mollm.distributed import Lists, local, local_gradient, placed_like
+
 MEMORIES = ("as-produced", "bfloat16", "host")
 _BUCKET_BYTES = 1 << 28
 
-Lists = list[list[Tensor | None]]
-
 
 class GradientStore:
-    """Gradients by objective and parameter.
+    """Gradients by objective and parameter; of a sharded one, this process's part.
 
     Args:
         objectives: their names, in the order of the Gram matrix.
@@ -47,20 +47,35 @@ class GradientStore:
         mine = self._held.pop(name, {})
         for p in params:
             g = mine.get(p)
-            p.grad = None if g is None else self._back(g, p).to(p.dtype)
+            p.grad = None if g is None else placed_like(self._back(g, p).to(p.dtype), p)
 
     def take(self, name: str | None, params: Sequence[Tensor]) -> int:
         """Moves `p.grad` to this objective, or drops it where `name` is None.
 
         Returns:
             How many there were.
+
+        Raises:
+            RuntimeError: a gradient was written over that of another objective.
         """
-        found = [p for p in params if p.grad is not None]
-        if name is not None and found:
-            self._held[name] = {p: self._away(p.grad) for p in found if p.grad is not None}
+        found = {p: g for p in params if (g := local_gradient(p)) is not None}
         for p in found:
             p.grad = None
+        if name is not None and found:
+            taken = {p: self._away(g) for p, g in found.items()}
+            self._refuse_reused_memory(name, taken)
+            self._held[name] = taken
         return len(found)
+
+    def _refuse_reused_memory(self, name: str, taken: dict[Tensor, Tensor]) -> None:
+        for other, held in self._held.items():
+            for p, g in taken.items():
+                if p in held and g.numel() and held[p].data_ptr() == g.data_ptr():
+                    raise RuntimeError(
+                        f"objective {name!r} must have gradients of its own, but they were written "
+                        f"over those of {other!r}: make DistributedDataParallel with "
+                        "gradient_as_bucket_view=False."
+                    )
 
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective."""
@@ -100,7 +115,7 @@ class GradientStore:
         size = 0
         for p in params:
             chunk.append(p)
-            size += len(self.objectives) * p.numel() * p.element_size()
+            size += len(self.objectives) * local(p).nbytes
             if size >= self.bucket_bytes:
                 yield chunk
                 chunk, size = [], 0

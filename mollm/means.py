@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mollm.gradients import Lists
+from mollm.distributed import Lists, local
 from mollm_ops.gram import RunningMeans
 
 
 class ObjectiveMeans:
     """m_k ← β m_k + (1 − β) g_k for every objective k, and the number of steps behind them.
 
-    A parameter's mean has the dtype of its first gradient. The means change in place, in the same
-    pass as the parameters.
+    A parameter's mean has the dtype of its first gradient and is sharded as the parameter is. The
+    means change in place, in the same pass as the parameters.
     """
 
     def __init__(self, beta: float) -> None:
@@ -29,18 +29,20 @@ class ObjectiveMeans:
     def moving(
         self, objectives: Sequence[str], params: Sequence[Tensor], lists: Lists
     ) -> RunningMeans:
-        """The means of these parameters. Where one meets no gradient, a gradient of zeros is put
-        into `lists`, so that it decays."""
+        """This process's part of the means of these parameters. Where one meets no gradient, a
+        gradient of zeros is put into `lists`, so that it decays."""
         rows: list[list[Tensor | None]] = []
         for name, tensors in zip(objectives, lists, strict=True):
             held = self._held.setdefault(name, {})
             for n, p in enumerate(params):
                 g = tensors[n]
                 if g is None and p in held:
-                    tensors[n] = torch.zeros_like(held[p])
+                    tensors[n] = torch.zeros_like(local(held[p]))
                 elif g is not None and p not in held:
-                    held[p] = torch.zeros_like(g, memory_format=torch.contiguous_format)
-            rows.append([held.get(p) for p in params])
+                    held[p] = torch.zeros_like(
+                        p.detach(), dtype=g.dtype, memory_format=torch.contiguous_format
+                    )
+            rows.append([local(held[p]) if p in held else None for p in params])
         return RunningMeans(rows, self.beta)
 
     def correction(self, device: torch.device) -> Tensor:

@@ -7,12 +7,23 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mollm.bases import SGD, AdamW, FusedBase
 from mollm.diagnostics import SkipCounter, StepReport
-from mollm.gradients import GradientStore, Lists
+from mollm.distributed import (
+    Lists,
+    Sharding,
+    by_sharding,
+    expect_backward,
+    local,
+    local_gradient,
+    placed_like,
+    refuse_partitioned,
+    refuse_unlike_copies,
+)
+from mollm.gradients import GradientStore
 from mollm.means import ObjectiveMeans, moved
 from mollm.rules import make_rule
 from mollm_ops import Solution, Status, combine, dots, gram
@@ -41,6 +52,21 @@ def _make_base(
         ) from None
 
 
+class _Parts:
+    """Sums over this process's parts of the parameters, by how these are sharded."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Sharding, Tensor] = {}
+
+    def add(self, sharding: Sharding, part: Tensor) -> None:
+        known = self.sums.get(sharding)
+        self.sums[sharding] = part if known is None else known + part
+
+    def total(self, over_processes: Callable[[Sharding, Tensor], Tensor]) -> Tensor:
+        each = [over_processes(sharding, part) for sharding, part in self.sums.items()]
+        return torch.stack(each).sum(0)
+
+
 def _first(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return next((t for t in tensors if t is not None), None)
 
@@ -59,8 +85,11 @@ class MOLLMOptimizer(Optimizer):
     d until `zero_grad()`. Call `aggregate()` before `step()` to have d in `p.grad`, for gradient
     clipping or a `GradScaler`.
 
+    Several processes: under DistributedDataParallel and FSDP2 every process solves the same K × K
+    problem and updates its own part of the parameters; see `mollm.distributed`.
+
     Args:
-        params: as for any Torch optimizer.
+        params: as for any Torch optimizer; DTensors too.
         lr: learning rate of the base optimizer.
         objectives: their names, in the order of the Gram matrix.
         base: "adamw" or "sgd" (see `mollm.bases`), or an optimizer class or factory called as
@@ -144,12 +173,14 @@ class MOLLMOptimizer(Optimizer):
         self._solution: Solution | None = None  # of the gradient that now stands in p.grad
         self._gram: Tensor | None = None
         self._stale = False  # p.grad holds what a step has used up
+        self._unchecked_steps = 2  # one more than the first: KL has no gradient there
         self._last_step: StepReport | None = None
         if momentum is not None and not isinstance(momentum, str):
             base_options["momentum"] = momentum
         self.base = _make_base(base, params, lr, base_options)
         if isinstance(self.base, FusedBase) and (metric or self._means):
             self.base.drop_first()
+        refuse_partitioned([p for group in self.base.param_groups for p in group["params"]])
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_state_with_base()
 
@@ -160,6 +191,7 @@ class MOLLMOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "param_groups" in self.__dict__ and self.param_groups is self.base.param_groups:
             self.base.add_param_group(param_group)
+            refuse_partitioned(self._parameters())
 
     # ---- gradients in
 
@@ -218,11 +250,19 @@ class MOLLMOptimizer(Optimizer):
         self._stale = False
         self._open = name
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
+    def backward(self, losses: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
         """Backward of every objective's loss, when all their graphs are alive.
 
         Graphs may share parts (the forward of the retain batch, say); they are freed with the last
-        loss. Raises ValueError where the names are not the optimizer's objectives.
+        loss.
+
+        Args:
+            losses: by objective.
+            model: the model as wrapped, needed under DistributedDataParallel alone: it would not
+                average the gradients of several backwards; see `expect_backward`.
+
+        Raises:
+            ValueError: the names are not the optimizer's objectives.
         """
         for name in losses:
             self._check_name(name)
@@ -232,7 +272,8 @@ class MOLLMOptimizer(Optimizer):
         last = list(losses)[-1]
         for name, loss in losses.items():
             with self.objective(name):
-                torch.autograd.backward(loss, retain_graph=name != last)
+                ready = loss if model is None else expect_backward(model, loss)
+                torch.autograd.backward(ready, retain_graph=name != last)
 
     # ---- direction and update
 
@@ -266,7 +307,7 @@ class MOLLMOptimizer(Optimizer):
             rows = lists if moving is None else moved(moving, lists)
             out = [_first(tensors) for tensors in zip(*lists, strict=True)] if in_place else None
             for p, d in zip(some, combine(rows, weights, out=out), strict=True):
-                p.grad = None if d is None else d.to(p.dtype)
+                p.grad = None if d is None else placed_like(d.to(p.dtype), p)
         if self._means is not None:
             self._means.count(None)
         if not self.track_conflicts:
@@ -300,14 +341,20 @@ class MOLLMOptimizer(Optimizer):
         self._metric_weights = c = self._metric_weights.to(device)
         return c if self._means is None else c / self._means.correction(device) ** 2
 
-    def _solve(self, params: Sequence[Tensor]) -> Solution:
-        total: Tensor | None = None
+    def _pieces(self, params: Sequence[Tensor]) -> Iterator[tuple[Sharding, list[Tensor], Lists]]:
         for some, lists in self._store.buckets(params):
+            yield from by_sharding(some, lists)
+
+    def _solve(self, params: Sequence[Tensor]) -> Solution:
+        parts = _Parts()
+        for sharding, some, lists in self._pieces(params):
             moving, metric = self._moving(some, lists), self._metric(some)
             plain = moving is None and metric is None
-            part = gram(lists) if plain else gram_moved(lists, moving, metric)
-            total = part if total is None else total + part
-        assert total is not None, "an objective with a gradient touches a parameter"
+            parts.add(sharding, gram(lists) if plain else gram_moved(lists, moving, metric))
+        if self._unchecked_steps and Sharding() in parts.sums:
+            self._unchecked_steps -= 1
+            refuse_unlike_copies(parts.sums[Sharding()], self.objectives)
+        total = parts.total(Sharding.total_gram)
         if self._means is not None:
             total = total / self._means.correction(total.device) ** 2
         self._gram = total
@@ -330,6 +377,9 @@ class MOLLMOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update by the base optimizer along d.
 
+        Without any objective's gradient and at learning rate 0 it makes the base's state and does
+        nothing else: so torch.distributed.checkpoint prepares an optimizer for loading.
+
         Args:
             closure: runs the objectives' backwards and returns a loss.
 
@@ -342,6 +392,9 @@ class MOLLMOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._only_prepares():
+            self._make_state()
+            return loss
         fused = isinstance(self.base, FusedBase)
         aggregated = self._solution is not None
         if not aggregated and fused:
@@ -369,8 +422,8 @@ class MOLLMOptimizer(Optimizer):
         assert isinstance(base, FusedBase), "other bases step along p.grad"
         weights = self._effective_weights(solution)
         proceed = solution.finite if weights.is_cuda else None
-        total: Tensor | None = None
-        for some, lists in self._store.buckets(self._touched()):
+        parts = _Parts()
+        for sharding, some, lists in self._pieces(self._touched()):
             part = base.step_along(
                 some,
                 lists,
@@ -380,10 +433,11 @@ class MOLLMOptimizer(Optimizer):
                 proceed=proceed,
                 track=self.track_conflicts,
             )
-            total = part if total is None or part is None else total + part
+            if part is not None:
+                parts.add(sharding, part)
         if self._means is not None:
             self._means.count(proceed)
-        return total
+        return parts.total(Sharding.total) if self.track_conflicts else None
 
     def _step_along_grad(self, solution: Solution) -> Tensor | None:
         """A step along p.grad as aggregate() left it, or the caller changed it since."""
@@ -393,16 +447,16 @@ class MOLLMOptimizer(Optimizer):
         weights = solution.weights.new_zeros(1 + self.track_conflicts * len(self.objectives))
         weights[0] = 1
         proceed = solution.finite if weights.is_cuda else None
-        total: Tensor | None = None
-        buckets = self._store.buckets(params) if self.track_conflicts else [(params, [])]
-        for some, lists in buckets:
-            d: list[Tensor | None] = [p.grad for p in some]
+        parts = _Parts()
+        pieces = self._pieces(params) if self.track_conflicts else by_sharding(params, [])
+        for sharding, some, lists in pieces:
+            d = [local_gradient(p) for p in some]
             part = base.step_along(
                 some, [d, *lists], weights, proceed=proceed, track=self.track_conflicts
             )
             if part is not None:
-                total = part[1:] if total is None else total + part[1:]
-        return total
+                parts.add(sharding, part[1:])
+        return parts.total(Sharding.total) if self.track_conflicts else None
 
     def _step_of_another_base(self) -> Tensor | None:
         """Runs the base optimizer; g_k · Δθ of what it did, [K]."""
@@ -414,8 +468,20 @@ class MOLLMOptimizer(Optimizer):
         return self._dots_with_parameters() - before
 
     def _dots_with_parameters(self) -> Tensor:
-        parts = [dots(lists, some) for some, lists in self._store.buckets(self._touched())]
-        return torch.stack(parts).sum(0)
+        parts = _Parts()
+        for sharding, some, lists in self._pieces(self._touched()):
+            parts.add(sharding, dots(lists, [local(p) for p in some]))
+        return parts.total(Sharding.total)
+
+    def _only_prepares(self) -> bool:
+        empty = self._solution is None and not any(n in self._store for n in self.objectives)
+        return empty and all(float(group["lr"]) == 0 for group in self.param_groups)
+
+    def _make_state(self) -> None:
+        if isinstance(self.base, FusedBase):
+            self.base.make_state()
+        else:
+            self.base.step()
 
     def _refused(self, solution: Solution, matrix: Tensor, *, waits: bool) -> bool:
         """Whether the step must not be made, as far as that is known without waiting."""

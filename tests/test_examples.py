@@ -1,0 +1,72 @@
+"""Every example runs as a script, alone or in two processes, and all make the same steps."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
+
+
+def run(*command):
+    """The weights of the combined gradient at every step, as the example prints them."""
+    root = str(EXAMPLES.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    child = subprocess.Popen(
+        [sys.executable, *command, "--lr", "1e-3"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = child.communicate(timeout=90)
+        assert child.returncode == 0, err[-3000:]
+    except subprocess.TimeoutExpired:
+        # Gloo's threads now and then do not hear that they should end: what was printed counts.
+        os.killpg(child.pid, signal.SIGTERM)
+        out, _ = child.communicate()
+    printed = re.findall(r"status=DUAL.*?weights=\[(.*?)\]", out)
+    return [[float(w) for w in step.split(",")] for step in printed]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(EXAMPLES / "plain.py")
+
+
+def test_the_plain_loop_alone(alone):
+    assert len(alone) == 3
+    assert alone[0][1] == 0  # KL has no gradient where the model is its original
+    assert all(kl > 0 for _, kl, _ in alone[1:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_make_the_steps_of_one(script, alone):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    steps = run(*torchrun, EXAMPLES / script)
+    assert len(steps) == 3
+    for step, expected in zip(steps, alone, strict=True):
+        assert step == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_from_a_folder(tmp_path, alone):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    steps = run(EXAMPLES / "plain.py", "--model", str(tmp_path), "--steps", "1")
+    assert len(steps) == 1
+    assert steps[0] != pytest.approx(alone[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_has_at_most_60_lines(path):
+    assert len(path.read_text().splitlines()) <= 60
