@@ -29,7 +29,7 @@ from mollm.facts import Question, capital_question
 from mollm.folder import staged
 from mollm.quiz import Reply, Score, quiz
 from mollm.report import DemoRun, conflict_rates, write_run
-from mollm.settings import PREFERENCES, WEIGHTED_DIRECTIONS, DemoSettings
+from mollm.settings import PREFERENCES, DemoSettings
 from mollm.unlearn import StepRecord, unlearn
 
 if TYPE_CHECKING:
@@ -241,14 +241,12 @@ def train(
     sampler = BatchSampler(chat, split, everyday, rng, model.device)
     say(f"Unlearning in {settings.steps} steps, direction {settings.direction} …")
     started = time.perf_counter()
-    weighted = settings.direction in WEIGHTED_DIRECTIONS
     steps = unlearn(
         model,
         sampler,
         steps=settings.steps,
         lr=settings.lr,
-        direction=settings.direction,
-        preferences=PREFERENCES if weighted else None,
+        method=settings.direction,
         **options,
     )
     bar = tqdm(steps, total=settings.steps, unit="step", dynamic_ncols=True)

@@ -17,8 +17,6 @@ PREFERENCES = (1.0, 20.0, 1.0)
 """Weights of forget, kl and retain, for the directions that take any. The gradient of KL starts at
 zero and stays the smallest of the three: at weight 1 the model drifts away from its original, and
 answers other questions worse, long before the facts are forgotten."""
-WEIGHTED_DIRECTIONS = ("project", "upgrad", "pcgrad", "sum")
-"""Those that take preferences."""
 
 
 @dataclass(frozen=True)
