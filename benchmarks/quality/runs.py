@@ -167,7 +167,8 @@ class RunFile:
     def add(self, row: Row) -> None:
         """Writes one run at the end of the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" * cut_off + json.dumps(row) + "\n")
         self.rows.append(row)
         self._done.add(self._key(row))
