@@ -24,7 +24,8 @@ Written by `benchmarks/unlearning_quality.py`; every figure comes from the runs 
   losses were not tuned: (1, 20, 1) for forget, KL and retain as in the demo, (1, 1, …, 1) for the
   synthetic facts.
 - **Intervals** are 95% bootstrap intervals of the mean over seeds. A seed draws facts or authors,
-  the model and the batches.
+  the model and the batches. With two seeds the ends are little more than the two values: they show
+  the spread and are no test of a difference.
 - **Conflicts**: the share of steps, averaged over objectives, in which the direction, or the update
   that the optimizer really made, does not descend on an objective. The direction of a run with
   `+momentum` is judged by the running means that it is made of.
@@ -51,6 +52,9 @@ def write(
         f"Device: {source['device']}. Versions: {versions}. Commit: {source['commit']}. "
         f"Date: {source['date']}. Command:\n\n    {source['command']}\n"
     )
+    missing = [kind for kind in _TITLES if not any(task.startswith(kind) for task in tables)]
+    if missing:
+        parts.append(f"Not run for this page: {', '.join(missing)}.\n")
     for task, lines in tables.items():
         kind, _, count = task.partition("-")
         pareto_plot(rows, task, folder / "figures" / f"{task}.png")
