@@ -27,6 +27,7 @@ from mollm.chat import Batch, ChatFormat, Example, collate
 from mollm.errors import UsageError
 from mollm.facts import Question, capital_question
 from mollm.folder import staged
+from mollm.methods import find_method
 from mollm.quiz import Reply, Score, quiz
 from mollm.report import DemoRun, conflict_rates, write_run
 from mollm.settings import DemoSettings
@@ -246,8 +247,7 @@ def train(
         sampler,
         steps=settings.steps,
         lr=settings.lr,
-        direction=settings.direction,
-        preferences=settings.preferences(),
+        method=settings.direction,
         **options,
     )
     bar = tqdm(steps, total=settings.steps, unit="step", dynamic_ncols=True)
@@ -278,7 +278,7 @@ def _summary(
         "lr": settings.lr,
         "lr_schedule": "linear to 0",
         "optimizer": "adamw",
-        "preferences": settings.preferences(),
+        "preferences": find_method(settings.direction).preferences,
         "seed": settings.seed,
         "conflict_rate": conflict_rates(history),
         "skipped_steps": sum(not record.changes for record in history),

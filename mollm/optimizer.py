@@ -96,9 +96,10 @@ class MOLLMOptimizer(Optimizer):
             base(params, lr=lr, **base_options). On a GPU such a base waits for the device in every
             step, to know whether it is to be skipped.
         direction: "dual" (the centre of the dual cone, the paper's), "project", "upgrad", "mgda",
-            "pcgrad", "sum", or a callable from the Gram matrix to weights, such as a TorchJD
+            "pcgrad", "sum", "retain-first" and "forget-first" (the first objective being
+            forgetting), or a callable from the Gram matrix to weights, such as a TorchJD
             `Weighting`.
-        preferences: weights c_k ≥ 0 on the objectives, for "project", "upgrad", "pcgrad", "sum".
+        preferences: weights c_k ≥ 0 on the objectives, for all by name but "dual" and "mgda".
         normalize: let the rule work on gradients scaled to a common norm.
         length: "mean", "min-norm" or "first"; see `mollm_ops.dual_space_weights`.
         momentum: a number is handed to the base; "per-objective" keeps a running mean of each

@@ -51,6 +51,38 @@ def pcgrad_weights(gram: Tensor, preferences: Tensor) -> Tensor:
     return rows.sum(0)
 
 
+def retain_first_weights(gram: Tensor, preferences: Tensor) -> Tensor:
+    """The first objective, forgetting, may not harm any of the others.
+
+        d = Σ_{k>1} c_k g_k + P(c_1 g_1),   P: onto the nearest point of {x : g_k · x ≥ 0, k > 1}
+
+    Where forgetting harms nobody this is the weighted sum. Zhou et al. take away all that lies in
+    the span of the other gradients, here only what harms is.
+
+    Source: after Zhou et al., Geometric-disentanglement unlearning, arXiv 2511.17100.
+    """
+    # P(g_1) lies on the side of g_1, so that the dual cone of all objectives may stand for that of
+    # the others.
+    projected = project_weights(gram, [1.0] + [0.0] * (len(gram) - 1)).weights
+    weights = preferences[0] * projected
+    weights[1:] += preferences[1:]
+    return weights
+
+
+def forget_first_weights(gram: Tensor, preferences: Tensor) -> Tensor:
+    """The others together may not hinder the first objective, forgetting.
+
+        h = Σ_{k>1} c_k g_k,   d = c_1 g_1 + h − min(0, h · g_1) g_1 / |g_1|²
+
+    Source: after Reisizadeh et al., BLUR: a bi-level optimization approach for LLM unlearning,
+    arXiv 2506.08164.
+    """
+    weights = preferences.clone()
+    against = (gram[0, 1:] @ weights[1:]).clamp(max=0)
+    weights[0] -= against / gram[0, 0].clamp(min=torch.finfo(gram.dtype).tiny)
+    return weights
+
+
 def _finished(gram: Tensor, weights: Tensor) -> Solution:
     """Adds status and Pareto gap to bare weights; non-finite weights become zeros."""
     finite = torch.isfinite(gram).all() & torch.isfinite(weights).all()
@@ -110,7 +142,14 @@ class _Preferred:
         return self.function(gram, self.preferences)
 
 
-DIRECTIONS = ("dual", "project", "upgrad", "mgda", "pcgrad", "sum")
+_BARE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pcgrad": pcgrad_weights,
+    "sum": sum_weights,
+    "retain-first": retain_first_weights,
+    "forget-first": forget_first_weights,
+}
+_SOLVED = ("dual", "project", "upgrad", "mgda")
+DIRECTIONS = (*_SOLVED, *_BARE)
 _WITHOUT_PREFERENCES = ("dual", "mgda")
 
 
@@ -129,8 +168,8 @@ def make_rule(
         objectives: K.
         preferences: c_k ≥ 0, one per objective; default all 1. `dual` and `mgda` and callables
             take none.
-        normalize: give the rule the gradients scaled to a common norm: to `length`, and for
-            `pcgrad`, `sum` and callables to 1.
+        normalize: give the rule the gradients scaled to a common norm: to `length` for `project`,
+            `upgrad` and `mgda`, else to 1.
         length: see `mollm_ops.dual_space_weights`.
     """
     if preferences is not None and (callable(direction) or direction in _WITHOUT_PREFERENCES):
@@ -143,13 +182,10 @@ def make_rule(
     project_weights(torch.eye(objectives, dtype=torch.float64), c, length=length)
     if callable(direction):
         return _Weighting(direction, normalize)
-    if direction == "sum":
-        return _Weighting(_Preferred(sum_weights, torch.tensor(c, dtype=torch.float64)), normalize)
-    if direction == "pcgrad":
-        return _Weighting(
-            _Preferred(pcgrad_weights, torch.tensor(c, dtype=torch.float64)), normalize
-        )
-    if direction not in DIRECTIONS:
+    if direction in _BARE:
+        preferred = _Preferred(_BARE[direction], torch.tensor(c, dtype=torch.float64))
+        return _Weighting(preferred, normalize)
+    if direction not in _SOLVED:
         raise ValueError(
             f"direction must be one of {', '.join(DIRECTIONS)} or a callable on the Gram matrix, "
             f"but got {direction!r}."

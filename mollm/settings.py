@@ -17,8 +17,6 @@ PREFERENCES = (1.0, 20.0, 1.0)
 """Weights of forget, kl and retain, for the directions that take any. The gradient of KL starts at
 zero and stays the smallest of the three: at weight 1 the model drifts away from its original, and
 answers other questions worse, long before the facts are forgotten."""
-WEIGHTED_DIRECTIONS = ("project", "upgrad", "pcgrad", "sum")
-"""Those that take preferences."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,6 @@ class DemoSettings:
             raise UsageError(
                 f"direction must be one of {', '.join(DIRECTIONS)}, but got {self.direction!r}."
             )
-
-    def preferences(self) -> tuple[float, ...] | None:
-        """Weights of forget, kl and retain; None for a direction that takes none."""
-        return PREFERENCES if self.direction in WEIGHTED_DIRECTIONS else None
 
     def command(self) -> str:
         """The command line that makes the same run: the options that are not at their default."""

@@ -14,21 +14,20 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.autograd import backward
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
+from mollm.methods import ForgetLoss, answers_of, find_method, unlearning_cross_entropy
 from mollm.models import answer_states, freeze, freeze_embeddings, head
 from mollm.optimizer import MOLLMOptimizer
-from mollm_ops import linear_ce_kl, linear_cross_entropy, linear_uce_loss
+from mollm_ops import linear_ce_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OBJECTIVES = ("forget", "kl", "retain")
 
-ForgetLoss = Callable[..., Tensor]
 Sampler = Callable[[], tuple[Batch, Batch]]
 
 
@@ -39,7 +38,7 @@ class StepRecord:
     step: int
     lr: float
     losses: dict[str, float]
-    """The losses before the step; `forget` is UCE, or −CE for the direction ga."""
+    """The losses before the step; `forget` is that of the method, UCE for most."""
     norms: dict[str, float]
     """Gradient norms."""
     cosines: dict[str, float]
@@ -65,7 +64,7 @@ def descend(
     optimizer: MOLLMOptimizer,
     forget: Batch,
     retain: Batch,
-    forget_loss: ForgetLoss = linear_uce_loss,
+    forget_loss: ForgetLoss = unlearning_cross_entropy,
 ) -> dict[str, float]:
     """One step on one batch of facts to forget and one of answers to keep.
 
@@ -75,7 +74,7 @@ def descend(
         optimizer: Optimizer with the three OBJECTIVES.
         forget: Batch whose answer tokens are to become unlikely.
         retain: Batch whose answers are to stay as they are.
-        forget_loss: Loss of (hidden, weight, target) to minimise on the forget batch.
+        forget_loss: What to minimise on the forget batch.
 
     Returns:
         The three losses before the step.
@@ -83,8 +82,7 @@ def descend(
     layer = head(model)
     optimizer.zero_grad()
     with optimizer.objective("forget"):
-        hidden, target = answer_states(model, forget)
-        loss_forget = forget_loss(hidden, layer.weight, target, bias=layer.bias)
+        loss_forget = forget_loss(answers_of(model, forget), lambda: answers_of(reference, forget))
         backward(loss_forget)
 
     hidden, target = answer_states(model, retain)
@@ -115,7 +113,7 @@ def unlearn(
     *,
     steps: int,
     lr: float,
-    direction: str = "dual",
+    method: str = "dual",
     **options: Any,
 ) -> Iterator[StepRecord]:
     """Changes `model` in place, and yields a record after each step.
@@ -129,47 +127,25 @@ def unlearn(
         sample: Gives the forget and the retain batch of the next step.
         steps: Number of steps.
         lr: Learning rate of AdamW at the first step.
-        direction: One of mollm.settings.DIRECTIONS. "ga" is the plain baseline: gradient ascent
-            on the cross-entropy of the forget batch, the other gradients being measured only.
-        **options: Of MOLLMOptimizer, such as preferences.
+        method: One of mollm.methods.METHODS. Gradients that it does not use are measured only.
+        **options: Of MOLLMOptimizer, before those of the method.
     """
+    chosen = find_method(method)
     reference = freeze(model)
-    ascent = direction == "ga"
     freeze_embeddings(model)
     optimizer = MOLLMOptimizer(
         [p for p in model.parameters() if p.requires_grad],
         lr=lr,
         objectives=OBJECTIVES,
         base="adamw",
-        direction=forget_only if ascent else direction,
-        weight_decay=0.0,
-        **options,
+        **{"weight_decay": 0.0, **chosen.optimizer_options(), **options},
     )
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    forget_loss = negative_cross_entropy if ascent else linear_uce_loss
     for step in range(steps):
         rate = float(schedule.get_last_lr()[0])
-        losses = descend(model, reference, optimizer, *sample(), forget_loss=forget_loss)
+        losses = descend(model, reference, optimizer, *sample(), forget_loss=chosen.forget_loss)
         schedule.step()
         yield _record(step, rate, losses, optimizer)
-
-
-def negative_cross_entropy(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    target: Tensor,  # [N]
-    *,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """The loss whose descent is gradient ascent on the cross-entropy; it has no lower bound."""
-    return -linear_cross_entropy(hidden, weight, target, bias=bias)
-
-
-def forget_only(gram: Tensor) -> Tensor:
-    """A rule for MOLLMOptimizer that follows the first objective alone."""
-    weights = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
-    weights[0] = 1
-    return weights
 
 
 def pairs() -> list[tuple[int, int]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mollm.rules import DIRECTIONS, make_rule, pcgrad_weights
+from mollm.rules import (
+    DIRECTIONS,
+    forget_first_weights,
+    make_rule,
+    pcgrad_weights,
+    retain_first_weights,
+)
 from mollm_ops import Status
 
 
@@ -79,7 +85,42 @@ def test_a_conflict_is_resolved(direction):
     assert (g @ d >= -1e-12).all()
 
 
-@pytest.mark.parametrize("direction", ["project", "upgrad", "mgda", "pcgrad", "sum"])
+def test_retain_first_takes_from_forgetting_only_what_harms():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        g, G = gram(3, 4)
+        c = torch.rand(3, dtype=torch.float64) + 0.1
+        kept = retain_first_weights(G, c.tolist()) @ g - c[1] * g[1] - c[2] * g[2]
+        # The optimality conditions of the nearest point of the cone {x : g_1 x, g_2 x >= 0}.
+        slack = g[1:] @ kept
+        multipliers = torch.linalg.lstsq(g[1:].T, (kept - c[0] * g[0])[:, None]).solution[:, 0]
+        torch.testing.assert_close(multipliers @ g[1:], kept - c[0] * g[0], rtol=0, atol=1e-9)
+        assert (slack > -1e-9).all()
+        assert (multipliers > -1e-9).all()
+        assert float((slack * multipliers).abs().max()) < 1e-9
+
+
+def test_forget_first_against_the_vectors_themselves():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        g, G = gram(3, 4)
+        c = torch.rand(3, dtype=torch.float64) + 0.1
+        h = c[1] * g[1] + c[2] * g[2]
+        if h @ g[0] < 0:
+            h = h - (h @ g[0]) / (g[0] @ g[0]) * g[0]
+        found = forget_first_weights(G, c.tolist()) @ g
+        torch.testing.assert_close(found, c[0] * g[0] + h)
+        assert found @ g[0] > 0
+
+
+@pytest.mark.parametrize("direction", ["retain-first", "forget-first"])
+def test_who_comes_first_does_not_matter_where_nobody_is_harmed(direction):
+    g = torch.eye(3, dtype=torch.float64)
+    solution = rule(direction, preferences=[1, 2, 3])(g @ g.T)
+    torch.testing.assert_close(solution.weights, torch.tensor([1.0, 2, 3], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("direction", [d for d in DIRECTIONS if d != "dual"])
 def test_normalized_rules_ignore_the_size_of_a_gradient(direction):
     g, _ = gram()
     big = g * torch.tensor([[1.0], [100.0], [0.01]], dtype=torch.float64)

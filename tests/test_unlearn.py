@@ -6,7 +6,7 @@ import torch
 
 from mollm import models, unlearn
 from mollm.chat import ChatFormat, Example, collate
-from mollm.settings import DIRECTIONS
+from mollm.methods import METHODS, Method
 from mollm.unlearn import OBJECTIVES, descend, freeze
 from mollm_ops import linear_cross_entropy
 
@@ -43,11 +43,12 @@ def model_that_knows(*batches):
     return model
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_every_direction_forgets_and_records(direction, batches):
+# The forget loss of simnpo has a weight of 1/8: here retaining both batches' common form wins.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "simnpo"])
+def test_every_method_forgets_and_records(method, batches):
     model = model_that_knows(*batches)
     before = losses_of(model, batches[0])
-    records = list(unlearn.unlearn(model, lambda: batches, steps=4, lr=1e-3, direction=direction))
+    records = list(unlearn.unlearn(model, lambda: batches, steps=4, lr=1e-3, method=method))
     assert losses_of(model, batches[0]) > before
     assert [r.step for r in records] == [0, 1, 2, 3]
     assert [r.lr for r in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
@@ -82,7 +83,7 @@ def test_losses_are_those_of_the_texts(batches):
 def test_gradient_ascent_climbs_the_cross_entropy_and_measures_the_rest(batches):
     model = tiny.model()
     ce = losses_of(model, batches[0])
-    (record,) = unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-3, direction="ga")
+    (record,) = unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-3, method="ga")
     assert record.losses["forget"] == pytest.approx(-ce, rel=1e-3)
     assert list(record.weights.values()) == [1, 0, 0]
     assert record.norms["retain"] > 0
@@ -114,12 +115,12 @@ def test_a_poisoned_batch_is_skipped_and_recorded(batches, monkeypatch):
     model = tiny.model()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def broken(hidden, *arguments, **options):
-        return hidden.sum() * float("nan")
+    def broken(answers, reference):
+        return answers.hidden.sum() * float("nan")
 
-    monkeypatch.setattr(unlearn, "linear_uce_loss", broken)
+    monkeypatch.setitem(METHODS, "broken", Method("broken", broken, "dual"))
     with pytest.warns(UserWarning, match="not finite"):
-        (record,) = unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-2)
+        (record,) = unlearn.unlearn(model, lambda: batches, steps=1, lr=1e-2, method="broken")
     assert record.status == "NON_FINITE"
     assert record.changes == record.conflicts == {}
     assert all(torch.equal(weights[name], v) for name, v in model.state_dict().items())

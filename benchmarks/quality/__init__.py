@@ -1,0 +1,1 @@
+"""The study of unlearning quality: its tasks, runs, summary and checks."""

@@ -1,0 +1,174 @@
+"""One run of one method on one case, and the file that keeps the runs that are done."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mollm import MOLLMOptimizer
+from mollm.methods import Method, find_method
+from mollm.unlearn import OBJECTIVES, descend
+from mollm_ops import linear_cross_entropy
+from mollm_ops.dual_space import takes_part
+from quality.case import Batches, Case, likelihood, measure
+
+Row = dict[str, Any]
+POINTS = 10
+"""How often a run is measured."""
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "adam": {"metric": "adam"},
+    "momentum": {"momentum": "per-objective"},
+}
+
+
+def method_of(name: str) -> Method:
+    """A method by name, with variants of the optimizer after it: "project-unit+adam"."""
+    base, *variants = name.split("+")
+    method = find_method(base)
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, but got {variant!r}.")
+        method = replace(method, name=name, options={**method.options, **VARIANTS[variant]})
+    return method
+
+
+def optimizer_of(case: Case, model: nn.Module, method: Method, lr: float) -> MOLLMOptimizer:
+    """AdamW without weight decay along the method's direction."""
+    options = method.optimizer_options()
+    preferences = method.preferences
+    if preferences is not None and case.objectives != OBJECTIVES:
+        forget, _, retain = preferences
+        options["preferences"] = [forget] + [retain] * (len(case.objectives) - 1)
+    return MOLLMOptimizer(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=lr,
+        objectives=case.objectives,
+        base="adamw",
+        weight_decay=0.0,
+        **options,
+    )
+
+
+def step(
+    case: Case,
+    model: nn.Module,
+    reference: nn.Module,
+    optimizer: MOLLMOptimizer,
+    method: Method,
+    batches: Batches,
+) -> None:
+    """The package's own step; with other objectives than its three, one cross-entropy for each."""
+    if case.objectives == OBJECTIVES:
+        pair = batches["forget"], batches["retain"]
+        descend(model, reference, optimizer, *pair, forget_loss=method.forget_loss)  # type: ignore[arg-type]
+        return
+    optimizer.zero_grad()
+    for name in case.objectives:
+        with optimizer.objective(name):
+            answers = case.answers(model, batches[name])
+            if name == case.objectives[0]:
+                original = batches[name]
+                loss = method.forget_loss(answers, lambda b=original: case.answers(reference, b))  # type: ignore[misc]
+            else:
+                loss = linear_cross_entropy(
+                    answers.hidden, answers.weight, answers.target, bias=answers.bias
+                )
+            torch.autograd.backward(loss)
+    optimizer.step()
+
+
+def unlearned(
+    case: Case, method: Method, *, lr: float, steps: int, seed: int
+) -> tuple[nn.Module, Row]:
+    """Unlearns on a copy of the case's model.
+
+    Returns:
+        The changed model and the record of the run: curves at POINTS places, conflict rates of the
+        direction, (G w)_k < 0, and of the update really applied, Pareto gaps, gradient norms.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(f"batches {seed}")
+    model = copy.deepcopy(case.model)
+    reference = copy.deepcopy(case.model).requires_grad_(False)
+    original = {name: likelihood(case, model, name) for name in case.groups}
+    optimizer = optimizer_of(case, model, method, lr)
+    schedule = LambdaLR(optimizer, lambda done: 1 - done / steps)
+    measured = {round(i * steps / min(POINTS, steps)) for i in range(1, POINTS + 1)}
+    curve = [{"step": 0, **measure(case, model, original)}]
+    turned = {"direction": torch.zeros(len(case.objectives)), "update": torch.zeros(0)}
+    turned["update"] = torch.zeros(len(case.objectives))
+    gaps, norms, skipped, seconds = [], [], 0, 0.0
+    for number in range(1, steps + 1):
+        batches = case.draw(rng)
+        started = time.perf_counter()
+        step(case, model, reference, optimizer, method, batches)
+        schedule.step()
+        seconds += time.perf_counter() - started
+        last = optimizer.last_step
+        gaps.append(round(last.pareto_gap, 4))
+        norms.append([float(f"{norm:.3g}") for norm in last.norms.tolist()])
+        if last.conflicts is None:
+            skipped += 1
+        else:
+            against = _harmed(last.gram, last.weights)
+            turned["direction"] += against.float()
+            turned["update"] += torch.tensor(list(last.conflicts.values())).float()
+        if number in measured:
+            curve.append({"step": number, **measure(case, model, original)})
+    rates = {f"{what} conflicts": (n / steps).tolist() for what, n in turned.items()}
+    places = sorted({0, *(m - 1 for m in measured)})
+    return model, {
+        "curve": [{k: round(v, 5) for k, v in point.items()} for point in curve],
+        "original": {name: round(value, 5) for name, value in original.items()},
+        **{name: [round(x, 4) for x in rate] for name, rate in rates.items()},
+        "gaps": [gaps[i] for i in places],
+        "norms": [norms[i] for i in places],
+        "skipped": skipped,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _harmed(gram: Tensor, weights: Tensor) -> Tensor:
+    """[K]: g_k · d < 0 beyond rounding. A direction on the edge of the dual cone harms nobody."""
+    length = (weights @ gram @ weights).clamp(min=0).sqrt()
+    rounding = 1e-9 * gram.diagonal().sqrt() * length
+    return (gram @ weights < -rounding) & takes_part(gram)
+
+
+class RunFile:
+    """Runs as JSON lines, appended one by one, so that a study that was stopped goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            lines = path.read_text().splitlines()
+            self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+        self._done = {self._key(row) for row in self.rows}
+
+    @staticmethod
+    def _key(row: Row) -> tuple[Any, ...]:
+        return row["task"], row["method"], row["lr"], row["seed"], row["steps"]
+
+    def has(self, key: Row) -> bool:
+        """Whether there is a run of this task, method, lr, seed and number of steps."""
+        return self._key(key) in self._done
+
+    def add(self, row: Row) -> None:
+        """Writes one run at the end of the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        with self.path.open("a") as file:
+            file.write("\n" * cut_off + json.dumps(row) + "\n")
+        self.rows.append(row)
+        self._done.add(self._key(row))

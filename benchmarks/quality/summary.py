@@ -1,0 +1,146 @@
+"""From runs to figures: hypervolumes with intervals, the table, the Pareto plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mollm.evaluation.metrics import bootstrap_interval, mean
+from quality.runs import Row
+
+Point = tuple[float, float]
+
+
+def hypervolume(points: Sequence[Point]) -> float:
+    """Area of the union of the rectangles from (0, 0) to each point: 1 where (1, 1) is reached.
+
+    A point is (forgotten, kept), both shares in [0, 1].
+    """
+    area, best = 0.0, 0.0
+    for forgotten, kept in sorted(points, reverse=True):
+        if kept > best:
+            area += forgotten * (kept - best)
+            best = kept
+    return area
+
+
+def points_of(run: Row, kept: str = "heldout") -> list[Point]:
+    """Forgotten, 1 − what is left of the forget set, and what is kept, along a run."""
+    return [(1 - point["forget"], point[kept]) for point in run["curve"]]
+
+
+def score(run: Row) -> float:
+    """The hypervolume of the whole run."""
+    return hypervolume(points_of(run))
+
+
+def of_methods(rows: Sequence[Row], task: str) -> dict[str, list[Row]]:
+    """For each method the runs at its best learning rate, that of the highest mean score.
+
+    Only seeds that every learning rate of the method has been run with are looked at.
+    """
+    chosen = {}
+    mine = [row for row in rows if row["task"] == task]
+    for name in dict.fromkeys(row["method"] for row in mine):
+        by_lr: dict[float, dict[int, Row]] = {}
+        for row in mine:
+            if row["method"] == name:
+                by_lr.setdefault(row["lr"], {})[row["seed"]] = row
+        seeds = set.intersection(*(set(runs) for runs in by_lr.values()))
+        if seeds:
+            tried = [[runs[seed] for seed in sorted(seeds)] for runs in by_lr.values()]
+            chosen[name] = max(tried, key=lambda runs: statistics.mean(map(score, runs)))
+    return chosen
+
+
+def interval(values: Sequence[float]) -> list[float] | None:
+    """The 95% bootstrap interval of the mean over seeds; None for a single seed."""
+    return list(bootstrap_interval(mean, values)) if len(values) > 1 else None
+
+
+def table(rows: Sequence[Row], task: str) -> list[Row]:
+    """A line for each method, best first. Shares are means over seeds."""
+    lines = []
+    for name, runs in of_methods(rows, task).items():
+        areas = [score(run) for run in runs]
+
+        def average(value: Callable[[Row], float], runs: list[Row] = runs) -> float:
+            return round(statistics.mean(map(value, runs)), 4)
+
+        lines.append(
+            {
+                "method": name,
+                "hypervolume": round(statistics.mean(areas), 4),
+                "interval": interval(areas),
+                "forgotten": average(lambda run: 1 - run["curve"][-1]["forget"]),
+                "retain": average(lambda run: run["curve"][-1]["retain"]),
+                "heldout": average(lambda run: run["curve"][-1]["heldout"]),
+                "outside": average(lambda run: run["curve"][-1]["outside"]),
+                "direction conflicts": average(lambda r: statistics.mean(r["direction conflicts"])),
+                "update conflicts": average(lambda r: statistics.mean(r["update conflicts"])),
+                "gap": [average(lambda r: r["gaps"][0]), average(lambda r: r["gaps"][-1])],
+                "lr": runs[0]["lr"],
+                "seconds": average(lambda run: run["seconds"]),
+                "seeds": len(runs),
+            }
+        )
+    return sorted(lines, key=lambda line: -line["hypervolume"])
+
+
+def printable(line: Row) -> Row:
+    """The line as texts of a fixed form, for terminal and Markdown."""
+    shown: Row = {"method": line["method"], "hypervolume": f"{line['hypervolume']:.3f}"}
+    low_high = line["interval"]
+    shown["95%"] = f"{low_high[0]:.3f}–{low_high[1]:.3f}" if low_high else "one seed"
+    for name in ("forgotten", "retain", "heldout", "outside"):
+        shown[name] = f"{line[name]:.3f}"
+    for name in ("direction conflicts", "update conflicts"):
+        shown[name] = f"{line[name]:.1%}"
+    shown["gap"] = "→".join(f"{gap:.2f}" for gap in line["gap"])
+    return {**shown, "lr": f"{line['lr']:g}", "s": f"{line['seconds']:.2g}"}
+
+
+def markdown(lines: Sequence[Row]) -> str:
+    """A Markdown table."""
+    shown: list[dict[str, Any]] = [printable(line) for line in lines]
+    columns = list(shown[0])
+    rows = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    rows += [[line[column] for column in columns] for line in shown]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+_COLORS = ("#b3402f", "#2f6f9f", "#3c8352", "#7b4fa0", "#c07f1d", "#2f8f8f", "#8a5a44", "#d06ba0")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def pareto_plot(rows: Sequence[Row], task: str, path: Path) -> None:
+    """Kept against forgotten: the mean course of every method at its best learning rate."""
+    figure = Figure(figsize=(8.6, 5.2), layout="constrained")
+    axes = figure.subplots()
+    chosen = of_methods(rows, task)
+    order = [line["method"] for line in table(rows, task)]
+    for place, name in enumerate(order):
+        runs = chosen[name]
+        columns = list(zip(*(points_of(run) for run in runs), strict=True))
+        xs, ys = ([statistics.mean(p[i] for p in column) for column in columns] for i in (0, 1))
+        color, mark = _COLORS[place % len(_COLORS)], _MARKS[place // len(_COLORS)]
+        axes.plot(xs, ys, "-", color=color, lw=1, alpha=0.6)
+        axes.plot(xs[-1:], ys[-1:], mark, color=color, ms=7, label=name)
+    axes.set_xlabel("forgotten")
+    axes.set_ylabel("kept, held out")
+    axes.set_title(f"{task}: course and end (mark), mean over seeds", fontsize=10)
+    save(figure, axes, path)
+
+
+def save(figure: Figure, axes: Any, path: Path) -> None:
+    """Writes a figure with the look that all of them share."""
+    axes.grid(visible=True, color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})

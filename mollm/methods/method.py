@@ -1,0 +1,44 @@
+"""What a method is, and the forget loss that most of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mollm.methods.answers import Answers
+from mollm_ops import linear_uce_loss
+
+ForgetLoss = Callable[[Answers, Callable[[], Answers]], Tensor]
+"""A scalar to minimise on the forget batch, from the model's answers there and, where asked for,
+the frozen original's."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss on what is to be forgotten, and how its gradient meets those of KL and retain."""
+
+    name: str
+    forget_loss: ForgetLoss
+    direction: str
+    """A direction of MOLLMOptimizer."""
+    preferences: tuple[float, float, float] | None = None
+    """Weights of forget, kl and retain; None for directions without."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of MOLLMOptimizer."""
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments for MOLLMOptimizer with the objectives forget, kl, retain."""
+        chosen = {"direction": self.direction, "preferences": self.preferences}
+        return {**chosen, **self.options}
+
+
+def unlearning_cross_entropy(
+    answers: Answers, reference: Callable[[], Answers], *, eps: float = 1e-3
+) -> Tensor:
+    """UCE, see `mollm_ops.linear_uce_loss`: bounded, unlike ascent on the cross-entropy."""
+    return linear_uce_loss(
+        answers.hidden, answers.weight, answers.target, bias=answers.bias, eps=eps
+    )
