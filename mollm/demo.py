@@ -278,7 +278,7 @@ def _summary(
         "lr": settings.lr,
         "lr_schedule": "linear to 0",
         "optimizer": "adamw",
-        "preferences": find_method(settings.direction).preferences,
+        "preferences": list(find_method(settings.direction).preferences or ()) or None,
         "seed": settings.seed,
         "conflict_rate": conflict_rates(history),
         "skipped_steps": sum(not record.changes for record in history),

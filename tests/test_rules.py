@@ -90,7 +90,7 @@ def test_retain_first_takes_from_forgetting_only_what_harms():
         torch.manual_seed(seed)
         g, G = gram(3, 4)
         c = torch.rand(3, dtype=torch.float64) + 0.1
-        kept = retain_first_weights(G, c.tolist()) @ g - c[1] * g[1] - c[2] * g[2]
+        kept = retain_first_weights(G, c) @ g - c[1] * g[1] - c[2] * g[2]
         # The optimality conditions of the nearest point of the cone {x : g_1 x, g_2 x >= 0}.
         slack = g[1:] @ kept
         multipliers = torch.linalg.lstsq(g[1:].T, (kept - c[0] * g[0])[:, None]).solution[:, 0]
@@ -108,7 +108,7 @@ def test_forget_first_against_the_vectors_themselves():
         h = c[1] * g[1] + c[2] * g[2]
         if h @ g[0] < 0:
             h = h - (h @ g[0]) / (g[0] @ g[0]) * g[0]
-        found = forget_first_weights(G, c.tolist()) @ g
+        found = forget_first_weights(G, c) @ g
         torch.testing.assert_close(found, c[0] * g[0] + h)
         assert found @ g[0] > 0
 
