@@ -6,6 +6,7 @@ checkpoints and tools find what they expect.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from mollm_ops.update import AdamWStep, SgdStep, Targets, update_
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
-class FusedBase(Optimizer):
+class FusedBase(Optimizer, ABC):
     """What AdamW and SGD share: state made on first use, and a step along Σ_k w_k g_k.
 
     Args of both:
@@ -50,14 +51,13 @@ class FusedBase(Optimizer):
         """Keep no momentum of the combined gradient: the caller has its own."""
         self._keep_first = False
 
-    def _has_first(self, group: dict[str, Any]) -> bool:
-        return self._keep_first
-
+    @abstractmethod
     def _slots(self, group: dict[str, Any]) -> list[str]:
-        raise NotImplementedError
+        """The names of the state that a parameter of this group keeps, beside `step`."""
 
+    @abstractmethod
     def _method(self, group: dict[str, Any], second_weights: Tensor | None) -> SgdStep | AdamWStep:
-        raise NotImplementedError
+        """The group's options as the kernels take them."""
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
