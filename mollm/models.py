@@ -244,7 +244,7 @@ def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     it trains as a whole (`modules_to_save`), the copy that trains. Inside `disable_adapter()` both
     are the original W.
     """
-    layer = head(model)
+    layer: Any = head(model)
     if not hasattr(layer, "get_delta_weight"):
         return layer.weight, layer.bias
     base = layer.base_layer

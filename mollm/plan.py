@@ -364,7 +364,9 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
             if settings.gradient_memory == "host" and settings.device == "cuda"
             else 0
         ),
-        cache_bytes_per_token=settings.weight_bytes * shape.hidden if settings.reference == "cache" else 0,
+        cache_bytes_per_token=settings.weight_bytes * shape.hidden
+        if settings.reference == "cache"
+        else 0,
     )
 
 

@@ -9,8 +9,11 @@ The three are never added up: each has its own gradient, and MOLLMOptimizer comb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -146,3 +149,18 @@ def record_of(
         changes=last.changes or {},
         conflicts=last.conflicts or {},
     )
+
+
+def write_history(history: Iterable[StepRecord], path: Path) -> None:
+    """Writes one JSON object for each step; a number that is not finite becomes null."""
+    lines = [json.dumps(finite(record.as_dict()), ensure_ascii=False) for record in history]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -233,7 +233,7 @@ def test_what_lasts_is_counted_in_bytes(llama):
 
 def test_waiting_elsewhere_is_told():
     shape = shape_named("smollm2-135m")
-    assert plan(shape, PlanSettings(reference="cache")).cache_bytes_per_token == 2 * 576
+    assert plan(shape, PlanSettings(reference="cache")).cache_bytes_per_token == 4 * 576
     host = plan(shape, PlanSettings(gradient_memory="host"))
     assert host.host_bytes == 3 * 4 * shape.parameters
     on_cpu = plan(shape, PlanSettings(gradient_memory="host", device="cpu"))

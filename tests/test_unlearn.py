@@ -8,7 +8,8 @@ from mollm import models, unlearn
 from mollm.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS, Method
 from mollm.references import CopyReference
-from mollm.unlearn import OBJECTIVES, descend
+from mollm.step import OBJECTIVES
+from mollm.unlearn import descend
 from mollm_ops import linear_cross_entropy
 
 
