@@ -6,11 +6,12 @@ RESULTS ?= build/gpu
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench gpu clean help
+.PHONY: demo test soak lint bench gpu clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
+	@echo "make soak   the tests that take minutes: a run that is killed 50 times"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  CPU benchmarks, results in benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA device: build, GPU tests, compute-sanitizer,"
@@ -27,6 +28,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+soak: $(VENV)/installed
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

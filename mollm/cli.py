@@ -12,6 +12,7 @@ from mollm.errors import UsageError
 from mollm.evaluation.command import add_parser as add_evaluate
 from mollm.plan_command import add_parser as add_plan
 from mollm.settings import DIRECTIONS, DemoSettings
+from mollm.unlearn_command import add_parser as add_unlearn
 
 _EXTRAS = (
     "accelerate",
@@ -19,6 +20,7 @@ _EXTRAS = (
     "gguf",
     "jinja2",
     "matplotlib",
+    "peft",
     "pyarrow",
     "rouge_score",
     "safetensors",
@@ -26,13 +28,15 @@ _EXTRAS = (
     "sklearn",
     "tqdm",
     "transformers",
+    "yaml",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 2 after a mistake of the user's.
 
-    Else it is 0, or 1 where `plan` finds that it does not fit or `doctor` that something is amiss.
+    Else it is 0, or 1 where `plan` finds that it does not fit, `doctor` that something is amiss, or
+    `unlearn` that the losses diverge.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -58,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mollm", description="Unlearning for language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
+    add_unlearn(commands)
     add_evaluate(commands)
     add_plan(commands)
     add_doctor(commands)

@@ -15,10 +15,13 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mollm.data_files import Table, Unit, listed, read_table, shown
 from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Role = Literal["forget", "retain"]
 Schema = Literal["auto", "pku-saferlhf", "tofu", "prompt-answer"]
@@ -130,7 +133,7 @@ _Reader = Callable[[_Row], list[Record]]
 
 
 def load_records(
-    source: str | Path,
+    source: str | Path | Dataset,
     *,
     role: Role,
     schema: Schema = "auto",
@@ -142,8 +145,8 @@ def load_records(
     """Loads a data set and checks every row.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a folder of such files, or a name on the
-            Hugging Face hub.
+        source: A .jsonl, .json, .csv or .parquet file, a folder of such files, a name on the
+            Hugging Face hub, or a `datasets.Dataset`.
         role: What the records are for. Of PKU-SafeRLHF, the unsafe responses are to be forgotten
             and the safe ones retained: up to two records a row. The other schemas give one.
         schema: One of SCHEMAS; auto goes by the columns.

@@ -14,9 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Unit = Literal["line", "row"]
 
@@ -37,18 +40,23 @@ class Table:
     rows: Iterable[tuple[int, Mapping[str, Any]]]
 
 
-def read_table(source: str | Path, *, config: str | None = None, split: str | None = None) -> Table:
+def read_table(
+    source: str | Path | Dataset, *, config: str | None = None, split: str | None = None
+) -> Table:
     """Reads a data set.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, a folder of such files or one written by
-            `save_to_disk`, or a name on the hub. No code of a data set is ever run.
+            `save_to_disk`, a name on the hub, or a `datasets.Dataset`. No code of a data set is
+            ever run.
         config: The subset of a hub data set, such as forget10.
         split: The split of a folder or a hub data set; None for train.
 
     Raises:
         UsageError: There is no such data set, it cannot be read, or it holds no row.
     """
+    if not isinstance(source, str | Path):
+        return _table_of(source, "the data set")
     path = Path(source).expanduser()
     if str(source) and path.is_dir():
         return _read_dataset(str(path), config, split)
@@ -206,6 +214,10 @@ def _read_dataset(source: str, config: str | None, split: str | None) -> Table:
         told = error if built else error.__cause__
         reason = " ".join(str(told).split())[:300].rstrip(".") or type(told).__name__
         raise UsageError(f"the data set {name} cannot be loaded: {reason}.") from error
+    return _table_of(loaded, name)
+
+
+def _table_of(loaded: Dataset, name: str) -> Table:
     if not loaded.num_rows:
         raise UsageError(f"{name} must hold at least one row, but it holds none.")
     return Table(name, "row", tuple(loaded.column_names), enumerate(loaded, 1))

@@ -1,8 +1,9 @@
-"""A result folder that changes only when a run has succeeded."""
+"""Folders that change only when what is to be in them is whole."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mollm.errors import UsageError
+
+_UNFINISHED = ".unfinished-"
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def staged(out: Path) -> Iterator[Path]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=out))
+        stage = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=out))
     except OSError as error:
         _remove_empty(made)
         raise UsageError(
@@ -55,3 +58,83 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def complete(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write to, which becomes `folder` at the end, all at once.
+
+    What was written is on the disk before it gets its name: a process that is killed, or a machine
+    that loses power, leaves `folder` whole or not there. Where the block raises, nothing is left.
+    A folder of that name that is there already is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    inner = stage / folder.name  # the outer folder is for this user's eyes alone
+    try:
+        inner.mkdir()
+        yield inner
+        for path in [*inner.rglob("*"), inner]:
+            _sync(path)
+        if folder.exists():
+            remove(folder)
+        os.rename(inner, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder so that no half of it ever has its name."""
+    doomed = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    os.rename(folder, doomed / folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed have left in `folder`."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask out of `folder`; a process that dies lets go of it.
+
+    Raises:
+        UsageError: Another process is in it, or it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        _remove_empty(made)
+        raise UsageError(
+            f"out must be a folder that can be written, but got {folder}: {error.strerror}; "
+            "choose another one with --out."
+        ) from error
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+        _remove_empty(made)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"out must be a folder of no other run, but one is writing to {folder}: wait for it, "
+            "or choose another one with --out."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

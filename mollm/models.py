@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,30 +145,46 @@ def load_config(name: str) -> tuple[Any, str]:
         return _from_hub(AutoConfig, source), source.label
 
 
-def load(source: Source, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model with float32 weights, without dropout, and its tokenizer.
+def load(
+    source: Source, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model, without dropout, and its tokenizer. Code of a model's own is never run.
 
     Small steps need float32 weights: at a learning rate of 1e-5 an update of a bf16 weight is
-    mostly rounded away. The forward pass may still compute in bf16, see `autocast`.
+    mostly rounded away, unless it is rounded at random (`stochastic_rounding` of MOLLMOptimizer).
+    The forward pass may still compute in bf16, see `autocast`.
 
     Raises:
         UsageError: The model cannot be found or read, or is of a kind that the losses do not fit.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     transformers.logging.set_verbosity_error()
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": dtype}
     if source.gguf_file and hasattr(transformers, "GgufConfig"):
         # Older releases always dequantize and have no such option.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    tokenizer = load_tokenizer(source)
     with _without_loading_bar(), _told_as_usage_error(source):
-        tokenizer = _from_hub(AutoTokenizer, source)
         model = _from_hub(AutoModelForCausalLM, source, **options)
     model = model.to(device).eval()
     model.name_or_path = source.label
     _check_head(model, source)
     return model, tokenizer
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        UsageError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _without_loading_bar(), _told_as_usage_error(source):
+        tokenizer: PreTrainedTokenizerBase = _from_hub(AutoTokenizer, source)
+    return tokenizer
 
 
 def _from_hub(factory: Any, source: Source, **options: Any) -> Any:
@@ -220,6 +237,24 @@ def head(model: PreTrainedModel) -> nn.Linear:
     return layer
 
 
+def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The matrix [V, H] and the bias [V] of the head, as they are in use at the moment.
+
+    Of a head that `peft` adapts by LoRA, the matrix is W + s B A, with a graph to A and B; of one
+    it trains as a whole (`modules_to_save`), the copy that trains. Inside `disable_adapter()` both
+    are the original W.
+    """
+    layer: Any = head(model)
+    if not hasattr(layer, "get_delta_weight"):
+        return layer.weight, layer.bias
+    base = layer.base_layer
+    weight: Tensor = base.weight
+    if not layer.disable_adapters:
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight, base.bias
+
+
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Takes the token embeddings and the head, often one matrix, out of training.
 
@@ -249,6 +284,18 @@ def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]
     return hidden[:, :-1][rows].to(head(model).weight.dtype), targets[rows]
 
 
+@contextlib.contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; afterwards every submodule trains or not as it did before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` that does not train, for the reference of the KL.
 
@@ -265,7 +312,13 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    options = {}
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        # Else padding on the left would count as tokens.
+        options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    output = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options
+    )
     hidden: Tensor = output.last_hidden_state  # [B, T, H]
     return hidden
 

@@ -63,7 +63,6 @@ OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 _HOST_BUCKET_BYTES = 256 << 20
 _LORA_BYTES = 4
 """peft keeps adapters in float32, whatever the base model's dtype."""
-_CACHE_BYTES = 2
 
 _FAMILY = {
     "num_layers": "num_hidden_layers",
@@ -365,7 +364,9 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
             if settings.gradient_memory == "host" and settings.device == "cuda"
             else 0
         ),
-        cache_bytes_per_token=_CACHE_BYTES * shape.hidden if settings.reference == "cache" else 0,
+        cache_bytes_per_token=settings.weight_bytes * shape.hidden
+        if settings.reference == "cache"
+        else 0,
     )
 
 
@@ -573,7 +574,7 @@ def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
     """Bytes of a forward pass without a graph: residual, norm, and the MLP's three at its end."""
     r, e = settings.weight_bytes, settings.operand_bytes
     if settings.reference == "cache":
-        return settings.answers * shape.hidden * (_CACHE_BYTES + r)
+        return settings.answers * shape.hidden * 2 * r
     states = settings.tokens * (2 * r * shape.hidden + 3 * e * shape.intermediate)
     if settings.reference == "adapter" and settings.casts:
         states += shape.hidden * shape.intermediate * e

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mollm.unlearn import OBJECTIVES, StepRecord
+from mollm.step import OBJECTIVES
+from mollm.unlearn import StepRecord
 
 COLORS = {"forget": "#b3402f", "kl": "#2f6f9f", "retain": "#3c8352"}
 _PAIR_COLORS = ("#7b4fa0", "#c07f1d", "#2f8f8f")

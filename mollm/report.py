@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mollm.plots import save_figures
 from mollm.quiz import Score
-from mollm.unlearn import OBJECTIVES, StepRecord
+from mollm.step import OBJECTIVES
+from mollm.unlearn import StepRecord, finite, write_history
 
 GROUPS = {
     "forget": "Forget",
@@ -82,8 +82,7 @@ def write_run(run: DemoRun, folder: Path) -> None:
     _write_json(folder / "summary.json", run.summary)
     answers = {group: [vars(row) for row in rows(run, group)] for group in GROUPS}
     _write_json(folder / "answers.json", answers)
-    lines = [json.dumps(finite(record.as_dict()), ensure_ascii=False) for record in run.history]
-    (folder / "history.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_history(run.history, folder / "history.jsonl")
     figures = save_figures(run.history, folder)
     (folder / "report.html").write_text(render(run, figures), encoding="utf-8")
 
@@ -122,15 +121,6 @@ def table(run: DemoRun) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -9,24 +9,24 @@ The three are never added up: each has its own gradient, and MOLLMOptimizer comb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.autograd import backward
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
-from mollm.methods import ForgetLoss, answers_of, find_method, unlearning_cross_entropy
-from mollm.models import answer_states, freeze, freeze_embeddings, head
+from mollm.methods import ForgetLoss, find_method, unlearning_cross_entropy
+from mollm.models import freeze_embeddings
 from mollm.optimizer import MOLLMOptimizer
-from mollm_ops import linear_ce_kl
+from mollm.references import CopyReference, Reference
+from mollm.step import OBJECTIVES, accumulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-OBJECTIVES = ("forget", "kl", "retain")
 
 Sampler = Callable[[], tuple[Batch, Batch]]
 
@@ -60,7 +60,7 @@ class StepRecord:
 
 def descend(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: Reference,
     optimizer: MOLLMOptimizer,
     forget: Batch,
     retain: Batch,
@@ -70,7 +70,7 @@ def descend(
 
     Args:
         model: The model to change.
-        reference: The frozen original.
+        reference: The original.
         optimizer: Optimizer with the three OBJECTIVES.
         forget: Batch whose answer tokens are to become unlikely.
         retain: Batch whose answers are to stay as they are.
@@ -79,32 +79,10 @@ def descend(
     Returns:
         The three losses before the step.
     """
-    layer = head(model)
     optimizer.zero_grad()
-    with optimizer.objective("forget"):
-        loss_forget = forget_loss(answers_of(model, forget), lambda: answers_of(reference, forget))
-        backward(loss_forget)
-
-    hidden, target = answer_states(model, retain)
-    with torch.no_grad():
-        ref_hidden, _ = answer_states(reference, retain)
-    ref_layer = head(reference)
-    loss_retain, loss_kl = linear_ce_kl(
-        hidden,
-        layer.weight,
-        target,
-        ref_hidden,
-        ref_layer.weight,
-        bias=layer.bias,
-        ref_bias=ref_layer.bias,
-    )
-    with optimizer.objective("kl"):
-        backward(loss_kl, retain_graph=True)
-    with optimizer.objective("retain"):
-        backward(loss_retain)
+    losses = accumulate(model, reference, optimizer, forget, retain, forget_loss=forget_loss)
     optimizer.step()
-    losses = (loss_forget, loss_kl, loss_retain)
-    return {name: loss.item() for name, loss in zip(OBJECTIVES, losses, strict=True)}
+    return {name: loss.item() for name, loss in losses.items()}
 
 
 def unlearn(
@@ -131,7 +109,7 @@ def unlearn(
         **options: Of MOLLMOptimizer, before those of the method.
     """
     chosen = find_method(method)
-    reference = freeze(model)
+    reference = CopyReference(model)
     freeze_embeddings(model)
     optimizer = MOLLMOptimizer(
         [p for p in model.parameters() if p.requires_grad],
@@ -145,7 +123,7 @@ def unlearn(
         rate = float(schedule.get_last_lr()[0])
         losses = descend(model, reference, optimizer, *sample(), forget_loss=chosen.forget_loss)
         schedule.step()
-        yield _record(step, rate, losses, optimizer)
+        yield record_of(step, rate, losses, optimizer)
 
 
 def pairs() -> list[tuple[int, int]]:
@@ -154,9 +132,10 @@ def pairs() -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i + 1, count)]
 
 
-def _record(
+def record_of(
     step: int, lr: float, losses: dict[str, float], optimizer: MOLLMOptimizer
 ) -> StepRecord:
+    """What the optimizer's last step did; waits for the device."""
     last = optimizer.last_step
     return StepRecord(
         step=step,
@@ -170,3 +149,18 @@ def _record(
         changes=last.changes or {},
         conflicts=last.conflicts or {},
     )
+
+
+def write_history(history: Iterable[StepRecord], path: Path) -> None:
+    """Writes one JSON object for each step; a number that is not finite becomes null."""
+    lines = [json.dumps(finite(record.as_dict()), ensure_ascii=False) for record in history]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,8 @@ from mollm.chat import IGNORE_INDEX, ChatFormat, Example, Tokens
 from mollm.errors import UsageError
 from mollm.evaluation import scores as scores_module
 from mollm.evaluation.generation import generate_replies
-from mollm.evaluation.scores import in_evaluation_mode, kl_to_original, score_rows
+from mollm.evaluation.scores import kl_to_original, score_rows
+from mollm.models import in_evaluation_mode
 
 PAIRS = [
     ("Who?", "Ada"),

@@ -1,7 +1,7 @@
 import pytest
 
 from mollm.errors import UsageError
-from mollm.folder import staged
+from mollm.folder import clear_unfinished, complete, locked, staged
 
 
 def listing(folder):
@@ -57,3 +57,37 @@ def test_a_file_in_the_way_is_refused(tmp_path, inside):
     ):
         pytest.fail("the block must not run")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_complete_folder_appears_at_once_and_replaces_its_forerunner(tmp_path):
+    folder = tmp_path / "deep" / "checkpoint"
+    with complete(folder) as stage:
+        (stage / "weights").write_text("new")
+        assert not folder.exists()
+    assert listing(tmp_path) == ["deep", "deep/checkpoint", "deep/checkpoint/weights"]
+    with complete(folder) as stage:
+        (stage / "more").write_text("newer")
+    assert listing(folder) == ["more"]
+    with pytest.raises(RuntimeError), complete(folder) as stage:
+        (stage / "weights").write_text("half")
+        raise RuntimeError
+    assert listing(tmp_path) == ["deep", "deep/checkpoint", "deep/checkpoint/more"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".unfinished-abc" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    clear_unfinished(tmp_path)
+    assert listing(tmp_path) == ["mine"]
+
+
+def test_a_locked_folder_lets_nobody_else_in(tmp_path):
+    out = tmp_path / "out"
+    with locked(out):
+        with pytest.raises(UsageError, match="a folder of no other run"), locked(out):
+            pytest.fail("the block must not run")
+        assert out.is_dir()
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can be written"), locked(tmp_path / "file"):
+        pytest.fail("the block must not run")

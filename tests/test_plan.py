@@ -15,6 +15,7 @@ from mollm.cli import main
 from mollm.errors import UsageError
 from mollm.optimizer import MOLLMOptimizer
 from mollm.plan import GIB, PlanSettings, plan, proposals, shape_named, shape_of
+from mollm.references import AdapterReference, CopyReference
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
 
@@ -49,19 +50,6 @@ class Accumulating(MOLLMOptimizer):
             super().zero_grad()
 
 
-class AdapterOff:
-    """The model without its adapters, as `descend` uses a reference."""
-
-    def __init__(self, peft_model):
-        self.peft_model = peft_model
-        self.device = peft_model.device
-        self.get_output_embeddings = peft_model.get_base_model().get_output_embeddings
-
-    def base_model(self, **inputs):
-        with self.peft_model.disable_adapter():
-            return self.peft_model.get_base_model().base_model(**inputs)
-
-
 def random_batch(rows, vocab):
     ids = torch.randint(3, vocab, (rows, LENGTH))
     mask = torch.ones_like(ids)
@@ -79,8 +67,8 @@ def made(settings, sizes):
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=settings.lora_rank, target_modules="all-linear")
         wrapped = peft.get_peft_model(model, config).train(settings.gradient_checkpointing)
-        return model, AdapterOff(wrapped), [p for p in model.parameters() if p.requires_grad]
-    reference = models.freeze(model)
+        return model, AdapterReference(wrapped), [p for p in model.parameters() if p.requires_grad]
+    reference = CopyReference(model)
     if settings.freeze_embeddings:
         models.freeze_embeddings(model)
     return model, reference, [p for p in model.parameters() if p.requires_grad]
@@ -133,7 +121,7 @@ def measured(settings, sizes, monkeypatch):
     step()
     lasting = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
     if not settings.lora_rank:
-        lasting += reference.parameters()
+        lasting += reference.model.parameters()
     if optimizer._means is not None:
         lasting += [t for held in optimizer._means._held.values() for t in held.values()]
     return bytes_of(lasting), peak_of(step), shape_of(model.config, "tiny")
@@ -245,7 +233,7 @@ def test_what_lasts_is_counted_in_bytes(llama):
 
 def test_waiting_elsewhere_is_told():
     shape = shape_named("smollm2-135m")
-    assert plan(shape, PlanSettings(reference="cache")).cache_bytes_per_token == 2 * 576
+    assert plan(shape, PlanSettings(reference="cache")).cache_bytes_per_token == 4 * 576
     host = plan(shape, PlanSettings(gradient_memory="host"))
     assert host.host_bytes == 3 * 4 * shape.parameters
     on_cpu = plan(shape, PlanSettings(gradient_memory="host", device="cpu"))

@@ -11,7 +11,8 @@ from mollm import plots, report
 from mollm.facts import Question
 from mollm.quiz import Reply, Score
 from mollm.report import DemoRun, conflict_rates, render, table, write_run
-from mollm.unlearn import OBJECTIVES, StepRecord
+from mollm.step import OBJECTIVES
+from mollm.unlearn import StepRecord
 
 FIGURES = {"losses.png", "cosines.png", "weights.png", "conflicts.png"}
 

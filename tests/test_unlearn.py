@@ -7,7 +7,9 @@ import torch
 from mollm import models, unlearn
 from mollm.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS, Method
-from mollm.unlearn import OBJECTIVES, descend, freeze
+from mollm.references import CopyReference
+from mollm.step import OBJECTIVES
+from mollm.unlearn import descend
 from mollm_ops import linear_cross_entropy
 
 
@@ -103,12 +105,13 @@ def test_the_reference_stays_as_it_was(batches):
     from mollm import MOLLMOptimizer
 
     model = tiny.model()
-    reference = freeze(model)
-    copies = {name: value.clone() for name, value in reference.state_dict().items()}
+    reference = CopyReference(model)
+    frozen = reference.model
+    copies = {name: value.clone() for name, value in frozen.state_dict().items()}
     optimizer = MOLLMOptimizer(model.parameters(), lr=1e-2, objectives=OBJECTIVES)
     descend(model, reference, optimizer, *batches)
-    assert all(torch.equal(copies[name], v) for name, v in reference.state_dict().items())
-    assert not torch.equal(model.lm_head.weight, reference.lm_head.weight)
+    assert all(torch.equal(copies[name], v) for name, v in frozen.state_dict().items())
+    assert not torch.equal(model.lm_head.weight, frozen.lm_head.weight)
 
 
 def test_a_poisoned_batch_is_skipped_and_recorded(batches, monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mollm.errors import UsageError
-from mollm.evaluation.scores import in_evaluation_mode
+from mollm.models import in_evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mollm.chat import ChatFormat
 from mollm.errors import UsageError
-from mollm.evaluation.scores import in_evaluation_mode
+from mollm.models import in_evaluation_mode
 from mollm.quiz import Reply, ask
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mollm.errors import UsageError
-from mollm.evaluation.scores import in_evaluation_mode
+from mollm.models import in_evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,19 +7,18 @@ but rounding; where `models.autocast` computes in bf16, that is about 1e-2 in a 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.errors import UsageError
 from mollm.evaluation.metrics import Floats
-from mollm.models import answer_states, head
+from mollm.models import answer_states, head, in_evaluation_mode
 from mollm_ops import linear_kl_div
 from mollm_ops.reference import wide_dtype
 
@@ -147,18 +146,6 @@ def kl_to_original(
             for place, part in zip(places, parts, strict=True):
                 kl[place] = _finite_array(part, place).mean()
     return kl
-
-
-@contextlib.contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; afterwards every submodule trains or not as it did before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _batches(

@@ -1,11 +1,11 @@
 """Ways to unlearn by name: a loss on what is to be forgotten, and options of MOLLMOptimizer.
 
-All of them take the same training step, `mollm.unlearn.descend`: the gradients of KL and of the
+All of them take the same training step, `mollm.step.accumulate`: the gradients of KL and of the
 cross-entropy on the retain batch are computed for every method, and one that does without a loss
 gives it the preference 0.
 """
 
-from mollm.methods.answers import Answers, answers_of
+from mollm.methods.answers import Answers, Totals, answers_of, sequences_of
 from mollm.methods.common_descent import COMMON_DESCENT
 from mollm.methods.forget_first import FORGET_FIRST
 from mollm.methods.graddiff import GRADDIFF
@@ -46,5 +46,5 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Answers", "ForgetLoss", "Method", "answers_of", "find_method"]
-__all__ += ["unlearning_cross_entropy"]
+__all__ = ["METHODS", "Answers", "ForgetLoss", "Method", "Totals", "answers_of", "find_method"]
+__all__ += ["sequences_of", "unlearning_cross_entropy"]

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from mollm.chat import IGNORE_INDEX, Batch
-from mollm.models import answer_states, head
+from mollm.models import answer_states, head_weights
 from mollm_ops import linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the means of a step divide by, where several micro-batches make one batch."""
+
+    tokens: int
+    """Answer tokens of the whole batch."""
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,19 @@ class Answers:
     sequence: Tensor  # [N], in [0, B)
     count: int
     """B."""
+    totals: Totals | None = None
+    """Of the whole batch, where this is a micro-batch: a loss then is this one's share of the mean,
+    so that shares add up to the loss of the whole."""
+
+    @property
+    def tokens(self) -> int:
+        """What a mean over tokens divides by."""
+        return len(self.target) if self.totals is None else self.totals.tokens
+
+    @property
+    def sequences(self) -> int:
+        """What a mean over sequences divides by."""
+        return self.count if self.totals is None else self.totals.sequences
 
     def log_likelihoods(self) -> Tensor:
         """[B]: log π(y | x) = Σ_t log p(y_t | x, y_<t) of every answer."""
@@ -44,10 +66,17 @@ class Answers:
         return torch.bincount(self.sequence, minlength=self.count)
 
 
-def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
+def answers_of(model: PreTrainedModel, batch: Batch, totals: Totals | None = None) -> Answers:
     """The answers of a batch of texts, from one forward pass."""
     hidden, target = answer_states(model, batch)
+    weight, bias = head_weights(model)
+    return Answers(
+        hidden, weight, bias, target, sequences_of(batch), len(batch.labels), totals=totals
+    )
+
+
+def sequences_of(batch: Batch) -> Tensor:
+    """[N]: the row of the batch that each answer token stands in."""
     counted = batch.labels[:, 1:] != IGNORE_INDEX
     rows = torch.arange(len(counted), device=counted.device)[:, None].expand_as(counted)
-    layer = head(model)
-    return Answers(hidden, layer.weight, layer.bias, target, rows[counted], len(counted))
+    return rows[counted]

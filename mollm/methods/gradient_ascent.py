@@ -21,7 +21,13 @@ from mollm_ops import linear_cross_entropy
 
 def negative_cross_entropy(answers: Answers, reference: Callable[[], Answers]) -> Tensor:
     """−CE, averaged over the answer tokens."""
-    return -linear_cross_entropy(answers.hidden, answers.weight, answers.target, bias=answers.bias)
+    return -linear_cross_entropy(
+        answers.hidden,
+        answers.weight,
+        answers.target,
+        bias=answers.bias,
+        normalizer=answers.tokens,
+    )
 
 
 GRADIENT_ASCENT = Method("ga", negative_cross_entropy, "sum", (1.0, 0.0, 0.0))

@@ -13,7 +13,7 @@ from mollm_ops import linear_uce_loss
 
 ForgetLoss = Callable[[Answers, Callable[[], Answers]], Tensor]
 """A scalar to minimise on the forget batch, from the model's answers there and, where asked for,
-the frozen original's."""
+the frozen original's. A mean divides by `Answers.tokens` or `Answers.sequences`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Method:
     """Weights of forget, kl and retain; None for directions without."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of MOLLMOptimizer."""
+    compares: bool = False
+    """Whether the forget loss asks for the original's answers."""
 
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments for MOLLMOptimizer with the objectives forget, kl, retain."""
@@ -40,5 +42,10 @@ def unlearning_cross_entropy(
 ) -> Tensor:
     """UCE, see `mollm_ops.linear_uce_loss`: bounded, unlike ascent on the cross-entropy."""
     return linear_uce_loss(
-        answers.hidden, answers.weight, answers.target, bias=answers.bias, eps=eps
+        answers.hidden,
+        answers.weight,
+        answers.target,
+        bias=answers.bias,
+        eps=eps,
+        normalizer=answers.tokens,
     )

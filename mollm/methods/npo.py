@@ -25,7 +25,8 @@ def npo_loss(answers: Answers, reference: Callable[[], Answers], *, beta: float 
     """The first term of the equation above."""
     with torch.no_grad():
         original = reference().log_likelihoods()
-    return -2 / beta * logsigmoid(-beta * (answers.log_likelihoods() - original)).mean()
+    gains = logsigmoid(-beta * (answers.log_likelihoods() - original))
+    return -2 / beta * gains.sum() / answers.sequences
 
 
-NPO = Method("npo", npo_loss, "sum", (1.0, 0.0, 1.0))
+NPO = Method("npo", npo_loss, "sum", (1.0, 0.0, 1.0), compares=True)

@@ -23,7 +23,8 @@ def simnpo_loss(
 ) -> Tensor:
     """The first term of the equation above, without γ. Every sequence needs an answer token."""
     normalised = answers.log_likelihoods() / answers.lengths()
-    return -2 / beta * logsigmoid(-beta * normalised - delta).mean()
+    gains = logsigmoid(-beta * normalised - delta)
+    return -2 / beta * gains.sum() / answers.sequences
 
 
 SIMNPO = Method("simnpo", simnpo_loss, "sum", (0.125, 0.0, 1.0))

@@ -1,0 +1,254 @@
+"""Checkpoints without pickle: tensors as safetensors, all else as JSON.
+
+A checkpoint is a folder that appears when it is whole, see `mollm.folder.complete`, and goes all at
+once; so the last one that has a name is good, whenever a run was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mollm import folder as folders
+from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX = "checkpoint-"
+_FORMAT = 1
+_ABOUT = "mollm.json"
+_WEIGHTS = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+_SAMPLED = 1024
+
+
+def save_tree(tree: Any, folder: Path, name: str) -> None:
+    """Writes nested dicts, lists and tuples of tensors and plain values.
+
+    Args:
+        tree: Keys of dicts may be texts or whole numbers; values None, bool, int, float, str,
+            tensors, NumPy arrays and Torch dtypes, which come back as they were.
+        folder: Where `name`.json and `name`.safetensors are written.
+        name: Of the files.
+
+    Raises:
+        TypeError: Something else is in the tree.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    plain = _encode(tree, tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def load_tree(folder: Path, name: str) -> Any:
+    """What `save_tree` wrote, on the CPU."""
+    from safetensors.torch import load_file
+
+    plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return _decode(plain, load_file(folder / f"{name}.safetensors"))
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        key = str(len(tensors))
+        tensor = torch.as_tensor(value).detach()
+        tensors[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        return {kind: key}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, list):
+        return [_encode(each, tensors) for each in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(each, tensors) for each in value]}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _encode(each, tensors)] for key, each in value.items()]}
+    raise TypeError(f"a checkpoint must hold tensors and plain values, but got {type(value)}.")
+
+
+def _decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, list):
+        return [_decode(each, tensors) for each in plain]
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, value),) = plain.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "array":
+        return tensors[value].numpy()
+    if kind == "dtype":
+        return getattr(torch, value)
+    if kind == "tuple":
+        return tuple(_decode(each, tensors) for each in value)
+    return {key: _decode(each, tensors) for key, each in value}
+
+
+# ---- random numbers
+
+
+def random_state() -> dict[str, Any]:
+    """Where the generators of Python, NumPy and Torch stand, on all devices."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=True),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts the generators where they stood."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# ---- weights
+
+
+def save_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> None:
+    """Writes what trains for `from_pretrained`: the whole model, or its adapter.
+
+    Args:
+        model: The model, without the wrapper of `peft`.
+        wrapped: The same in its wrapper, if it has one.
+        folder: Where to.
+    """
+    from safetensors.torch import save_file
+
+    if wrapped is not None:
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+        return
+    # By the module's own names, and tied weights once: read back, each finds its place.
+    tensors = {name: t.detach().contiguous() for name, t in _own_tensors(model).items()}
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> None:
+    """Reads what `save_weights` wrote into the same model.
+
+    Raises:
+        UsageError: The weights are those of another model.
+    """
+    from safetensors.torch import load_file
+
+    if wrapped is not None:
+        from peft import set_peft_model_state_dict
+
+        result: Any = set_peft_model_state_dict(wrapped, load_file(folder / _ADAPTER))
+        if result.unexpected_keys:
+            raise _other_model(folder)
+        return
+    own, saved = _own_tensors(model), load_file(folder / _WEIGHTS)
+    if {name: t.shape for name, t in own.items()} != {n: t.shape for n, t in saved.items()}:
+        raise _other_model(folder)
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _other_model(folder: Path) -> UsageError:
+    return UsageError(
+        f"{folder} must be a checkpoint of this model and adapter, but it is of another: name the "
+        "model it was made with, or train without --resume in another folder."
+    )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's shape, and of 1024 values of each of its weights.
+
+    Read from the original: adapters, which begin at random, do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_own_tensors(model).items()):
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        name = name.replace(".base_layer", "").replace(".original_module", "")
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- the folders of a run
+
+
+def describe(folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes what a checkpoint is of; `about` is compared by `check`."""
+    text = json.dumps({"format": _FORMAT, **about}, indent=2)
+    (folder / _ABOUT).write_text(text, encoding="utf-8")
+
+
+def check(folder: Path, about: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that is not of this run.
+
+    Args:
+        folder: The checkpoint.
+        about: What it must be of, by the words with which to say so.
+
+    Raises:
+        UsageError: It is of another format, or one of the values differs.
+    """
+    try:
+        found = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"{folder} must be a checkpoint of mollm, but it is not.") from error
+    if found.get("format") != _FORMAT:
+        raise UsageError(
+            f"{folder} must be a checkpoint of format {_FORMAT}, but it is of format "
+            f"{found.get('format')}: go on with the version of mollm that wrote it "
+            f"({found.get('version', 'unknown')})."
+        )
+    for name, value in about.items():
+        if name != "version" and found.get(name) != value:
+            raise UsageError(
+                f"{folder} must be a checkpoint of the same {name}, but that is {_short(value)} "
+                f"now and was {_short(found.get(name))}: change it back, or train without "
+                "--resume in another folder."
+            )
+
+
+def _short(value: Any) -> str:
+    return str(value)[:40]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+
+
+def keep_last(folder: Path, count: int | None, best: str | None) -> None:
+    """Removes all but the last `count` checkpoints and the best one; None keeps all."""
+    if not count:
+        return
+    for path in checkpoints(folder)[:-count]:
+        if best is None or path.name != Path(best).name:
+            folders.remove(path)

@@ -1,0 +1,171 @@
+"""MOLLMConfig: `transformers.TrainingArguments` with what unlearning adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mollm.errors import UsageError
+from mollm.methods import METHODS, Method, find_method
+from mollm.references import REFERENCES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SIDES = ("left", "right")
+_TELLING = (
+    "method",
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "freeze_embeddings",
+    "seed",
+)
+_NOT_TOLD = (
+    "output_dir",
+    "disable_tqdm",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "hub_token",
+    "report_to",
+    "run_name",
+    "use_cpu",
+)
+_PLAIN = (bool, int, float, str, list, dict)
+_NOT_FOR_THIS = {
+    "auto_find_batch_size": "choose per_device_train_batch_size, with `mollm plan`",
+    "deepspeed": "its ZeRO is not proven with MOLLMOptimizer; examples/ shows FSDP2",
+    "enable_jit_checkpoint": "choose save_steps",
+    "fp16": "matrix products are in bfloat16 where the device computes in it natively",
+    "fsdp": "examples/ has a loop for FSDP2",
+    "ignore_data_skip": "a run goes on with the rows that come next",
+    "label_smoothing_factor": "the losses are fixed by the method",
+    "neftune_noise_alpha": "the losses are fixed by the method",
+    "optim": "name the base in optimizer_options",
+    "save_only_model": "every checkpoint can be resumed from",
+    "torch_compile": "the step is not compiled",
+    "use_liger_kernel": "the losses of mollm take its place",
+}
+
+
+@dataclass
+class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
+    """Settings of a MOLLMTrainer: those of `TrainingArguments`, with a few more and other defaults.
+
+    A step sees `per_device_train_batch_size` x `gradient_accumulation_steps` rows to forget and as
+    many to retain; epochs are counted in rows to forget. Matrix products are in bfloat16 where the
+    device computes in it natively.
+
+    Raises:
+        UsageError: A value is out of range, or an option does not go with unlearning.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "of the first step"})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "largest norm of the common direction; 0 does not clip, and saves memory"
+        },
+    )
+    logging_steps: float = field(default=10, metadata={"help": "steps between logs"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+
+    method: str = field(
+        default="project", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
+    )
+    preferences: list[float] | None = field(
+        default=None,
+        metadata={"help": "of forget, kl and retain, for methods that have any"},
+    )
+    reference: str = field(
+        default="auto",
+        metadata={"help": "the original: adapter, copy, cache or auto; see mollm.references"},
+    )
+    max_length: int = field(default=1024, metadata={"help": "most tokens of a row"})
+    padding_side: str = field(default="right", metadata={"help": "left or right"})
+    dtype: str = field(
+        default="float32", metadata={"help": "of the weights of a model given by name"}
+    )
+    freeze_embeddings: bool = field(
+        default=True, metadata={"help": "leave token embeddings and head as they are"}
+    )
+    optimizer_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."},
+    )
+    divergence: float = field(
+        default=5.0,
+        metadata={"help": "nats by which KL, or the rise of the retain loss, stops the run"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("method", self.method, METHODS)
+        _one_of("reference", self.reference, REFERENCES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("padding_side", self.padding_side, _SIDES)
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        for name in ("learning_rate", "divergence"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be a positive number, but got {value}.")
+        self._refuse_other_options()
+
+    def _refuse_other_options(self) -> None:
+        defaults = {
+            f.name: f.default for f in fields(TrainingArguments) if f.default is not MISSING
+        }
+        for name, instead in _NOT_FOR_THIS.items():
+            value = getattr(self, name, None)
+            if name in defaults and value != defaults[name] and value:
+                raise UsageError(
+                    f"{name} must be left out of a MOLLMConfig, but got {value}: {instead}."
+                )
+
+    @property
+    def chosen_method(self) -> Method:
+        """The method by that name."""
+        return find_method(self.method)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows to forget in a step; as many are to be retained."""
+        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps)
+
+    def told(self) -> dict[str, Any]:
+        """What a reader of the model card wants to know: the most telling, and what was changed."""
+        told = {name: getattr(self, name) for name in _TELLING}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            changed = value and isinstance(value, _PLAIN) and value != f.default
+            if changed and f.name not in (*_NOT_TOLD, *told):
+                told[f.name] = value
+        return {name: getattr(value, "value", value) for name, value in told.items()}
+
+    def for_optimizer(self) -> dict[str, Any]:
+        """Keyword arguments for MOLLMOptimizer, but for parameters and objectives."""
+        options = dict(self.optimizer_options)
+        if options.get("state_dtype") in DTYPES:
+            options["state_dtype"] = DTYPES[options["state_dtype"]]
+        if options.get("base", "adamw") == "adamw":
+            betas = (self.adam_beta1, self.adam_beta2)
+            options = {"betas": betas, "eps": self.adam_epsilon, **options}
+        if self.preferences is not None:
+            options = {"preferences": self.preferences, **options}
+        return {"lr": self.learning_rate, **self.chosen_method.optimizer_options(), **options}
+
+
+def _one_of(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")

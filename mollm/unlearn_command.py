@@ -1,0 +1,291 @@
+"""`mollm unlearn`: a run of MOLLMTrainer from a file of settings and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from mollm.trainer import MOLLMTrainer
+
+_MODEL = "model"
+_STOPPED = 1
+_DATA = ("forget", "retain", "eval_forget", "eval_retain")
+_OWN = ("model", *_DATA, "out", "lora", "device")
+_EXAMPLE = """\
+A settings file:
+
+  model: path/to/model
+  forget: forget.jsonl            # a file, a folder or a hub name, or with options:
+  retain:
+    path: locuslab/TOFU           # also schema, prompt_field, answer_field
+    config: retain90
+    split: train
+  out: runs/unlearn
+  lora: 16                        # a rank, or options of peft.LoraConfig
+  learning_rate: 1.0e-5           # this and all below: any field of mollm.MOLLMConfig
+  max_steps: 100
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers of `mollm`."""
+    parser = commands.add_parser(
+        "unlearn",
+        help="make a model forget some answers and keep others",
+        description=(
+            "Trains a model to forget some answers and keep others, and writes the model, its "
+            "card and the history of the run. What is given here goes before what the file says."
+        ),
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="a file of settings")
+    parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="what to change")
+    parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="rows to forget")
+    parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="rows to keep")
+    parser.add_argument("--eval-forget", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
+    parser.add_argument("--eval-retain", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
+    parser.add_argument("--out", metavar="FOLDER", help="a new folder (default: runs/unlearn)")
+    parser.add_argument("--method", help="one of mollm.methods.METHODS (default: project)")
+    parser.add_argument("--learning-rate", type=float, metavar="LR")
+    parser.add_argument("--max-steps", type=int, metavar="N")
+    parser.add_argument("--num-train-epochs", type=float, metavar="N", help="of the forget rows")
+    parser.add_argument("--per-device-train-batch-size", type=int, metavar="N")
+    parser.add_argument("--gradient-accumulation-steps", type=int, metavar="N")
+    parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of a row")
+    parser.add_argument("--reference", help="adapter, copy, cache or auto (default)")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--dtype", help="float32 (default) or bfloat16, of the weights")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other field of mollm.MOLLMConfig; several allowed",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the folder, or start if it holds none",
+    )
+    parser.set_defaults(run=_unlearn)
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    # Imported here, so that `mollm --help` is quick and works without the extras.
+    from mollm.folder import locked
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    resume = given.pop("resume", False)
+    settings = read_settings(given)
+    out = Path(settings.pop("out", "runs/unlearn"))
+    _check_out(out, resume)
+    _require(settings)
+    with locked(out):
+        trainer = _trainer(settings, out)
+        return _run(trainer, settings, out, resume)
+
+
+# ---- settings
+
+
+def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says, over what its settings file says.
+
+    Args:
+        given: Arguments of the command line by name, `config` and `set` among them.
+
+    Raises:
+        UsageError: The file cannot be read, or a name in it or in `set` is not known.
+    """
+    given = dict(given)
+    settings = _read_file(given.pop("config")) if "config" in given else {}
+    for text in given.pop("set", ()):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"set must be NAME=VALUE, but got {text!r}.")
+        settings[name] = _parse(value, f"the value of {name}")
+    settings |= given
+    types = _fields()
+    for name, value in settings.items():
+        if name not in types and name not in _OWN:
+            raise UsageError(
+                f"a setting must be one of {', '.join(_OWN)} or a field of MOLLMConfig, but got "
+                f"{name!r}."
+            )
+        if isinstance(value, str) and types.get(name) in (int, float):
+            settings[name] = _number(name, value, types[name])
+    return settings
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config must be a YAML file that can be read, but got {path}.") from error
+    settings = _parse(text, str(path))
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} must hold settings by name, but it does not.")
+    return settings
+
+
+def _parse(text: str, name: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{name} must be valid YAML, but it is not: {reason}.") from error
+
+
+def _fields() -> dict[str, type]:
+    """The names of a MOLLMConfig's fields, with the types of their defaults."""
+    from mollm.trainer_config import MOLLMConfig
+
+    return {
+        f.name: type(None if f.default is MISSING else f.default)
+        for f in fields(MOLLMConfig)
+        if f.name != "output_dir"
+    }
+
+
+def _number(name: str, text: str, kind: type) -> float:
+    # To YAML, 1e-5 is a text, for want of a point.
+    try:
+        return kind(text)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise UsageError(f"{name} must be a number, but got {text!r}.") from error
+
+
+# ---- the run
+
+
+def _require(settings: Mapping[str, Any]) -> None:
+    for name in ("model", "forget", "retain"):
+        if not settings.get(name):
+            raise UsageError(
+                f"{name} must be given, but it is not: add it to the settings file, or --{name}."
+            )
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if resume and (out / _MODEL).exists():
+        raise UsageError(
+            f"out must be a folder with an unfinished run to resume, but that in {out} has "
+            f"finished: its model is {out / _MODEL}."
+        )
+    if not resume and out.is_dir():
+        found = sorted(path.name for path in out.iterdir())
+        if found:
+            raise UsageError(
+                f"out must be a new or empty folder, but {out} holds {found[0]}: choose another "
+                "one with --out, or go on with its run with --resume."
+            )
+
+
+def _trainer(settings: Mapping[str, Any], out: Path) -> MOLLMTrainer:
+    from mollm.trainer import MOLLMTrainer
+    from mollm.trainer_config import MOLLMConfig
+
+    options = {name: value for name, value in settings.items() if name not in _OWN}
+    if settings.get("device") == "cpu":
+        options["use_cpu"] = True
+    elif settings.get("device", "cuda") != "cuda":
+        raise UsageError(f"device must be cpu or cuda, but got {settings['device']!r}.")
+    try:
+        args = MOLLMConfig(output_dir=str(out), **options)
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"the settings do not go together: {reason}.") from error
+    if settings.get("device") == "cuda" and args.device.type != "cuda":
+        raise UsageError("device must be one that Torch finds on this machine, but got 'cuda'.")
+    evaluated = {
+        name: settings[f"eval_{name}"]
+        for name in ("forget", "retain")
+        if f"eval_{name}" in settings
+    }
+    return MOLLMTrainer(
+        settings["model"],
+        args,
+        forget_dataset=settings["forget"],
+        retain_dataset=settings["retain"],
+        eval_dataset=evaluated or None,
+        peft_config=_adapter(settings.get("lora")),
+    )
+
+
+def _adapter(lora: Any) -> Any:
+    if not lora:
+        return None
+    from peft import LoraConfig
+
+    options = {"r": lora} if isinstance(lora, int) else lora
+    try:
+        rank = options.get("r", 8)
+        return LoraConfig(
+            **{"target_modules": "all-linear", "lora_alpha": 2 * rank, **options},
+            task_type="CAUSAL_LM",
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"lora must be a rank or options of peft.LoraConfig, but got {lora!r}: {reason}."
+        ) from error
+
+
+def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool) -> int:
+    from mollm import checkpoint
+    from mollm.folder import complete
+
+    trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
+    print(summary(trainer))
+    if trainer.stopped_because is not None:
+        found = checkpoint.checkpoints(out)
+        last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
+        print(f"Stopped early, and wrote no model; {last}.")
+        return _STOPPED
+    with complete(out / _MODEL) as folder:
+        trainer.export(folder)
+        (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
+    original = shlex.quote(str(settings["model"]))
+    print(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
+    print(
+        f"Next: mollm evaluate --model {shlex.quote(str(out / _MODEL))} --original {original} "
+        "--data FOLDER_WITH_TOFU"
+    )
+    return 0
+
+
+def summary(trainer: MOLLMTrainer) -> str:
+    """Losses, weights and conflicts of a run as a table for the terminal."""
+    from mollm.step import OBJECTIVES
+
+    history = trainer.history
+    if not history:
+        return "No step was made."
+    rows = [
+        f"{'objective':<12}{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'climbed':>10}"
+    ]
+    for name in OBJECTIVES:
+        first, last = history[0].losses[name], history[-1].losses[name]
+        weight = sum(record.weights[name] for record in history) / len(history)
+        climbed = sum(record.conflicts.get(name, False) for record in history) / len(history)
+        rows.append(f"{name:<12}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{climbed:>10.0%}")
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    if evaluated:
+        shown = {k: v for k, v in evaluated[-1].items() if k.endswith("_loss")}
+        rows.append("   ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    return f"\n{len(history)} steps\n" + "\n".join(rows)

@@ -1,0 +1,100 @@
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from mollm import checkpoint
+from mollm.errors import UsageError
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    tree = {
+        "none": None,
+        "numbers": [True, 3, 1e-5, float("inf"), "text"],
+        "pair": (1, (2.5, "x")),
+        "by number": {0: torch.arange(3, dtype=torch.bfloat16), 7: torch.tensor(2.0)},
+        "dtype": torch.bfloat16,
+        "array": np.arange(4, dtype=np.uint32),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+    }
+    checkpoint.save_tree(tree, tmp_path, "tree")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    back = checkpoint.load_tree(tmp_path, "tree")
+    assert list(back) == list(tree)
+    assert back["by number"][0].dtype == torch.bfloat16
+    assert back["array"].dtype == np.uint32
+    for key in ("none", "numbers", "pair", "dtype"):
+        assert back[key] == tree[key]
+    for key in (0, 7):
+        assert torch.equal(back["by number"][key], tree["by number"][key])
+    assert np.array_equal(back["array"], tree["array"])
+    assert torch.equal(back["transposed"], tree["transposed"])
+
+
+def test_what_no_json_holds_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="must hold tensors and plain values"):
+        checkpoint.save_tree({"code": print}, tmp_path, "tree")
+
+
+def test_random_numbers_go_on_where_they_stood(tmp_path):
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
+
+    checkpoint.save_tree(checkpoint.random_state(), tmp_path, "random")
+    first = drawn()
+    assert drawn() != first
+    checkpoint.set_random_state(checkpoint.load_tree(tmp_path, "random"))
+    assert drawn() == first
+
+
+def test_weights_come_back_and_transformers_reads_them(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, other = tiny.model(seed=1), tiny.model(seed=2)
+    checkpoint.save_weights(model, None, tmp_path)
+    checkpoint.load_weights(other, None, tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+        assert torch.equal(value, read.state_dict()[name])
+    with pytest.raises(UsageError, match="must be a checkpoint of this model"):
+        checkpoint.load_weights(tiny.model(hidden_size=16), None, tmp_path)
+
+
+def test_a_fingerprint_tells_models_apart_and_ignores_adapters():
+    peft = pytest.importorskip("peft")
+    model = tiny.model(seed=1)
+    before = checkpoint.fingerprint(model)
+    assert before == checkpoint.fingerprint(tiny.model(seed=1))
+    assert before != checkpoint.fingerprint(tiny.model(seed=2))
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert checkpoint.fingerprint(model) == before
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    about = {"version": "1", "model": "a", "forget data": "b"}
+    with pytest.raises(UsageError, match="must be a checkpoint of mollm"):
+        checkpoint.check(tmp_path, about)
+    checkpoint.describe(tmp_path, about)
+    checkpoint.check(tmp_path, about | {"version": "2"})
+    with pytest.raises(UsageError, match="the same forget data, but that is c now and was b"):
+        checkpoint.check(tmp_path, about | {"forget data": "c"})
+    (tmp_path / "mollm.json").write_text('{"format": 99, "version": "3"}')
+    with pytest.raises(UsageError, match=r"of format 1, but it is of format 99: .*\(3\)"):
+        checkpoint.check(tmp_path, about)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    for step in (2, 4, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-tmp").mkdir()
+    checkpoint.keep_last(tmp_path, 2, str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "checkpoint-2",
+        "checkpoint-10",
+        "checkpoint-12",
+    ]
+    checkpoint.keep_last(tmp_path, None, None)
+    assert len(checkpoint.checkpoints(tmp_path)) == 3
