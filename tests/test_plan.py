@@ -329,7 +329,9 @@ def test_the_command_says_what_is_the_peak_and_what_would_fit(capsys):
     assert "8,030,261,248 parameters" in text
     assert text.count("<- peak") == 1
     assert "It fits into 1000.0 GiB" in text
-    assert "8,192 bytes for each token" in text
+    assert "16,384 bytes for each token" in text
+    assert main([*arguments, "--dtype", "bfloat16", "--device-memory", "1000"]) == 0
+    assert "8,192 bytes for each token" in capsys.readouterr().out
     assert main([*arguments, "--device-memory", "140"]) == 1
     text = capsys.readouterr().out
     assert "does not fit into 140.0 GiB" in text
