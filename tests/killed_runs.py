@@ -17,11 +17,12 @@ from pathlib import Path
 import tiny
 import torch
 
-from mollm import checkpoint, models
+from mollm import checkpoint, models, trainer
 from mollm.cli import main
 from mollm.data_files import sample_path
 
 STEPS = 8
+LOADED = trainer  # before the fork, so that a kill meets the run and not its imports
 
 
 def command(model, out):
@@ -85,7 +86,10 @@ def run(folder, kills):
     while killed < kills:
         delay = rng.uniform(0, duration)
         where, found = kill_and_resume(model, folder, number, delay)
-        print(f"run {number}: {delay:.3f} of {duration:.3f} s, {where}: {found == expected}")
+        print(
+            f"run {number}: {delay:.3f} of {duration:.3f} s, {where}: {found == expected}",
+            flush=True,
+        )
         if found != expected:
             sys.exit(f"run {number} ended with another model")
         killed += where != "too late"
