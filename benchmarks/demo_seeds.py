@@ -33,7 +33,7 @@ METRIC = "dual, Adam's metric"
 
 def variant_of(direction: str) -> tuple[str, dict[str, str]]:
     """The direction as the demo knows it, and further options of the optimizer."""
-    return ("dual", {"metric": "adam"}) if direction == METRIC else (direction, {})
+    return ("dual", {"metric": "base"}) if direction == METRIC else (direction, {})
 
 
 def run_seed(

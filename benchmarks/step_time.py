@@ -43,7 +43,7 @@ MODES: dict[str, dict[str, object]] = {
     "AdamW": {},
     "AdamW, no tracking": {"track_conflicts": False},
     "AdamW, momentum per objective": {"momentum": "per-objective"},
-    "AdamW, Adam's metric": {"metric": "adam"},
+    "AdamW, Adam's metric": {"metric": "base"},
     "SGD with momentum": {"base": "sgd", "momentum": 0.9},
 }
 

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from mollm.bases import SGD, AdamW, FusedBase
@@ -95,7 +96,7 @@ class MOLLMOptimizer(Optimizer):
         base: "adamw" or "sgd" (see `mollm.bases`), or an optimizer class or factory called as
             base(params, lr=lr, **base_options). On a GPU such a base waits for the device in every
             step, to know whether it is to be skipped.
-        direction: "dual" (the centre of the dual cone, the paper's), "project", "upgrad", "mgda",
+        direction: "upgrad", "project", "dual" (the centre of the dual cone, the paper's), "mgda",
             "pcgrad", "sum", "retain-first" and "forget-first" (the first objective being
             forgetting), or a callable from the Gram matrix to weights, such as a TorchJD
             `Weighting`.
@@ -106,9 +107,11 @@ class MOLLMOptimizer(Optimizer):
             objective's gradient, takes Gram matrix and direction from those, and turns the base's
             own momentum off. It costs K gradients of state.
         mean_beta: β of those means.
-        metric: "adam" takes the Gram matrix in the metric P of AdamW's preconditioner, so that
+        metric: "base" takes the Gram matrix in the metric P of the base's preconditioner, so that
             the certificate holds for the update really applied (before weight decay):
-            g_k · Δθ = −lr g_k · P d < 0. The base must be "adamw"; its first moment is turned off.
+            g_k · Δθ = −lr g_k · P d < 0. With "adamw" P = 1/(√v̂ + ε), v is the running mean of
+            Σ_k c_k² g_k² (c: the rule's weights for orthonormal gradients), and there is no first
+            moment; with other bases P = 1. "euclidean": P = 1, and "adamw" is Torch's.
         gradient_memory: where gradients wait for the step: "as-produced"; "bfloat16", rounded;
             "host", in pinned host memory.
         on_nonfinite: "skip" leaves weights and state as they are, counts the step in
@@ -128,13 +131,13 @@ class MOLLMOptimizer(Optimizer):
         *,
         objectives: Sequence[str] = ("forget", "kl", "retain"),
         base: str | Callable[..., Optimizer] = "adamw",
-        direction: str | Callable[[Tensor], Tensor] = "dual",
+        direction: str | Callable[[Tensor], Tensor] = "upgrad",
         preferences: Sequence[float] | None = None,
         normalize: bool = False,
         length: str = "mean",
         momentum: float | str | None = None,
         mean_beta: float = 0.9,
-        metric: str | None = None,
+        metric: str = "base",
         gradient_memory: str = "as-produced",
         on_nonfinite: str = "skip",
         track_conflicts: bool = True,
@@ -145,11 +148,8 @@ class MOLLMOptimizer(Optimizer):
             raise ValueError(f"objectives must be distinct names, but got {objectives!r}.")
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite must be 'skip' or 'raise', but got {on_nonfinite!r}.")
-        if metric not in (None, "adam") or (metric and base != "adamw"):
-            raise ValueError(
-                f"metric must be None, or 'adam' with base 'adamw', but got {metric!r} with "
-                f"base {base!r}."
-            )
+        if metric not in ("base", "euclidean"):
+            raise ValueError(f"metric must be 'base' or 'euclidean', but got {metric!r}.")
         if isinstance(momentum, str) and momentum != PER_OBJECTIVE:
             raise ValueError(
                 f"momentum must be a number or {PER_OBJECTIVE!r}, but got {momentum!r}."
@@ -164,9 +164,6 @@ class MOLLMOptimizer(Optimizer):
         self.objectives = names
         self.on_nonfinite = on_nonfinite
         self.track_conflicts = track_conflicts
-        c = preferences if preferences is not None else [1.0] * len(names)
-        shares = torch.tensor(list(c), dtype=torch.float64)
-        self._metric_weights = None if metric is None else shares / shares.sum()
         self._store = GradientStore(names, gradient_memory)
         self._means = ObjectiveMeans(mean_beta) if momentum == PER_OBJECTIVE else None
         self._skips = SkipCounter()
@@ -179,11 +176,17 @@ class MOLLMOptimizer(Optimizer):
         if momentum is not None and not isinstance(momentum, str):
             base_options["momentum"] = momentum
         self.base = _make_base(base, params, lr, base_options)
-        if isinstance(self.base, FusedBase) and (metric or self._means):
+        preconditioned = metric == "base" and isinstance(self.base, AdamW)
+        self._second_weights = self._unopposed_weights().square() if preconditioned else None
+        if isinstance(self.base, FusedBase) and (preconditioned or self._means):
             self.base.drop_first()
         refuse_partitioned([p for group in self.base.param_groups for p in group["params"]])
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_state_with_base()
+
+    def _unopposed_weights(self) -> Tensor:
+        """What the rule gives to orthonormal gradients, [K]."""
+        return self.rule(torch.eye(len(self.objectives), dtype=torch.float64)).weights
 
     def _share_state_with_base(self) -> None:
         self.param_groups = self.base.param_groups
@@ -287,11 +290,14 @@ class MOLLMOptimizer(Optimizer):
         lowers its scale.
 
         Raises:
-            RuntimeError: an objective has no gradient; the optimizer has metric="adam", whose step
-                needs all K gradients.
+            RuntimeError: an objective has no gradient; the optimizer steps in AdamW's metric along
+                running means, whose second moment needs these means and the gradients too.
         """
-        if self._metric_weights is not None:
-            raise RuntimeError("aggregate() does not go with metric='adam': call step() alone.")
+        if self._means is not None and self._second_weights is not None:
+            raise RuntimeError(
+                "aggregate() does not go with momentum='per-objective' in AdamW's metric: call "
+                "step() alone, or pass metric='euclidean'."
+            )
         params = self._touched()
         solution = self._solve(params)
         weights = self._effective_weights(solution)
@@ -302,7 +308,7 @@ class MOLLMOptimizer(Optimizer):
                 p.grad = torch.full_like(p, float("nan"))
             return
         own = self._means is None and self._store.memory == "as-produced"
-        in_place = own and not self.track_conflicts
+        in_place = own and not self._needs_gradients_after
         for some, lists in self._store.buckets(params):
             moving = self._moving(some, lists)
             rows = lists if moving is None else moved(moving, lists)
@@ -311,8 +317,13 @@ class MOLLMOptimizer(Optimizer):
                 p.grad = None if d is None else placed_like(d.to(p.dtype), p)
         if self._means is not None:
             self._means.count(None)
-        if not self.track_conflicts:
+        if not self._needs_gradients_after:
             self._store.clear()
+
+    @property
+    def _needs_gradients_after(self) -> bool:
+        """Whether a step along `p.grad` reads the objectives' gradients as well."""
+        return self.track_conflicts or self._second_weights is not None
 
     def _touched(self) -> list[Tensor]:
         missing = [name for name in self.objectives if name not in self._store]
@@ -329,17 +340,17 @@ class MOLLMOptimizer(Optimizer):
         return self._means.moving(self.objectives, params, lists)
 
     def _metric(self, params: Sequence[Tensor]) -> AdamMetric | None:
-        second = self._second_weights(params[0].device)
+        second = self._second_weights_on(params[0].device)
         if second is None:
             return None
-        assert isinstance(self.base, FusedBase), "metric='adam' implies base 'adamw'"
+        assert isinstance(self.base, AdamW), "other bases have no metric of their own"
         return self.base.metric(params, second)
 
-    def _second_weights(self, device: torch.device) -> Tensor | None:
-        """c of AdamW's second moment Σ_k c_k g_k²; its gradients are bias-corrected means."""
-        if self._metric_weights is None:
+    def _second_weights_on(self, device: torch.device) -> Tensor | None:
+        """c² of AdamW's second moment Σ_k c_k² g_k²; its gradients are bias-corrected means."""
+        if self._second_weights is None:
             return None
-        self._metric_weights = c = self._metric_weights.to(device)
+        self._second_weights = c = self._second_weights.to(device)
         return c if self._means is None else c / self._means.correction(device) ** 2
 
     def _pieces(self, params: Sequence[Tensor]) -> Iterator[tuple[Sharding, list[Tensor], Lists]]:
@@ -430,7 +441,7 @@ class MOLLMOptimizer(Optimizer):
                 lists,
                 weights,
                 moving=self._moving(some, lists),
-                second_weights=self._second_weights(weights.device),
+                second_weights=self._second_weights_on(weights.device),
                 proceed=proceed,
                 track=self.track_conflicts,
             )
@@ -445,15 +456,22 @@ class MOLLMOptimizer(Optimizer):
         base = self.base
         assert isinstance(base, FusedBase), "other bases step by themselves"
         params = [p for p in self._parameters() if p.grad is not None]
-        weights = solution.weights.new_zeros(1 + self.track_conflicts * len(self.objectives))
+        reads = self._needs_gradients_after
+        weights = solution.weights.new_zeros(1 + reads * len(self.objectives))
         weights[0] = 1
+        second = self._second_weights_on(weights.device)
         proceed = solution.finite if weights.is_cuda else None
         parts = _Parts()
-        pieces = self._pieces(params) if self.track_conflicts else by_sharding(params, [])
+        pieces = self._pieces(params) if reads else by_sharding(params, [])
         for sharding, some, lists in pieces:
             d = [local_gradient(p) for p in some]
             part = base.step_along(
-                some, [d, *lists], weights, proceed=proceed, track=self.track_conflicts
+                some,
+                [d, *lists],
+                weights,
+                second_weights=None if second is None else pad(second, (1, 0)),
+                proceed=proceed,
+                track=self.track_conflicts,
             )
             if part is not None:
                 parts.add(sharding, part[1:])
@@ -495,6 +513,11 @@ class MOLLMOptimizer(Optimizer):
         return True
 
     def _refuse_nonfinite(self, matrix: Tensor) -> None:
+        if self._second_weights is not None:  # one bad gradient spoils the metric for all
+            parts = _Parts()
+            for sharding, _, lists in self._pieces(self._touched()):
+                parts.add(sharding, gram(lists))
+            matrix = parts.total(Sharding.total_gram)
         finite = torch.isfinite(matrix.diagonal()).tolist()
         names = [name for name, ok in zip(self.objectives, finite, strict=True) if not ok]
         what = f"the gradient of {', '.join(names)}" if names else "the Gram matrix or its rule"

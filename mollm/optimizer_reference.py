@@ -96,15 +96,17 @@ def metric_adamw_step(
     beta2: float,
     eps: float,
 ) -> None:
-    """v ← β₂ v + (1 − β₂) mean_k g_k²,  P = 1 / (√v̂ + ε),  w = rule(g_i · P g_j),
-    θ ← θ − lr P Σ w g."""
+    """v ← β₂ v + (1 − β₂) Σ_k c_k² g_k²,  c = rule(I),  P = 1 / (√v̂ + ε),  w = rule(g_i · P g_j),
+    θ ← θ − lr P Σ_k w_k g_k."""
     K = len(gradients)
+    c = rule(torch.eye(K, dtype=torch.float64))
     if state.t == 0:
         state.v = [torch.zeros_like(t) for t in gradients[0]]
     state.t += 1
     P = []
     for n in range(len(theta)):
-        square = sum((g[n] * g[n] for g in gradients), torch.zeros_like(theta[n])) / K
+        terms = (c[k] ** 2 * g[n] ** 2 for k, g in enumerate(gradients))
+        square = sum(terms, torch.zeros_like(theta[n]))
         state.v[n] = beta2 * state.v[n] + (1 - beta2) * square
         P.append(1 / ((state.v[n] / (1 - beta2**state.t)).sqrt() + eps))
     scaled = [[p.sqrt() * t for p, t in zip(P, g, strict=True)] for g in gradients]

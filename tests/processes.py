@@ -39,7 +39,7 @@ OPTIONS = {
     "adamw": {"lr": 0.01},
     "sgd": {"base": "sgd", "lr": 0.05, "momentum": 0.9},
     "torch": {"base": torch.optim.AdamW, "lr": 0.01, "foreach": False},
-    "metric": {"lr": 0.01, "metric": "adam"},
+    "metric": {"lr": 0.01, "metric": "base"},
     "means": {"lr": 0.01, "momentum": "per-objective"},
     "torch means": {
         "base": torch.optim.SGD,

@@ -35,7 +35,7 @@ def run(*command):
         # Gloo's threads now and then do not hear that they should end: what was printed counts.
         os.killpg(child.pid, signal.SIGTERM)
         out, _ = child.communicate()
-    printed = re.findall(r"status=DUAL.*?weights=\[(.*?)\]", out)
+    printed = re.findall(r"status=\w+.*?weights=\[(.*?)\]", out)
     return [[float(w) for w in step.split(",")] for step in printed]
 
 

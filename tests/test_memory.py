@@ -37,7 +37,7 @@ def hand_in(opt, p, gradients):
         ({}, 0, 0),
         ({"gradient_memory": "bfloat16"}, 1.5, 0),
         ({"momentum": "per-objective"}, 0, 0),
-        ({"metric": "adam"}, 0, 0),
+        ({"metric": "euclidean"}, 0, 0),
         ({"base": "sgd", "momentum": 0.9}, 0, 0),
         ({"base": torch.optim.AdamW}, 0, 3),  # d, and what Torch's own step works with
     ],
@@ -66,8 +66,8 @@ def test_the_state_of_every_mode():
         tensors += [t for held in means.values() for t in held.values()]
         return sum(t.nbytes for t in tensors) / (4 * P)
 
-    assert held() == 2  # m, v
-    assert held(state_dtype=torch.bfloat16) == 1
+    assert held() == 1  # v
+    assert held(state_dtype=torch.bfloat16) == 0.5
     assert held(momentum="per-objective") == 4  # K means, v
-    assert held(metric="adam") == 1  # v
+    assert held(metric="euclidean") == 2  # m, v
     assert held(base="sgd") == 0

@@ -14,7 +14,7 @@ from torch import nn
 from mollm import MOLLMOptimizer
 from mollm import optimizer_reference as twin
 from mollm.rules import DIRECTIONS
-from mollm_ops import Status, dual_space_weights
+from mollm_ops import Status, upgrad_weights
 
 NAMES = ("forget", "kl", "retain")
 
@@ -62,7 +62,7 @@ def twin_train(data, dtype, step, **options):
         for loss in losses(model, x).values():
             grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
             g.append([t.double() for t in grads])
-        d = twin.direction(g, lambda G: dual_space_weights(G).weights)
+        d = twin.direction(g, lambda G: upgrad_weights(G).weights)
         step(theta, d, state, **options)
         with torch.no_grad():
             for p, t in zip(model.parameters(), theta, strict=True):
@@ -84,7 +84,7 @@ def test_sgd_equals_its_twin_step_for_step(track):
 def test_adamw_equals_its_twin_step_for_step():
     options = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     model, data = make_model(torch.float64), batches(25, torch.float64)
-    opt = MOLLMOptimizer(model.parameters(), **options)
+    opt = MOLLMOptimizer(model.parameters(), metric="euclidean", **options)
     expected = twin_train(data, torch.float64, twin.adamw_step, **options)
     for p, t in zip(train(model, opt, data), expected, strict=True):
         torch.testing.assert_close(p, t, rtol=1e-9, atol=1e-11)
@@ -115,7 +115,7 @@ def gradients_of(model, x):
 
 
 def rule(gram):
-    return dual_space_weights(gram).weights
+    return upgrad_weights(gram).weights
 
 
 @pytest.mark.parametrize("mode", ["momentum", "metric"])
@@ -126,9 +126,10 @@ def test_the_other_modes_equal_their_twins_step_for_step(mode):
     means = [[torch.zeros_like(t) for t in theta] for _ in NAMES]
     options = {"lr": 0.01, "eps": 1e-8, "betas": (0.9, 0.99), "weight_decay": 0.0}
     if mode == "momentum":
-        opt = MOLLMOptimizer(model.parameters(), momentum="per-objective", mean_beta=0.8, **options)
+        means_of = {"momentum": "per-objective", "mean_beta": 0.8, "metric": "euclidean"}
+        opt = MOLLMOptimizer(model.parameters(), **means_of, **options)
     else:
-        opt = MOLLMOptimizer(model.parameters(), metric="adam", **options)
+        opt = MOLLMOptimizer(model.parameters(), **options)
     for x in data:
         g = gradients_of(model, x)
         numbers = {"lr": 0.01, "beta2": 0.99, "eps": 1e-8}
@@ -144,7 +145,7 @@ def test_the_other_modes_equal_their_twins_step_for_step(mode):
 
 def test_in_adams_metric_the_update_really_applied_descends_on_every_objective():
     model, data = make_model(torch.float64), batches(25, torch.float64)
-    opt = MOLLMOptimizer(model.parameters(), lr=1e-2, metric="adam", weight_decay=0.0)
+    opt = MOLLMOptimizer(model.parameters(), lr=1e-2, direction="dual", weight_decay=0.0)
     for x in data:
         train(model, opt, [x])
         s = opt.last_step
@@ -158,7 +159,8 @@ def test_in_adams_metric_the_update_really_applied_descends_on_every_objective()
 def test_bfloat16_parameters_equal_the_twin_within_one_unit_in_the_last_place():
     data = batches(8, torch.bfloat16)
     model = make_model(torch.bfloat16)
-    opt = MOLLMOptimizer(model.parameters(), lr=0.01, state_dtype=torch.float32, weight_decay=0.0)
+    options = {"state_dtype": torch.float32, "weight_decay": 0.0, "metric": "euclidean"}
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01, **options)
     state = twin.State()
     for x in data:
         theta = [p.detach().double() for p in model.parameters()]
@@ -173,7 +175,7 @@ def test_bfloat16_parameters_equal_the_twin_within_one_unit_in_the_last_place():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": "per-objective"}, {"metric": "adam"}, {"base": "sgd", "momentum": 0.9}],
+    [{}, {"momentum": "per-objective"}, {"metric": "euclidean"}, {"base": "sgd", "momentum": 0.9}],
     ids=str,
 )
 def test_gradients_that_wait_on_the_host_give_the_same_run(options):
@@ -226,11 +228,39 @@ def test_means_go_on_from_a_state_dict_and_survive_a_bad_gradient(base):
     assert equal(train(model, opt, data[4:]), whole)
 
 
-def test_every_objective_needs_k_gradients_in_adams_metric():
-    model, x = make_model(), batches(1)[0]
-    opt = MOLLMOptimizer(model.parameters(), metric="adam")
+@pytest.mark.parametrize("track", [True, False])
+def test_aggregate_in_adams_metric_changes_nothing(track):
+    data, runs = batches(6, torch.float64), []
+    for aggregates in (False, True):
+        model = make_model(torch.float64)
+        opt = MOLLMOptimizer(model.parameters(), lr=0.01, track_conflicts=track)
+        for x in data:
+            opt.zero_grad()
+            opt.backward(losses(model, x))
+            if aggregates:
+                opt.aggregate()
+            opt.step()
+        runs.append([p.detach() for p in model.parameters()])
+        assert opt.last_step.conflicts == (dict.fromkeys(NAMES, False) if track else None)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_direction_cut_short_in_adams_metric_still_descends_on_every_objective():
+    model, x = make_model(torch.float64), batches(1, torch.float64)[0]
+    opt = MOLLMOptimizer(model.parameters(), lr=0.01, weight_decay=0.0)
     opt.backward(losses(model, x))
-    with pytest.raises(RuntimeError, match="does not go with metric='adam'"):
+    opt.aggregate()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    opt.step()
+    assert opt.last_step.conflicts == dict.fromkeys(NAMES, False)
+
+
+def test_means_in_adams_metric_refuse_to_aggregate():
+    model, x = make_model(), batches(1)[0]
+    opt = MOLLMOptimizer(model.parameters(), momentum="per-objective")
+    opt.backward(losses(model, x))
+    with pytest.raises(RuntimeError, match="call step\\(\\) alone, or pass metric='euclidean'"):
         opt.aggregate()
     opt.step()
 
@@ -485,7 +515,7 @@ def test_parameters_of_other_dtypes(dtype):
 
 def test_last_step():
     model, x = make_model(torch.float64), batches(1, torch.float64)[0]
-    opt = MOLLMOptimizer(model.parameters(), lr=1e-3, base="sgd")
+    opt = MOLLMOptimizer(model.parameters(), lr=1e-3, base="sgd", direction="dual")
     grads = [
         torch.cat([t.reshape(-1) for t in torch.autograd.grad(v, list(model.parameters()))])
         for v in (losses(model, x)[name] for name in NAMES)
@@ -632,8 +662,7 @@ def test_no_objective_may_open_between_aggregate_and_step():
         ({"base": "adam"}, "base must be 'adamw', 'sgd', or an optimizer class.*'adam'"),
         ({"direction": "best"}, "direction must be one of"),
         ({"length": "long"}, "length must be one of"),
-        ({"metric": "sgd"}, "metric must be None, or 'adam' with base 'adamw', but got 'sgd'"),
-        ({"metric": "adam", "base": "sgd"}, "but got 'adam' with base 'sgd'"),
+        ({"metric": "adam"}, "metric must be 'base' or 'euclidean', but got 'adam'"),
         ({"momentum": "own"}, "momentum must be a number or 'per-objective', but got 'own'"),
         ({"gradient_memory": "disk"}, "memory must be one of"),
         ({"lr": -1.0}, "Invalid learning rate"),
@@ -670,7 +699,7 @@ def cuda_step():
     [
         *({"direction": direction} for direction in DIRECTIONS),
         {"direction": "pcgrad", "preferences": (1.0, 2.0, 3.0), "normalize": True},
-        {"metric": "adam"},
+        {"metric": "base"},
         {"momentum": "per-objective"},
         {"base": "sgd", "momentum": 0.9},
         {"lr": torch.tensor(0.01)},
@@ -694,7 +723,7 @@ def test_a_step_never_waits_for_the_device(options, cuda_step):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"metric": "adam"}, {"base": "sgd"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"metric": "base"}, {"base": "sgd"}], ids=str)
 def test_cuda_steps_equal_cpu_steps(options, cuda_step):
     model, hand_in = cuda_step
     other = make_model()

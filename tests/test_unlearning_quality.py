@@ -52,7 +52,7 @@ def test_a_run_file_survives_a_line_that_was_cut_off(tmp_path):
 
 
 def test_variants_of_a_method():
-    assert method_of("upgrad-unit+adam").options == {"normalize": True, "metric": "adam"}
+    assert method_of("upgrad-unit+adam").options == {"normalize": True, "metric": "base"}
     with pytest.raises(ValueError, match="variant must be one of adam, momentum, but got 'x'"):
         method_of("dual+x")
 
