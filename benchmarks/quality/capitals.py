@@ -26,7 +26,7 @@ from mollm.chat import ChatFormat, Example, collate
 from mollm.facts import with_article
 from mollm.methods import answers_of
 from mollm.quiz import Reply, quiz
-from mollm.unlearn import OBJECTIVES
+from mollm.step import OBJECTIVES
 from quality.case import Batches, Case
 
 _NAMES = Path(__file__).with_name("capitals.tsv")
@@ -86,7 +86,7 @@ def make_case(seed: int, name: str | None, device: torch.device, cache: Path) ->
         model,
         OBJECTIVES,
         draw,
-        lambda model, batch: answers_of(model, batch),  # type: ignore[arg-type]
+        lambda model, batch: answers_of(model, batch),
         groups,
         ten=batch(asked(split.forget[:10]))[0],
         others=batch(asked(split.forget[10:])) if split.forget[10:] else [],

@@ -11,7 +11,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,20 +102,16 @@ class Setting:
             key = {"task": self.task, "method": label, "lr": lr, "seed": seed, "steps": steps}
             if self.cases is not None and not self.own.has(key):
                 method = replace(method_of(name), **changes)
-                how = {"lr": lr, "steps": steps, "seed": seed}
-                self.own.add({**key, **unlearned(self.cases(seed), method, **how)[1]})
+                _, row = unlearned(self.cases(seed), method, lr=lr, steps=steps, seed=seed)
+                self.own.add({**key, **row})
         runs = self.own.of(self.task, label)
         if not runs:
             raise NotRunError(label)
         return runs
 
 
-def _mean(runs: Iterable[Row], value: Callable[[Row], float]) -> float:
-    return statistics.mean(value(run) for run in runs)
-
-
 def _lines(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     labels: tuple[str, str],
     path: Path,
     *,
@@ -149,17 +145,39 @@ def _bars(series: dict[str, dict[str, float]], label: str, path: Path) -> None:
     save(figure, axes, path)
 
 
+def _squares(series: dict[str, dict[str, float]], path: Path) -> None:
+    """A square for each method and group, its shade and number a share."""
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    figure = Figure(
+        figsize=(2.2 + 0.52 * len(series), 1.6 + 0.24 * len(names)), layout="constrained"
+    )
+    axes = figure.subplots()
+    shares = [[values.get(name, math.nan) for values in series.values()] for name in names]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, line in enumerate(shares):
+        for column, value in enumerate(line):
+            shade = "white" if value > 0.6 else "black"
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade
+            )
+    axes.set_xticks(range(len(series)), list(series), rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.spines[:].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
 def norms(setting: Setting) -> Check:
     """GA against UCE, each alone: the norm of the forget gradient along the run."""
-    series = {}
-    alone = {"direction": "sum", "preferences": (1.0, 0.0, 0.0)}
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    alone: dict[str, Any] = {"direction": "sum", "preferences": (1.0, 0.0, 0.0)}
     lr = plan.budget(setting.task, setting.quick).lrs[0]
     for label, name in (("gradient ascent", "ga"), ("unlearning cross-entropy", "sum")):
         rows = setting.run(f"{label} alone", name, lr, **alone)
         steps = [point["step"] for point in rows[0]["curve"]]
         steps = [0, *(s - 1 for s in steps[1:])][: len(rows[0]["norms"])]
         columns = zip(*(row["norms"] for row in rows), strict=True)
-        series[label] = (steps, [_mean(column, lambda n: n[0]) for column in columns])
+        series[label] = (steps, [statistics.mean(n[0] for n in column) for column in columns])
     (_, ga), (_, uce) = series.values()
     sentence = (
         f"Along {rows[0]['steps']} steps at lr {rows[0]['lr']:g} the forget gradient of ascent "
@@ -177,7 +195,7 @@ def conflicts(setting: Setting) -> Check:
     """Conflicts of direction and applied update, from the runs of the table."""
     series = {
         what: {
-            name: _mean(runs, lambda run, w=what: statistics.mean(run[f"{w} conflicts"]))
+            name: statistics.mean(rate for run in runs for rate in run[f"{what} conflicts"])
             for name, runs in setting.chosen.items()
         }
         for what in ("direction", "update")
@@ -229,7 +247,7 @@ def epsilon(setting: Setting) -> Check:
         for eps in values:
             loss = functools.partial(unlearning_cross_entropy, eps=eps)
             runs = setting.run(f"{name} ε={eps:g}", name, setting.lr(name), forget_loss=loss)
-            areas.append(_mean(runs, score))
+            areas.append(statistics.mean(map(score, runs)))
         series[name] = (values, areas)
     best = {name: values[areas.index(max(areas))] for name, (_, areas) in series.items()}
     spread = ", ".join(
@@ -303,17 +321,17 @@ def distribution(setting: Setting) -> Check:
     series: dict[str, dict[str, float]] = {}
     for group in ("forget", "retain", "heldout", "outside"):
         series[group] = {
-            name: _mean(runs, lambda run, g=group: run["curve"][-1][g])
+            name: statistics.mean(run["curve"][-1][group] for run in runs)
             for name, runs in setting.chosen.items()
         }
-    runs = [run for mine in setting.chosen.values() for run in mine]
-    asked = next((run["end"]["rewordings"] for run in runs if "end" in run), {})
+    runs = [run for mine in setting.chosen.values() for run in mine if "end" in run]
+    asked: Mapping[str, float] = runs[0]["end"]["rewordings"] if runs else {}
     unknown = [
-        group for group in asked if _mean(runs, lambda run, g=group: run["original"][g]) < _KNOWN
+        group for group in asked if statistics.mean(run["original"][group] for run in runs) < _KNOWN
     ]
     for group in [group for group in asked if group not in unknown]:
         series[group] = {
-            name: _mean(ends, lambda end, g=group: end["rewordings"][g])
+            name: statistics.mean(end["rewordings"][group] for end in ends)
             for name, ends in setting.ends("rewordings").items()
         }
     best = next(iter(setting.chosen))
@@ -328,7 +346,7 @@ def distribution(setting: Setting) -> Check:
             " Not judged, as the original itself gives the answer a likelihood below "
             f"{_KNOWN:g}: {', '.join(unknown)}."
         )
-    draw = functools.partial(_bars, series, "left of the original's likelihood")
+    draw = functools.partial(_squares, series)
     return Check("distribution", "Other distributions", setting.task, sentence, series, draw)
 
 
@@ -337,14 +355,14 @@ def relearning(setting: Setting) -> Check:
     ends = setting.ends("relearned")
     series = {
         "unlearned": {
-            name: _mean(setting.chosen[name], lambda run: run["curve"][-1]["forget"])
+            name: statistics.mean(run["curve"][-1]["forget"] for run in setting.chosen[name])
             for name in ends
         }
     }
     labels = {"forget": "all, relearned", "ten": "the ten", "others": "the others"}
     for part, label in labels.items():
         series[label] = {
-            name: _mean(mine, lambda end, p=part: end["relearned"][p])
+            name: statistics.mean(end["relearned"][part] for end in mine)
             for name, mine in ends.items()
             if part in mine[0]["relearned"]
         }
@@ -367,11 +385,12 @@ def rounding(setting: Setting) -> Check:
     series: dict[str, dict[str, float]] = {}
     for group in ("forget", "heldout"):
         series[group] = {
-            name: _mean(setting.chosen[name], lambda run, g=group: run["curve"][-1][g])
+            name: statistics.mean(run["curve"][-1][group] for run in setting.chosen[name])
             for name in ends
         }
         series[f"{group}, 4 bits"] = {
-            name: _mean(mine, lambda end, g=group: end["rounded"][g]) for name, mine in ends.items()
+            name: statistics.mean(end["rounded"][group] for end in mine)
+            for name, mine in ends.items()
         }
     back, kept = (
         ", ".join(f"{n} {series[g][n]:.2f} → {series[f'{g}, 4 bits'][n]:.2f}" for n in ends)

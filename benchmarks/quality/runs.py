@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from mollm import MOLLMOptimizer
 from mollm.methods import Method, find_method
 from mollm.references import CopyReference
-from mollm.unlearn import OBJECTIVES, descend
+from mollm.step import OBJECTIVES
+from mollm.unlearn import descend
 from mollm_ops import linear_cross_entropy
 from mollm_ops.dual_space import takes_part
 from quality.case import Batches, Case, measure
@@ -112,7 +113,8 @@ def unlearned(
     optimizer = optimizer_of(case, model, method, lr)
     step = stepper(case, model, optimizer, method)
     schedule = LambdaLR(optimizer, lambda done: 1 - done / steps)
-    measured = {round(i * steps / min(POINTS, steps)) for i in range(1, POINTS + 1)}
+    points = min(POINTS, steps)
+    measured = {round(i * steps / points) for i in range(1, points + 1)}
     curve: list[dict[str, float]] = [{"step": 0, **measure(case, model, case.groups)}]
     turned = {what: torch.zeros(len(case.objectives)) for what in ("direction", "update")}
     gaps, norms, skipped, seconds = [], [], 0, 0.0

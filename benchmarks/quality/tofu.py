@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as token_models
-from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,7 +34,7 @@ from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
 from mollm.evaluation import TofuSuite, evaluate, load_tofu
 from mollm.evaluation.records import read_json_lines
 from mollm.methods import answers_of
-from mollm.unlearn import OBJECTIVES
+from mollm.step import OBJECTIVES
 from mollm_ops import linear_cross_entropy
 from quality.case import Batches, Case
 
@@ -146,12 +145,12 @@ def _answers(model: Any, batch: Batch) -> Any:
     return answers_of(model, batch)
 
 
-def _figures(model: nn.Module, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
+def _figures(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
     """Forget quality and model utility; both 0 for a model whose weights are no numbers."""
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         return dict.fromkeys(_FIGURES, 0.0)
     found = evaluate(
-        model,  # type: ignore[arg-type]
+        model,
         chat.tokenizer,
         suite,
         names=_FIGURES,
@@ -217,7 +216,7 @@ def _beginner(
         model, tokenizer = models.load(source, device)
         return model, ChatFormat(tokenizer)
     chat = ChatFormat(_tokenizer(known, size.vocabulary))
-    return _small_llama(size, len(chat.tokenizer), seed).to(device), chat  # type: ignore[arg-type]
+    return _small_llama(size, len(chat.tokenizer), seed).to(device), chat
 
 
 def _tokenizer(examples: Sequence[Example], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -291,7 +290,7 @@ def _learn(model: Any, rows: Sequence[Tokens], pad_id: int, size: Size, seed: in
                 optimizer.zero_grad()
                 answers = answers_of(model, batch)
                 loss = linear_cross_entropy(answers.hidden, answers.weight, answers.target)
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.detach())
