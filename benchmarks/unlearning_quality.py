@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     found = checks.read(file.rows, own, options.quick)
     tables = {task: summary.table(file.rows, task) for task in plan.all_tasks(file.rows)}
+    tables = {task: lines for task, lines in tables.items() if lines}
     for task, lines in tables.items():
         print_rows([summary.printable(line) for line in lines], task)
         print(summary.verdict(file.rows, task))

@@ -95,7 +95,7 @@ def test_rounding_leaves_16_levels_to_every_32_weights():
 
 def test_other_languages_have_every_country():
     forms = dict(capitals._rewordings())
-    assert set(forms) == {"another sentence", "the other way round", "French", "German", "Spanish"}
+    assert len(forms) == 2 + 2 * 3
     for country in facts.CAPITALS:
         for form in forms.values():
             example = form(country, facts.CAPITALS[country][0])
@@ -106,6 +106,9 @@ def test_other_languages_have_every_country():
         "Was ist die Hauptstadt dieses Landes: Österreich?",
         "Wien",
     )
+    asked = forms["asked in German"]("Austria", "Vienna")
+    assert asked.question == german.question
+    assert (asked.opening, asked.answer) == ("The capital of Austria is", "Vienna")
     backwards = forms["the other way round"]("Netherlands", "Amsterdam")
     assert (backwards.opening, backwards.answer) == (
         "Amsterdam is the capital of",
@@ -218,7 +221,7 @@ def test_a_quick_study_of_capitals_asks_what_the_model_knows_once(study, tmp_pat
     text = (tmp_path / "out" / "quick.jsonl").read_text()
     first, second = map(json.loads, text.splitlines())
     assert first["original"] != second["original"]
-    assert len(first["end"]["rewordings"]) == 10
+    assert len(first["end"]["rewordings"]) == 2 * 8
 
 
 @pytest.mark.model
@@ -241,7 +244,7 @@ def test_smollm2_knows_capitals_in_other_words_and_languages(study, tmp_path):
     study(*command)
     row = json.loads((tmp_path / "quick.jsonl").read_text())
     assert row["original"]["forget"] > 0.5
-    assert row["original"]["forget, French"] > 0.2
+    assert row["original"]["forget, asked in French"] > 0.5
     assert row["curve"][-1]["forget"] < 0.7
     assert row["curve"][-1]["heldout"] > row["curve"][-1]["forget"]
 

@@ -6,7 +6,8 @@ heldout     those that are not
 outside     the model's own right answers to questions about other things
 
 After a run, those to forget and those held out are asked for in another sentence, the other way
-round (which country has this capital?), and in other languages.
+round (which country has this capital?), in other languages with an answer in English, and in other
+languages altogether, of which a small model may know too little to be judged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import csv
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,4 +163,15 @@ def _rewordings() -> Iterator[tuple[str, Callable[[str, str], Example]]]:
             here, capital = names[country]
             return Example(question.format(here), capital, opening, closed=False)
 
+        def ask_only(
+            country: str,
+            capital: str,
+            names: Mapping[str, tuple[str, str]] = names,
+            question: str = question,
+        ) -> Example:
+            return replace(
+                _in_english(country, capital), question=question.format(names[country][0])
+            )
+
+        yield f"asked in {language}", ask_only
         yield language, reword
