@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--checks",
         nargs="*",
         choices=list(checks.OWN),
-        help="checks that need runs of their own; without a name all",
+        help="checks that need further runs, 2 and 21 for each seed; without a name both",
     )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a Torch device"
