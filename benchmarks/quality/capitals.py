@@ -1,9 +1,9 @@
 """SmolLM2 forgets the capitals of some countries, as in `mollm demo`.
 
 forget      the capitals to be unlearned, asked in a form that training does not use
-retain      those that are trained on
+retain      some of those that are trained on
 heldout     those that are not
-outside     the model's own right answers to questions about other things
+outside     some of the model's own right answers to questions about other things
 
 After a run, those to forget and those held out are asked for in another sentence, the other way
 round (which country has this capital?), in other languages with an answer in English, and in other
@@ -36,6 +36,8 @@ _SENTENCES = {
     "German": ("Was ist die Hauptstadt dieses Landes: {}?", "Die Hauptstadt dieses Landes ist"),
     "Spanish": ("¿Cuál es la capital de este país: {}?", "La capital de este país es"),
 }
+_MEASURED = 12
+"""Rows of a group that are but some of it: measuring must not take longer than the run."""
 Replies = list[tuple[facts.Question, Reply]]
 
 
@@ -73,13 +75,20 @@ def make_case(seed: int, name: str | None, device: torch.device, cache: Path) ->
     def asked(countries: Sequence[str]) -> list[Example]:
         return [_in_english(country, split.spelling[country]) for country in countries]
 
-    groups = {group: batch(asked(names)) for group, names in split.countries().items()}
-    groups["outside"] = batch(
-        [Example(q.text, reply.text, closed=reply.complete) for q, reply in known.general]
-    )
+    def some(rows: Sequence[Any]) -> list[Any]:
+        return random.Random(f"measured {seed}").sample(rows, min(_MEASURED, len(rows)))
+
+    groups = {
+        "forget": batch(asked(split.forget)),
+        "retain": batch(asked(some(split.retain))),
+        "heldout": batch(asked(split.heldout)),
+        "outside": batch(
+            [Example(q.text, reply.text, closed=reply.complete) for q, reply in some(known.general)]
+        ),
+    }
     rewordings = {
         f"{group}, {form}": batch([reword(c, split.spelling[c]) for c in names])
-        for group, names in (("forget", split.forget), ("heldout", split.heldout))
+        for group, names in (("forget", split.forget), ("heldout", some(split.heldout)))
         for form, reword in _rewordings()
     }
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -36,7 +36,7 @@ the runs of that script.
   forget set, and the harmonic mean of nine figures on retained rows, real authors and world facts.
 - `dual` has no row for unit gradients: the centre of the cone does not depend on their norms.
 - **Larger, on a GPU**: `--tasks tofu-full capitals-full --data FOLDER` has SmolLM2 learn all 4000
-  rows of TOFU, unlearns the 400 of forget10, retains two thirds of the authors of retain90 and holds
+  rows of TOFU, unlearns the 400 of forget10, retains two thirds of the authors of retain90, holds
   out the others; and runs the capitals with every method and learning rate. `--model` names another
   model.
 """
