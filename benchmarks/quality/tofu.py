@@ -17,9 +17,10 @@ Two sizes: a small Llama from scratch with the texts of some authors, and SmolLM
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,16 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
     known = [example for part in parts.values() for example in part]
     blank, chat = _beginner(known, size, seed, device)
     rows = {name: [chat.encode(e) for e in part] for name, part in parts.items()}
-    name = "-".join(str(v).replace("/", "_") for v in asdict(size).values())
+    name = f"tofu-{seed}-{hashlib.sha256(repr(size).encode()).hexdigest()[:12]}"
 
     def taught(names: Sequence[str], file: str) -> LlamaForCausalLM:
         lessons = [row for name in names for row in rows[name]]
         return _taught(blank, lessons, chat.pad_id, size, seed, cache / file)
 
-    model = taught(list(rows), f"tofu-{seed}-{name}.pt")
+    model = taught(list(rows), f"{name}.pt")
     suite = _suite(data, parts)
     others = [name for name in rows if name not in ("forget", "rephrased")]
-    retrained = taught(others, f"tofu-{seed}-{name}-retain-only.pt")
+    retrained = taught(others, f"{name}-retain-only.pt")
     logs = evaluate(
         retrained, chat.tokenizer, suite, names=("forget_truth_ratio",), resamples=1
     ).records
