@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a Torch device"
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--docs", type=Path, help="where study.md and its figures are written")
+    parser.add_argument(
+        "--docs", type=Path, help="where study.md is written; its JSON then to benchmarks/results"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     tasks = plan.tasks_of(options.tasks, options.quick)
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for check in found:
         print(f"\n{check.name}, {check.task}: {check.sentence}")
     source = provenance(means.device.type, "transformers")
-    folder = options.folder if options.quick else results_folder(means.device.type)
+    folder = results_folder(means.device.type) if options.docs else options.folder
     rows = [{"task": task, **line} for task, lines in tables.items() for line in lines]
     rows += [
         {"check": check.name, "task": check.task, "sentence": check.sentence, **check.data}

@@ -101,7 +101,8 @@ def _about(task: str, lines: Sequence[Row], rows: Sequence[Row]) -> str:
     seeds = sorted({line["seeds"] for line in lines})
     text = (
         f"{' or '.join(map(str, steps))} steps, learning rates {', '.join(f'{r:g}' for r in lrs)}, "
-        f"{' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} seeds, "
+        f"{' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} "
+        f"{'seed' if seeds[-1] == 1 else 'seeds'}, "
         f"{runs[0]['parameters']} parameters, objectives: {', '.join(runs[0]['objectives'])}.\n"
     )
     if "figures of" in runs[-1]:
