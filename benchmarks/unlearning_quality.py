@@ -5,7 +5,7 @@
     python benchmarks/unlearning_quality.py --tasks tofu-full capitals-full --data FOLDER   on a GPU
 
 Tasks: `facts`, synthetic facts with 2 to 8 objectives; `tofu`, TOFU forget10 on a small Llama;
-`capitals`, the demo's task on SmolLM2, about 100 s a run; `tofu-full`, all of TOFU on SmolLM2,
+`capitals`, the demo's task on SmolLM2, some minutes a run; `tofu-full`, all of TOFU on SmolLM2,
 which learns it first, and `capitals-full`, every method and learning rate, both for a GPU. A method
 runs at every learning rate of the task's sweep; what counts is the area under "kept, held out"
 against "forgotten" along the run at the best of them. A run that is in the results folder is not

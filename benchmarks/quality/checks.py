@@ -344,7 +344,7 @@ def distribution(setting: Setting) -> Check:
     if unknown:
         sentence += (
             " Not judged, as the original itself gives the answer a likelihood below "
-            f"{_KNOWN:g}: {', '.join(unknown)}."
+            f"{_KNOWN:g}: {'; '.join(unknown)}."
         )
     draw = functools.partial(_squares, series)
     return Check("distribution", "Other distributions", setting.task, sentence, series, draw)
