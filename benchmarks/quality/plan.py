@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mollm.errors import UsageError
 from mollm.methods import METHODS
 from quality.case import Case
@@ -18,6 +20,7 @@ VARIED = tuple(
 )
 ALL = (*METHODS, *VARIED)
 OBJECTIVE_COUNTS = (2, 3, 4, 6, 8)
+KINDS = ("facts", "tofu", "capitals", "tofu-full", "capitals-full")
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,49 @@ class TaskPlan:
 
     steps: int
     lrs: tuple[float, ...]
-    methods: tuple[str, ...]
+    relearning_lr: float
+    """Of the ten examples after a run."""
+    methods: tuple[str, ...] = ALL
+
+
+_PLANS = {
+    "facts": TaskPlan(60, (3e-4, 1e-3, 3e-3, 1e-2), 3e-3),
+    "tofu": TaskPlan(20, (5e-4, 1.5e-3, 5e-3), 1.5e-3),
+    "tofu-full": TaskPlan(60, (1e-5, 3e-5, 1e-4), 3e-5),
+    "capitals": TaskPlan(12, (2e-5,), 2e-5, ("ga", "npo", "sum", "dual", "project", "upgrad-unit")),
+    "capitals-full": TaskPlan(12, (1e-5, 2e-5, 4e-5), 2e-5),
+}
+_QUICK_STEPS = {"facts": 20, "tofu": 10, "tofu-full": 10, "capitals": 4, "capitals-full": 4}
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a case is made with."""
+
+    data: Path | None
+    """TOFU's files."""
+    model: str | None
+    """What the large tasks start from; None for SmolLM2."""
+    device: torch.device
+    """Of all tasks but the synthetic facts, which are too small for any but the CPU."""
+    cache: Path
+    """Where models and answers are kept that took long to make."""
+    quick: bool
+
+
+def kind_of(task: str) -> str:
+    """`facts` for `facts-4`; other tasks are their own kind."""
+    return task if task in KINDS else task.split("-")[0]
 
 
 def budget(task: str, quick: bool) -> TaskPlan:
     """The steps, learning rates and methods of a task."""
-    kind = task.split("-")[0]
-    full = {
-        "facts": TaskPlan(60, (3e-4, 1e-3, 3e-3, 1e-2), ALL),
-        "tofu": TaskPlan(20, (5e-4, 1.5e-3, 5e-3), ALL),
-        "capitals": TaskPlan(12, (2e-5,), ("ga", "npo", "sum", "dual", "project", "upgrad-unit")),
-    }[kind]
+    kind = kind_of(task)
+    full = _PLANS[kind]
     if not quick:
         return full
-    steps = {"facts": 20, "tofu": 10, "capitals": 4}[kind]
-    return TaskPlan(steps, full.lrs[1:2] or full.lrs, full.methods[: len(METHODS)])
+    lrs, methods = full.lrs[1:2] or full.lrs, full.methods[: len(METHODS)]
+    return TaskPlan(_QUICK_STEPS[kind], lrs, full.relearning_lr, methods)
 
 
 def tasks_of(kinds: Sequence[str], quick: bool) -> list[str]:
@@ -48,6 +79,16 @@ def tasks_of(kinds: Sequence[str], quick: bool) -> list[str]:
     counts = (2, 4) if quick else OBJECTIVE_COUNTS
     facts = [f"facts-{count}" for count in counts]
     return [task for kind in kinds for task in (facts if kind == "facts" else [kind])]
+
+
+def all_tasks(rows: Sequence[Row]) -> list[str]:
+    """The tasks of these runs, in the order of KINDS, facts by their number of objectives."""
+
+    def place(task: str) -> tuple[int, int]:
+        count = task.removeprefix("facts-")
+        return KINDS.index(kind_of(task)), int(count) if count.isdigit() else 0
+
+    return sorted({row["task"] for row in rows}, key=place)
 
 
 def keys(
@@ -61,25 +102,32 @@ def keys(
                 yield {"task": task, "method": method, "lr": lr, "seed": seed, "steps": plan.steps}
 
 
-def make_case(task: str, seed: int, data: Path | None, quick: bool, cache: Path) -> Case:
+def make_case(task: str, seed: int, means: Means) -> Case:
     """The case of a task; modules are loaded when they are needed.
 
     Raises:
-        UsageError: The task tofu without its data.
+        UsageError: A task of TOFU without its data.
     """
-    kind, _, count = task.partition("-")
+    kind = kind_of(task)
     if kind == "facts":
         from quality import facts
 
-        return facts.make_case(int(count), seed)
-    if kind == "capitals":
+        return facts.make_case(int(task.split("-")[1]), seed)
+    if kind.startswith("capitals"):
         from quality import capitals
 
-        return capitals.make_case(seed)
+        return capitals.make_case(seed, means.model, means.device, means.cache)
     from quality import tofu
 
-    if data is None:
+    if means.data is None:
         raise UsageError(
-            "data must be given for the task tofu: a folder with the JSON lines of locuslab/TOFU."
+            f"data must be given for the task {task}: a folder with the JSON lines of "
+            "locuslab/TOFU."
         )
-    return tofu.make_case(data, seed, tofu.QUICK if quick else tofu.SMALL, cache)
+    size = {
+        ("tofu", False): tofu.SMALL,
+        ("tofu", True): tofu.QUICK,
+        ("tofu-full", False): tofu.full(means.model),
+        ("tofu-full", True): tofu.quick_full(means.model),
+    }[kind, means.quick]
+    return tofu.make_case(means.data, seed, size, means.device, means.cache)

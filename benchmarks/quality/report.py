@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from quality import plan
 from quality.checks import Check
 from quality.runs import Row
-from quality.summary import markdown, pareto_plot
+from quality.summary import markdown, pareto_plot, verdict
 
 _INTRODUCTION = """\
 # Does it forget well?
 
-Written by `benchmarks/unlearning_quality.py`; every figure comes from the runs of that script.
+Written by `benchmarks/unlearning_quality.py` from all runs in its folder; every figure comes from
+the runs of that script.
 
 - **Score.** *Forgotten* is 1 − P/P₀ on the forget set and *kept* is P/P₀ on facts of the same kind
   that training never touched (held out); P is the geometric mean probability of an answer's tokens,
@@ -29,13 +31,27 @@ Written by `benchmarks/unlearning_quality.py`; every figure comes from the runs 
 - **Conflicts**: the share of steps, averaged over objectives, in which the direction, or the update
   that the optimizer really made, does not descend on an objective. The direction of a run with
   `+momentum` is judged by the running means that it is made of.
+- **Forget quality and model utility** (TOFU) are those of `mollm evaluate` at the end of a run,
+  means over seeds: the p-value of the Kolmogorov–Smirnov test against a model that never learnt the
+  forget set, and the harmonic mean of nine figures on retained rows, real authors and world facts.
 - `dual` has no row for unit gradients: the centre of the cone does not depend on their norms.
+- **Larger, on a GPU**: `--tasks tofu-full capitals-full --data FOLDER` has SmolLM2 learn all 4000
+  rows of TOFU, unlearns the 400 of forget10, retains two thirds of the authors of retain90, holds
+  out the others; and runs the capitals with every method and learning rate. `--model` names another
+  model.
 """
 _TITLES = {
     "facts": "Synthetic facts, {} objectives",
     "tofu": "TOFU forget10 on a small Llama",
     "capitals": "Capitals of SmolLM2",
+    "tofu-full": "TOFU in full on SmolLM2",
+    "capitals-full": "Capitals of SmolLM2, every method and learning rate",
 }
+
+
+def title_of(task: str) -> str:
+    """The heading of a task."""
+    return _TITLES[plan.kind_of(task)].format(task.removeprefix("facts-"))
 
 
 def write(
@@ -50,34 +66,50 @@ def write(
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     parts.append(
         f"Device: {source['device']}. Versions: {versions}. Commit: {source['commit']}. "
-        f"Date: {source['date']}. Command:\n\n    {source['command']}\n"
+        f"Date: {source['date']}. The commands whose runs are shown:\n"
     )
-    missing = [kind for kind in _TITLES if not any(task.startswith(kind) for task in tables)]
+    commands = [row["command"] for row in rows if "command" in row]
+    commands = list(dict.fromkeys([*commands, source["command"]]))
+    parts.append("\n".join(f"    {command}" for command in commands) + "\n")
+    missing = [kind for kind in _TITLES if kind not in map(plan.kind_of, tables)]
     if missing:
         parts.append(f"Not run for this page: {', '.join(missing)}.\n")
     for task, lines in tables.items():
-        kind, _, count = task.partition("-")
         pareto_plot(rows, task, folder / "figures" / f"{task}.png")
-        parts.append(f"## {_TITLES[kind].format(count)}\n")
+        parts.append(f"## {title_of(task)}\n")
         parts.append(_about(task, lines, rows))
+        parts.append(f"{verdict(rows, task)}\n")
         parts.append(f"![kept against forgotten](figures/{task}.png)\n")
         parts.append(markdown(lines))
     if checks:
         parts.append("## Checks and open questions\n")
-    for check in checks:
-        check.draw(folder / "figures" / f"check-{check.name}.png")
-        parts.append(f"### {check.title}\n\n{check.sentence}\n")
-        parts.append(f"![{check.title}](figures/check-{check.name}.png)\n")
+    for title in dict.fromkeys(check.title for check in checks):
+        parts.append(f"### {title}\n")
+        for check in (check for check in checks if check.title == title):
+            file = f"figures/check-{check.name}-{check.task}.png"
+            check.draw(folder / file)
+            parts.append(f"**{title_of(check.task)}.** {check.sentence}\n")
+            parts.append(f"![{title}, {check.task}]({file})\n")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.md").write_text("\n".join(parts))
+    (folder / "study.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def _about(task: str, lines: Sequence[Row], rows: Sequence[Row]) -> str:
-    run = next(row for row in rows if row["task"] == task)
-    lrs = sorted({row["lr"] for row in rows if row["task"] == task})
+    runs = [row for row in rows if row["task"] == task]
+    lrs = sorted({row["lr"] for row in runs})
+    steps = sorted({row["steps"] for row in runs})
     seeds = sorted({line["seeds"] for line in lines})
-    return (
-        f"{run['steps']} steps, learning rates {', '.join(f'{lr:g}' for lr in lrs)}, "
-        f"{' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} seeds, "
-        f"{run['parameters']} parameters, objectives: {', '.join(run['objectives'])}.\n"
+    text = (
+        f"{' or '.join(map(str, steps))} steps, learning rates {', '.join(f'{r:g}' for r in lrs)}, "
+        f"{' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} "
+        f"{'seed' if seeds[-1] == 1 else 'seeds'}, "
+        f"{runs[0]['parameters']} parameters, objectives: {', '.join(runs[0]['objectives'])}.\n"
     )
+    if "figures of" in runs[-1]:
+        known = "; ".join(
+            ", ".join(f"{name.replace('_', ' ')} {v:.3g}" for name, v in figures.items())
+            + f" ({whose})"
+            for whose, figures in runs[-1]["figures of"].items()
+        )
+        text += f"For comparison, of the last seed: {known}.\n"
+    return text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mollm import MOLLMOptimizer
 from mollm.methods import Method, find_method
-from mollm.unlearn import OBJECTIVES, descend
+from mollm.references import CopyReference
+from mollm.step import OBJECTIVES
+from mollm.unlearn import descend
 from mollm_ops import linear_cross_entropy
 from mollm_ops.dual_space import takes_part
-from quality.case import Batches, Case, likelihood, measure
+from quality.case import Batches, Case, measure
 
 Row = dict[str, Any]
 POINTS = 10
@@ -59,32 +62,39 @@ def optimizer_of(case: Case, model: nn.Module, method: Method, lr: float) -> MOL
     )
 
 
-def step(
-    case: Case,
-    model: nn.Module,
-    reference: nn.Module,
-    optimizer: MOLLMOptimizer,
-    method: Method,
-    batches: Batches,
-) -> None:
+def stepper(
+    case: Case, model: nn.Module, optimizer: MOLLMOptimizer, method: Method
+) -> Callable[[Batches], None]:
     """The package's own step; with other objectives than its three, one cross-entropy for each."""
-    if case.objectives == OBJECTIVES:
-        pair = batches["forget"], batches["retain"]
-        descend(model, reference, optimizer, *pair, forget_loss=method.forget_loss)  # type: ignore[arg-type]
-        return
-    optimizer.zero_grad()
-    for name in case.objectives:
-        with optimizer.objective(name):
-            answers = case.answers(model, batches[name])
-            if name == case.objectives[0]:
-                original = batches[name]
-                loss = method.forget_loss(answers, lambda b=original: case.answers(reference, b))  # type: ignore[misc]
-            else:
+    forget_name, *kept = case.objectives
+
+    def descend_on_each(batches: Batches) -> None:
+        optimizer.zero_grad()
+        original = torch.no_grad()(
+            functools.partial(case.answers, case.model, batches[forget_name])
+        )
+        with optimizer.objective(forget_name):
+            answers = case.answers(model, batches[forget_name])
+            torch.autograd.backward(method.forget_loss(answers, original))
+        for name in kept:
+            with optimizer.objective(name):
+                answers = case.answers(model, batches[name])
                 loss = linear_cross_entropy(
                     answers.hidden, answers.weight, answers.target, bias=answers.bias
                 )
-            torch.autograd.backward(loss)
-    optimizer.step()
+                torch.autograd.backward(loss)
+        optimizer.step()
+
+    if case.objectives != OBJECTIVES:
+        return descend_on_each
+    language_model: Any = model
+    reference = CopyReference(language_model)
+
+    def descend_on_three(batches: Batches) -> None:
+        pair = batches["forget"], batches["retain"]
+        descend(language_model, reference, optimizer, *pair, forget_loss=method.forget_loss)
+
+    return descend_on_three
 
 
 def unlearned(
@@ -99,20 +109,22 @@ def unlearned(
     torch.manual_seed(seed)
     rng = random.Random(f"batches {seed}")
     model = copy.deepcopy(case.model)
-    reference = copy.deepcopy(case.model).requires_grad_(False)
-    original = {name: likelihood(case, model, name) for name in case.groups}
+    on_gpu = next(model.parameters()).is_cuda
     optimizer = optimizer_of(case, model, method, lr)
+    step = stepper(case, model, optimizer, method)
     schedule = LambdaLR(optimizer, lambda done: 1 - done / steps)
-    measured = {round(i * steps / min(POINTS, steps)) for i in range(1, POINTS + 1)}
-    curve = [{"step": 0, **measure(case, model, original)}]
-    turned = {"direction": torch.zeros(len(case.objectives)), "update": torch.zeros(0)}
-    turned["update"] = torch.zeros(len(case.objectives))
+    points = min(POINTS, steps)
+    measured = {round(i * steps / points) for i in range(1, points + 1)}
+    curve: list[dict[str, float]] = [{"step": 0, **measure(case, model, case.groups)}]
+    turned = {what: torch.zeros(len(case.objectives)) for what in ("direction", "update")}
     gaps, norms, skipped, seconds = [], [], 0, 0.0
     for number in range(1, steps + 1):
         batches = case.draw(rng)
         started = time.perf_counter()
-        step(case, model, reference, optimizer, method, batches)
+        step(batches)
         schedule.step()
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - started
         last = optimizer.last_step
         gaps.append(round(last.pareto_gap, 4))
@@ -120,16 +132,16 @@ def unlearned(
         if last.conflicts is None:
             skipped += 1
         else:
-            against = _harmed(last.gram, last.weights)
+            against = _harmed(last.gram.cpu(), last.weights.cpu())
             turned["direction"] += against.float()
             turned["update"] += torch.tensor(list(last.conflicts.values())).float()
         if number in measured:
-            curve.append({"step": number, **measure(case, model, original)})
+            curve.append({"step": number, **measure(case, model, case.groups)})
     rates = {f"{what} conflicts": (n / steps).tolist() for what, n in turned.items()}
     places = sorted({0, *(m - 1 for m in measured)})
     return model, {
         "curve": [{k: round(v, 5) for k, v in point.items()} for point in curve],
-        "original": {name: round(value, 5) for name, value in original.items()},
+        "original": {name: round(value, 5) for name, value in case.original.items()},
         **{name: [round(x, 4) for x in rate] for name, rate in rates.items()},
         "gaps": [gaps[i] for i in places],
         "norms": [norms[i] for i in places],
@@ -163,6 +175,11 @@ class RunFile:
     def has(self, key: Row) -> bool:
         """Whether there is a run of this task, method, lr, seed and number of steps."""
         return self._key(key) in self._done
+
+    def of(self, task: str, method: str) -> list[Row]:
+        """The runs of a method on a task at the learning rate that it was last run with."""
+        mine = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
+        return [row for row in mine if row["lr"] == mine[-1]["lr"]]
 
     def add(self, row: Row) -> None:
         """Writes one run at the end of the file."""

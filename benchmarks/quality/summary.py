@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mollm.evaluation.metrics import bootstrap_interval, mean
+from mollm.methods.common_descent import COMMON_DESCENT
 from quality.runs import Row
 
 Point = tuple[float, float]
@@ -86,9 +87,57 @@ def table(rows: Sequence[Row], task: str) -> list[Row]:
                 "lr": runs[0]["lr"],
                 "seconds": average(lambda run: run["seconds"]),
                 "seeds": len(runs),
+                "figures": figures_of(runs),
             }
         )
     return sorted(lines, key=lambda line: -line["hypervolume"])
+
+
+def figures_of(runs: Sequence[Row]) -> dict[str, float]:
+    """The means of the task's own figures, such as model utility, where all runs have them."""
+    ends = [run.get("end", {}).get("figures", {}) for run in runs]
+    return {
+        name: round(statistics.mean(end[name] for end in ends), 4)
+        for name in ends[0]
+        if all(name in end for end in ends)
+    }
+
+
+def is_ours(method: str) -> bool:
+    """Whether it is one of MOLLM's directions, or a variant of one."""
+    return method.split("+")[0] in {ours.name for ours in COMMON_DESCENT}
+
+
+def verdict(rows: Sequence[Row], task: str) -> str:
+    """The best of MOLLM's directions against the best of the others, in a sentence.
+
+    Intervals that overlap leave it open which is better, those of the difference over the same
+    seeds tell more: what a seed draws is as hard for the one as for the other.
+    """
+    areas = {
+        name: {run["seed"]: score(run) for run in runs}
+        for name, runs in of_methods(rows, task).items()
+    }
+    order = sorted(areas, key=lambda name: -statistics.mean(areas[name].values()))
+    best = [next((n for n in order if is_ours(n) is mine), None) for mine in (True, False)]
+    if None in best:
+        return ""
+    ours, other = (areas[name] for name in best if name is not None)
+    shown = [f"{best[i]}, {statistics.mean(a.values()):.3f}" for i, a in enumerate((ours, other))]
+    text = f"Best of MOLLM's directions: {shown[0]}; best of the other methods: {shown[1]}. "
+    gains = [ours[seed] - other[seed] for seed in ours if seed in other]
+    if min(len(ours), len(other), len(gains)) < 2:
+        return f"{text}One seed in common, so no interval."
+    (low, high), (other_low, other_high), (least, most) = (
+        bootstrap_interval(mean, values)
+        for values in (list(ours.values()), list(other.values()), gains)
+    )
+    apart = low > other_high or other_low > high
+    return (
+        f"{text}Their intervals {'do not overlap' if apart else 'overlap'}; the difference over "
+        f"the same {len(gains)} seeds is {statistics.mean(gains):+.3f} ({least:+.3f} to "
+        f"{most:+.3f})."
+    )
 
 
 def printable(line: Row) -> Row:
@@ -101,15 +150,17 @@ def printable(line: Row) -> Row:
     for name in ("direction conflicts", "update conflicts"):
         shown[name] = f"{line[name]:.1%}"
     shown["gap"] = "→".join(f"{gap:.2f}" for gap in line["gap"])
+    for name, value in line["figures"].items():
+        shown[name.replace("_", " ")] = f"{value:.3g}"
     return {**shown, "lr": f"{line['lr']:g}", "s": f"{line['seconds']:.2g}"}
 
 
 def markdown(lines: Sequence[Row]) -> str:
     """A Markdown table."""
     shown: list[dict[str, Any]] = [printable(line) for line in lines]
-    columns = list(shown[0])
+    columns = list(dict.fromkeys(column for line in shown for column in line))
     rows = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    rows += [[line[column] for column in columns] for line in shown]
+    rows += [[line.get(column, "") for column in columns] for line in shown]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
