@@ -28,12 +28,7 @@ from mollm.report import conflict_rates
 from mollm.settings import DemoSettings
 
 GROUPS = ("forget", "retain", "heldout", "general")
-METRIC = "dual, Adam's metric"
-
-
-def variant_of(direction: str) -> tuple[str, dict[str, str]]:
-    """The direction as the demo knows it, and further options of the optimizer."""
-    return ("dual", {"metric": "base"}) if direction == METRIC else (direction, {})
+DIRECTIONS = ("mollm", "project", "sum", "ga", "dual")
 
 
 def run_seed(
@@ -47,9 +42,8 @@ def run_seed(
     split, before = demo.examine(model, chat, [], random.Random(seed), print)
     for direction in todo:
         model.load_state_dict(original)
-        rule, options = variant_of(direction)
-        settings = DemoSettings(seed=seed, direction=rule)
-        history, seconds = demo.train(model, chat, split, settings, print, **options)
+        settings = DemoSettings(seed=seed, direction=direction)
+        history, seconds = demo.train(model, chat, split, settings, print)
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
         row: Row = {
             "direction": direction,
@@ -76,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and writes it as JSON under benchmarks/results/<device>/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--directions", nargs="+", default=["project", "sum", "ga", "dual", METRIC])
+    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "seeds")
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)

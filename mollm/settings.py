@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mollm.errors import UsageError
 
-DIRECTIONS = ("dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
-"""The rules of MOLLMOptimizer by name, and plain gradient ascent as a baseline."""
+DIRECTIONS = ("mollm", "dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
+"""Methods of `mollm.methods`: the default, rules of MOLLMOptimizer with an AdamW like Torch's, and
+plain gradient ascent as a baseline."""
 
 
 PREFERENCES = (1.0, 20.0, 1.0)
@@ -37,9 +38,8 @@ class DemoSettings:
     """Decides the split of the countries and the order of training."""
     forget: tuple[str, ...] = ()
     """Countries to forget; without any, six are drawn from those that the model knows."""
-    direction: str = "project"
-    """One of DIRECTIONS. The default is the common descent direction nearest to the weighted sum:
-    unlike the paper's centre of the cone, it eases off once the facts are forgotten."""
+    direction: str = "mollm"
+    """One of DIRECTIONS."""
     out: Path = Path("runs/demo")
     """Folder for the results."""
     device: str = "cpu"

@@ -60,8 +60,8 @@ def test_a_run_file_survives_a_line_that_was_cut_off(tmp_path):
 
 
 def test_variants_of_a_method():
-    assert method_of("upgrad-unit+adam").options == {"normalize": True, "metric": "base"}
-    with pytest.raises(ValueError, match="variant must be one of adam, momentum, but got 'x'"):
+    assert method_of("upgrad-unit+metric").options == {"normalize": True, "metric": "base"}
+    with pytest.raises(ValueError, match="variant must be one of metric, momentum, but got 'x'"):
         method_of("dual+x")
 
 

@@ -222,7 +222,7 @@ def conflicts(setting: Setting) -> Check:
 
 def gap(setting: Setting) -> Check:
     """The Pareto gap along the run, from the runs of the table."""
-    shown = ("sum", "dual", "project", "upgrad", "upgrad-unit", "ga")
+    shown = ("mollm", "sum", "dual", "project", "upgrad", "ga")
     series: dict[str, tuple[Sequence[float], list[float]]] = {}
     for name in (name for name in shown if name in setting.chosen):
         runs = setting.chosen[name]
@@ -242,7 +242,7 @@ def epsilon(setting: Setting) -> Check:
     """The area for ε from 1e-6 to 0.5."""
     values = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 0.5)
     series: dict[str, tuple[Sequence[float], list[float]]] = {}
-    for name in ("sum", "project-unit", "upgrad-unit"):
+    for name in ("mollm", "sum", "project-unit"):
         areas = []
         for eps in values:
             loss = functools.partial(unlearning_cross_entropy, eps=eps)
@@ -264,7 +264,7 @@ def objectives(setting: Setting) -> Check:
     """Quality for K up to 8 from the synthetic facts' tables, and the solver's time beyond."""
     if plan.kind_of(setting.task) != "facts":
         raise NotRunError("objectives")
-    shown = ("sum", "dual", "project-unit", "upgrad-unit", "upgrad-unit+adam")
+    shown = ("mollm", "sum", "pcgrad", "dual", "project-unit")
     quality: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in shown}
     for count in plan.OBJECTIVE_COUNTS:
         for line in table(setting.rows, f"facts-{count}"):

@@ -13,11 +13,14 @@ from mollm.methods import METHODS
 from quality.case import Case
 from quality.runs import Row
 
-VARIED = tuple(
-    f"{name}+{variant}"
-    for name in ("dual", "project", "upgrad", "upgrad-unit")
-    for variant in ("adam", "momentum")
+VARIED = (
+    "dual+metric",
+    "project+metric",
+    "upgrad-unit+metric",
+    "project+momentum",
+    "upgrad+momentum",
 )
+"""`mollm` is upgrad+metric."""
 ALL = (*METHODS, *VARIED)
 OBJECTIVE_COUNTS = (2, 3, 4, 6, 8)
 KINDS = ("facts", "tofu", "capitals", "tofu-full", "capitals-full")
@@ -35,10 +38,10 @@ class TaskPlan:
 
 
 _PLANS = {
-    "facts": TaskPlan(60, (3e-4, 1e-3, 3e-3, 1e-2), 3e-3),
-    "tofu": TaskPlan(20, (5e-4, 1.5e-3, 5e-3), 1.5e-3),
+    "facts": TaskPlan(60, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3e-3),
+    "tofu": TaskPlan(20, (5e-4, 1e-3, 2e-3), 1.5e-3),
     "tofu-full": TaskPlan(60, (1e-5, 3e-5, 1e-4), 3e-5),
-    "capitals": TaskPlan(12, (2e-5,), 2e-5, ("ga", "npo", "sum", "dual", "project", "upgrad-unit")),
+    "capitals": TaskPlan(12, (2e-5,), 2e-5, ("ga", "npo", "sum", "dual", "project", "mollm")),
     "capitals-full": TaskPlan(12, (1e-5, 2e-5, 4e-5), 2e-5),
 }
 _QUICK_STEPS = {"facts": 20, "tofu": 10, "tofu-full": 10, "capitals": 4, "capitals-full": 4}

@@ -29,13 +29,13 @@ Row = dict[str, Any]
 POINTS = 10
 """How often a run is measured."""
 VARIANTS: Mapping[str, dict[str, Any]] = {
-    "adam": {"metric": "adam"},
+    "metric": {"metric": "base"},
     "momentum": {"momentum": "per-objective"},
 }
 
 
 def method_of(name: str) -> Method:
-    """A method by name, with variants of the optimizer after it: "project-unit+adam"."""
+    """A method by name, with variants of the optimizer after it: "project-unit+metric"."""
     base, *variants = name.split("+")
     method = find_method(base)
     for variant in variants:

@@ -27,14 +27,18 @@ class Method:
     preferences: tuple[float, float, float] | None = None
     """Weights of forget, kl and retain; None for directions without."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of MOLLMOptimizer."""
+    """Further options of MOLLMOptimizer. Without one the metric is Euclidean."""
     compares: bool = False
     """Whether the forget loss asks for the original's answers."""
 
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments for MOLLMOptimizer with the objectives forget, kl, retain."""
-        chosen = {"direction": self.direction, "preferences": self.preferences}
-        return {**chosen, **self.options}
+        return {
+            "direction": self.direction,
+            "preferences": self.preferences,
+            "metric": "euclidean",
+            **self.options,
+        }
 
 
 def unlearning_cross_entropy(
