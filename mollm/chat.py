@@ -80,6 +80,17 @@ class ChatFormat:
         )
         """The id that fills a batch; masked, so any id would do."""
 
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user where there is no template to write by."""
+        if self.has_template:
+            return None
+        name = self.tokenizer.name_or_path or "of this model"
+        return (
+            f"The tokenizer {name} has no chat template, so rows are written as "
+            f"{self.prompt('…')!r} and the answer."
+        )
+
     def prompt(self, question: str) -> str:
         """The text that ends where the assistant's answer begins."""
         if not self.has_template:
@@ -103,6 +114,11 @@ class ChatFormat:
         if example.closed and self.end_id is not None:
             ids, labels = [*ids, self.end_id], [*labels, self.end_id]
         return Tokens(self._start_ids + ids, [IGNORE_INDEX] * len(self._start_ids) + labels)
+
+    def answer_length(self, tokens: Tokens) -> int:
+        """How many tokens a closed answer has, without the one that ends the turn."""
+        counted = sum(label != IGNORE_INDEX for label in tokens.labels)
+        return counted - (self.end_id is not None)
 
     def _render(self, turns: list[dict[str, str]], **options: bool) -> str:
         from jinja2 import TemplateError

@@ -67,7 +67,8 @@ def find_model(name: str | None) -> Source:
         return _find_smollm2()
     if not name.strip():
         raise UsageError(
-            "model must be a model folder, a .gguf file or a name on the hub, but got an empty name."
+            "model must be a model folder, a .gguf file or a name on the hub, but got an empty "
+            "name."
         )
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -215,7 +216,8 @@ def _refuse_missing(names: Iterable[str], source: Source) -> None:
     if missing:
         raise UsageError(
             f"the model {source.label} must have all of its weights, but {len(missing)} are "
-            f"missing, such as {missing[0]}: is it a causal language model, and are its files whole?"
+            f"missing, such as {missing[0]}: is it a causal language model, and are its files "
+            "whole?"
         )
 
 

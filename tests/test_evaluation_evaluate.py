@@ -1,5 +1,6 @@
 """`evaluate` from end to end on a tiny model, against plain loops over its logits."""
 
+import dataclasses
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import sys
 import pytest
 import tiny
 import torch
+from tokenizers import normalizers
 
 from mollm import models
 from mollm import quiz as quiz_module
@@ -360,6 +362,43 @@ def test_logs_of_the_retain_only_model_must_fit(full, monkeypatch):
         summarize(evaluation.records, bare, names=["forget_quality"])
 
 
+def test_rows_that_the_model_cannot_read_are_refused_before_it_runs(monkeypatch):
+    monkeypatch.setattr("mollm.evaluation.examine.score_rows", lambda *a, **o: pytest.fail("late"))
+    monkeypatch.setattr(
+        "mollm.evaluation.examine.generate_replies", lambda *a, **o: pytest.fail("late")
+    )
+    suite = make_suite()
+
+    def refused(words, changed, **options):
+        given = {**suite.groups(), "retain": (suite.retain[0], changed)}
+        model = tiny.model(max_position_embeddings=200)
+        with pytest.raises(UsageError, match=words):
+            evaluate(model, tiny.tokenizer(), TofuSuite(**given), **{**FAST, **options})
+
+    row = suite.retain[1]
+    long = dataclasses.replace(row, perturbed_answers=("no", "x" * 190))
+    refused("context of 200 tokens, but 'retain 1: .* takes 2.. with an answer", long)
+    refused("in the model's context of 200 tokens, but got 190", row, max_new_tokens=190)
+    empty = dataclasses.replace(row, paraphrased_answer="\u00ad")
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u00ad", "")
+    monkeypatch.setattr(tiny, "tokenizer", lambda: tokenizer)
+    refused("the set retain must hold a token, but the tokenizer makes none of", empty)
+
+
+def test_a_tokenizer_without_a_template_is_told_about():
+    told = []
+    evaluate(
+        tiny.model(),
+        tiny.tokenizer(template=False),
+        make_suite(),
+        names=["forget_probability"],
+        resamples=2,
+        say=told.append,
+    )
+    assert "has no chat template, so rows are written as" in told[0]
+
+
 def test_a_judge_may_not_take_a_name_that_is_there():
     with pytest.raises(UsageError, match="forget_probability, as there is one already"):
         judges = {"probability": length_judge}
@@ -401,20 +440,20 @@ def test_what_is_written_reads_back_to_the_last_bit(full, tmp_path):
 def test_other_files_are_no_evaluation(tmp_path):
     path = tmp_path / "examples.jsonl"
     for text, reason in (
-        ("{", ":1 must be a JSON object, but it is not"),
-        ("[1]", r":1 must be a JSON object, but got \[1\]"),
-        ('\n{"group": "forget"}', ":2 must be a record of `mollm evaluate`"),
+        ("{", "line 1 must hold one JSON object, but at column 2 it is malformed"),
+        ("[1]", r"line 1 must hold one JSON object, but got \[1\]"),
+        ('\n{"group": "forget"}', "line 2 must be a record of `mollm evaluate`"),
         (
             json.dumps(
                 {"group": "f", "question": "", "answer": "", "reply": None, "scores": {"a": "b"}}
             ),
-            ":1 must be a record",
+            "line 1 must be a record",
         ),
     ):
         path.write_text(text)
         with pytest.raises(UsageError, match=reason):
             read_records(tmp_path)
-    with pytest.raises(UsageError, match="must be a JSONL file in UTF-8 that can be read"):
+    with pytest.raises(UsageError, match=r"none\.jsonl, which is not on this machine"):
         read_records(tmp_path / "none.jsonl")
     with pytest.raises(UsageError, match=r"its metrics\.json cannot be read"):
         Evaluation.read(tmp_path)
@@ -441,6 +480,26 @@ def write_tofu(folder, ending=".jsonl", holdout=True):
         (folder / f"{name}{ending}").write_text("\n".join(lines) + "\n")
 
 
+def test_tofu_is_read_from_parquet_and_from_the_hub_too(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    expected = make_suite(holdout=rows("holdout", 3))
+    write_tofu(tmp_path)
+    asked = []
+
+    def on_the_hub(source, config, *, split):
+        asked.append((source, config, split))
+        lines = (tmp_path / f"{config}.jsonl").read_text().splitlines()
+        return datasets.Dataset.from_list([json.loads(line) for line in lines])
+
+    monkeypatch.setattr(datasets, "load_dataset", on_the_hub)
+    assert load_tofu("locuslab/TOFU") == expected
+    assert ("locuslab/TOFU", "forget10_perturbed", "train") in asked
+    for path in tmp_path.glob("*.jsonl"):
+        on_the_hub("", path.stem, split="").to_parquet(path.with_suffix(".parquet"))
+        path.unlink()
+    assert load_tofu(tmp_path) == expected
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".json"])
 def test_the_files_of_tofu_are_read(tmp_path, ending):
     write_tofu(tmp_path, ending)
@@ -459,13 +518,15 @@ def test_mistakes_in_the_files_are_told_with_their_place(tmp_path):
         load_tofu(tmp_path, limit=1)
     path = tmp_path / "retain_perturbed.jsonl"
     good = path.read_text().splitlines()
-    for broken in (
-        good[1].replace("paraphrased_answer", "paraphrase"),
-        good[1].replace('"perturbed_answer": [', '"perturbed_answer": ["", '),
-        '{"question": "Who?", "answer": 3, "perturbed_answer": "no list"}',
+    for broken, words in (
+        (good[1].replace("paraphrased_answer", "b"), " must have the field paraphrased_answer"),
+        (good[1].replace(': ["', ': ["", "'), ": the field perturbed_answer must be a text"),
+        ('{"question": "Who?", "answer": "Ada", "perturbed_answer": "Bob"}', ": the field pertur"),
+        ('{"question": "Who?", "answer": 3}', ": the field answer must be a text"),
+        ('{"question": "Who?"}', " must have the field answer, but it has question"),
     ):
         path.write_text("\n".join([good[0], broken]))
-        with pytest.raises(UsageError, match=re.escape(f"{path}:2 must have the texts")):
+        with pytest.raises(UsageError, match=re.escape(f"{path}, line 2{words}")):
             load_tofu(tmp_path)
 
 
@@ -505,9 +566,19 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
 
     out = ("--out", str(tmp_path / "out"))
     assert "with forget01_perturbed.jsonl" in refused("--forget-split", "forget01", *out)
-    assert "no/logs must be a JSONL file" in refused("--retain-logs", "no/logs", *out)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "examples.jsonl").write_text("{}")
+    assert "line 1 must be a record" in refused("--retain-logs", str(tmp_path / "old"), *out)
+    assert "no/logs.jsonl, which is not on" in refused("--retain-logs", "no/logs.jsonl", *out)
     assert "device must be" in refused("--device", "abacus", *out)
     assert "judge must be NAME=MODEL:LABEL" in refused("--judge", "toxic-bert", *out)
+    assert "a name of its own" in refused("--judge", "a=b:c", "--judge", "a=d:e", *out)
+    assert "but got 'utility'" in refused("--metrics", "utility", *out)
+    assert "forget_kl needs the original model" in refused("--metrics", "forget_kl", *out)
+    for option in ("--batch-size", "--max-new-tokens", "--resamples"):
+        assert "must be at least 1, but got 0" in refused(option, "0", *out)
+    assert "not on this machine" in refused("--model", "./nowhere", *out)
+    assert "not on this machine" in refused("--original", "./nowhere", *out)
     assert not (tmp_path / "out").exists()
 
 

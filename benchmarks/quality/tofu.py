@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
-from mollm.evaluation.records import read_json_lines
+from mollm.data_files import read_table
 from mollm.methods import answers_of
 from mollm.models import freeze_embeddings
 from mollm.unlearn import OBJECTIVES
@@ -89,7 +89,7 @@ def _answers(model: Any, batch: Batch) -> Any:
 
 def _draw(data: Path, rng: random.Random, size: Size) -> dict[str, list[Example]]:
     def read(name: str, question: str = "question") -> list[Example]:
-        lines = read_json_lines(data / f"{name}.jsonl")
+        lines = read_table(data / f"{name}.jsonl").rows
         return [Example(str(f[question]), str(f["answer"])) for _, f in lines]
 
     forget, rephrased = read("forget10"), read("forget10_perturbed", "paraphrased_question")

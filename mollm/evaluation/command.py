@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mollm.errors import UsageError
+from mollm.plan import BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +42,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         default=argparse.SUPPRESS,
-        type=Path,
-        metavar="FOLDER",
-        help="folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
+        metavar="FOLDER_OR_HUB_NAME",
+        help="locuslab/TOFU, or a folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
         "real_authors_perturbed.jsonl, world_facts_perturbed.jsonl, and perhaps holdout10.jsonl",
     )
     parser.add_argument("--forget-split", default="forget10", help="forget01, forget05 or forget10")
@@ -87,13 +88,22 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
     )
-    parser.add_argument("--device", default="cpu", help="a Torch device")
+    parser.add_argument(
+        "--dtype", choices=BYTES, default="float32", help="of the weights of both models"
+    )
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help="a Torch device (default: cuda where there is a GPU, else cpu)",
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     # Imported here, so that `mollm --help` is quick and works without the extras.
+    import torch
+
     from mollm import machine, models
-    from mollm.evaluation.evaluate import evaluate
+    from mollm.evaluation.evaluate import evaluate, wanted_scores
     from mollm.evaluation.suite import load_tofu
     from mollm.folder import staged
 
@@ -105,26 +115,29 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         retain_logs=given.get("retain_logs"),
         limit=given.get("limit"),
     )
+    judges = _judges(given.get("judge", ()))
+    options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
+    wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
+    device = machine.find_device(
+        given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    )
+    source = models.find_model(arguments.model)
+    first = models.find_model(given["original"]) if "original" in given else None
+    dtype = getattr(torch, arguments.dtype)
     with staged(arguments.out) as folder:
-        device = machine.find_device(arguments.device)
-        judges = dict(_judge(text, device) for text in given.get("judge", ()))
+        loaded = {name: _load_judge(*judge, device) for name, judge in judges.items()}
         print(f"Loading {arguments.model} …")
-        model, tokenizer = models.load(models.find_model(arguments.model), device)
-        original = None
-        if "original" in given:
-            original, _ = models.load(models.find_model(arguments.original), device)
+        model, tokenizer = models.load(source, device, dtype)
         evaluation = evaluate(
             model,
             tokenizer,
             suite,
             names=names,
-            original=original,
-            judges=judges,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            resamples=arguments.resamples,
+            original=None if first is None else models.load(first, device, dtype)[0],
+            judges=loaded,
             seed=arguments.seed,
             say=print,
+            **options,
         )
         evaluation.write(folder)
     print(evaluation.table())
@@ -132,14 +145,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(text: str, device: torch.device) -> tuple[str, Judge]:
+def _judges(texts: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Models and labels by the names of the judges."""
+    found: dict[str, tuple[str, str]] = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        model, _, label = rest.rpartition(":")
+        if not (name and model and label):
+            raise UsageError(
+                f"judge must be NAME=MODEL:LABEL, such as toxicity=unitary/toxic-bert:toxic, but "
+                f"got {text!r}."
+            )
+        if name in found:
+            raise UsageError(f"every judge must have a name of its own, but two are called {name}.")
+        found[name] = model, label
+    return found
+
+
+def _load_judge(model: str, label: str, device: torch.device) -> Judge:
     from mollm.evaluation.judges import ClassifierJudge
 
-    name, _, rest = text.partition("=")
-    model, _, label = rest.rpartition(":")
-    if not (name and model and label):
-        raise UsageError(
-            f"judge must be NAME=MODEL:LABEL, such as toxicity=unitary/toxic-bert:toxic, but got "
-            f"{text!r}."
-        )
-    return name, ClassifierJudge(model, label, device=device)
+    return ClassifierJudge(model, label, device=device)
