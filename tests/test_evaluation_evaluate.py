@@ -7,10 +7,13 @@ import random
 import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 import tiny
 import torch
+from nltk.stem.porter import PorterStemmer
+from test_evaluation_metrics import exact_ks_p_value, longest_common
 from tokenizers import normalizers
 
 from mollm import models
@@ -29,9 +32,10 @@ from mollm.evaluation import (
     summarize,
 )
 from mollm.evaluation.summary import Estimate
-from mollm.quiz import ask
+from mollm.quiz import Reply, ask
 
 GROUPS = ("forget", "retain", "real_authors", "world_facts")
+ALL = (*GROUPS, "holdout")
 FAST = {"max_new_tokens": 6, "resamples": 20}
 
 
@@ -81,10 +85,26 @@ def length_judge(questions, replies):
     return [min(1.0, len(reply) / 12) for reply in replies]
 
 
+def scripted_replies(model, chat, questions, **_):
+    """Some right words, some wrong ones, one that repeats itself, one that says nothing."""
+    answers = {row.question: row.answer.split() for group in ALL for row in rows(group, 4)}
+    replies = []
+    for i, question in enumerate(questions):
+        words = answers[question]
+        texts = (
+            " ".join(["Well,", *words[1::2], "novels"]),
+            " ".join(words[:3] * 4).upper(),
+            "" if "forget" in question else words[-1],
+        )
+        replies.append(Reply(texts[i % 3], complete=i % 2 == 0))
+    return replies
+
+
 @pytest.fixture(scope="module")
 def full(model, original):
     """Everything there is, by the public function."""
     patch = pytest.MonkeyPatch()
+    patch.setattr("mollm.evaluation.examine.generate_replies", scripted_replies)
     for module in (models, quiz_module):
         patch.setattr(module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     holdout = rows("holdout", 4)
@@ -160,109 +180,149 @@ def auc(forget, holdout):
     return average((h > f) + 0.5 * (h == f) for f in forget for h in holdout)
 
 
-def test_figures_of_given_answers(full, model, original):
-    suite, evaluation = full
-    plain = Plain(model)
+def rouge_l(reply, answer):
+    def stems(text):
+        words = re.findall("[a-z0-9]+", text.lower())
+        return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+
+    return longest_common(stems(answer), stems(reply)) / len(stems(answer))
+
+
+def repetition(text):
+    words = text.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def golden_figures(suite, model, original):
+    """Every figure there is, from the logits and the scripted replies."""
+    plain, first = Plain(model), Plain(original)
+    figures = {}
     for group in GROUPS:
         members = suite.groups()[group]
+        replies = scripted_replies(None, None, [row.question for row in members])
+        texts = [reply.text for reply in replies]
         ratios = [plain.truth_ratio(row) for row in members]
         if group in ("real_authors", "world_facts"):
-            probability = average(plain.choice(row) for row in members)
+            probabilities = [plain.choice(row) for row in members]
         else:
-            probability = average(
-                math.exp(-plain.loss(row.question, row.answer)) for row in members
-            )
+            probabilities = [math.exp(-plain.loss(row.question, row.answer)) for row in members]
         if group == "forget":
             truth = average(min(r, 1 / (r + 1e-10)) for r in ratios)
         else:
             truth = average(max(0, 1 - r) for r in ratios)
-        assert evaluation.value(f"{group}_probability") == pytest.approx(probability, rel=1e-6)
-        assert evaluation.value(f"{group}_truth_ratio") == pytest.approx(truth, rel=1e-6)
-    hits = [plain.hits(row) for row in suite.forget]
-    memorized = average(average(each) for each in hits)
-    assert evaluation.value("exact_memorization") == pytest.approx(memorized, abs=1e-9)
-    first = [next((k for k in range(len(each)) if all(each[k:])), len(each) - 1) for each in hits]
-    strength = average(1 - k / len(each) for k, each in zip(first, hits, strict=True))
-    assert evaluation.value("extraction_strength") == pytest.approx(strength, abs=1e-9)
-
-
-def test_figures_of_membership(full, model, original):
-    suite, evaluation = full
-
-    def expected(plain, score):
-        return auc(map(score(plain), suite.forget), [*map(score(plain), suite.holdout)])
-
-    def min_k(plain):
-        return lambda row: plain.min_k(row, plus=False)
-
-    plain = Plain(model)
-    assert evaluation.value("mia_loss") == pytest.approx(
-        expected(plain, lambda plain: lambda row: plain.loss(row.question, row.answer))
-    )
-    assert evaluation.value("mia_min_k") == pytest.approx(expected(plain, min_k))
-    assert evaluation.value("mia_min_k_plus_plus") == pytest.approx(
-        expected(plain, lambda plain: lambda row: plain.min_k(row, plus=True))
-    )
-    score, reference = 1 - expected(plain, min_k), 1 - expected(Plain(original), min_k)
-    leak = (score - reference) / (reference + 1e-10) * 100
-    assert evaluation.value("priv_leak") == pytest.approx(leak, rel=1e-6)
-
-
-def test_figures_of_replies(full, model, original):
-    suite, evaluation = full
-    chat = ChatFormat(tiny.tokenizer())
-    for group in GROUPS:
-        members = suite.groups()[group]
-        replies = ask(model, chat, [row.question for row in members], max_new_tokens=6)
-        records = [record for record in evaluation.records if record.group == group]
-        assert [record.reply for record in records] == [reply.text for reply in replies]
         under = [
-            Plain(original).tokens(
-                row.question, reply.text, closed=reply.complete or not reply.text
-            )
+            first.tokens(row.question, reply.text, closed=reply.complete or not reply.text)
             for row, reply in zip(members, replies, strict=True)
         ]
-        losses = [-logs[target] for tokens in under for target, logs in tokens]
-        fluency = math.exp(average(losses))
-        assert evaluation.value(f"{group}_perplexity") == pytest.approx(fluency, rel=1e-6)
-        lengths = [min(1, len(reply.text) / 12) for reply in replies]
-        assert evaluation.value(f"{group}_length") == pytest.approx(average(lengths))
-        assert evaluation.value(f"{group}_length_rate") == average(x >= 0.5 for x in lengths)
+        lengths = [min(1, len(text) / 12) for text in texts]
+        figures |= {
+            f"{group}_probability": average(probabilities),
+            f"{group}_truth_ratio": truth,
+            f"{group}_rouge_l": average(
+                rouge_l(text, row.answer) for text, row in zip(texts, members, strict=True)
+            ),
+            f"{group}_repetition": average(map(repetition, texts)),
+            f"{group}_perplexity": math.exp(
+                average(-logs[target] for tokens in under for target, logs in tokens)
+            ),
+            f"{group}_kl": average(kl(plain, first, row) for row in members),
+            f"{group}_length": average(lengths),
+            f"{group}_length_rate": average(x >= 0.5 for x in lengths),
+        }
+    hits = [plain.hits(row) for row in suite.forget]
+    wrong_until = [max((k + 1 for k, hit in enumerate(h) if not hit), default=0) for h in hits]
+    pairs = list(zip(wrong_until, hits, strict=True))
+    figures |= {
+        "exact_memorization": average(average(each) for each in hits),
+        "extraction_strength": average(1 - min(k, len(h) - 1) / len(h) for k, h in pairs),
+    }
 
+    def area(score):
+        return auc(map(score, suite.forget), [*map(score, suite.holdout)])
 
-def test_kl_of_the_whole(full, model, original):
-    suite, evaluation = full
-    kl = []
-    for row in suite.retain:
-        pairs = zip(
-            Plain(model).tokens(row.question, row.answer),
-            Plain(original).tokens(row.question, row.answer),
-            strict=True,
-        )
-        kl.append(
-            average(
-                sum(math.exp(r) * (r - q) for q, r in zip(own, ref, strict=True))
-                for (_, own), (_, ref) in pairs
-            )
-        )
-    assert evaluation.value("retain_kl") == pytest.approx(average(kl), rel=1e-6)
+    def size(row):
+        return len(zlib.compress(row.answer.encode()))
 
-
-def test_utility_and_quality_are_made_of_the_other_figures(full):
-    _, evaluation = full
+    figures |= {
+        "mia_loss": area(lambda row: plain.loss(row.question, row.answer)),
+        "mia_zlib": area(lambda row: plain.loss(row.question, row.answer) / size(row)),
+        "mia_min_k": area(lambda row: plain.min_k(row, plus=False)),
+        "mia_min_k_plus_plus": area(lambda row: plain.min_k(row, plus=True)),
+    }
+    score = 1 - figures["mia_min_k"]
+    reference = 1 - area(lambda row: first.min_k(row, plus=False))
     parts = [
-        evaluation.value(f"{group}_{part}")
+        figures[f"{group}_{part}"]
         for group in GROUPS[1:]
         for part in ("probability", "rouge_l", "truth_ratio")
     ]
-    expected = 9 / sum(1 / part for part in parts) if all(parts) else 0
-    assert evaluation.value("model_utility") == pytest.approx(expected)
-    assert 0 < evaluation.value("forget_quality") <= 1
+    return figures | {
+        "priv_leak": 100 * (score - reference) / (reference + 1e-10),
+        "forget_quality": exact_ks_p_value(
+            *([each.truth_ratio(row) for row in suite.forget] for each in (plain, first))
+        ),
+        "model_utility": 9 / sum(1 / part for part in parts),
+    }
+
+
+def kl(plain, first, row):
+    """KL(original ‖ model), the mean over the tokens of an answer."""
+    pairs = zip(
+        plain.tokens(row.question, row.answer),
+        first.tokens(row.question, row.answer),
+        strict=True,
+    )
+    return average(
+        sum(math.exp(r) * (r - q) for q, r in zip(own, ref, strict=True))
+        for (_, own), (_, ref) in pairs
+    )
+
+
+def test_every_figure_is_that_of_plain_loops(full, model, original):
+    suite, evaluation = full
+    golden = golden_figures(suite, model, original)
     assert not evaluation.missing
-    for estimate in evaluation.estimates.values():
-        assert math.isfinite(estimate.low)
-        assert math.isfinite(estimate.high)
+    assert set(evaluation.estimates) == set(golden)
+    for name, estimate in evaluation.estimates.items():
+        assert estimate.value == pytest.approx(golden[name], rel=1e-6, abs=1e-9), name
         assert estimate.low <= estimate.high
+        assert math.isfinite(estimate.high - estimate.low)
+    settled = [name for name, value in golden.items() if value in (0, 1)]
+    assert len(settled) < 4, f"too many figures say nothing: {settled}"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
+def test_no_figure_depends_on_the_batch(full, model, original, batch_size):
+    suite, _ = full
+    judges = {"length": length_judge}
+    one, other = (
+        evaluate(
+            model,
+            tiny.tokenizer(),
+            suite,
+            original=original,
+            judges=judges,
+            batch_size=size,
+            **{**FAST, "resamples": 1},
+        )
+        for size in (3, batch_size)
+    )
+    assert [r.reply for r in one.records] == [r.reply for r in other.records]
+    for name, estimate in one.estimates.items():
+        assert other.value(name) == pytest.approx(estimate.value, rel=1e-6, abs=1e-9), name
+
+
+def test_replies_are_the_model_s_own(model):
+    chat = ChatFormat(tiny.tokenizer())
+    suite = make_suite()
+    names = [f"{group}_rouge_l" for group in GROUPS]
+    found = evaluate(model, tiny.tokenizer(), suite, names=names, **FAST)
+    for group in GROUPS:
+        replies = ask(
+            model, chat, [row.question for row in suite.groups()[group]], max_new_tokens=6
+        )
+        assert [r.reply for r in found.records if r.group == group] == [r.text for r in replies]
 
 
 def test_model_utility_by_hand():
