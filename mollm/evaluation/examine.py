@@ -14,7 +14,7 @@ from mollm.evaluation.figures import JUDGED
 from mollm.evaluation.generation import MAX_NEW_TOKENS, generate_replies
 from mollm.evaluation.judges import Judge, judge_replies
 from mollm.evaluation.records import Record
-from mollm.evaluation.scores import TokenScores, kl_to_original, score_rows
+from mollm.evaluation.scores import TokenScores, check_vocabularies, kl_to_original, score_rows
 from mollm.evaluation.suite import Row
 from mollm.quiz import Reply
 
@@ -49,8 +49,11 @@ class Examiner:
         """Encodes all that the wanted scores ask the model about.
 
         Raises:
-            UsageError: A text has no tokens, or does not fit into the model's context.
+            UsageError: A text has no tokens, or does not fit into the model's context; or the
+                original is to be compared with, but has another vocabulary.
         """
+        if "kl" in wanted:
+            check_vocabularies(self.model, self._original())
         context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
         asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
         for row in rows:
