@@ -60,14 +60,20 @@ def load_tree(folder: Path, name: str) -> Any:
     """
     with _told_as_damage(folder):
         plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return _decode(plain, _load_file(folder / f"{name}.safetensors"))
+        return _decode(plain, load_file(folder / f"{name}.safetensors"))
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def load_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint, on the CPU.
 
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
+    Raises:
+        UsageError: It is missing or damaged.
+    """
+    from safetensors import torch as files
+
+    with _told_as_damage(path.parent):
+        tensors: dict[str, Tensor] = files.load_file(path)
+        return tensors
 
 
 @contextlib.contextmanager
@@ -76,6 +82,8 @@ def _told_as_damage(folder: Path) -> Iterator[None]:
 
     try:
         yield
+    except UsageError:
+        raise
     except (OSError, ValueError, LookupError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
@@ -181,16 +189,14 @@ def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> N
     Raises:
         UsageError: The weights are those of another model, or damaged.
     """
-    with _told_as_damage(folder):
-        saved = _load_file(folder / (_WEIGHTS if wrapped is None else _ADAPTER))
     if wrapped is not None:
         from peft import set_peft_model_state_dict
 
-        result: Any = set_peft_model_state_dict(wrapped, saved)
+        result: Any = set_peft_model_state_dict(wrapped, load_file(folder / _ADAPTER))
         if result.unexpected_keys:
             raise _other_model(folder)
         return
-    own = _own_tensors(model)
+    own, saved = _own_tensors(model), load_file(folder / _WEIGHTS)
     if {name: t.shape for name, t in own.items()} != {n: t.shape for n, t in saved.items()}:
         raise _other_model(folder)
     for name, tensor in own.items():
