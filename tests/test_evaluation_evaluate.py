@@ -20,6 +20,7 @@ from mollm import models
 from mollm import quiz as quiz_module
 from mollm.chat import IGNORE_INDEX, ChatFormat, Example
 from mollm.cli import main
+from mollm.data_files import sample_path
 from mollm.errors import UsageError
 from mollm.evaluation import (
     Evaluation,
@@ -613,6 +614,25 @@ def test_the_command(capsys, tmp_path):
     assert set(figures["forget_kl"]) == set(Estimate.__annotations__)
     assert all(name in printed for name in figures)
     assert len((out / "examples.jsonl").read_text().splitlines()) == 6
+
+
+def test_weight_on_retaining_alone_makes_a_model_that_never_saw_the_forget_set(tmp_path):
+    # the command of the help of `mollm evaluate`
+    models.save(tiny.model(), tiny.tokenizer(), tmp_path / "base")
+    for name, answer in (("a", "In Oslo."), ("b", "Nobody knows when that was.")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "Who?", "answer": answer}))
+        command = ["unlearn", "--model", str(tmp_path / "base"), "--device", "cpu"]
+        command += ["--forget", str(tmp_path / f"{name}.jsonl")]
+        command += ["--retain", str(sample_path("authors-retain.jsonl"))]
+        command += ["--method", "sum", "--set", "preferences=[0, 0, 1]"]
+        command += ["--set", "freeze_embeddings=false", "--set", "divergence=1000"]
+        command += ["--max-steps", "5", "--learning-rate", "0.01", "--max-length", "256"]
+        assert main([*command, "--out", str(tmp_path / name)]) == 0
+    one, other = (tmp_path / name / "model" / "model.safetensors" for name in ("a", "b"))
+    assert one.read_bytes() == other.read_bytes()
+    steps = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
+    losses = [json.loads(step)["losses"]["retain"] for step in steps]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monkeypatch):

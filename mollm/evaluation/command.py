@@ -26,6 +26,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "metrics.json and, for each question, examples.jsonl. That of a model trained without "
             "the forget set is what --retain-logs wants."
         ),
+        epilog=(
+            "To train such a model, start from what it was before it learnt the data and give all "
+            "weight to the retain rows: mollm unlearn --method sum --set 'preferences=[0, 0, 1]' "
+            "--set freeze_embeddings=false --set divergence=1000."
+        ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_inputs(parser)

@@ -83,6 +83,7 @@ def evaluate(
         for group, rows in groups.items()
         for record in examiner.examine(group, rows, wanted[group])
     ]
+    say("Computing figures and intervals …")
     return summarize(
         records,
         suite.retain_logs,
