@@ -70,9 +70,9 @@ def read_table(
             f"config and split must not be given for a file, but got "
             f"{config or split!r} for {source}: a file is read whole."
         )
-    if path.suffix not in _READERS:
-        raise UsageError(f"data must be {_FORMATS}, but got {source}.")
-    return _READERS[path.suffix](path)
+    if path.suffix.lower() not in _READERS:
+        raise UsageError(f"data must be {_FORMATS}, but got {source}: unpack or convert it.")
+    return _READERS[path.suffix.lower()](path)
 
 
 def sample_path(name: str) -> Path:
@@ -89,7 +89,7 @@ def sample_path(name: str) -> Path:
 
 
 def _refuse_missing_file(source: str) -> None:
-    if Path(source).suffix in _READERS or source.startswith((".", "/", "~")) or not source:
+    if Path(source).suffix.lower() in _READERS or source.startswith((".", "/", "~")) or not source:
         raise UsageError(
             f"data must be {_FORMATS}, a folder or a data set on the hub, but got "
             f"{source or 'an empty name'}, which is not on this machine."

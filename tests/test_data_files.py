@@ -65,6 +65,15 @@ def test_a_name_is_no_pattern(tmp_path):
         assert [dict(row) for _, row in read_table(path).rows] == ROWS
 
 
+def test_an_ending_may_be_in_capitals(write):
+    assert read_table(write("A.CSV", "prompt,answer\np,a\n")).columns == ("prompt", "answer")
+
+
+def test_a_packed_file_is_refused_with_a_way_out(write):
+    with pytest.raises(UsageError, match=r"but got .*a\.jsonl\.gz: unpack or convert it"):
+        read_table(write("a.jsonl.gz", b"\x1f\x8b"))
+
+
 def test_an_answer_may_be_long(tmp_path):
     limit = csv.field_size_limit()
     rows = [{"prompt": "p", "answer": "long " * 40_000}]

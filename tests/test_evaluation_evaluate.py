@@ -614,6 +614,10 @@ def test_the_command(capsys, tmp_path):
     assert set(figures["forget_kl"]) == set(Estimate.__annotations__)
     assert all(name in printed for name in figures)
     assert len((out / "examples.jsonl").read_text().splitlines()) == 6
+    about = json.loads((out / "about.json").read_text())
+    assert about["settings"]["model"] == str(tmp_path / "model")
+    assert about["settings"]["resamples"] == 5
+    assert {"torch", "mollm"} <= about["versions"].keys()
 
 
 def test_weight_on_retaining_alone_makes_a_model_that_never_saw_the_forget_set(tmp_path):
@@ -651,6 +655,9 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     (tmp_path / "old" / "examples.jsonl").write_text("{}")
     assert "line 1 must be a record" in refused("--retain-logs", str(tmp_path / "old"), *out)
     assert "no/logs.jsonl, which is not on" in refused("--retain-logs", "no/logs.jsonl", *out)
+    for logs in (tmp_path / "old", tmp_path / "old" / "examples.jsonl"):
+        same = ("--retain-logs", str(logs), "--out", str(tmp_path / "old"))
+        assert "another folder than that of the retain logs" in refused(*same)
     assert "device must be" in refused("--device", "abacus", *out)
     assert "judge must be NAME=MODEL:LABEL" in refused("--judge", "toxic-bert", *out)
     assert "a name of its own" in refused("--judge", "a=b:c", "--judge", "a=d:e", *out)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
 from mollm.plan import BYTES
@@ -23,8 +24,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="measure what a model forgot and what it still knows, on TOFU",
         description=(
             "Measures a model on the files of TOFU, with confidence intervals, and writes "
-            "metrics.json and, for each question, examples.jsonl. That of a model trained without "
-            "the forget set is what --retain-logs wants."
+            "metrics.json, for each question examples.jsonl, and about.json with the settings and "
+            "versions. The examples.jsonl of a model trained without the forget set is what "
+            "--retain-logs wants."
         ),
         epilog=(
             "To train such a model, start from what it was before it learnt the data and give all "
@@ -114,6 +116,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     names = given["metrics"].split(",") if "metrics" in given else None
+    _keep_logs(given.get("retain_logs"), arguments.out)
     suite = load_tofu(
         arguments.data,
         forget_split=arguments.forget_split,
@@ -145,9 +148,32 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             **options,
         )
         evaluation.write(folder)
+        _write_about(folder / "about.json", given, device)
     print(evaluation.table())
     print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
     return 0
+
+
+def _keep_logs(logs: Path | None, out: Path) -> None:
+    """Refuses results that would take the place of the logs, and be compared with next time."""
+    if logs is not None and out.resolve() in (logs.resolve(), logs.resolve().parent):
+        raise UsageError(
+            f"out must be another folder than that of the retain logs, but got {out} for both: "
+            "choose another one with --out."
+        )
+
+
+def _write_about(path: Path, given: Mapping[str, Any], device: torch.device) -> None:
+    from mollm import machine
+
+    about = {
+        "settings": {name: value for name, value in given.items() if name != "run"},
+        "device": machine.device_name(device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+    text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _judges(texts: Iterable[str]) -> dict[str, tuple[str, str]]:
