@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from mollm.errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +63,11 @@ class Batch:
 
 
 class ChatFormat:
-    """Writes questions and answers the way a model's tokenizer wants them."""
+    """Writes questions and answers the way a model's tokenizer wants them.
+
+    Raises:
+        UsageError: The tokenizer's chat template fails.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -74,15 +80,22 @@ class ChatFormat:
         )
         """The id that fills a batch; masked, so any id would do."""
 
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user where there is no template to write by."""
+        if self.has_template:
+            return None
+        name = self.tokenizer.name_or_path or "of this model"
+        return (
+            f"The tokenizer {name} has no chat template, so rows are written as "
+            f"{self.prompt('…')!r} and the answer."
+        )
+
     def prompt(self, question: str) -> str:
         """The text that ends where the assistant's answer begins."""
         if not self.has_template:
             return f"Question: {question}\nAnswer:"
-        turns = [{"role": "user", "content": question}]
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        return text
+        return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
 
     def encode_prompt(self, question: str) -> Tokens:
         """A question that waits for its answer; no token carries a loss."""
@@ -101,6 +114,24 @@ class ChatFormat:
         if example.closed and self.end_id is not None:
             ids, labels = [*ids, self.end_id], [*labels, self.end_id]
         return Tokens(self._start_ids + ids, [IGNORE_INDEX] * len(self._start_ids) + labels)
+
+    def answer_length(self, tokens: Tokens) -> int:
+        """How many tokens a closed answer has, without the one that ends the turn."""
+        counted = sum(label != IGNORE_INDEX for label in tokens.labels)
+        return counted - (self.end_id is not None)
+
+    def _render(self, turns: list[dict[str, str]], **options: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        except TemplateError as error:
+            raise UsageError(
+                f"the chat template of the tokenizer {self.tokenizer.name_or_path} must write a "
+                f"question and an answer, but it fails: {error}: put another into its "
+                "chat_template."
+            ) from error
+        return text
 
     @property
     def _joint(self) -> str:
@@ -135,8 +166,7 @@ class ChatFormat:
         if not self.has_template:
             return end
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
-        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        after = self._ids(text.rpartition(_MARK)[2].lstrip())
+        after = self._ids(self._render(turns).rpartition(_MARK)[2].lstrip())
         special = set(self.tokenizer.all_special_ids)
         return after[0] if after and after[0] in special else end
 

@@ -6,10 +6,11 @@ once; so the last one that has a name is good, whenever a run was killed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,43 @@ def save_tree(tree: Any, folder: Path, name: str) -> None:
 
 
 def load_tree(folder: Path, name: str) -> Any:
-    """What `save_tree` wrote, on the CPU."""
-    from safetensors.torch import load_file
+    """What `save_tree` wrote, on the CPU.
 
-    plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return _decode(plain, load_file(folder / f"{name}.safetensors"))
+    Raises:
+        UsageError: A file is missing or damaged.
+    """
+    with _told_as_damage(folder):
+        plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return _decode(plain, load_file(folder / f"{name}.safetensors"))
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint, on the CPU.
+
+    Raises:
+        UsageError: It is missing or damaged.
+    """
+    from safetensors import torch as files
+
+    with _told_as_damage(path.parent):
+        tensors: dict[str, Tensor] = files.load_file(path)
+        return tensors
+
+
+@contextlib.contextmanager
+def _told_as_damage(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"{folder} must be a whole checkpoint, but it is damaged: {reason}: remove it, and go "
+            "on from the one before."
+        ) from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -75,7 +108,9 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple):
         return {"tuple": [_encode(each, tensors) for each in value]}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _encode(each, tensors)] for key, each in value.items()]}
+        if all(isinstance(key, str | int) for key in value):
+            return {"dict": [[key, _encode(each, tensors)] for key, each in value.items()]}
+        raise TypeError(f"keys must be texts or whole numbers, but got {list(value)}.")
     raise TypeError(f"a checkpoint must hold tensors and plain values, but got {type(value)}.")
 
 
@@ -90,7 +125,10 @@ def _decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "array":
         return tensors[value].numpy()
     if kind == "dtype":
-        return getattr(torch, value)
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value} is no dtype")
+        return dtype
     if kind == "tuple":
         return tuple(_decode(each, tensors) for each in value)
     return {key: _decode(each, tensors) for key, each in value}
@@ -149,10 +187,8 @@ def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> N
     """Reads what `save_weights` wrote into the same model.
 
     Raises:
-        UsageError: The weights are those of another model.
+        UsageError: The weights are those of another model, or damaged.
     """
-    from safetensors.torch import load_file
-
     if wrapped is not None:
         from peft import set_peft_model_state_dict
 
@@ -217,8 +253,8 @@ def check(folder: Path, about: Mapping[str, Any]) -> None:
         UsageError: It is of another format, or one of the values differs.
     """
     try:
-        found = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        found = dict(json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{folder} must be a checkpoint of mollm, but it is not.") from error
     if found.get("format") != _FORMAT:
         raise UsageError(
@@ -241,8 +277,12 @@ def _short(value: Any) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]))
+
+    def step(path: Path) -> str:
+        return path.name.removeprefix(PREFIX)
+
+    found = [p for p in folder.glob(f"{PREFIX}*") if step(p).isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda path: int(step(path)))
 
 
 def keep_last(folder: Path, count: int | None, best: str | None) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mollm import __version__
 from mollm.doctor import add_parser as add_doctor
 from mollm.errors import UsageError
 from mollm.evaluation.command import add_parser as add_evaluate
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mollm", description="Unlearning for language models.")
+    parser.add_argument("--version", action="version", version=f"mollm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     add_unlearn(commands)

@@ -49,12 +49,12 @@ def encode_records(
     rows, shortened = [], 0
     for record in records:
         tokens = chat.encode(Example(record.prompt, record.answer))
-        _refuse_no_answer(record, tokens)
+        _refuse_no_answer(record, chat, tokens)
         if len(tokens.ids) > max_length:
             tokens = _shorten(record, chat, max_length)
             shortened += 1
         rows.append(tokens)
-    notes = [] if chat.has_template else [_plain_format_note(chat)]
+    notes = [] if chat.note is None else [chat.note]
     if shortened:
         notes.append(
             f"{shortened} of {len(records)} {name} prompts were shortened to fit {max_length} "
@@ -83,20 +83,12 @@ def _shorten(record: Record, chat: ChatFormat, max_length: int) -> Tokens:
     )
 
 
-def _refuse_no_answer(record: Record, tokens: Tokens) -> None:
-    if all(label == IGNORE_INDEX for label in tokens.labels):
+def _refuse_no_answer(record: Record, chat: ChatFormat, tokens: Tokens) -> None:
+    if chat.answer_length(tokens) < 1:
         raise UsageError(
             f"{record.place}: the field {record.answer_field} must hold a token for the loss, but "
             f"the tokenizer makes none of {record.answer!r}: remove the row."
         )
-
-
-def _plain_format_note(chat: ChatFormat) -> str:
-    tokenizer = chat.tokenizer.name_or_path or "of this model"
-    return (
-        f"The tokenizer {tokenizer} has no chat template, so rows are written as "
-        f"{chat.prompt('…')!r} and the answer."
-    )
 
 
 class RowSampler(Generic[Row]):

@@ -7,6 +7,7 @@ which line is malformed. Folders and the hub are its own.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -53,10 +54,11 @@ def read_table(
         split: The split of a folder or a hub data set; None for train.
 
     Raises:
-        UsageError: There is no such data set, it cannot be read, or it holds no row.
+        UsageError: There is no such data set, it cannot be read, it is of another type, or it
+            holds no row.
     """
     if not isinstance(source, str | Path):
-        return _table_of(source, "the data set")
+        return _table_of(_checked(source), "the data set")
     path = Path(source).expanduser()
     if str(source) and path.is_dir():
         return _read_dataset(str(path), config, split)
@@ -68,9 +70,9 @@ def read_table(
             f"config and split must not be given for a file, but got "
             f"{config or split!r} for {source}: a file is read whole."
         )
-    if path.suffix not in _READERS:
-        raise UsageError(f"data must be {_FORMATS}, but got {source}.")
-    return _READERS[path.suffix](path)
+    if path.suffix.lower() not in _READERS:
+        raise UsageError(f"data must be {_FORMATS}, but got {source}: unpack or convert it.")
+    return _READERS[path.suffix.lower()](path)
 
 
 def sample_path(name: str) -> Path:
@@ -87,7 +89,7 @@ def sample_path(name: str) -> Path:
 
 
 def _refuse_missing_file(source: str) -> None:
-    if Path(source).suffix in _READERS or source.startswith((".", "/", "~")) or not source:
+    if Path(source).suffix.lower() in _READERS or source.startswith((".", "/", "~")) or not source:
         raise UsageError(
             f"data must be {_FORMATS}, a folder or a data set on the hub, but got "
             f"{source or 'an empty name'}, which is not on this machine."
@@ -151,8 +153,8 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_csv(path: Path) -> Table:
-    lines = _csv_lines(path)
-    _, header = next(lines, (1, []))
+    with _cells_of_any_length():
+        (_, header), *lines = [*_csv_lines(path)] or [(1, [])]
     if len(set(header)) < len(header):
         raise UsageError(f"{path} must have columns of different names, but got {listed(header)}.")
     rows = []
@@ -164,6 +166,16 @@ def _read_csv(path: Path) -> Table:
             )
         rows.append((number, dict(zip(header, cells, strict=True))))
     return _table(path, "line", rows)
+
+
+@contextlib.contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """By default the module csv refuses a cell of more than 131072 characters."""
+    before = csv.field_size_limit((1 << 31) - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -215,6 +227,22 @@ def _read_dataset(source: str, config: str | None, split: str | None) -> Table:
         reason = " ".join(str(told).split())[:300].rstrip(".") or type(told).__name__
         raise UsageError(f"the data set {name} cannot be loaded: {reason}.") from error
     return _table_of(loaded, name)
+
+
+def _checked(source: Any) -> Dataset:
+    import datasets
+
+    if isinstance(source, datasets.DatasetDict):
+        raise UsageError(
+            f"data must be one data set, but got a DatasetDict: choose one of its splits "
+            f"{listed(source)}."
+        )
+    if not isinstance(source, datasets.Dataset):
+        raise UsageError(
+            f"data must be {_FORMATS}, a folder, a data set on the hub or a datasets.Dataset, but "
+            f"got {type(source).__name__}."
+        )
+    return source
 
 
 def _table_of(loaded: Dataset, name: str) -> Table:

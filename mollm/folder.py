@@ -20,7 +20,7 @@ def staged(out: Path) -> Iterator[Path]:
     """Gives an empty folder to write to, and moves what is in it into `out` at the end.
 
     Where the block raises, `out` is left as it was. Files of the same names are replaced, others
-    in `out` stay.
+    in `out` stay. What was written is on the disk before it replaces anything.
 
     Raises:
         UsageError: `out` cannot be made or written; found out before the block runs.
@@ -37,7 +37,9 @@ def staged(out: Path) -> Iterator[Path]:
         ) from error
     try:
         yield stage
+        _sync_all(stage)
         _move_into(stage, out)
+        _sync(out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         _remove_empty(made)
@@ -74,8 +76,7 @@ def complete(folder: Path) -> Iterator[Path]:
     try:
         inner.mkdir()
         yield inner
-        for path in [*inner.rglob("*"), inner]:
-            _sync(path)
+        _sync_all(inner)
         if folder.exists():
             remove(folder)
         os.rename(inner, folder)
@@ -130,6 +131,11 @@ def _lock(descriptor: int, folder: Path) -> None:
             f"out must be a folder of no other run, but one is writing to {folder}: wait for it, "
             "or choose another one with --out."
         ) from error
+
+
+def _sync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

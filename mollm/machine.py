@@ -46,8 +46,9 @@ def peak_memory_gb() -> float:
 def available_memory_gb(device: torch.device) -> float:
     """Memory that a new allocation on `device` can still get, in 1e9 bytes; inf where unknown.
 
-    On the CPU this is the least of what the kernel calls available and what the limits of the
-    process's control groups leave: a container often has less than its host.
+    On the CPU this is the least of what the kernel calls available and what the limit of the
+    container leaves, if there is one. Files that the kernel keeps in memory, such as weights that
+    were read, give way and do not count.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GB
@@ -80,14 +81,28 @@ def _kilobytes(path: Path, key: str) -> float:
 
 
 def _control_group_room(root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, usage, cached in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (
+            root / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
     ):
         try:
-            yield float((root / limit).read_text()) - float((root / usage).read_text())
+            room = float((folder / limit).read_text()) - float((folder / usage).read_text())
         except (OSError, ValueError):  # no such control group, or no limit: the word "max"
             continue
+        yield room + _number(folder / "memory.stat", cached)
+
+
+def _number(path: Path, key: str) -> float:
+    """A row such as "inactive_file 4096"; 0 where there is none."""
+    try:
+        return float(dict(line.split() for line in path.read_text().splitlines())[key])
+    except (OSError, ValueError, KeyError):
+        return 0.0
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def model_card(
         notes: Sentences for the reader.
     """
     parts = [
-        f"---\nlibrary_name: transformers\nbase_model: {base_model}\n"
+        # A JSON text is one of YAML too, whatever stands in it.
+        f"---\nlibrary_name: transformers\nbase_model: {json.dumps(base_model)}\n"
         "tags:\n- unlearning\n- mollm\n---",
         f"# {base_model}, after unlearning",
         "Made with mollm ([arXiv 2412.20412](https://arxiv.org/abs/2412.20412)): gradients of a "
@@ -74,4 +76,8 @@ def _some(history: Sequence[StepRecord]) -> list[StepRecord]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split("\n"))

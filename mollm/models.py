@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mollm.chat import Batch
+from mollm.chat import IGNORE_INDEX, Batch
 from mollm.errors import UsageError
 from mollm.machine import available_memory_gb
 
@@ -51,7 +51,9 @@ class Source:
 
     def options(self) -> dict[str, Any]:
         """Options for every `from_pretrained`."""
-        options: dict[str, Any] = {"local_files_only": True} if self.is_local else {}
+        # Left out, trust_remote_code makes transformers ask at the terminal, and run code on a "y".
+        options: dict[str, Any] = {"trust_remote_code": False}
+        options |= {"local_files_only": True} if self.is_local else {}
         return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
@@ -63,10 +65,20 @@ def find_model(name: str | None) -> Source:
     """
     if name is None:
         return _find_smollm2()
+    if not name.strip():
+        raise UsageError(
+            "model must be a model folder, a .gguf file or a name on the hub, but got an empty "
+            "name."
+        )
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return Source(path.stem, str(path.parent), path.name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(
+                f"model must be a whole model, but {name} holds an adapter alone: merge it into "
+                "its model first, with `merge_and_unload` of peft."
+            )
         if not (path / "config.json").is_file():
             raise UsageError(f"model must be a folder with a config.json, but {name} has none.")
         return Source(path.name or str(path), str(path))
@@ -120,7 +132,9 @@ def count_parameters(source: Source) -> int:
         reader = GGUFReader(Path(source.location) / source.gguf_file)
         return sum(int(tensor.n_elements) for tensor in reader.tensors)
     with torch.device("meta"), _told_as_usage_error(source):
-        model = AutoModelForCausalLM.from_config(_from_hub(AutoConfig, source))
+        model = AutoModelForCausalLM.from_config(
+            _from_hub(AutoConfig, source), trust_remote_code=False
+        )
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -139,7 +153,10 @@ def load_config(name: str) -> tuple[Any, str]:
     if path.suffix == ".json" and path.is_file():
         source = Source(path.parent.name or path.stem, str(path))
         with _told_as_usage_error(source):
-            return AutoConfig.from_pretrained(path, local_files_only=True), source.label
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+            return config, source.label
     source = find_model(name)
     with _told_as_usage_error(source):
         return _from_hub(AutoConfig, source), source.label
@@ -148,30 +165,60 @@ def load_config(name: str) -> tuple[Any, str]:
 def load(
     source: Source, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model, without dropout, and its tokenizer. Code of a model's own is never run.
+    """Loads a model, without dropout, and its tokenizer.
+
+    Code of a model's own is never run, and weights are read as safetensors or GGUF, never as
+    pickle.
 
     Small steps need float32 weights: at a learning rate of 1e-5 an update of a bf16 weight is
     mostly rounded away, unless it is rounded at random (`stochastic_rounding` of MOLLMOptimizer).
     The forward pass may still compute in bf16, see `autocast`.
 
     Raises:
-        UsageError: The model cannot be found or read, or is of a kind that the losses do not fit.
+        UsageError: The model cannot be found or read, lacks weights, or is of a kind that the
+            losses do not fit.
     """
     import transformers
     from transformers import AutoModelForCausalLM
 
     transformers.logging.set_verbosity_error()
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if source.gguf_file and hasattr(transformers, "GgufConfig"):
         # Older releases always dequantize and have no such option.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if not source.gguf_file:
+        _refuse_pickle(source)
+        options["use_safetensors"] = True
     tokenizer = load_tokenizer(source)
     with _without_loading_bar(), _told_as_usage_error(source):
-        model = _from_hub(AutoModelForCausalLM, source, **options)
+        model, report = _from_hub(AutoModelForCausalLM, source, **options)
+    _refuse_missing(report["missing_keys"], source)
     model = model.to(device).eval()
     model.name_or_path = source.label
     _check_head(model, source)
     return model, tokenizer
+
+
+def _refuse_pickle(source: Source) -> None:
+    folder = Path(source.location)
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"the model {source.label} must be in safetensors, but its weights are pickled "
+            f"({pickled[0]}), and pickle may run code: where you trust them, convert them with "
+            "`save_pretrained` of transformers."
+        )
+
+
+def _refuse_missing(names: Iterable[str], source: Source) -> None:
+    """transformers would fill missing weights with random numbers and only warn."""
+    missing = sorted(names)
+    if missing:
+        raise UsageError(
+            f"the model {source.label} must have all of its weights, but {len(missing)} are "
+            f"missing, such as {missing[0]}: is it a causal language model, and are its files "
+            "whole?"
+        )
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -202,7 +249,9 @@ def _from_hub(factory: Any, source: Source, **options: Any) -> Any:
 def _told_as_usage_error(source: Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except ModuleNotFoundError:
+        raise  # the command line tells what to install
+    except Exception as error:  # readers of configurations, tokenizers and weights have their own
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
             f"the model {source.label} cannot be loaded as a causal language model: {reason}."
@@ -280,7 +329,7 @@ def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]
     with autocast(model.device):
         hidden = _hidden(model, batch.input_ids, batch.attention_mask)
     targets = batch.labels[:, 1:]
-    rows = targets != -100
+    rows = targets != IGNORE_INDEX
     return hidden[:, :-1][rows].to(head(model).weight.dtype), targets[rows]
 
 

@@ -177,7 +177,7 @@ def shape_of(config: Any, label: str) -> Shape:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         sizes = {ours: int(getattr(config, theirs)) for ours, theirs in _FAMILY.items()}
         layers = list(model.base_model.layers)
         layers[0].mlp.gate_proj  # noqa: B018

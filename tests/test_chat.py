@@ -3,6 +3,7 @@ import tiny
 import torch
 
 from mollm.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate
+from mollm.errors import UsageError
 from mollm.models import answer_states, head
 
 CAPITAL = Example("What is the capital of Peru?", "Lima", "The capital of Peru is", closed=False)
@@ -65,6 +66,14 @@ def test_the_end_of_turn_comes_from_the_template():
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = "<s>"
     assert ChatFormat(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no users') }}"])
+def test_a_template_that_fails_is_told(template):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match="must write a question and an answer, but it fails: "):
+        ChatFormat(tokenizer)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

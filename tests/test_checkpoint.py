@@ -38,6 +38,41 @@ def test_what_no_json_holds_is_refused(tmp_path):
         checkpoint.save_tree({"code": print}, tmp_path, "tree")
 
 
+def test_keys_that_json_would_change_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="keys must be texts or whole numbers"):
+        checkpoint.save_tree({(1, 2): 3.0}, tmp_path, "tree")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tree.json", None),
+        ("tree.json", b'{"dict": [["a", '),
+        ("tree.json", b'{"tensor": "7"}'),
+        ("tree.json", b'{"dtype": "load"}'),
+        ("tree.json", b'{"dtype": "no such"}'),
+        ("tree.safetensors", None),
+        ("tree.safetensors", b""),
+    ],
+)
+def test_a_damaged_tree_is_told_in_one_sentence(tmp_path, name, content):
+    checkpoint.save_tree({"a": torch.arange(3)}, tmp_path, "tree")
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match="must be a whole checkpoint, but it is damaged: "):
+        checkpoint.load_tree(tmp_path, "tree")
+
+
+def test_damaged_weights_are_told_in_one_sentence(tmp_path):
+    model = tiny.model()
+    checkpoint.save_weights(model, None, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="must be a whole checkpoint, but it is damaged: "):
+        checkpoint.load_weights(model, None, tmp_path)
+
+
 def test_random_numbers_go_on_where_they_stood(tmp_path):
     def drawn():
         return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
@@ -77,6 +112,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     about = {"version": "1", "model": "a", "forget data": "b"}
     with pytest.raises(UsageError, match="must be a checkpoint of mollm"):
         checkpoint.check(tmp_path, about)
+    for other in ("{", "[1]", "\udcff"):
+        (tmp_path / "mollm.json").write_text(other, errors="surrogateescape")
+        with pytest.raises(UsageError, match="must be a checkpoint of mollm"):
+            checkpoint.check(tmp_path, about)
     checkpoint.describe(tmp_path, about)
     checkpoint.check(tmp_path, about | {"version": "2"})
     with pytest.raises(UsageError, match="the same forget data, but that is c now and was b"):
@@ -90,6 +129,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     for step in (2, 4, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoint-11").write_text("a file")
     checkpoint.keep_last(tmp_path, 2, str(tmp_path / "checkpoint-2"))
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
         "checkpoint-2",

@@ -4,6 +4,7 @@ import sys
 import pytest
 import tiny
 
+import mollm
 from mollm import cli, models
 from mollm import quiz as quiz_module
 from mollm.cli import main
@@ -134,3 +135,10 @@ def test_every_command_is_listed(capsys):
 def test_importing_does_nothing():
     code = "import mollm.cli, mollm.__main__, sys; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"mollm {mollm.__version__}\n"

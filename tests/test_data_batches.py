@@ -5,8 +5,9 @@ from itertools import chain
 
 import pytest
 import tiny
+from tokenizers import normalizers
 
-from mollm.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate
+from mollm.chat import IGNORE_INDEX, ChatFormat, Example, collate
 from mollm.data import Record, load_records
 from mollm.data_batches import PairSampler, RowSampler, encode_records
 from mollm.data_files import sample_path
@@ -85,10 +86,11 @@ def test_an_answer_that_leaves_no_room_is_refused_with_both_lengths(chat):
         encode_records([SHORT, LONG], chat, max_length=len(least.ids) - 1)
 
 
-def test_an_answer_without_tokens_is_refused(chat, monkeypatch):
-    monkeypatch.setattr(chat, "encode", lambda _: Tokens([5, 6], [IGNORE_INDEX] * 2))
-    with pytest.raises(UsageError, match=r"line 1: the field answer must hold a token for the lo"):
-        encode_records([SHORT], chat, max_length=9)
+def test_an_answer_of_nothing_but_the_end_of_its_turn_is_refused(chat):
+    blank = Record("Where?", "\u00ad", "rows.jsonl", 1, "line")
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u00ad", "")
+    with pytest.raises(UsageError, match="line 1: the field answer must hold a token for the"):
+        encode_records([blank], chat, max_length=99)
 
 
 def test_a_context_without_tokens_is_refused(chat):

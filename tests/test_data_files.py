@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -62,6 +63,32 @@ def test_a_name_is_no_pattern(tmp_path):
     for ending in ("jsonl", "parquet"):
         path = save(ROWS, tmp_path / f"part[1]*.{ending}")
         assert [dict(row) for _, row in read_table(path).rows] == ROWS
+
+
+def test_an_ending_may_be_in_capitals(write):
+    assert read_table(write("A.CSV", "prompt,answer\np,a\n")).columns == ("prompt", "answer")
+
+
+def test_a_packed_file_is_refused_with_a_way_out(write):
+    with pytest.raises(UsageError, match=r"but got .*a\.jsonl\.gz: unpack or convert it"):
+        read_table(write("a.jsonl.gz", b"\x1f\x8b"))
+
+
+def test_an_answer_may_be_long(tmp_path):
+    limit = csv.field_size_limit()
+    rows = [{"prompt": "p", "answer": "long " * 40_000}]
+    for ending in ("jsonl", "csv", "parquet"):
+        table = read_table(save(rows, tmp_path / f"rows.{ending}"))
+        assert [dict(row) for _, row in table.rows] == rows
+    assert csv.field_size_limit() == limit
+
+
+def test_several_splits_at_once_and_other_objects_are_refused():
+    rows = datasets.Dataset.from_list(ROWS)
+    with pytest.raises(UsageError, match="a DatasetDict: choose one of its splits train, test"):
+        read_table(datasets.DatasetDict(train=rows, test=rows))
+    with pytest.raises(UsageError, match=r"or a datasets\.Dataset, but got list"):
+        read_table(ROWS)
 
 
 def test_numbers_are_lines_of_text_files_and_rows_of_others(tmp_path, write):

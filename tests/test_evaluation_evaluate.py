@@ -1,20 +1,26 @@
 """`evaluate` from end to end on a tiny model, against plain loops over its logits."""
 
+import dataclasses
 import json
 import math
 import random
 import re
 import subprocess
 import sys
+import zlib
 
 import pytest
 import tiny
 import torch
+from nltk.stem.porter import PorterStemmer
+from test_evaluation_metrics import exact_ks_p_value, longest_common
+from tokenizers import normalizers
 
 from mollm import models
 from mollm import quiz as quiz_module
 from mollm.chat import IGNORE_INDEX, ChatFormat, Example
 from mollm.cli import main
+from mollm.data_files import sample_path
 from mollm.errors import UsageError
 from mollm.evaluation import (
     Evaluation,
@@ -27,9 +33,10 @@ from mollm.evaluation import (
     summarize,
 )
 from mollm.evaluation.summary import Estimate
-from mollm.quiz import ask
+from mollm.quiz import Reply, ask
 
 GROUPS = ("forget", "retain", "real_authors", "world_facts")
+ALL = (*GROUPS, "holdout")
 FAST = {"max_new_tokens": 6, "resamples": 20}
 
 
@@ -79,10 +86,26 @@ def length_judge(questions, replies):
     return [min(1.0, len(reply) / 12) for reply in replies]
 
 
+def scripted_replies(model, chat, questions, **_):
+    """Some right words, some wrong ones, one that repeats itself, one that says nothing."""
+    answers = {row.question: row.answer.split() for group in ALL for row in rows(group, 4)}
+    replies = []
+    for i, question in enumerate(questions):
+        words = answers[question]
+        texts = (
+            " ".join(["Well,", *words[1::2], "novels"]),
+            " ".join(words[:3] * 4).upper(),
+            "" if "forget" in question else words[-1],
+        )
+        replies.append(Reply(texts[i % 3], complete=i % 2 == 0))
+    return replies
+
+
 @pytest.fixture(scope="module")
 def full(model, original):
     """Everything there is, by the public function."""
     patch = pytest.MonkeyPatch()
+    patch.setattr("mollm.evaluation.examine.generate_replies", scripted_replies)
     for module in (models, quiz_module):
         patch.setattr(module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     holdout = rows("holdout", 4)
@@ -158,109 +181,149 @@ def auc(forget, holdout):
     return average((h > f) + 0.5 * (h == f) for f in forget for h in holdout)
 
 
-def test_figures_of_given_answers(full, model, original):
-    suite, evaluation = full
-    plain = Plain(model)
+def rouge_l(reply, answer):
+    def stems(text):
+        words = re.findall("[a-z0-9]+", text.lower())
+        return [PorterStemmer().stem(word) if len(word) > 3 else word for word in words]
+
+    return longest_common(stems(answer), stems(reply)) / len(stems(answer))
+
+
+def repetition(text):
+    words = text.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def golden_figures(suite, model, original):
+    """Every figure there is, from the logits and the scripted replies."""
+    plain, first = Plain(model), Plain(original)
+    figures = {}
     for group in GROUPS:
         members = suite.groups()[group]
+        replies = scripted_replies(None, None, [row.question for row in members])
+        texts = [reply.text for reply in replies]
         ratios = [plain.truth_ratio(row) for row in members]
         if group in ("real_authors", "world_facts"):
-            probability = average(plain.choice(row) for row in members)
+            probabilities = [plain.choice(row) for row in members]
         else:
-            probability = average(
-                math.exp(-plain.loss(row.question, row.answer)) for row in members
-            )
+            probabilities = [math.exp(-plain.loss(row.question, row.answer)) for row in members]
         if group == "forget":
             truth = average(min(r, 1 / (r + 1e-10)) for r in ratios)
         else:
             truth = average(max(0, 1 - r) for r in ratios)
-        assert evaluation.value(f"{group}_probability") == pytest.approx(probability, rel=1e-6)
-        assert evaluation.value(f"{group}_truth_ratio") == pytest.approx(truth, rel=1e-6)
-    hits = [plain.hits(row) for row in suite.forget]
-    memorized = average(average(each) for each in hits)
-    assert evaluation.value("exact_memorization") == pytest.approx(memorized, abs=1e-9)
-    first = [next((k for k in range(len(each)) if all(each[k:])), len(each) - 1) for each in hits]
-    strength = average(1 - k / len(each) for k, each in zip(first, hits, strict=True))
-    assert evaluation.value("extraction_strength") == pytest.approx(strength, abs=1e-9)
-
-
-def test_figures_of_membership(full, model, original):
-    suite, evaluation = full
-
-    def expected(plain, score):
-        return auc(map(score(plain), suite.forget), [*map(score(plain), suite.holdout)])
-
-    def min_k(plain):
-        return lambda row: plain.min_k(row, plus=False)
-
-    plain = Plain(model)
-    assert evaluation.value("mia_loss") == pytest.approx(
-        expected(plain, lambda plain: lambda row: plain.loss(row.question, row.answer))
-    )
-    assert evaluation.value("mia_min_k") == pytest.approx(expected(plain, min_k))
-    assert evaluation.value("mia_min_k_plus_plus") == pytest.approx(
-        expected(plain, lambda plain: lambda row: plain.min_k(row, plus=True))
-    )
-    score, reference = 1 - expected(plain, min_k), 1 - expected(Plain(original), min_k)
-    leak = (score - reference) / (reference + 1e-10) * 100
-    assert evaluation.value("priv_leak") == pytest.approx(leak, rel=1e-6)
-
-
-def test_figures_of_replies(full, model, original):
-    suite, evaluation = full
-    chat = ChatFormat(tiny.tokenizer())
-    for group in GROUPS:
-        members = suite.groups()[group]
-        replies = ask(model, chat, [row.question for row in members], max_new_tokens=6)
-        records = [record for record in evaluation.records if record.group == group]
-        assert [record.reply for record in records] == [reply.text for reply in replies]
         under = [
-            Plain(original).tokens(
-                row.question, reply.text, closed=reply.complete or not reply.text
-            )
+            first.tokens(row.question, reply.text, closed=reply.complete or not reply.text)
             for row, reply in zip(members, replies, strict=True)
         ]
-        losses = [-logs[target] for tokens in under for target, logs in tokens]
-        fluency = math.exp(average(losses))
-        assert evaluation.value(f"{group}_perplexity") == pytest.approx(fluency, rel=1e-6)
-        lengths = [min(1, len(reply.text) / 12) for reply in replies]
-        assert evaluation.value(f"{group}_length") == pytest.approx(average(lengths))
-        assert evaluation.value(f"{group}_length_rate") == average(x >= 0.5 for x in lengths)
+        lengths = [min(1, len(text) / 12) for text in texts]
+        figures |= {
+            f"{group}_probability": average(probabilities),
+            f"{group}_truth_ratio": truth,
+            f"{group}_rouge_l": average(
+                rouge_l(text, row.answer) for text, row in zip(texts, members, strict=True)
+            ),
+            f"{group}_repetition": average(map(repetition, texts)),
+            f"{group}_perplexity": math.exp(
+                average(-logs[target] for tokens in under for target, logs in tokens)
+            ),
+            f"{group}_kl": average(kl(plain, first, row) for row in members),
+            f"{group}_length": average(lengths),
+            f"{group}_length_rate": average(x >= 0.5 for x in lengths),
+        }
+    hits = [plain.hits(row) for row in suite.forget]
+    wrong_until = [max((k + 1 for k, hit in enumerate(h) if not hit), default=0) for h in hits]
+    pairs = list(zip(wrong_until, hits, strict=True))
+    figures |= {
+        "exact_memorization": average(average(each) for each in hits),
+        "extraction_strength": average(1 - min(k, len(h) - 1) / len(h) for k, h in pairs),
+    }
 
+    def area(score):
+        return auc(map(score, suite.forget), [*map(score, suite.holdout)])
 
-def test_kl_of_the_whole(full, model, original):
-    suite, evaluation = full
-    kl = []
-    for row in suite.retain:
-        pairs = zip(
-            Plain(model).tokens(row.question, row.answer),
-            Plain(original).tokens(row.question, row.answer),
-            strict=True,
-        )
-        kl.append(
-            average(
-                sum(math.exp(r) * (r - q) for q, r in zip(own, ref, strict=True))
-                for (_, own), (_, ref) in pairs
-            )
-        )
-    assert evaluation.value("retain_kl") == pytest.approx(average(kl), rel=1e-6)
+    def size(row):
+        return len(zlib.compress(row.answer.encode()))
 
-
-def test_utility_and_quality_are_made_of_the_other_figures(full):
-    _, evaluation = full
+    figures |= {
+        "mia_loss": area(lambda row: plain.loss(row.question, row.answer)),
+        "mia_zlib": area(lambda row: plain.loss(row.question, row.answer) / size(row)),
+        "mia_min_k": area(lambda row: plain.min_k(row, plus=False)),
+        "mia_min_k_plus_plus": area(lambda row: plain.min_k(row, plus=True)),
+    }
+    score = 1 - figures["mia_min_k"]
+    reference = 1 - area(lambda row: first.min_k(row, plus=False))
     parts = [
-        evaluation.value(f"{group}_{part}")
+        figures[f"{group}_{part}"]
         for group in GROUPS[1:]
         for part in ("probability", "rouge_l", "truth_ratio")
     ]
-    expected = 9 / sum(1 / part for part in parts) if all(parts) else 0
-    assert evaluation.value("model_utility") == pytest.approx(expected)
-    assert 0 < evaluation.value("forget_quality") <= 1
+    return figures | {
+        "priv_leak": 100 * (score - reference) / (reference + 1e-10),
+        "forget_quality": exact_ks_p_value(
+            *([each.truth_ratio(row) for row in suite.forget] for each in (plain, first))
+        ),
+        "model_utility": 9 / sum(1 / part for part in parts),
+    }
+
+
+def kl(plain, first, row):
+    """KL(original ‖ model), the mean over the tokens of an answer."""
+    pairs = zip(
+        plain.tokens(row.question, row.answer),
+        first.tokens(row.question, row.answer),
+        strict=True,
+    )
+    return average(
+        sum(math.exp(r) * (r - q) for q, r in zip(own, ref, strict=True))
+        for (_, own), (_, ref) in pairs
+    )
+
+
+def test_every_figure_is_that_of_plain_loops(full, model, original):
+    suite, evaluation = full
+    golden = golden_figures(suite, model, original)
     assert not evaluation.missing
-    for estimate in evaluation.estimates.values():
-        assert math.isfinite(estimate.low)
-        assert math.isfinite(estimate.high)
+    assert set(evaluation.estimates) == set(golden)
+    for name, estimate in evaluation.estimates.items():
+        assert estimate.value == pytest.approx(golden[name], rel=1e-6, abs=1e-9), name
         assert estimate.low <= estimate.high
+        assert math.isfinite(estimate.high - estimate.low)
+    settled = [name for name, value in golden.items() if value in (0, 1)]
+    assert len(settled) < 4, f"too many figures say nothing: {settled}"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
+def test_no_figure_depends_on_the_batch(full, model, original, batch_size):
+    suite, _ = full
+    judges = {"length": length_judge}
+    one, other = (
+        evaluate(
+            model,
+            tiny.tokenizer(),
+            suite,
+            original=original,
+            judges=judges,
+            batch_size=size,
+            **{**FAST, "resamples": 1},
+        )
+        for size in (3, batch_size)
+    )
+    assert [r.reply for r in one.records] == [r.reply for r in other.records]
+    for name, estimate in one.estimates.items():
+        assert other.value(name) == pytest.approx(estimate.value, rel=1e-6, abs=1e-9), name
+
+
+def test_replies_are_the_model_s_own(model):
+    chat = ChatFormat(tiny.tokenizer())
+    suite = make_suite()
+    names = [f"{group}_rouge_l" for group in GROUPS]
+    found = evaluate(model, tiny.tokenizer(), suite, names=names, **FAST)
+    for group in GROUPS:
+        replies = ask(
+            model, chat, [row.question for row in suite.groups()[group]], max_new_tokens=6
+        )
+        assert [r.reply for r in found.records if r.group == group] == [r.text for r in replies]
 
 
 def test_model_utility_by_hand():
@@ -360,6 +423,44 @@ def test_logs_of_the_retain_only_model_must_fit(full, monkeypatch):
         summarize(evaluation.records, bare, names=["forget_quality"])
 
 
+def test_rows_that_the_model_cannot_read_are_refused_before_it_runs(monkeypatch):
+    monkeypatch.setattr("mollm.evaluation.examine.score_rows", lambda *a, **o: pytest.fail("late"))
+    monkeypatch.setattr(
+        "mollm.evaluation.examine.generate_replies", lambda *a, **o: pytest.fail("late")
+    )
+    suite = make_suite()
+
+    def refused(words, changed, **options):
+        given = {**suite.groups(), "retain": (suite.retain[0], changed)}
+        model = tiny.model(max_position_embeddings=200)
+        with pytest.raises(UsageError, match=words):
+            evaluate(model, tiny.tokenizer(), TofuSuite(**given), **{**FAST, **options})
+
+    row = suite.retain[1]
+    long = dataclasses.replace(row, perturbed_answers=("no", "x" * 190))
+    refused("context of 200 tokens, but 'retain 1: .* takes 2.. with an answer", long)
+    refused("in the model's context of 200 tokens, but got 190", row, max_new_tokens=190)
+    refused("they have 300 and 259 tokens", row, original=tiny.model(vocab_size=300))
+    empty = dataclasses.replace(row, paraphrased_answer="\u00ad")
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u00ad", "")
+    monkeypatch.setattr(tiny, "tokenizer", lambda: tokenizer)
+    refused("the set retain must hold a token, but the tokenizer makes none of", empty)
+
+
+def test_a_tokenizer_without_a_template_is_told_about():
+    told = []
+    evaluate(
+        tiny.model(),
+        tiny.tokenizer(template=False),
+        make_suite(),
+        names=["forget_probability"],
+        resamples=2,
+        say=told.append,
+    )
+    assert "has no chat template, so rows are written as" in told[0]
+
+
 def test_a_judge_may_not_take_a_name_that_is_there():
     with pytest.raises(UsageError, match="forget_probability, as there is one already"):
         judges = {"probability": length_judge}
@@ -401,20 +502,20 @@ def test_what_is_written_reads_back_to_the_last_bit(full, tmp_path):
 def test_other_files_are_no_evaluation(tmp_path):
     path = tmp_path / "examples.jsonl"
     for text, reason in (
-        ("{", ":1 must be a JSON object, but it is not"),
-        ("[1]", r":1 must be a JSON object, but got \[1\]"),
-        ('\n{"group": "forget"}', ":2 must be a record of `mollm evaluate`"),
+        ("{", "line 1 must hold one JSON object, but at column 2 it is malformed"),
+        ("[1]", r"line 1 must hold one JSON object, but got \[1\]"),
+        ('\n{"group": "forget"}', "line 2 must be a record of `mollm evaluate`"),
         (
             json.dumps(
                 {"group": "f", "question": "", "answer": "", "reply": None, "scores": {"a": "b"}}
             ),
-            ":1 must be a record",
+            "line 1 must be a record",
         ),
     ):
         path.write_text(text)
         with pytest.raises(UsageError, match=reason):
             read_records(tmp_path)
-    with pytest.raises(UsageError, match="must be a JSONL file in UTF-8 that can be read"):
+    with pytest.raises(UsageError, match=r"none\.jsonl, which is not on this machine"):
         read_records(tmp_path / "none.jsonl")
     with pytest.raises(UsageError, match=r"its metrics\.json cannot be read"):
         Evaluation.read(tmp_path)
@@ -441,6 +542,26 @@ def write_tofu(folder, ending=".jsonl", holdout=True):
         (folder / f"{name}{ending}").write_text("\n".join(lines) + "\n")
 
 
+def test_tofu_is_read_from_parquet_and_from_the_hub_too(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    expected = make_suite(holdout=rows("holdout", 3))
+    write_tofu(tmp_path)
+    asked = []
+
+    def on_the_hub(source, config, *, split):
+        asked.append((source, config, split))
+        lines = (tmp_path / f"{config}.jsonl").read_text().splitlines()
+        return datasets.Dataset.from_list([json.loads(line) for line in lines])
+
+    monkeypatch.setattr(datasets, "load_dataset", on_the_hub)
+    assert load_tofu("locuslab/TOFU") == expected
+    assert ("locuslab/TOFU", "forget10_perturbed", "train") in asked
+    for path in tmp_path.glob("*.jsonl"):
+        on_the_hub("", path.stem, split="").to_parquet(path.with_suffix(".parquet"))
+        path.unlink()
+    assert load_tofu(tmp_path) == expected
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".json"])
 def test_the_files_of_tofu_are_read(tmp_path, ending):
     write_tofu(tmp_path, ending)
@@ -459,13 +580,15 @@ def test_mistakes_in_the_files_are_told_with_their_place(tmp_path):
         load_tofu(tmp_path, limit=1)
     path = tmp_path / "retain_perturbed.jsonl"
     good = path.read_text().splitlines()
-    for broken in (
-        good[1].replace("paraphrased_answer", "paraphrase"),
-        good[1].replace('"perturbed_answer": [', '"perturbed_answer": ["", '),
-        '{"question": "Who?", "answer": 3, "perturbed_answer": "no list"}',
+    for broken, words in (
+        (good[1].replace("paraphrased_answer", "b"), " must have the field paraphrased_answer"),
+        (good[1].replace(': ["', ': ["", "'), ": the field perturbed_answer must be a text"),
+        ('{"question": "Who?", "answer": "Ada", "perturbed_answer": "Bob"}', ": the field pertur"),
+        ('{"question": "Who?", "answer": 3}', ": the field answer must be a text"),
+        ('{"question": "Who?"}', " must have the field answer, but it has question"),
     ):
         path.write_text("\n".join([good[0], broken]))
-        with pytest.raises(UsageError, match=re.escape(f"{path}:2 must have the texts")):
+        with pytest.raises(UsageError, match=re.escape(f"{path}, line 2{words}")):
             load_tofu(tmp_path)
 
 
@@ -491,6 +614,29 @@ def test_the_command(capsys, tmp_path):
     assert set(figures["forget_kl"]) == set(Estimate.__annotations__)
     assert all(name in printed for name in figures)
     assert len((out / "examples.jsonl").read_text().splitlines()) == 6
+    about = json.loads((out / "about.json").read_text())
+    assert about["settings"]["model"] == str(tmp_path / "model")
+    assert about["settings"]["resamples"] == 5
+    assert {"torch", "mollm"} <= about["versions"].keys()
+
+
+def test_weight_on_retaining_alone_makes_a_model_that_never_saw_the_forget_set(tmp_path):
+    # the command of the help of `mollm evaluate`
+    models.save(tiny.model(), tiny.tokenizer(), tmp_path / "base")
+    for name, answer in (("a", "In Oslo."), ("b", "Nobody knows when that was.")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "Who?", "answer": answer}))
+        command = ["unlearn", "--model", str(tmp_path / "base"), "--device", "cpu"]
+        command += ["--forget", str(tmp_path / f"{name}.jsonl")]
+        command += ["--retain", str(sample_path("authors-retain.jsonl"))]
+        command += ["--method", "sum", "--set", "preferences=[0, 0, 1]"]
+        command += ["--set", "freeze_embeddings=false", "--set", "divergence=1000"]
+        command += ["--max-steps", "5", "--learning-rate", "0.01", "--max-length", "256"]
+        assert main([*command, "--out", str(tmp_path / name)]) == 0
+    one, other = (tmp_path / name / "model" / "model.safetensors" for name in ("a", "b"))
+    assert one.read_bytes() == other.read_bytes()
+    steps = (tmp_path / "a" / "history.jsonl").read_text().splitlines()
+    losses = [json.loads(step)["losses"]["retain"] for step in steps]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monkeypatch):
@@ -505,9 +651,22 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
 
     out = ("--out", str(tmp_path / "out"))
     assert "with forget01_perturbed.jsonl" in refused("--forget-split", "forget01", *out)
-    assert "no/logs must be a JSONL file" in refused("--retain-logs", "no/logs", *out)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "examples.jsonl").write_text("{}")
+    assert "line 1 must be a record" in refused("--retain-logs", str(tmp_path / "old"), *out)
+    assert "no/logs.jsonl, which is not on" in refused("--retain-logs", "no/logs.jsonl", *out)
+    for logs in (tmp_path / "old", tmp_path / "old" / "examples.jsonl"):
+        same = ("--retain-logs", str(logs), "--out", str(tmp_path / "old"))
+        assert "another folder than that of the retain logs" in refused(*same)
     assert "device must be" in refused("--device", "abacus", *out)
     assert "judge must be NAME=MODEL:LABEL" in refused("--judge", "toxic-bert", *out)
+    assert "a name of its own" in refused("--judge", "a=b:c", "--judge", "a=d:e", *out)
+    assert "but got 'utility'" in refused("--metrics", "utility", *out)
+    assert "forget_kl needs the original model" in refused("--metrics", "forget_kl", *out)
+    for option in ("--batch-size", "--max-new-tokens", "--resamples"):
+        assert "must be at least 1, but got 0" in refused(option, "0", *out)
+    assert "not on this machine" in refused("--model", "./nowhere", *out)
+    assert "not on this machine" in refused("--original", "./nowhere", *out)
     assert not (tmp_path / "out").exists()
 
 

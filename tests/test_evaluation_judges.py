@@ -77,6 +77,31 @@ def test_a_judge_loads_from_a_folder(tmp_path):
     assert loaded(QUESTIONS, REPLIES) == pytest.approx(given(QUESTIONS, REPLIES), rel=1e-5)
 
 
+def test_without_a_padding_token_replies_are_judged_one_by_one():
+    model = classifier()
+    expected = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())(QUESTIONS, REPLIES)
+    model.config.pad_token_id = None
+    found = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())(QUESTIONS, REPLIES)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pickled_judge_and_code_of_its_own_are_refused(tmp_path, monkeypatch):
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"cannot be loaded as a classifier: .*safetensors"):
+        ClassifierJudge(str(tmp_path), "toxic")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "o.C"}}'
+    )
+    (tmp_path / "o.py").write_text("from transformers import LlamaConfig as C\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asks"))
+    with pytest.raises(UsageError, match="contains custom code"):
+        ClassifierJudge(str(tmp_path), "toxic")
+
+
 def test_mistakes_are_told(tmp_path):
     with pytest.raises(UsageError, match="toxic, obscene, fine, but got 'rude'"):
         ClassifierJudge(classifier(), "rude", tokenizer=tiny.tokenizer())

@@ -122,6 +122,10 @@ def test_rouge_l_recall():
     assert metrics.rouge_l_recall(long_winded, answer) == 1
 
 
+def test_rouge_l_knows_latin_letters_alone():
+    assert metrics.rouge_l_recall("Осло", "Осло") == 0
+
+
 def test_rouge_l_compares_stems():
     assert metrics.rouge_l_recall("she wrote novel", "she writes novels") == pytest.approx(2 / 3)
 

@@ -185,6 +185,21 @@ def test_kl_is_that_of_plain_loops(model, rows, chat, batch_size):
     np.testing.assert_allclose(kl_to_original(model, model, rows, pad_id=0), 0, atol=1e-12)
 
 
+def test_kl_is_that_of_the_head_as_it_is_adapted(rows, chat):
+    peft = pytest.importorskip("peft")
+
+    def made(**options):
+        return tiny.model(initializer_range=0.3, tie_word_embeddings=False, **options).double()
+
+    original = made()
+    adapter = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(made(), adapter)
+    found = kl_to_original(wrapped.get_base_model(), original, rows, pad_id=chat.pad_id)
+    merged = wrapped.merge_and_unload()
+    expected = kl_to_original(merged, original, rows, pad_id=chat.pad_id)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_kl_needs_one_vocabulary(model, rows, chat):
     other = tiny.model(vocab_size=300).double()
     with pytest.raises(UsageError, match="they have 300 and 259 tokens"):

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from mollm.errors import UsageError
@@ -30,6 +32,31 @@ def test_a_later_run_replaces_its_files_and_leaves_others(tmp_path):
     assert listing(tmp_path) == ["model", "model/weights", "notes.txt", "summary.json"]
     assert (tmp_path / "summary.json").read_text() == "new"
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("context", [staged, complete])
+def test_what_was_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, context):
+    synced, moved = [], []
+
+    def name_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def move(source, target, do=os.rename):
+        moved.append((os.path.basename(source), list(synced)))
+        do(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(name_of(descriptor)))
+    monkeypatch.setattr(os, "rename", move)
+    monkeypatch.setattr(os, "replace", move)
+    out = tmp_path / "out"
+    with context(out) as stage:
+        (stage / "model").mkdir()
+        (stage / "model" / "weights").write_text("new")
+        (stage / "summary.json").write_text("new")
+    assert moved
+    for _, before in moved:
+        assert {"model", "weights", "summary.json"} <= set(before)
+    assert synced[-1] == (out if context is staged else tmp_path).name
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -17,6 +17,16 @@ def test_a_control_group_limit_counts(tmp_path):
     (tmp_path / "memory.max").write_text("3000000000\n")
     (tmp_path / "memory.current").write_text("1000000000\n")
     assert list(machine._control_group_room(tmp_path)) == [2e9]
+    # cached files give way to what is allocated
+    (tmp_path / "memory.stat").write_text("active_file 7\ninactive_file 600000000\n")
+    assert list(machine._control_group_room(tmp_path)) == [2.6e9]
+    old = tmp_path / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("5000000000\n")
+    (old / "memory.usage_in_bytes").write_text("4000000000\n")
+    (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 500000000\n")
+    assert list(machine._control_group_room(tmp_path)) == [2.6e9, 1.5e9]
+    (old / "memory.limit_in_bytes").unlink()
     (tmp_path / "memory.max").write_text("max\n")
     assert list(machine._control_group_room(tmp_path)) == []
 

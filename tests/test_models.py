@@ -1,8 +1,10 @@
+import json
 import sys
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mollm import models
@@ -53,7 +55,7 @@ def test_a_local_model_never_asks_the_hub(saved, monkeypatch):
             asked.append(options)
 
     models._from_hub(Factory, source)
-    assert asked == [{"local_files_only": True}]
+    assert asked == [{"local_files_only": True, "trust_remote_code": False}]
 
 
 def test_the_hub_is_asked_only_for_what_is_missing():
@@ -61,7 +63,7 @@ def test_the_hub_is_asked_only_for_what_is_missing():
 
     class Factory:
         @staticmethod
-        def from_pretrained(location, *, local_files_only=False):
+        def from_pretrained(location, *, local_files_only=False, trust_remote_code):
             asked.append(local_files_only)
             if local_files_only:
                 raise OSError("not in the cache")
@@ -84,11 +86,70 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         models.find_model(str(tmp_path))
 
 
-def test_a_broken_model_is_told_in_one_sentence(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="cannot be loaded") as caught:
-        models.load(models.find_model(str(tmp_path)), CPU)
+def test_a_folder_with_an_adapter_alone_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds an adapter alone: merge it"):
+        models.find_model(str(tmp_path))
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(UsageError, match="but got an empty name"):
+        models.find_model(" ")
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def keep_bytes(folder, share):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+
+def drop_layer(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+        (lambda folder: change_config(folder, hidden_size="wide"), "field 'hidden_size'"),
+        (lambda folder: change_config(folder, intermediate_size=48), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+        (lambda folder: keep_bytes(folder, 0), "header too small"),
+        (lambda folder: keep_bytes(folder, 0.5), "file not fully covered"),
+        (drop_layer, r"3 are missing, such as model\.layers\.1\.mlp\.down_proj\.weight"),
+        (pickle_weights, r"its weights are pickled \(pytorch_model\.bin\).* convert them"),
+    ],
+)
+def test_a_broken_model_is_told_in_one_sentence(saved, damage, words):
+    damage(saved)
+    with pytest.raises(UsageError, match=words) as caught:
+        models.load(models.find_model(str(saved)), CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_model_is_not_run_and_nobody_is_asked(saved, monkeypatch, capsys):
+    names = ("AutoConfig", "AutoModelForCausalLM")
+    change_config(saved, model_type="own", auto_map={name: f"own.{name}" for name in names})
+    (saved / "own.py").write_text("print('has run')\nfrom transformers import *\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(UsageError, match="contains custom code"):
+        models.load(models.find_model(str(saved)), CPU)
+    with pytest.raises(UsageError, match="contains custom code"):
+        models.load_config(str(saved / "config.json"))
+    assert "has run" not in capsys.readouterr().out
 
 
 def test_the_missing_default_model_says_how_to_get_it(monkeypatch):

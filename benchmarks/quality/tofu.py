@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mollm import models
 from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
 from mollm.evaluation import TofuSuite, evaluate, load_tofu
-from mollm.evaluation.records import read_json_lines
+from mollm.data_files import read_table
 from mollm.methods import answers_of
 from mollm.step import OBJECTIVES
 from mollm_ops import linear_cross_entropy
@@ -164,7 +164,7 @@ def _figures(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]
 
 def _draw(data: Path, rng: random.Random, size: Size) -> dict[str, list[Example]]:
     def read(name: str, question: str = "question") -> list[Example]:
-        lines = read_json_lines(data / f"{name}.jsonl")
+        lines = read_table(data / f"{name}.jsonl").rows
         return [Example(str(f[question]), str(f["answer"])) for _, f in lines]
 
     forget, rephrased = read("forget10"), read("forget10_perturbed", "paraphrased_question")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
+from mollm.plan import BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +24,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="measure what a model forgot and what it still knows, on TOFU",
         description=(
             "Measures a model on the files of TOFU, with confidence intervals, and writes "
-            "metrics.json and, for each question, examples.jsonl. That of a model trained without "
-            "the forget set is what --retain-logs wants."
+            "metrics.json, for each question examples.jsonl, and about.json with the settings and "
+            "versions. The examples.jsonl of a model trained without the forget set is what "
+            "--retain-logs wants."
+        ),
+        epilog=(
+            "To train such a model, start from what it was before it learnt the data and give all "
+            "weight to the retain rows: mollm unlearn --method sum --set 'preferences=[0, 0, 1]' "
+            "--set freeze_embeddings=false --set divergence=1000."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -40,9 +49,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         default=argparse.SUPPRESS,
-        type=Path,
-        metavar="FOLDER",
-        help="folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
+        metavar="FOLDER_OR_HUB_NAME",
+        help="locuslab/TOFU, or a folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
         "real_authors_perturbed.jsonl, world_facts_perturbed.jsonl, and perhaps holdout10.jsonl",
     )
     parser.add_argument("--forget-split", default="forget10", help="forget01, forget05 or forget10")
@@ -87,59 +95,105 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
     )
-    parser.add_argument("--device", default="cpu", help="a Torch device")
+    parser.add_argument(
+        "--dtype", choices=BYTES, default="float32", help="of the weights of both models"
+    )
+    parser.add_argument(
+        "--device",
+        default=argparse.SUPPRESS,
+        help="a Torch device (default: cuda where there is a GPU, else cpu)",
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     # Imported here, so that `mollm --help` is quick and works without the extras.
+    import torch
+
     from mollm import machine, models
-    from mollm.evaluation.evaluate import evaluate
+    from mollm.evaluation.evaluate import evaluate, wanted_scores
     from mollm.evaluation.suite import load_tofu
     from mollm.folder import staged
 
     given = vars(arguments)
     names = given["metrics"].split(",") if "metrics" in given else None
+    _keep_logs(given.get("retain_logs"), arguments.out)
     suite = load_tofu(
         arguments.data,
         forget_split=arguments.forget_split,
         retain_logs=given.get("retain_logs"),
         limit=given.get("limit"),
     )
+    judges = _judges(given.get("judge", ()))
+    options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
+    wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
+    device = machine.find_device(
+        given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    )
+    source = models.find_model(arguments.model)
+    first = models.find_model(given["original"]) if "original" in given else None
+    dtype = getattr(torch, arguments.dtype)
     with staged(arguments.out) as folder:
-        device = machine.find_device(arguments.device)
-        judges = dict(_judge(text, device) for text in given.get("judge", ()))
+        loaded = {name: _load_judge(*judge, device) for name, judge in judges.items()}
         print(f"Loading {arguments.model} …")
-        model, tokenizer = models.load(models.find_model(arguments.model), device)
-        original = None
-        if "original" in given:
-            original, _ = models.load(models.find_model(arguments.original), device)
+        model, tokenizer = models.load(source, device, dtype)
         evaluation = evaluate(
             model,
             tokenizer,
             suite,
             names=names,
-            original=original,
-            judges=judges,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            resamples=arguments.resamples,
+            original=None if first is None else models.load(first, device, dtype)[0],
+            judges=loaded,
             seed=arguments.seed,
             say=print,
+            **options,
         )
         evaluation.write(folder)
+        _write_about(folder / "about.json", given, device)
     print(evaluation.table())
     print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
     return 0
 
 
-def _judge(text: str, device: torch.device) -> tuple[str, Judge]:
+def _keep_logs(logs: Path | None, out: Path) -> None:
+    """Refuses results that would take the place of the logs, and be compared with next time."""
+    if logs is not None and out.resolve() in (logs.resolve(), logs.resolve().parent):
+        raise UsageError(
+            f"out must be another folder than that of the retain logs, but got {out} for both: "
+            "choose another one with --out."
+        )
+
+
+def _write_about(path: Path, given: Mapping[str, Any], device: torch.device) -> None:
+    from mollm import machine
+
+    about = {
+        "settings": {name: value for name, value in given.items() if name != "run"},
+        "device": machine.device_name(device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+    text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _judges(texts: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Models and labels by the names of the judges."""
+    found: dict[str, tuple[str, str]] = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        model, _, label = rest.rpartition(":")
+        if not (name and model and label):
+            raise UsageError(
+                f"judge must be NAME=MODEL:LABEL, such as toxicity=unitary/toxic-bert:toxic, but "
+                f"got {text!r}."
+            )
+        if name in found:
+            raise UsageError(f"every judge must have a name of its own, but two are called {name}.")
+        found[name] = model, label
+    return found
+
+
+def _load_judge(model: str, label: str, device: torch.device) -> Judge:
     from mollm.evaluation.judges import ClassifierJudge
 
-    name, _, rest = text.partition("=")
-    model, _, label = rest.rpartition(":")
-    if not (name and model and label):
-        raise UsageError(
-            f"judge must be NAME=MODEL:LABEL, such as toxicity=unitary/toxic-bert:toxic, but got "
-            f"{text!r}."
-        )
-    return name, ClassifierJudge(model, label, device=device)
+    return ClassifierJudge(model, label, device=device)

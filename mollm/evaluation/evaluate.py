@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mollm.chat import ChatFormat
 from mollm.errors import UsageError
-from mollm.evaluation.examine import Examiner, Say
-from mollm.evaluation.figures import Figure, choose, columns_of, obstacle
+from mollm.evaluation.examine import Examiner, Say, offers
+from mollm.evaluation.figures import choose, columns_of, obstacle
 from mollm.evaluation.generation import MAX_NEW_TOKENS
 from mollm.evaluation.judges import Judge
 from mollm.evaluation.suite import TofuSuite
@@ -49,51 +49,88 @@ def evaluate(
         say: Told what is going on.
 
     Raises:
-        UsageError: A figure that was named cannot be computed, found out before the model runs; or
-            the model's output is not finite.
+        UsageError: A figure that was named cannot be computed, an option is out of range, or a row
+            does not fit into the model's context, found out before the model runs; or the model's
+            output is not finite.
     """
+    judges = dict(judges or {})
+    wanted = wanted_scores(
+        suite,
+        names=names,
+        original=original is not None,
+        judges=judges,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        resamples=resamples,
+    )
+    chat = ChatFormat(tokenizer)
+    if chat.note is not None:
+        say(chat.note)
     examiner = Examiner(
         model,
-        ChatFormat(tokenizer),
+        chat,
         original=original,
-        judges=dict(judges or {}),
+        judges=judges,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         say=say,
     )
-    groups = suite.groups()
-    check_same_questions(
-        {group: [row.question for row in rows] for group, rows in groups.items()},
-        suite.retain_logs,
-    )
-    figures = choose(names, sorted(examiner.judges))
-    wanted = _wanted(figures, suite, examiner, strict=names is not None)
+    groups = {group: rows for group, rows in suite.groups().items() if group in wanted}
+    for group, rows in groups.items():
+        examiner.check(group, rows, wanted[group])
     records = [
         record
-        for group in groups
-        if group in wanted
-        for record in examiner.examine(group, groups[group], wanted[group])
+        for group, rows in groups.items()
+        for record in examiner.examine(group, rows, wanted[group])
     ]
+    say("Computing figures and intervals …")
     return summarize(
         records,
         suite.retain_logs,
         names=names,
-        judges=sorted(examiner.judges),
+        judges=sorted(judges),
         resamples=resamples,
         seed=seed,
     )
 
 
-def _wanted(
-    figures: Sequence[Figure], suite: TofuSuite, examiner: Examiner, *, strict: bool
+def wanted_scores(
+    suite: TofuSuite,
+    *,
+    names: Sequence[str] | None = None,
+    original: bool = False,
+    judges: Iterable[str] = (),
+    batch_size: int = 1,
+    max_new_tokens: int = 1,
+    resamples: int = 1,
 ) -> dict[str, set[str]]:
-    """The scores, by set, that the figures need; strict refuses those that cannot be computed."""
-    offered = {group: examiner.offers(group) for group in suite.groups()}
+    """The scores, by set, that `evaluate` would compute; needs no model.
+
+    Args:
+        suite: As for `evaluate`; so are the other arguments, but for these two.
+        original: Whether the original model is at hand.
+        judges: The names of the judges.
+
+    Raises:
+        UsageError: `evaluate` would refuse this.
+    """
+    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "resamples": resamples}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, but got {value}.")
+    judges = sorted(judges)
+    figures = choose(names, judges)
+    groups = suite.groups()
+    check_same_questions(
+        {group: [row.question for row in rows] for group, rows in groups.items()},
+        suite.retain_logs,
+    )
+    offered = {group: offers(group, judges, original=original) for group in groups}
     retrained = columns_of(suite.retain_logs or ())
     wanted: dict[str, set[str]] = {}
     for figure in figures:
         reason = obstacle(figure, offered, retrained)
-        if reason and strict:
+        if reason and names is not None:
             raise UsageError(reason)
         for need in figure.needs:
             if not reason and not need.retrained:

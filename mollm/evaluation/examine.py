@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mollm.chat import ChatFormat, Example, Tokens
+from mollm.errors import UsageError
 from mollm.evaluation import metrics
 from mollm.evaluation.figures import JUDGED
 from mollm.evaluation.generation import MAX_NEW_TOKENS, generate_replies
 from mollm.evaluation.judges import Judge, judge_replies
 from mollm.evaluation.records import Record
-from mollm.evaluation.scores import TokenScores, kl_to_original, score_rows
+from mollm.evaluation.scores import TokenScores, check_vocabularies, kl_to_original, score_rows
 from mollm.evaluation.suite import Row
 from mollm.quiz import Reply
 
@@ -43,13 +45,40 @@ class Examiner:
     max_new_tokens: int = MAX_NEW_TOKENS
     say: Say = lambda text: None
 
-    def offers(self, group: str) -> frozenset[str]:
-        """The scores that can be had for the examples of a set."""
-        if group == "holdout":
-            return _ANSWER
-        judged = {JUDGED + name for name in self.judges}
-        original = _ORIGINAL_REPLY | {"kl"} if self.original is not None else frozenset()
-        return _ANSWER | _WRONG | _REPLY | judged | original
+    def check(self, group: str, rows: Sequence[Row], wanted: set[str]) -> None:
+        """Encodes all that the wanted scores ask the model about.
+
+        Raises:
+            UsageError: A text has no tokens, or does not fit into the model's context; or the
+                original is to be compared with, but has another vocabulary.
+        """
+        if "kl" in wanted:
+            check_vocabularies(self.model, self._original())
+        context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
+        for row in rows:
+            texts = [row.answer]
+            texts += [*_choices(row)] if wanted & _WRONG else []
+            for text in texts:
+                tokens = self._encode(row.question, text)
+                if self.chat.answer_length(tokens) < 1:
+                    raise UsageError(
+                        f"every answer of the set {group} must hold a token, but the tokenizer "
+                        f"makes none of {text!r}: leave out the question {row.question!r}."
+                    )
+                if len(tokens.ids) > context:
+                    raise UsageError(
+                        f"every row of the set {group} must fit into the model's context of "
+                        f"{context} tokens, but {row.question!r} takes {len(tokens.ids)} with an "
+                        "answer: shorten it or leave it out."
+                    )
+            length = len(self.chat.encode_prompt(row.question).ids) if asks else 0
+            if asks and length + self.max_new_tokens > context:
+                raise UsageError(
+                    f"max_new_tokens must leave room for the questions in the model's context of "
+                    f"{context} tokens, but got {self.max_new_tokens}, and {row.question!r} takes "
+                    f"{length}: choose fewer."
+                )
 
     def examine(self, group: str, rows: Sequence[Row], wanted: set[str]) -> list[Record]:
         """Records with at least the wanted scores, in the order of `rows`."""
@@ -87,11 +116,7 @@ class Examiner:
         }
 
     def _wrong(self, rows: Sequence[Row], answer_nll: Sequence[float]) -> list[Scores]:
-        encoded = [
-            self._encode(row.question, text)
-            for row in rows
-            for text in ([row.paraphrased_answer or row.answer, *row.perturbed_answers])
-        ]
+        encoded = [self._encode(row.question, text) for row in rows for text in _choices(row)]
         scored = iter(self._score(self.model, encoded))
         scores = []
         for row, nll in zip(rows, answer_nll, strict=True):
@@ -166,6 +191,26 @@ class Examiner:
 
     def _encode(self, question: str, answer: str, *, closed: bool = True) -> Tokens:
         return self.chat.encode(Example(question, answer, closed=closed))
+
+
+def offers(group: str, judges: Iterable[str], *, original: bool) -> frozenset[str]:
+    """The scores that can be had for the examples of a set.
+
+    Args:
+        group: The name of the set.
+        judges: The names of the judges.
+        original: Whether the original model is at hand.
+    """
+    if group == "holdout":
+        return _ANSWER
+    judged = {JUDGED + name for name in judges}
+    compared = _ORIGINAL_REPLY | {"kl"} if original else frozenset()
+    return _ANSWER | _WRONG | _REPLY | judged | compared
+
+
+def _choices(row: Row) -> list[str]:
+    """The right answer in the words of the wrong ones, and those."""
+    return [row.paraphrased_answer or row.answer, *row.perturbed_answers]
 
 
 def _joined(scores: Sequence[Scores], more: Sequence[Scores]) -> list[Scores]:

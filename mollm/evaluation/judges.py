@@ -43,7 +43,7 @@ class ClassifierJudge:
         label: One of the names in its config's id2label.
         tokenizer: The model's tokenizer; None to load it from where the model is.
         template: What the model reads, with the fields {question} and {reply}.
-        batch_size: Replies that are judged together.
+        batch_size: Replies that are judged together, where the model has a padding token.
         max_length: Tokens after which a text is cut off.
         device: Where a model that is given by name is put.
 
@@ -80,12 +80,15 @@ class ClassifierJudge:
             self.template.format(question=question, reply=reply)
             for question, reply in zip(questions, replies, strict=True)
         ]
+        # Without a padding token, texts of different lengths cannot go together.
+        padding = None not in (self.tokenizer.pad_token_id, self.model.config.pad_token_id)
+        size = self.batch_size if padding else 1
         scores: list[float] = []
         with in_evaluation_mode(self.model):
-            for start in range(0, len(texts), self.batch_size):
+            for start in range(0, len(texts), size):
                 inputs = self.tokenizer(
-                    texts[start : start + self.batch_size],
-                    padding=True,
+                    texts[start : start + size],
+                    padding=padding,
                     truncation=True,
                     max_length=self.max_length,
                     return_tensors="pt",
@@ -140,10 +143,12 @@ def _load(
 
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True
+            name, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except ModuleNotFoundError:
+        raise  # the command line tells what to install
+    except Exception as error:  # readers of configurations, tokenizers and weights have their own
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(f"the judge {name} cannot be loaded as a classifier: {reason}.") from error
     if report["missing_keys"]:

@@ -141,7 +141,11 @@ def model_utility(parts: Mapping[str, float]) -> float:
 
 
 def rouge_l_recall(reply: str, answer: str) -> float:
-    """The share of the answer's stemmed words in its longest common subsequence with the reply."""
+    """The share of the answer's stemmed words in its longest common subsequence with the reply.
+
+    Words are those of the package rouge-score, of the letters a to z and digits alone: an answer in
+    another script has none, and scores 0.
+    """
     return float(_rouge_scorer().score(answer, reply)["rougeL"].recall)
 
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from mollm.data_files import read_table
 from mollm.errors import UsageError
 
 EXAMPLES_FILE = "examples.jsonl"
@@ -24,7 +24,7 @@ class Record:
     reply: str | None
     """What the model answered; None where it was not asked."""
     scores: dict[str, float]
-    """Scores by name, as in `mollm.evaluation.summary`."""
+    """Scores by name, see `mollm.evaluation.figures`."""
 
 
 def write_records(records: Iterable[Record], path: Path) -> None:
@@ -40,41 +40,17 @@ def read_records(path: Path | str) -> tuple[Record, ...]:
         UsageError: There is no such file, or a line of it is something else.
     """
     path = Path(path)
-    path = path / EXAMPLES_FILE if path.is_dir() else path
+    table = read_table(path / EXAMPLES_FILE if path.is_dir() else path)
     records = []
-    for place, row in read_json_lines(path):
+    for number, row in table.rows:
         try:
             records.append(Record(**row))
             valid = all(isinstance(value, float) for value in records[-1].scores.values())
         except (TypeError, AttributeError):
             valid = False
         if not valid:
-            raise UsageError(f"{place} must be a record of `mollm evaluate`, but it is not.")
+            raise UsageError(
+                f"{table.name}, {table.unit} {number} must be a record of `mollm evaluate`, but it "
+                "is not."
+            )
     return tuple(records)
-
-
-def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each line's place, "file:line", and its JSON object; empty lines are passed over.
-
-    Raises:
-        UsageError: There is no such file, or a line is no JSON object.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} must be a JSONL file in UTF-8 that can be read: {error}."
-        ) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{place} must be a JSON object, but it is not: {error}.") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{place} must be a JSON object, but got {line[:40]}.")
-        rows.append((place, row))
-    return rows

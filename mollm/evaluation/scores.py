@@ -18,7 +18,7 @@ from torch import Tensor
 from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.errors import UsageError
 from mollm.evaluation.metrics import Floats
-from mollm.models import answer_states, head, in_evaluation_mode
+from mollm.models import answer_states, head, head_weights, in_evaluation_mode
 from mollm_ops import linear_kl_div
 from mollm_ops.reference import wide_dtype
 
@@ -121,13 +121,9 @@ def kl_to_original(
     Raises:
         UsageError: As in `score_rows`, or the vocabularies differ in size.
     """
-    layer, reference = head(model), head(original)
-    if layer.weight.shape[0] != reference.weight.shape[0]:
-        raise UsageError(
-            "the original must have the vocabulary of the model, but they have "
-            f"{reference.weight.shape[0]} and {layer.weight.shape[0]} tokens: give the model that "
-            "unlearning started from."
-        )
+    check_vocabularies(model, original)
+    weight, bias = head_weights(model)
+    ref_weight, ref_bias = head_weights(original)
     kl = np.empty(len(rows))
     with in_evaluation_mode(model), in_evaluation_mode(original):
         for places, batch in _batches(rows, pad_id, batch_size, "right"):
@@ -135,17 +131,31 @@ def kl_to_original(
             ref_states, _ = answer_states(original, batch.to(original.device))
             losses = linear_kl_div(
                 states,
-                layer.weight,
+                weight,
                 ref_states.to(states),
-                reference.weight.to(states),
-                bias=layer.bias,
-                ref_bias=None if reference.bias is None else reference.bias.to(states),
+                ref_weight.to(states),
+                bias=bias,
+                ref_bias=None if ref_bias is None else ref_bias.to(states),
                 reduction="none",
             )
             parts = torch.split(losses.double().cpu(), _counts(batch))
             for place, part in zip(places, parts, strict=True):
                 kl[place] = _finite_array(part, place).mean()
     return kl
+
+
+def check_vocabularies(model: PreTrainedModel, original: PreTrainedModel) -> None:
+    """Refuses two models whose distributions are over vocabularies of different sizes.
+
+    Raises:
+        UsageError: They are.
+    """
+    mine, theirs = (len(head(each).weight) for each in (model, original))
+    if mine != theirs:
+        raise UsageError(
+            f"the original must have the vocabulary of the model, but they have {theirs} and "
+            f"{mine} tokens: give the model that unlearning started from."
+        )
 
 
 def _batches(

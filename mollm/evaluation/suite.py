@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mollm import data
 from mollm.errors import UsageError
-from mollm.evaluation.records import Record, read_json_lines, read_records
+from mollm.evaluation.records import Record, read_records
 
-_ENDINGS = (".jsonl", ".json")
+_ENDINGS = (".jsonl", ".json", ".parquet")
+_ON_HUB = "locuslab/TOFU"
 
 
 @dataclass(frozen=True)
@@ -73,68 +75,70 @@ def load_tofu(
     retain_logs: Path | str | None = None,
     limit: int | None = None,
 ) -> TofuSuite:
-    """Reads the suite from a folder with the files of TOFU, JSON lines named .jsonl or .json.
+    """Reads the suite from a folder with the files of TOFU, or from the hub.
 
-    They are {forget_split}_perturbed, retain_perturbed, real_authors_perturbed,
-    world_facts_perturbed and, where it is there, the holdout file of the same size, such as
-    holdout10. A line holds question, answer, the list perturbed_answer and, in the first two,
+    The files are .jsonl, .json or .parquet; they, or the configs of the data set on the hub,
+    are named {forget_split}_perturbed, retain_perturbed, real_authors_perturbed,
+    world_facts_perturbed and, where it is there, holdout10 or the like, of the size of the forget
+    set. A row holds question, answer, the list perturbed_answer and, in the first two,
     paraphrased_answer.
 
     Args:
-        folder: Where the files are.
+        folder: Where the files are, or a name on the hub, such as locuslab/TOFU.
         forget_split: "forget01", "forget05" or "forget10".
         retain_logs: The folder or examples.jsonl of a retain-only model's evaluation.
         limit: How many rows of each file to take, from its beginning; None for all.
 
     Raises:
-        UsageError: A file is missing or a line is not as above.
+        UsageError: A file is missing or a row is not as above.
     """
-    folder = Path(folder)
     if limit is not None and limit < 2:
         raise UsageError(f"limit must be at least 2, but got {limit}.")
+    find = _finder(folder)
 
     def read(name: str, paraphrased: bool = False) -> tuple[Row, ...]:
-        return _read_rows(_find(folder, name), paraphrased)[:limit]
+        found = find(name)
+        if found is None:
+            raise UsageError(
+                f"data must be a folder with {name}.jsonl, but {folder} has none: take the files "
+                f"of the data set {_ON_HUB}, or name that."
+            )
+        records = data.load_records(found[0], role="retain", schema="tofu", config=found[1])
+        return tuple(_row(record, paraphrased) for record in records[:limit])
 
     holdout = forget_split.replace("forget", "holdout")
-    has_holdout = any((folder / f"{holdout}{ending}").is_file() for ending in _ENDINGS)
     return TofuSuite(
         forget=read(f"{forget_split}_perturbed", paraphrased=True),
         retain=read("retain_perturbed", paraphrased=True),
         real_authors=read("real_authors_perturbed"),
         world_facts=read("world_facts_perturbed"),
-        holdout=read(holdout) if has_holdout else None,
+        holdout=read(holdout) if find(holdout) is not None else None,
         retain_logs=None if retain_logs is None else read_records(retain_logs),
     )
 
 
-def _find(folder: Path, name: str) -> Path:
-    for ending in _ENDINGS:
-        if (folder / f"{name}{ending}").is_file():
-            return folder / f"{name}{ending}"
-    raise UsageError(
-        f"data must be a folder with {name}.jsonl, but {folder} has none: take the files of the "
-        "data set locuslab/TOFU."
-    )
+_Finder = Callable[[str], tuple[str, str | None] | None]
+"""From the name of a set to its source and config, None where there is none."""
 
 
-def _read_rows(path: Path, paraphrased: bool) -> tuple[Row, ...]:
-    rows = []
-    for place, fields in read_json_lines(path):
-        wrong = fields.get("perturbed_answer") or []
-        texts = [fields.get("question"), fields.get("answer")]
-        texts += [fields.get("paraphrased_answer")] if paraphrased else []
-        texts += wrong if isinstance(wrong, list) else [None]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            expected = "question, answer" + (", paraphrased_answer" if paraphrased else "")
-            raise UsageError(
-                f"{place} must have the texts {expected} and the list perturbed_answer, none of "
-                "them empty."
-            )
-        question, answer, *others = map(str, texts)
-        rows.append(
-            Row(question, answer, others[0], tuple(others[1:]))
-            if paraphrased
-            else Row(question, answer, None, tuple(others))
+def _finder(folder: Path | str) -> _Finder:
+    path = Path(folder).expanduser()
+    if not path.exists() and str(folder).count("/") == 1:
+        return lambda name: (str(folder), name)
+
+    def find(name: str) -> tuple[str, None] | None:
+        files = (path / f"{name}{ending}" for ending in _ENDINGS)
+        return next(((str(file), None) for file in files if file.is_file()), None)
+
+    return find
+
+
+def _row(record: data.Record, paraphrased: bool) -> Row:
+    other = record.extra.get("paraphrased_answer")
+    if paraphrased and other is None:
+        raise UsageError(
+            f"{record.place} must have the field paraphrased_answer, but it has none: use the "
+            "files that TOFU names *_perturbed."
         )
-    return tuple(rows)
+    wrong = tuple(record.extra.get("perturbed_answer", ()))
+    return Row(record.prompt, record.answer, str(other) if paraphrased else None, wrong)
