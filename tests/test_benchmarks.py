@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mollm.methods import METHODS
+from mollm.methods import METHODS, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
@@ -63,19 +63,22 @@ def test_the_floor_of_a_training_step(training_step):
     assert all(0.95 * limit < floor < limit for floor, limit in zip(floors, limits, strict=True))
 
 
-def test_the_training_steps_that_are_compared_take_the_same_step(training_step, monkeypatch):
-    """Where ours only adds up its gradients; so no side does less than it should."""
-    monkeypatch.setattr(training_step, "METHOD", METHODS["sum"])
+def test_the_training_steps_that_are_compared_walk_alike(training_step, monkeypatch):
+    """Where ours only adds up its gradients; without KL the cosine of the changes is 0.986."""
+    added = Method("added", METHODS["graddiff"].forget_loss, "sum", (1.0, 20.0, 1.0))
+    monkeypatch.setattr(training_step, "METHOD", added)
+    monkeypatch.setattr(training_step, "LR", 1e-3)
     case = next(iter(training_step.cases("cpu", quick=True)))
     changes = []
     for name in ("weighted sum", "MOLLM"):
         with training_step.prepared(case, "cpu") as steps:
             params = [p for p in steps[name].model.parameters() if p.requires_grad]
             before = [p.detach().clone() for p in params]
-            steps[name]()
+            for _ in range(3):
+                steps[name]()
             changed = [(p.detach() - b).flatten() for p, b in zip(params, before, strict=True)]
             changes.append(torch.cat(changed))
-    assert torch.cosine_similarity(*changes, dim=0) > 0.99
+    assert torch.cosine_similarity(*changes, dim=0) > 0.999
 
 
 def test_what_runs_out_of_memory_is_told_and_loses_nothing_else(common, tmp_path):
