@@ -63,7 +63,7 @@ class Case:
         return plan.plan(self.shape, self.settings)
 
 
-_ON_CPU = PlanSettings(batch_size=4, sequence_length=256, device="cpu")
+_ON_CPU = PlanSettings(batch_size=4, sequence_length=128, device="cpu")
 _ON_GPU = PlanSettings(
     batch_size=4, sequence_length=512, dtype="bfloat16", gradient_checkpointing=True
 )
@@ -300,7 +300,7 @@ class Clock:
             yield
 
 
-def shares(call: WeightedSum | Mollm, device: str, steps: int = 3) -> Row:
+def shares(call: WeightedSum | Mollm, device: str, steps: int = 2) -> Row:
     """Where the time of a few more steps goes; what is none of the other parts is forward."""
     clock = Clock(device)
     start = clock.now()
