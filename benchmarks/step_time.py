@@ -25,6 +25,7 @@ import torch
 from _common import (
     Row,
     elements_that_fit,
+    free_memory,
     interleaved_medians,
     print_table,
     provenance,
@@ -189,7 +190,7 @@ def _train(options: argparse.Namespace, device: str) -> None:
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
         )
-        gc.collect()
+        free_memory()
         print_table(part, case.name)
         rows += part
         save_json(path, source, rows)
