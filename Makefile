@@ -39,6 +39,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
+	$(BIN)/python benchmarks/step_time.py --train $(ARGS)
 
 # Uses PYTHON's own Torch, installs nothing, and takes up where it stopped.
 gpu:

@@ -56,6 +56,7 @@ for tests in $(grep -l 'mark\.gpu' tests/test_*.py); do
 done
 benchmark gram_throughput
 benchmark step_time
+part step_time_train "$PYTHON" benchmarks/step_time.py --train --json "$RESULTS/step_time_train.json"
 benchmark loss_throughput
 part memcheck sanitizer memcheck
 part racecheck sanitizer racecheck

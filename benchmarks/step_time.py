@@ -1,6 +1,7 @@
 """One optimizer step of K objectives against Torch's fused AdamW on one gradient.
 
     python benchmarks/step_time.py
+    python benchmarks/step_time.py --train    the whole training step, see _training_step.py
 
 Bytes of an ideal implementation, P elements of s bytes, K gradients:
     Torch's AdamW     (1 + 3 + 3)·P·s      reads g, θ, m, v; writes θ, m, v
@@ -19,10 +20,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import _training_step
 import torch
 from _common import (
     Row,
     elements_that_fit,
+    free_memory,
     interleaved_medians,
     print_table,
     provenance,
@@ -150,11 +153,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="P = 1e6, for a first look")
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="the whole training step against that of the weighted sum of the same losses",
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elements = options.elements or elements_that_fit(device, HELD * torch.float32.itemsize)
     if options.quick:
         elements = 10**6
+    if options.train:
+        _train(options, device)
+        return
     source = provenance(device)
     path = options.json or results_folder(device) / "step_time.json"
     rows: list[Row] = []
@@ -169,6 +180,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += part
             save_json(path, source, rows)
     save_plot(plot, path, source, rows)
+
+
+def _train(options: argparse.Namespace, device: str) -> None:
+    source = provenance(device, "transformers", "peft")
+    path = options.json or results_folder(device) / "step_time_train.json"
+    rows: list[Row] = []
+    for case in _training_step.cases(device, quick=options.quick):
+        part = rows_or_none(
+            partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
+        )
+        free_memory()
+        print_table(part, case.name)
+        rows += part
+        save_json(path, source, rows)
+    save_plot(_training_step.plot, path, source, rows)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from mollm.methods import METHODS, Method
+
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {
-    "gram_throughput.py": ["--elements", "100000", "--rounds", "1"],
-    "step_time.py": ["--elements", "100000", "--rounds", "1"],
-    "loss_throughput.py": ["--quick", "--rounds", "1", "--losses", "uce", "kl"],
-}
+COMMANDS = [
+    "gram_throughput.py --elements 100000",
+    "step_time.py --elements 100000",
+    "step_time.py --train --quick",
+    "loss_throughput.py --quick --losses uce kl",
+]
 
 
-@pytest.mark.parametrize("script", COMMANDS)
-def test_a_benchmark_writes_its_rows_and_their_provenance(script, tmp_path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_benchmark_writes_its_rows_and_their_provenance(command, tmp_path):
     path = tmp_path / "rows.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *COMMANDS[script]]
-    command += ["--device", "cpu", "--json", str(path)]
+    script, *options = command.split()
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    command += ["--rounds", "1", "--device", "cpu", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     written = json.loads(path.read_text())
@@ -40,6 +44,41 @@ def test_a_benchmark_writes_its_rows_and_their_provenance(script, tmp_path):
 def common(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module("_common")
+
+
+@pytest.fixture
+def training_step(common):
+    return importlib.import_module("_training_step")
+
+
+def test_the_floor_of_a_training_step(training_step):
+    cases = list(training_step.cases("cpu", quick=True))
+    assert [case.settings.reference for case in cases] == ["copy", "cache", "copy", "adapter"]
+    floors = [
+        training_step.flops(case, "MOLLM") / training_step.flops(case, "weighted sum")
+        for case in cases
+    ]
+    # What the layers alone would give; the head has as much to do on both sides.
+    limits = [9 / 7, 8 / 6, 9 / 7, 6 / 5]
+    assert all(0.95 * limit < floor < limit for floor, limit in zip(floors, limits, strict=True))
+
+
+def test_the_training_steps_that_are_compared_walk_alike(training_step, monkeypatch):
+    """Where ours only adds up its gradients; without KL the cosine of the changes is 0.986."""
+    added = Method("added", METHODS["graddiff"].forget_loss, "sum", (1.0, 20.0, 1.0))
+    monkeypatch.setattr(training_step, "METHOD", added)
+    monkeypatch.setattr(training_step, "LR", 1e-3)
+    case = next(iter(training_step.cases("cpu", quick=True)))
+    changes = []
+    for name in ("weighted sum", "MOLLM"):
+        with training_step.prepared(case, "cpu") as steps:
+            params = [p for p in steps[name].model.parameters() if p.requires_grad]
+            before = [p.detach().clone() for p in params]
+            for _ in range(3):
+                steps[name]()
+            changed = [(p.detach() - b).flatten() for p, b in zip(params, before, strict=True)]
+            changes.append(torch.cat(changed))
+    assert torch.cosine_similarity(*changes, dim=0) > 0.999
 
 
 def test_what_runs_out_of_memory_is_told_and_loses_nothing_else(common, tmp_path):

@@ -3,7 +3,7 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from mollm import MOLLMConfig, MOLLMTrainer, checkpoint, models
 from mollm.data import Record
@@ -90,9 +90,17 @@ def test_padding_on_either_side_is_the_same(tmp_path, in_float32):
     assert_alike(*pair(tmp_path, {"padding_side": "left"}, {"padding_side": "right"}, **SGD))
 
 
+def checkpointed(reentrant):
+    return {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("lora", [None, {}])
-def test_checkpointed_activations_are_the_same(tmp_path, in_float32, lora):
-    on = {"activation_checkpointing": True}
+def test_checkpointed_activations_are_the_same(tmp_path, in_float32, lora, reentrant):
+    on = checkpointed(reentrant)
     assert_alike(*pair(tmp_path, on, {}, lora=lora, **SGD))
 
 
@@ -110,17 +118,21 @@ def test_the_adapter_switched_off_is_the_original(tmp_path, in_float32, other):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_an_adapter_trains_under_checkpointed_activations(tmp_path, reentrant):
-    made = trainer(
-        tmp_path,
-        lora={},
-        max_steps=2,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant},
-    )
+    made = trainer(tmp_path, lora={}, max_steps=2, **checkpointed(reentrant))
     before = weights(made)
     made.train()
     changed = {n for n, value in weights(made).items() if not torch.equal(value, before[n])}
     assert {n for n in before if "lora_" in n} == changed
+
+
+def test_reentrant_checkpoints_would_not_train_an_adapter_behind_frozen_embeddings(
+    tmp_path, monkeypatch
+):
+    """What the trainer does about it is not done twice by somebody else."""
+    monkeypatch.setattr(PreTrainedModel, "enable_input_require_grads", lambda self: None)
+    made = trainer(tmp_path, lora={}, max_steps=1, **checkpointed(True))
+    with pytest.raises(RuntimeError, match="grad"):
+        made.train()
 
 
 def test_an_adapter_on_the_head_trains(tmp_path):

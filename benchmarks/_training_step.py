@@ -1,0 +1,345 @@
+"""The whole training step against one step of the weighted sum of the same three losses.
+
+    MOLLM           mollm.step.accumulate, then MOLLMOptimizer.step
+    weighted sum    the same forwards, one backward of c_1 forget + c_2 kl + c_3 retain, then
+                    torch.optim.AdamW(fused=True)
+
+Both walk with the same parameters and the same moments, on the same batches, in turns.
+
+FLOPs, in units of one forward pass F of one batch through the decoder's layers:
+                                                    weighted sum    MOLLM
+    forwards of both batches, backwards of 2F each       6F           8F
+    the frozen copy, or the model without its adapter   + 1F         + 1F
+    checkpointing, one more forward in a backward       + 2F         + 3F
+    LoRA, backwards of 1F                               - 2F         - 3F
+and, on both sides alike, products of the head with N answers: three for the forget loss (two where
+the head is frozen), six for KL and cross-entropy (four).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from _common import Row, interleaved_medians
+
+from mollm import MOLLMOptimizer, models, plan, step
+from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
+from mollm.methods import METHODS
+from mollm.plan import MemoryPlan, PlanSettings, Shape
+from mollm.references import Reference, make_reference
+
+METHOD = METHODS["project"]
+LR = 1e-6
+PARTS = ("forward", "backward", "Gram", "update")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how it trains."""
+
+    name: str
+    config: dict[str, Any]
+    """Options of a LlamaConfig."""
+    settings: PlanSettings
+
+    @cached_property
+    def shape(self) -> Shape:
+        from transformers import LlamaConfig
+
+        return plan.shape_of(LlamaConfig(**self.config), self.name)
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return plan.plan(self.shape, self.settings)
+
+
+_ON_CPU = PlanSettings(batch_size=4, sequence_length=128, device="cpu")
+_ON_GPU = PlanSettings(
+    batch_size=4, sequence_length=512, dtype="bfloat16", gradient_checkpointing=True
+)
+_SMOL = plan.NAMED_SHAPES["smollm2-135m"]
+_SMALL = _SMOL | {
+    "num_hidden_layers": 8,
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "intermediate_size": 1024,
+}
+_TINY = _SMALL | {"num_hidden_layers": 2, "hidden_size": 96, "vocab_size": 512}
+
+
+def cases(device: str, *, quick: bool) -> Iterator[Case]:
+    """What is measured on a device; on a GPU the largest Llama 3 that fits."""
+    if quick:
+        for name, settings in _ways(replace(_ON_CPU, sequence_length=16, device=device)):
+            yield Case(f"tiny, {name}", _TINY, settings)
+    elif device == "cpu":
+        for name, settings in _ways(_ON_CPU):
+            yield Case(f"34M, {name}", _SMALL, settings)
+        for name, settings in _ways(_ON_CPU):
+            yield Case(f"SmolLM2-135M, {name}", _SMOL, settings)
+    else:
+        free, _ = torch.cuda.mem_get_info()
+        for checkpointing in (True, False):
+            for name, settings in _ways(replace(_ON_GPU, gradient_checkpointing=checkpointing)):
+                for shape in ("llama-3-8b", "llama-3.2-3b", "llama-3.2-1b"):
+                    case = Case(f"{shape}, {name}", plan.NAMED_SHAPES[shape], settings)
+                    if case.plan.fits(0.95 * free):
+                        yield case
+                        break
+
+
+def _ways(settings: PlanSettings) -> Iterator[tuple[str, PlanSettings]]:
+    yield "copy", replace(settings, freeze_embeddings=True)
+    yield "cache", replace(settings, freeze_embeddings=True, reference="cache")
+    yield "copy, embeddings train", settings
+    yield "LoRA", replace(settings, lora_rank=16, reference="adapter")
+
+
+@contextmanager
+def prepared(case: Case, device: str) -> Iterator[dict[str, WeightedSum | Mollm]]:
+    """Both steps of a case by name, on one random model."""
+    settings = case.settings
+    model, adapted = _model(case, device)
+    forget, retain = _rows(case)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = make_reference(
+            settings.reference,
+            model,
+            adapted,
+            retain,
+            folder=Path(folder) / "cache",
+            batch_size=settings.batch_size,
+            pad_id=0,
+        )
+        optimizer = MOLLMOptimizer(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=LR,
+            objectives=step.OBJECTIVES,
+            **METHOD.optimizer_options(),
+        )
+        pair = tuple(collate(rows, pad_id=0).to(device) for rows in (forget, retain))
+        yield {
+            "weighted sum": WeightedSum(model, reference, _torchs_adamw(optimizer), pair),
+            "MOLLM": Mollm(model, reference, optimizer, pair),
+        }
+
+
+def rows_of(case: Case, device: str, rounds: int) -> list[Row]:
+    """A row for each of the two steps, which are measured in turns."""
+    settings = case.settings
+    with prepared(case, device) as steps:
+        seconds = interleaved_medians(steps, device, rounds=rounds)
+        return [
+            {
+                "case": case.name,
+                "P": float(case.plan.trainable),
+                "dtype": settings.dtype,
+                "tokens": 2 * settings.tokens,
+                "checkpointing": settings.gradient_checkpointing,
+                "step": name,
+                "ms": 1e3 * seconds[name],
+                "/ sum": seconds[name] / seconds["weighted sum"],
+                "by FLOPs": flops(case, name) / flops(case, "weighted sum"),
+                "tokens/s": 2 * settings.tokens / seconds[name],
+                **(shares(call, device) if math.isfinite(seconds[name]) else {}),
+                **(peak(call, case) if device == "cuda" and name == "MOLLM" else {}),
+            }
+            for name, call in steps.items()
+        ]
+
+
+def flops(case: Case, name: str) -> int:
+    """Multiply-adds of the matrix products of one step."""
+    shape, settings = case.shape, case.settings
+    attention = settings.sequence_length * shape.query  # causal: half of the scores, twice
+    layers = settings.tokens * shape.num_layers * (shape.layer_linear + attention)
+    backward = (1 if settings.lora_rank else 2) + settings.gradient_checkpointing
+    backwards = 3 if name == "MOLLM" else 2
+    original = 0 if settings.reference == "cache" else 1
+    answers = settings.batch_size * settings.sequence_length // 2
+    head = answers * shape.embedding * (9 if settings.trains_head else 6)
+    return layers * (2 + original + backwards * backward) + head
+
+
+def _model(case: Case, device: str) -> tuple[Any, Any | None]:
+    """A random model, and the same in the wrapper of peft where it trains an adapter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = case.settings
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(**case.config), dtype=getattr(torch, settings.dtype)
+        )
+    adapted = None
+    if settings.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        options = {"r": settings.lora_rank, "target_modules": "all-linear"}
+        adapted = get_peft_model(model, LoraConfig(**options, task_type="CAUSAL_LM"))
+    elif settings.freeze_embeddings:
+        models.freeze_embeddings(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model.train(), adapted
+
+
+def _rows(case: Case) -> tuple[list[Tokens], list[Tokens]]:
+    """Random rows to forget and to retain; the second half of each is its answer."""
+    settings, length = case.settings, case.settings.sequence_length
+    torch.manual_seed(1)
+    ids = torch.randint(case.shape.vocab, (2, settings.batch_size, length)).tolist()
+    prompt = length - length // 2
+    forget, retain = (
+        [Tokens(row, [IGNORE_INDEX] * prompt + row[prompt:]) for row in rows] for rows in ids
+    )
+    return forget, retain
+
+
+def _torchs_adamw(optimizer: MOLLMOptimizer) -> torch.optim.Optimizer:
+    """Torch's own optimizer with the very moments of ours: a second set may not fit."""
+    optimizer.base.make_state()  # type: ignore[attr-defined]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    torchs = torch.optim.AdamW(params, lr=LR, fused=True)
+    torchs.state = optimizer.state
+    return torchs
+
+
+@dataclass
+class WeightedSum:
+    """One step of the weighted sum."""
+
+    model: Any
+    reference: Reference
+    optimizer: torch.optim.Optimizer
+    pair: tuple[Batch, ...]
+
+    def __call__(self) -> None:
+        forget, retain = self.pair
+        self.optimizer.zero_grad()
+        loss_forget = step.forget_side(self.model, self.reference, forget, METHOD.forget_loss)
+        losses = loss_forget, *step.retain_side(self.model, self.reference, retain)
+        preferences = METHOD.preferences
+        assert preferences is not None, "the weights of the sum are those of the method"
+        step.backward(sum(c * loss for c, loss in zip(preferences, losses, strict=True)))
+        self.optimizer.step()
+
+    @contextmanager
+    def timed(self, clock: Clock) -> Iterator[None]:
+        with (
+            clock.watches(step, "backward", "backward"),
+            clock.watches(self.optimizer, "step", "update"),
+        ):
+            yield
+
+
+@dataclass
+class Mollm:
+    """One step of ours."""
+
+    model: Any
+    reference: Reference
+    optimizer: MOLLMOptimizer
+    pair: tuple[Batch, ...]
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        step.accumulate(
+            self.model,
+            self.reference,
+            self.optimizer,
+            *self.pair,
+            forget_loss=METHOD.forget_loss,
+        )
+        self.optimizer.step()
+
+    @contextmanager
+    def timed(self, clock: Clock) -> Iterator[None]:
+        with (
+            clock.watches(step, "backward", "backward"),
+            clock.watches(self.optimizer, "_solve", "Gram"),
+            clock.watches(self.optimizer.base, "step_along", "update"),
+        ):
+            yield
+
+
+class Clock:
+    """Seconds of the functions it watches, the device's work included."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+
+    def now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def watches(self, owner: Any, name: str, part: str) -> Iterator[None]:
+        watched = getattr(owner, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            start = self.now()
+            result = watched(*args, **options)
+            self.seconds[part] += self.now() - start
+            return result
+
+        with patch.object(owner, name, call):
+            yield
+
+
+def shares(call: WeightedSum | Mollm, device: str, steps: int = 2) -> Row:
+    """Where the time of a few more steps goes; what is none of the other parts is forward."""
+    clock = Clock(device)
+    start = clock.now()
+    with call.timed(clock):
+        for _ in range(steps):
+            call()
+    total = clock.now() - start
+    clock.seconds["forward"] = total - sum(clock.seconds.values())
+    return {name: clock.seconds[name] / total for name in PARTS}
+
+
+def peak(call: Mollm, case: Case) -> Row:
+    """Peak memory of one more step beside what was planned, without the allowance for Torch."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    planned = case.plan.peak.total - plan.OVERHEAD_BYTES["cuda"]
+    return {
+        "peak GiB": torch.cuda.max_memory_allocated() / plan.GIB,
+        "planned GiB": planned / plan.GIB,
+    }
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """One bar for each step, cut into its parts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [f"{row['case']}: {row['step']}" for row in rows]
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.6), layout="constrained")
+    left = [0.0] * len(rows)
+    for part in PARTS:
+        widths = [row["ms"] * row.get(part, 0) for row in rows]
+        axes.barh(labels, widths, left=left, label=part)
+        left = [x + width for x, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.legend(fontsize=8)
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
