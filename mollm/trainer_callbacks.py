@@ -41,7 +41,8 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.reason = self._found(args.divergence)
         if self.reason is not None:
-            logger.warning(self.reason)
+            if state.is_world_process_zero:
+                logger.warning(self.reason)
             control.should_training_stop = True
 
     def _found(self, bound: float) -> str | None:
