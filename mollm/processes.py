@@ -143,10 +143,10 @@ def add_up_gradients(params: Sequence[Tensor]) -> None:
 def shard(module: nn.Module, device: torch.device, *, hybrid: bool = False) -> None:
     """Cuts the parameters inside a module of losses over the processes with FSDP2.
 
-    Each decoder layer is a group of its own, everything else is one that stays gathered from the
-    forward of `module` to the end of its backwards. Layers compute in bfloat16 where the device
-    does so natively, and gradients are added up in float32. They are sums over the processes, not
-    means.
+    Each decoder layer is a group of its own, everything else is another one. A group is gathered
+    for its forward and for every backward alone: outside of these a parameter always is its part.
+    Where the device computes in bfloat16 natively, so does the model, and gradients are added up
+    in float32. They are sums over the processes, not means.
 
     Args:
         module: `mollm.objectives.Objectives`, on any device; it moves to `device`.
@@ -162,22 +162,22 @@ def shard(module: nn.Module, device: torch.device, *, hybrid: bool = False) -> N
         register_fsdp_forward_method,
     )
 
-    shape: tuple[int, ...] = (world_size(),)
+    mesh = init_device_mesh(device.type, (world_size(),))
     if hybrid:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        shape = (world_size() // local, local)
-    mesh = init_device_mesh(device.type, shape)
+        shape, names = (world_size() // local, local), ("copies", "parts")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     casting = autocast(device)
     policy = MixedPrecisionPolicy()
     if casting._enabled:
         policy = MixedPrecisionPolicy(casting.fast_dtype, reduce_dtype=torch.float32)
-    names = {n for m in module.modules() for n in getattr(m, "_no_split_modules", None) or ()}
-    layers = [m for m in module.modules() if type(m).__name__ in names]
-    for each_one in (*layers, module):
-        fully_shard(each_one, mesh=mesh, mp_policy=policy)
-        assert isinstance(each_one, FSDPModule), "fully_shard changes the class"
-        each_one.set_gradient_divide_factor(1.0)
-        each_one.set_force_sum_reduction_for_comms(True)
+    kinds = {k for m in module.modules() for k in getattr(m, "_no_split_modules", None) or ()}
+    layers = [m for m in module.modules() if type(m).__name__ in kinds]
+    for group in (*layers, module):
+        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        assert isinstance(group, FSDPModule), "fully_shard changes the class"
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(module, "states")
 
 

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,7 +71,7 @@ class AdapterReference:
     def answers(self, batch: Batch) -> Answers:
         """From a forward pass with the adapter switched off."""
         model = self.wrapped.get_base_model()
-        with self.wrapped.disable_adapter(), in_evaluation_mode(model):
+        with _switched_off(self.wrapped), in_evaluation_mode(model):
             return answers_of(model, batch)
 
 
@@ -96,9 +96,9 @@ class CachedReference(nn.Module):
         super().__init__()
         self._folder = folder
         self._without_adapter: Callable[[], contextlib.AbstractContextManager[Any]] = lambda: (
-            contextlib.nullcontext() if wrapped is None else wrapped.disable_adapter()
+            contextlib.nullcontext() if wrapped is None else _switched_off(wrapped)
         )
-        self._read_head = lambda: head_weights(model)
+        self._read_head: Callable[[], tuple[Tensor, Tensor | None]] = lambda: head_weights(model)
         weight, bias = head_weights(model)
         trains = wrapped is None and weight.requires_grad
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -215,6 +215,16 @@ def make_reference(
     if kind == "cache":
         return CachedReference(folder, model, wrapped)
     return AdapterReference(wrapped)
+
+
+@contextlib.contextmanager
+def _switched_off(wrapped: Any) -> Iterator[None]:
+    asked = [(p, p.requires_grad) for p in wrapped.parameters()]
+    with wrapped.disable_adapter():
+        # FSDP2 learns in its first forward, which may be this one, what is to train.
+        for p, trains in asked:
+            p.requires_grad_(trains)
+        yield
 
 
 def _without_adapter(wrapped: Any) -> PreTrainedModel:

@@ -42,6 +42,7 @@ _NOT_FOR_THIS = {
     "auto_find_batch_size": "choose per_device_train_batch_size, with `mollm plan`",
     "deepspeed": "its ZeRO is not proven with MOLLMOptimizer; fsdp takes its place",
     "enable_jit_checkpoint": "choose save_steps",
+    "fsdp_config": "fsdp alone says how a model is cut into parts",
     "fp16": "matrix products are in bfloat16 where the device computes in it natively",
     "ignore_data_skip": "a run goes on with the rows that come next",
     "label_smoothing_factor": "the losses are fixed by the method",
@@ -111,8 +112,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        self._refuse_other_options()
         self._refuse_launchers()
-        self.sharding = _sharding(self.fsdp, self.fsdp_config)
+        self.sharding = _sharding(self.fsdp)
         # Accelerate, which transformers would hand it on to, is not to wrap the model.
         self.fsdp = None
         super().__post_init__()
@@ -137,7 +139,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a positive number, but got {value}.")
-        self._refuse_other_options()
 
     def _refuse_launchers(self) -> None:
         for engine in ("FSDP", "DEEPSPEED"):
@@ -194,13 +195,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         return {"lr": self.learning_rate, **self.chosen_method.optimizer_options(), **options}
 
 
-def _sharding(fsdp: Any, config: Any) -> str | None:
+def _sharding(fsdp: Any) -> str | None:
     """The way to cut a model into parts that `fsdp` names, as far as it is one of ours."""
-    if config:
-        raise UsageError(
-            f"fsdp_config must be left out of a MOLLMConfig, but got {config}: fsdp alone says how "
-            "a model is cut into parts."
-        )
     words = " ".join(fsdp) if isinstance(fsdp, list) else fsdp
     if not words:
         return None
