@@ -121,7 +121,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
     ) -> None:
-        if eval_dataset is None and args.eval_strategy != "no":
+        if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
                 "got none: give sets to forget and to retain."
@@ -157,6 +157,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
+        self._refuse_unlike_processes()
         if isinstance(reference, CachedReference):
             reference.fill(
                 rows,
@@ -230,6 +231,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "retain data": self._data.facts["retain"]["sha256"],
             "method": self.args.method,
         }
+
+    def _refuse_unlike_processes(self) -> None:
+        first, *others = processes.each(self.about)
+        unlike = [name for name in first if any(one[name] != first[name] for one in others)]
+        if unlike:
+            raise UsageError(
+                f"all processes must be given the same {' and '.join(unlike)}, but they were not."
+            )
 
     @property
     def stopped_because(self) -> str | None:
@@ -357,7 +366,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             last = number == args.gradient_accumulation_steps - 1
             part = accumulate(self._objectives, optimizer, *batches, totals=totals, last=last)
             parts.append(torch.stack(list(part.values())))
-        losses = processes.total(torch.stack(parts).double().sum(0)).tolist()
+        losses = processes.total(torch.stack(parts).double().sum(0))
         if args.max_grad_norm > 0:
             optimizer.aggregate()
             clip_grad_norm_(self._base.parameters(), args.max_grad_norm)
@@ -366,7 +375,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_optimizer_step")
         rate = float(optimizer.param_groups[0]["lr"])
         self.lr_scheduler.step()
-        named = dict(zip(OBJECTIVES, losses, strict=True))
+        named = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
         self.history.append(record_of(self.state.global_step, rate, named, optimizer))
         self._tokens += sum(len(row.ids) for row in (*forget, *retain))
         self.state.global_step += 1

@@ -104,13 +104,18 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     out = Path(settings.pop("out", "runs/unlearn"))
     _require(settings)
     args = _arguments(settings, out)  # the processes know of each other from here on
-    with contextlib.ExitStack() as held:
-        held.callback(processes.stop)
-        with processes.agreeing():
-            if processes.rank() == 0:
-                _check_out(out, resume)
-                held.enter_context(locked(out))
-        return _run(_trainer(settings, args), settings, out, resume)
+    try:
+        with contextlib.ExitStack() as held:
+            with processes.agreeing():
+                if processes.rank() == 0:
+                    _check_out(out, resume)
+                    held.enter_context(locked(out))
+            status = _run(_trainer(settings, args), settings, out, resume)
+    except UsageError:  # on all of them
+        processes.stop()
+        raise
+    processes.stop()
+    return status
 
 
 # ---- settings

@@ -152,6 +152,12 @@ def test_a_mistake_on_one_process_is_told_on_all(world, case, found):
         assert mine["error"].startswith("the retain data must hold at least one row")
 
 
+@only("unlike")
+def test_a_model_of_ones_own_is_refused_on_all(world, case, found):
+    for mine in found(world, case):
+        assert mine["error"] == "all processes must be given the same model, but they were not."
+
+
 @only("in_bfloat16")
 def test_parts_compute_in_bfloat16_and_step_in_float32(world, case, found, alone):
     one = alone("in_bfloat16", case[2])

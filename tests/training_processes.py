@@ -152,14 +152,28 @@ def mistaken(out, layout, key):
     """The last process alone cannot read the data."""
     broken = [] if processes.rank() == processes.world_size() - 1 else RETAIN
     try:
-        with processes.agreeing():
-            MOLLMTrainer(
-                tiny.model(),
-                MOLLMConfig(output_dir=str(out), use_cpu=True),
-                forget_dataset=FORGET,
-                retain_dataset=broken,
-                processing_class=tiny.tokenizer(),
-            )
+        MOLLMTrainer(
+            tiny.model(),
+            MOLLMConfig(output_dir=str(out), use_cpu=True),
+            forget_dataset=FORGET,
+            retain_dataset=broken,
+            processing_class=tiny.tokenizer(),
+        )
+    except UsageError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def unlike(out, layout, key):
+    """The last process has a model of its own."""
+    try:
+        MOLLMTrainer(
+            tiny.model(seed=processes.rank()),
+            MOLLMConfig(output_dir=str(out), use_cpu=True, reference="cache"),
+            forget_dataset=FORGET,
+            retain_dataset=RETAIN,
+            processing_class=tiny.tokenizer(),
+        )
     except UsageError as error:
         return {"error": str(error)}
     return {"error": None}
@@ -181,6 +195,7 @@ KINDS = {
     "left": left,
     "stopped": stopped,
     "mistaken": mistaken,
+    "unlike": unlike,
     "in_bfloat16": in_bfloat16,
 }
 COPIES = ("adamw", "in micro-batches", "clipped", "cached", "lora")
@@ -204,6 +219,7 @@ def cases_for(world):
         *((kind, *case) for kind in ("resumed", "left") for case in RESUMED),
         ("stopped", "copies", "adamw"),
         ("mistaken", "copies", "adamw"),
+        ("unlike", "copies", "adamw"),
         *(("in_bfloat16", "fsdp", key) for key in ("adamw", "lora cached")),
     ]
 
