@@ -123,6 +123,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"fsdp must be left out of a run of one process, but got {self.sharding}: start "
                 "several with torchrun."
             )
+        if self.sharding == "hybrid_shard" and "LOCAL_WORLD_SIZE" not in os.environ:
+            raise UsageError(
+                "fsdp must be full_shard where the launcher does not say how many processes a node "
+                "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
+            )
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)

@@ -29,7 +29,14 @@ OPTIONS = {
     "adamw": {},
     "in micro-batches": {"per_device_train_batch_size": 1},
     "clipped": {"max_grad_norm": 0.05, "optimizer_options": {"base": "sgd"}},
-    "checkpointed": {"activation_checkpointing": True},
+    "checkpointed": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "checkpointed reentrant": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    },
     "head trains": {"freeze_embeddings": False, "reference": "cache"},
     "tied head": {"tied": True, "freeze_embeddings": False},
     "cached": {"reference": "cache"},
