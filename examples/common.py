@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mollm.data import load_records
 from mollm.data_batches import PairSampler, RowSampler, encode_records
 from mollm.models import find_model, load
 from mollm.objectives import Objectives
+from mollm.references import CopyReference
 
 SAMPLES = Path(mollm.__file__).parent / "samples"
 
@@ -33,7 +33,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 def load_model(name: str | None) -> tuple[Objectives, PreTrainedTokenizerFast]:
     """The model with its losses, its original, and its tokenizer, on the CPU in float32."""
     model, tokenizer = load(find_model(name), torch.device("cpu")) if name else tiny_llama()
-    return Objectives(model, copy.deepcopy(model)), tokenizer
+    return Objectives(model, CopyReference(model)), tokenizer
 
 
 def tiny_llama() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from common import batches, load_model, options
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mollm import MOLLMOptimizer
 
@@ -30,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     # HSDP: init_device_mesh(kind, (nodes, gpus), mesh_dim_names=("copies", "parts"))
     mesh = init_device_mesh(kind, (world_size,))
 
+    policy = MixedPrecisionPolicy()
+    if kind == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+
     model, tokenizer = load_model(args.model)
-    for layer in [*model.model.model.layers, *model.reference.model.layers]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # embeddings, norms and heads: the losses run inside
+    for layer in [*model.model.model.layers, *model.reference.model.model.layers]:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # Embeddings, norms and heads, which the losses need, run inside.
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to(device)
     optimizer = MOLLMOptimizer([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     history = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mollm import folder as folders
 from mollm.errors import UsageError
+from mollm.processes import gathered, placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,21 +162,28 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 # ---- weights
 
 
-def save_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> None:
+def save_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path | None) -> None:
     """Writes what trains for `from_pretrained`: the whole model, or its adapter.
 
     Args:
         model: The model, without the wrapper of `peft`.
         wrapped: The same in its wrapper, if it has one.
-        folder: Where to.
+        folder: Where to, on the first process; where processes hold parts of the model the others
+            must call it too, with None.
     """
     from safetensors.torch import save_file
 
+    own = own_tensors(model)
     if wrapped is not None:
-        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+        own = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    weights = gathered({name: t.detach() for name, t in own.items()})
+    if folder is None:
+        return
+    if wrapped is not None:
+        wrapped.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         return
     # By the module's own names, and tied weights once: read back, each finds its place.
-    tensors = {name: t.detach().contiguous() for name, t in _own_tensors(model).items()}
+    tensors = {name: t.contiguous() for name, t in weights.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
@@ -184,26 +192,32 @@ def save_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> N
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> None:
-    """Reads what `save_weights` wrote into the same model.
+    """Reads what `save_weights` wrote into the same model, or into this process's parts of it.
 
     Raises:
         UsageError: The weights are those of another model, or damaged.
     """
     if wrapped is not None:
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        result: Any = set_peft_model_state_dict(wrapped, load_file(folder / _ADAPTER))
+        mine = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        adapter = {
+            name: placed(tensor, mine[name]) if name in mine else tensor
+            for name, tensor in load_file(folder / _ADAPTER).items()
+        }
+        result: Any = set_peft_model_state_dict(wrapped, adapter)
         if result.unexpected_keys:
             raise _other_model(folder)
         return
-    own, saved = _own_tensors(model), load_file(folder / _WEIGHTS)
+    own, saved = own_tensors(model), load_file(folder / _WEIGHTS)
     if {name: t.shape for name, t in own.items()} != {n: t.shape for n, t in saved.items()}:
         raise _other_model(folder)
     for name, tensor in own.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(placed(saved[name], tensor))
 
 
-def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and what else a checkpoint of the model holds, tied ones once."""
     persistent = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}
@@ -222,7 +236,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     Read from the original: adapters, which begin at random, do not count.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_own_tensors(model).items()):
+    for name, tensor in sorted(own_tensors(model).items()):
         if "lora_" in name or "modules_to_save" in name:
             continue
         name = name.replace(".base_layer", "").replace(".original_module", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except UsageError as error:
-        print(f"mollm: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, which all know it
+            print(f"mollm: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:

@@ -32,13 +32,15 @@ Lists = list[list[Tensor | None]]
 _ALIKE = 1e-5  # relative; copies of one gradient have the same norm on every process
 
 
-def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor."""
     # Whoever has a DTensor has imported this module; others do not pay the half second it takes.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _processes() -> int:
+def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -47,13 +49,13 @@ def _processes() -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, in the same memory; any other tensor as it is."""
-    return tensor._local_tensor if _is_sharded(tensor) else tensor
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def local_gradient(p: Tensor) -> Tensor | None:
     """This process's part of `p.grad`, cut as the parameter is."""
     g = p.grad
-    if g is None or not _is_sharded(p) or not _is_sharded(g):
+    if g is None or not is_sharded(p) or not is_sharded(g):
         return g
     if g.placements != p.placements:
         g = g.redistribute(placements=p.placements)
@@ -62,7 +64,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
 
 def placed_like(part: Tensor, p: Tensor) -> Tensor:
     """The inverse of `local_gradient`: the gradient of p that has this part here."""
-    if not _is_sharded(p):
+    if not is_sharded(p):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -115,7 +117,7 @@ class Sharding:
 
 def sharding_of(p: Tensor) -> Sharding:
     """How a parameter lies."""
-    if not _is_sharded(p):
+    if not is_sharded(p):
         return Sharding()
     return Sharding(p.device_mesh, tuple(placement.is_replicate() for placement in p.placements))
 
@@ -137,7 +139,7 @@ def by_sharding(
 def common_seed() -> int:
     """Torch's seed, that of the first process on all of them: copies must round alike."""
     seed = [torch.initial_seed()]
-    if _processes() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(seed)
     return seed[0]
 
@@ -153,9 +155,9 @@ def answer_tokens(target: Tensor, *, ignore_index: int = -100) -> Tensor:
         ignore_index: marks those that do not count.
     """
     count = target.ne(ignore_index).sum().double()
-    if _processes() > 1:
+    if world_size() > 1:
         dist.all_reduce(count)
-    return count / _processes()
+    return count / world_size()
 
 
 def expect_backward(model: nn.Module, loss: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ def refuse_unlike_copies(gram: Tensor, objectives: Sequence[str]) -> None:
     Raises:
         RuntimeError: a gradient was not averaged over the processes.
     """
-    if _processes() == 1:
+    if world_size() == 1:
         return
     squares = gram.diagonal().nan_to_num(nan=-1, posinf=-1, neginf=-1)
     ends = torch.stack([squares, -squares])
@@ -226,7 +228,7 @@ def refuse_unlike_copies(gram: Tensor, objectives: Sequence[str]) -> None:
     names = [name for name, differs in zip(objectives, unlike, strict=True) if differs]
     if names:
         raise RuntimeError(
-            f"the gradient of {', '.join(names)} must be the same on all {_processes()} processes, "
+            f"the gradient of {', '.join(names)} must be the same on all {world_size()} processes, "
             "but it differs: average it with DistributedDataParallel, and where several backwards "
             "follow one forward, call optimizer.backward(losses, model) or "
             "mollm.distributed.expect_backward(model, loss)."

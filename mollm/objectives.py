@@ -1,4 +1,4 @@
-"""The three losses of unlearning as one module, for any engine that wraps modules.
+"""The three losses of unlearning as one module, for a plain loop and for engines that wrap modules.
 
 DistributedDataParallel and FSDP2 gather parameters and average gradients around the forward of the
 module that they wrap. A loss that reads the head's weight outside of it meets a part of that
@@ -13,81 +13,97 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mollm.chat import Batch
 from mollm.distributed import answer_tokens
-from mollm.models import head
-from mollm_ops import linear_ce_kl, linear_uce_loss
+from mollm.methods import ForgetLoss, Totals, answers_of, unlearning_cross_entropy
+from mollm.models import answer_states, in_evaluation_mode
+from mollm.references import Reference
+from mollm_ops import linear_ce_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Objectives(nn.Module):
-    """Unlearning cross-entropy, KL to the original model, and cross-entropy.
+    """A loss on what is to be forgotten, KL to the original model, and cross-entropy.
 
-        forget   linear_uce_loss on the batch to forget
+        forget   forget_loss on the batch to forget, the unlearning cross-entropy of most methods
         kl       KL(original ‖ model) on the batch to retain
         retain   cross-entropy on the batch to retain, from the same forward
 
-    Each is the mean over the answer tokens of all processes' batches, wherever the engine averages
-    gradients over processes.
+    Losses read hidden states of answer tokens alone; no tensor [tokens, V] exists at any time.
 
     Args:
-        model: a causal language model whose logits are head(final hidden state).
-        reference: its original; stops training here.
-        eps: of the unlearning cross-entropy, see `mollm_ops.uce_loss`.
+        model: A causal language model whose logits are head(final hidden state).
+        reference: Its original.
+        forget_loss: What to minimise on the batch to forget.
     """
 
     def __init__(
-        self, model: PreTrainedModel, reference: PreTrainedModel, *, eps: float = 1e-3
+        self,
+        model: PreTrainedModel,
+        reference: Reference,
+        forget_loss: ForgetLoss = unlearning_cross_entropy,
     ) -> None:
         super().__init__()
         self.model = model
-        self.reference = reference.requires_grad_(False)
-        self.eps = eps
+        self.reference = reference
+        self.forget_loss = forget_loss
 
     def forward(
-        self, forget: Mapping[str, Tensor] | None = None, retain: Mapping[str, Tensor] | None = None
+        self,
+        forget: Batch | Mapping[str, Tensor] | None = None,
+        retain: Batch | Mapping[str, Tensor] | None = None,
+        totals: tuple[Totals, Totals] | None = None,
     ) -> dict[str, Tensor]:
         """The losses of the batches that are given: "forget", "kl" and "retain".
 
         Args:
             forget: input_ids, attention_mask and labels, [B, T] each; a label is the token itself
                 where it is part of an answer, else -100.
-            retain: the same of the answers to keep.
+            retain: The same of the answers to keep.
+            totals: What the means divide by, on the forget and on the retain side, where these
+                batches are parts of a larger one; then losses and gradients add up to those of the
+                whole. Else each loss is the mean over the answer tokens of all processes' batches,
+                for an engine that averages gradients over processes.
         """
         losses: dict[str, Tensor] = {}
-        weight, bias = head(self.model).weight, head(self.model).bias
         if forget is not None:
-            target = forget["labels"][:, 1:]
-            losses["forget"] = linear_uce_loss(
-                _hidden(self.model, forget),
-                weight,
-                target,
-                bias=bias,
-                eps=self.eps,
-                normalizer=answer_tokens(target),
-            )
+            losses["forget"] = self._forget(_batch(forget), totals and totals[0])
         if retain is not None:
-            target = retain["labels"][:, 1:]
-            with torch.no_grad():
-                original = _hidden(self.reference, retain)
-            losses["retain"], losses["kl"] = linear_ce_kl(
-                _hidden(self.model, retain),
-                weight,
-                target,
-                original,
-                head(self.reference).weight,
-                bias=bias,
-                ref_bias=head(self.reference).bias,
-                normalizer=answer_tokens(target),
-            )
+            losses["kl"], losses["retain"] = self._retain(_batch(retain), totals and totals[1])
         return losses
 
+    def _forget(self, batch: Batch, totals: Totals | None) -> Tensor:
+        answers = answers_of(self.model, batch, totals or _totals(batch))
+        return self.forget_loss(answers, lambda: self.reference.answers(batch))
 
-def _hidden(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The states from which the tokens after the first are predicted, [B, T - 1, H]."""
-    output = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    hidden: Tensor = output.last_hidden_state[:, :-1]
-    return hidden
+    def _retain(self, batch: Batch, totals: Totals | None) -> tuple[Tensor, Tensor]:
+        # First, for to switch an adapter off touches the parameters that the graph leads to.
+        original = self.reference.answers(batch)
+        answers = answers_of(self.model, batch, totals or _totals(batch))
+        retain, kl = linear_ce_kl(
+            answers.hidden,
+            answers.weight,
+            answers.target,
+            original.hidden,
+            original.weight,
+            bias=answers.bias,
+            ref_bias=original.bias,
+            normalizer=answers.tokens,
+        )
+        return kl, retain
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> Tensor:
+        """The model's final hidden states at the answer tokens, [N, H], without dropout."""
+        with in_evaluation_mode(self.model):
+            return answer_states(self.model, batch)[0]
+
+
+def _batch(batch: Batch | Mapping[str, Tensor]) -> Batch:
+    return batch if isinstance(batch, Batch) else Batch(**batch)
+
+
+def _totals(batch: Batch) -> Totals:
+    return Totals(answer_tokens(batch.labels[:, 1:]), len(batch.labels))

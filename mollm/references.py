@@ -14,18 +14,19 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mollm import processes
 from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.errors import UsageError
-from mollm.folder import complete
+from mollm.folder import clear_unfinished, complete
 from mollm.methods import Answers, answers_of, sequences_of
-from mollm.models import answer_states, freeze, head_weights, in_evaluation_mode
+from mollm.models import freeze, head_weights, in_evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 REFERENCES = ("auto", "adapter", "copy", "cache")
 
 _SHARD_BYTES = 256 << 20
-_INDEX = "index.json"
+_STATES = "states.safetensors"
 
 
 class Reference(Protocol):
@@ -43,10 +44,11 @@ class Reference(Protocol):
         """Its final hidden states at the answer tokens of a batch, and its head; no graph."""
 
 
-class CopyReference:
+class CopyReference(nn.Module):
     """A frozen copy, see `mollm.models.freeze`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
         self.model = freeze(model).eval()
 
     @torch.no_grad()
@@ -69,25 +71,40 @@ class AdapterReference:
     def answers(self, batch: Batch) -> Answers:
         """From a forward pass with the adapter switched off."""
         model = self.wrapped.get_base_model()
-        with self.wrapped.disable_adapter(), in_evaluation_mode(model):
+        with _switched_off(self.wrapped), in_evaluation_mode(model):
             return answers_of(model, batch)
 
 
-class CachedReference:
+class CachedReference(nn.Module):
     """Final hidden states from disk, found by what a row says, whatever its padding and place.
 
+    The folder holds one folder for each piece that a process wrote, of some 256 MiB and with its
+    states as safetensors. A piece appears when it is whole, so that a run that was killed while it
+    wrote them goes on.
+
     Args:
-        folder: what `cache_states` wrote.
-        weight: the original's head [V, H].
-        bias: its bias [V].
+        folder: Where the states are, or will be.
+        model: The original, whose head is used.
+        wrapped: The same in the wrapper of `peft`, if it has one; its adapter is switched off.
     """
 
-    def __init__(self, folder: Path, weight: Tensor, bias: Tensor | None) -> None:
+    weight: Tensor | None
+    """Of a head that trains, as it was: [V, H]; any other is read where it stands."""
+    bias: Tensor | None
+
+    def __init__(self, folder: Path, model: PreTrainedModel, wrapped: Any | None) -> None:
+        super().__init__()
         self._folder = folder
-        self._weight = weight
-        self._bias = bias
-        self._files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        self._open: dict[str, Any] = {}
+        self._without_adapter: Callable[[], contextlib.AbstractContextManager[Any]] = lambda: (
+            contextlib.nullcontext() if wrapped is None else _switched_off(wrapped)
+        )
+        self._read_head: Callable[[], tuple[Tensor, Tensor | None]] = lambda: head_weights(model)
+        weight, bias = head_weights(model)
+        trains = wrapped is None and weight.requires_grad
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            kept = tensor.detach().clone() if trains and tensor is not None else None
+            self.register_buffer(name, kept, persistent=False)
+        self._files: dict[str, Any] = {}
 
     def answers(self, batch: Batch) -> Answers:
         """From the disk.
@@ -96,33 +113,84 @@ class CachedReference:
             KeyError: a row that was not cached.
         """
         labels = batch.labels
-        hidden = torch.cat([self._states(key) for key in _keys(batch)]).to(self._weight)
+        weight, bias = self._head()
+        hidden = torch.cat([self._states(key) for key in _keys(batch)]).to(weight)
         target = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-        return Answers(
-            hidden, self._weight, self._bias, target, sequences_of(batch), len(batch.labels)
-        )
+        return Answers(hidden, weight, bias, target, sequences_of(batch), len(labels))
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        if self.weight is not None:
+            return self.weight, self.bias
+        with self._without_adapter():
+            weight, bias = self._read_head()
+        return weight.detach(), None if bias is None else bias.detach()
 
     def _states(self, key: str) -> Tensor:
-        from safetensors import safe_open
-
         if key not in self._files:
             raise KeyError(f"the row {key} must be among those that were cached, but it is not.")
-        name = self._files[key]
-        if name not in self._open:
-            self._open[name] = safe_open(str(self._folder / name), framework="pt")
-        states: Tensor = self._open[name].get_tensor(key)
+        states: Tensor = self._files[key].get_tensor(key)
         return states
+
+    def fill(
+        self,
+        rows: Iterable[Tokens],
+        states: Callable[[Batch], Tensor],
+        *,
+        device: torch.device,
+        batch_size: int,
+        pad_id: int,
+    ) -> None:
+        """Computes and writes what is not there yet, each process its share; all must call it.
+
+        Args:
+            rows: What to cache; rows that say the same are kept once.
+            states: The model's final hidden states at the answer tokens of a batch, [N, H].
+            device: Where the model computes.
+            batch_size: Rows that pass through the model together.
+            pad_id: The id that fills a batch.
+        """
+        if processes.rank() == 0:
+            clear_unfinished(self._folder)
+        self._open()
+        distinct = {_key(zip(row.ids, row.labels, strict=True)): row for row in rows}
+        missing = [row for key, row in distinct.items() if key not in self._files]
+        processes.wait()  # all have seen the same
+        piece: dict[str, Tensor] = {}
+        cuts = range(0, len(missing), batch_size)
+        batches = [missing[start : start + batch_size] for start in cuts]
+        with self._without_adapter():
+            for some, mine in processes.shares(batches):
+                batch = collate(some, pad_id)
+                found = states(batch.to(device)).cpu()
+                counts = (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
+                if mine:
+                    parts = (part.clone() for part in torch.split(found, counts))
+                    piece |= zip(_keys(batch), parts, strict=True)
+                if sum(part.nbytes for part in piece.values()) >= _SHARD_BYTES:
+                    self._write(piece)
+                    piece = {}
+        if piece:
+            self._write(piece)
+        processes.wait()
+        self._open()
+
+    def _write(self, piece: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        with complete(self._folder / next(iter(piece))) as stage:
+            save_file(dict(piece), stage / _STATES)
+
+    def _open(self) -> None:
+        from safetensors import safe_open
+
+        self._files = {}
+        for path in sorted(self._folder.glob(f"*/{_STATES}")):
+            file: Any = safe_open(str(path), framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
 
 
 def make_reference(
-    kind: str,
-    model: PreTrainedModel,
-    wrapped: Any | None,
-    rows: Sequence[Tokens],
-    *,
-    folder: Path,
-    batch_size: int,
-    pad_id: int,
+    kind: str, model: PreTrainedModel, wrapped: Any | None, *, folder: Path
 ) -> Reference:
     """The original of a model that has not been trained yet.
 
@@ -130,10 +198,7 @@ def make_reference(
         kind: One of REFERENCES; auto takes the adapter where there is one, else a copy.
         model: The model, without the wrapper of `peft`.
         wrapped: The same in its wrapper, if it has one.
-        rows: What a cache is to hold.
-        folder: Where a cache is to be; one that is there already, and whole, is used again.
-        batch_size: Rows that pass through the model together for the cache.
-        pad_id: The id that fills a batch.
+        folder: Where a cache is, or will be once it is filled.
 
     Raises:
         UsageError: There is no such kind, or there is no adapter to switch off.
@@ -147,16 +212,19 @@ def make_reference(
         )
     if kind == "copy" or (kind == "auto" and wrapped is None):
         return CopyReference(model if wrapped is None else _without_adapter(wrapped))
-    if kind != "cache":
-        return AdapterReference(wrapped)
-    off = contextlib.nullcontext() if wrapped is None else wrapped.disable_adapter()
-    with off:
-        if not (folder / _INDEX).is_file():
-            cache_states(model, rows, folder, batch_size=batch_size, pad_id=pad_id)
-        weight, bias = head_weights(model)
-    if wrapped is None and weight.requires_grad:
-        weight, bias = weight.clone(), None if bias is None else bias.clone()
-    return CachedReference(folder, weight.detach(), None if bias is None else bias.detach())
+    if kind == "cache":
+        return CachedReference(folder, model, wrapped)
+    return AdapterReference(wrapped)
+
+
+@contextlib.contextmanager
+def _switched_off(wrapped: Any) -> Iterator[None]:
+    asked = [(p, p.requires_grad) for p in wrapped.parameters()]
+    with wrapped.disable_adapter():
+        # FSDP2 learns in its first forward, which may be this one, what is to train.
+        for p, trains in asked:
+            p.requires_grad_(trains)
+        yield
 
 
 def _without_adapter(wrapped: Any) -> PreTrainedModel:
@@ -164,72 +232,19 @@ def _without_adapter(wrapped: Any) -> PreTrainedModel:
     return plain
 
 
-@torch.no_grad()
-def cache_states(
-    model: PreTrainedModel,
-    rows: Iterable[Tokens],
-    folder: Path,
-    *,
-    batch_size: int,
-    pad_id: int,
-) -> None:
-    """Writes the final hidden states at the answer tokens of `rows`, in the dtype of the head.
-
-    `folder` appears when it is whole. It holds safetensors files of some 256 MiB and an index.
-
-    Args:
-        model: The original.
-        rows: What to cache; rows that say the same are kept once.
-        folder: Where to.
-        batch_size: Rows that pass through the model together.
-        pad_id: The id that fills a batch.
-    """
-    from safetensors.torch import save_file
-
-    files: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    with complete(folder) as stage, in_evaluation_mode(model):
-
-        def write() -> None:
-            name = f"{len(set(files.values())):05}.safetensors"
-            save_file(shard, stage / name)
-            files.update(dict.fromkeys(shard, name))
-            shard.clear()
-
-        size = 0
-        for batch in _batches(_distinct(rows), batch_size, pad_id):
-            states, _ = answer_states(model, batch.to(model.device))
-            counts = (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
-            for key, part in zip(_keys(batch), torch.split(states.cpu(), counts), strict=True):
-                shard[key] = part.clone()
-                size += part.nbytes
-            if size >= _SHARD_BYTES:
-                write()
-                size = 0
-        if shard:
-            write()
-        (stage / _INDEX).write_text(json.dumps(files), encoding="utf-8")
-
-
-def _distinct(rows: Iterable[Tokens]) -> list[Tokens]:
-    return list({(tuple(row.ids), tuple(row.labels)): row for row in rows}.values())
-
-
-def _batches(rows: Sequence[Tokens], batch_size: int, pad_id: int) -> Iterator[Batch]:
-    for start in range(0, len(rows), batch_size):
-        yield collate(rows[start : start + batch_size], pad_id)
-
-
 def _keys(batch: Batch) -> list[str]:
-    """What each row says, as a hash."""
     ids, mask, labels = (
         tensor.tolist() for tensor in (batch.input_ids, batch.attention_mask, batch.labels)
     )
-    keys = []
-    for row in zip(ids, mask, labels, strict=True):
-        said = [(i, label) for i, real, label in zip(*row, strict=True) if real]
-        keys.append(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32])
-    return keys
+    return [
+        _key((i, label) for i, real, label in zip(*row, strict=True) if real)
+        for row in zip(ids, mask, labels, strict=True)
+    ]
+
+
+def _key(said: Iterable[tuple[int, int]]) -> str:
+    """What a row says, token by token with its label, as a hash."""
+    return hashlib.sha256(json.dumps(list(said)).encode()).hexdigest()[:32]
 
 
 def cache_name(model: PreTrainedModel, rows: Iterable[Tokens], fingerprint: str) -> str:

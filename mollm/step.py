@@ -3,96 +3,64 @@
     forget batch    one forward, one backward
     retain batch    one forward, shared by KL and cross-entropy; a backward for each
 
-and the original model's final hidden states on the retain batch, see `mollm.references`. Losses
-read hidden states of answer tokens alone; no tensor [tokens, V] exists at any time.
+and the original model's final hidden states on the retain batch, see `mollm.references`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.autograd import backward
 
 from mollm.chat import IGNORE_INDEX, Batch, Tokens
-from mollm.methods import Answers, ForgetLoss, Totals, answers_of, unlearning_cross_entropy
+from mollm.methods import Totals
+from mollm.objectives import Objectives
 from mollm.optimizer import MOLLMOptimizer
-from mollm.references import Reference
-from mollm_ops import linear_ce_kl
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from mollm.processes import add_up_gradients
 
 OBJECTIVES = ("forget", "kl", "retain")
 
 
 def accumulate(
-    model: PreTrainedModel,
-    reference: Reference,
+    objectives: Objectives,
     optimizer: MOLLMOptimizer,
     forget: Batch,
     retain: Batch,
     *,
-    forget_loss: ForgetLoss = unlearning_cross_entropy,
-    totals: tuple[Totals, Totals] | tuple[None, None] = (None, None),
+    totals: tuple[Totals, Totals] | None = None,
+    last: bool = True,
 ) -> dict[str, Tensor]:
     """Adds the gradients of the three losses on one pair of batches to the optimizer's objectives.
 
     Args:
-        model: The model to change.
-        reference: The original.
+        objectives: The losses.
         optimizer: Optimizer with the three OBJECTIVES.
         forget: Batch whose answer tokens are to become unlikely.
         retain: Batch whose answers are to stay as they are.
-        forget_loss: What to minimise on the forget batch.
         totals: What the means divide by, on the forget and on the retain side, where these are
-            micro-batches of a larger batch; then gradients and losses add up to those of the whole.
+            parts of a larger batch, of this process's and of others' micro-batches; then gradients
+            and losses add up to those of the whole.
+        last: Whether the step has no more micro-batches, so that the gradients of processes that
+            hold copies of the model are added up now.
 
     Returns:
         The three losses before the step, detached.
     """
-    with optimizer.objective("forget"):
-        loss_forget = forget_side(model, reference, forget, forget_loss, totals[0])
-        backward(loss_forget)
-    loss_kl, loss_retain = retain_side(model, reference, retain, totals[1])
-    with optimizer.objective("kl"):
-        backward(loss_kl, retain_graph=True)
-    with optimizer.objective("retain"):
-        backward(loss_retain)
-    losses = (loss_forget, loss_kl, loss_retain)
-    return {name: loss.detach() for name, loss in zip(OBJECTIVES, losses, strict=True)}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
 
+    def descend(name: str, loss: Tensor, retain_graph: bool = False) -> None:
+        with optimizer.objective(name):
+            backward(loss, retain_graph=retain_graph)
+            if last:
+                add_up_gradients(params)
 
-def forget_side(
-    model: PreTrainedModel,
-    reference: Reference,
-    batch: Batch,
-    forget_loss: ForgetLoss,
-    totals: Totals | None = None,
-) -> Tensor:
-    """The loss on what is to be forgotten."""
-    return forget_loss(answers_of(model, batch, totals), lambda: reference.answers(batch))
-
-
-def retain_side(
-    model: PreTrainedModel, reference: Reference, batch: Batch, totals: Totals | None = None
-) -> tuple[Tensor, Tensor]:
-    """KL(original ‖ model) and cross-entropy on what is to stay, from one forward of the model."""
-    # First, for to switch an adapter off touches the parameters that the other graph leads to.
-    original: Answers = reference.answers(batch)
-    answers = answers_of(model, batch, totals)
-    loss_retain, loss_kl = linear_ce_kl(
-        answers.hidden,
-        answers.weight,
-        answers.target,
-        original.hidden,
-        original.weight,
-        bias=answers.bias,
-        ref_bias=original.bias,
-        normalizer=answers.tokens,
-    )
-    return loss_kl, loss_retain
+    losses = objectives(forget=forget, totals=totals)
+    descend("forget", losses["forget"])
+    losses |= objectives(retain=retain, totals=totals)
+    descend("kl", losses["kl"], retain_graph=True)
+    descend("retain", losses["retain"])
+    return {name: losses[name].detach() for name in OBJECTIVES}
 
 
 def totals_of(rows: Sequence[Tokens]) -> Totals:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
+from mollm import processes
 from mollm.step import OBJECTIVES
 from mollm.trainer_config import MOLLMConfig
 from mollm.unlearn import StepRecord
@@ -41,7 +42,8 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.reason = self._found(args.divergence)
         if self.reason is not None:
-            logger.warning(self.reason)
+            if processes.rank() == 0:
+                logger.warning(self.reason)
             control.should_training_stop = True
 
     def _found(self, bound: float) -> str | None:

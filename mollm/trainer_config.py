@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from mollm.references import REFERENCES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SIDES = ("left", "right")
+_SHARDINGS = ("full_shard", "hybrid_shard")
 _TELLING = (
     "method",
     "learning_rate",
@@ -38,10 +40,10 @@ _NOT_TOLD = (
 _PLAIN = (bool, int, float, str, list, dict)
 _NOT_FOR_THIS = {
     "auto_find_batch_size": "choose per_device_train_batch_size, with `mollm plan`",
-    "deepspeed": "its ZeRO is not proven with MOLLMOptimizer; examples/ shows FSDP2",
+    "deepspeed": "its ZeRO is not proven with MOLLMOptimizer; fsdp takes its place",
     "enable_jit_checkpoint": "choose save_steps",
+    "fsdp_config": "fsdp alone says how a model is cut into parts",
     "fp16": "matrix products are in bfloat16 where the device computes in it natively",
-    "fsdp": "examples/ has a loop for FSDP2",
     "ignore_data_skip": "a run goes on with the rows that come next",
     "label_smoothing_factor": "the losses are fixed by the method",
     "neftune_noise_alpha": "the losses are fixed by the method",
@@ -56,9 +58,12 @@ _NOT_FOR_THIS = {
 class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     """Settings of a MOLLMTrainer: those of `TrainingArguments`, with a few more and other defaults.
 
-    A step sees `per_device_train_batch_size` x `gradient_accumulation_steps` rows to forget and as
-    many to retain; epochs are counted in rows to forget. Matrix products are in bfloat16 where the
-    device computes in it natively.
+    A step sees `per_device_train_batch_size` x `gradient_accumulation_steps` rows to forget on each
+    process, and as many to retain; epochs are counted in rows to forget. Matrix products are in
+    bfloat16 where the device computes in it natively.
+
+    `fsdp="full_shard"`, or True, cuts the model into parts over all processes, "hybrid_shard" over
+    those of a node; without it every process holds a copy. See `mollm.processes`.
 
     Raises:
         UsageError: A value is out of range, or an option does not go with unlearning.
@@ -74,8 +79,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     logging_steps: float = field(default=10, metadata={"help": "steps between logs"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
 
+    fsdp: Any = field(
+        default=None,
+        metadata={"help": "full_shard or hybrid_shard: processes hold parts of the model"},
+    )
     method: str = field(
-        default="project", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
+        default="mollm", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
     )
     preferences: list[float] | None = field(
         default=None,
@@ -103,7 +112,22 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        self._refuse_other_options()
+        self._refuse_launchers()
+        self.sharding = _sharding(self.fsdp)
+        # Accelerate, which transformers would hand it on to, is not to wrap the model.
+        self.fsdp = None
         super().__post_init__()
+        if self.sharding and self.world_size == 1:
+            raise UsageError(
+                f"fsdp must be left out of a run of one process, but got {self.sharding}: start "
+                "several with torchrun."
+            )
+        if self.sharding == "hybrid_shard" and "LOCAL_WORLD_SIZE" not in os.environ:
+            raise UsageError(
+                "fsdp must be full_shard where the launcher does not say how many processes a node "
+                "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
+            )
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -120,7 +144,14 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a positive number, but got {value}.")
-        self._refuse_other_options()
+
+    def _refuse_launchers(self) -> None:
+        for engine in ("FSDP", "DEEPSPEED"):
+            if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
+                raise UsageError(
+                    "accelerate must launch processes of type MULTI_GPU, but it was told to use "
+                    f"{engine}: change its configuration, and choose fsdp in that of the run."
+                )
 
     def _refuse_other_options(self) -> None:
         defaults = {
@@ -140,12 +171,15 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     @property
     def rows_per_step(self) -> int:
-        """Rows to forget in a step; as many are to be retained."""
-        return int(self.per_device_train_batch_size * self.gradient_accumulation_steps)
+        """Rows to forget in a step of all processes; as many are to be retained."""
+        mine = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return int(mine * self.world_size)
 
     def told(self) -> dict[str, Any]:
         """What a reader of the model card wants to know: the most telling, and what was changed."""
         told = {name: getattr(self, name) for name in _TELLING}
+        if self.world_size > 1:
+            told |= {"processes": self.world_size, "fsdp": self.sharding or "off"}
         for f in fields(self):
             value = getattr(self, f.name)
             changed = value and isinstance(value, _PLAIN) and value != f.default
@@ -164,6 +198,17 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         if self.preferences is not None:
             options = {"preferences": self.preferences, **options}
         return {"lr": self.learning_rate, **self.chosen_method.optimizer_options(), **options}
+
+
+def _sharding(fsdp: Any) -> str | None:
+    """The way to cut a model into parts that `fsdp` names, as far as it is one of ours."""
+    words = " ".join(fsdp) if isinstance(fsdp, list) else fsdp
+    if not words:
+        return None
+    if words in (True, "true", "True"):
+        return _SHARDINGS[0]
+    _one_of("fsdp", words, _SHARDINGS)
+    return str(words)
 
 
 def _one_of(name: str, value: str, allowed: Any) -> None:

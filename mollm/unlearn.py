@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mollm.chat import Batch
 from mollm.methods import ForgetLoss, find_method, unlearning_cross_entropy
 from mollm.models import freeze_embeddings
+from mollm.objectives import Objectives
 from mollm.optimizer import MOLLMOptimizer
 from mollm.references import CopyReference, Reference
 from mollm.step import OBJECTIVES, accumulate
@@ -80,7 +81,8 @@ def descend(
         The three losses before the step.
     """
     optimizer.zero_grad()
-    losses = accumulate(model, reference, optimizer, forget, retain, forget_loss=forget_loss)
+    objectives = Objectives(model, reference, forget_loss)
+    losses = accumulate(objectives, optimizer, forget, retain)
     optimizer.step()
     return {name: loss.item() for name, loss in losses.items()}
 
@@ -149,6 +151,27 @@ def record_of(
         changes=last.changes or {},
         conflicts=last.conflicts or {},
     )
+
+
+def means_of(records: Sequence[StepRecord]) -> dict[str, float]:
+    """What some steps did, on average; a conflict counts as 1."""
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(records)
+
+    means = {"loss": mean(sum(record.losses.values()) for record in records)}
+    for name in OBJECTIVES:
+        means |= {
+            f"{name}_loss": mean(record.losses[name] for record in records),
+            f"norm_{name}": mean(record.norms[name] for record in records),
+            f"weight_{name}": mean(record.weights[name] for record in records),
+            f"conflict_{name}": mean(record.conflicts.get(name, False) for record in records),
+        }
+    for i, j in pairs():
+        a, b = OBJECTIVES[i], OBJECTIVES[j]
+        means[f"cosine_{a}_{b}"] = mean(record.cosines[f"{a}·{b}"] for record in records)
+    means["pareto_gap"] = mean(record.pareto_gap for record in records)
+    return means
 
 
 def write_history(history: Iterable[StepRecord], path: Path) -> None:

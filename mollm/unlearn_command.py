@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import shlex
@@ -38,6 +39,16 @@ A settings file:
   lora: 16                        # a rank, or options of peft.LoraConfig
   learning_rate: 1.0e-5           # this and all below: any field of mollm.MOLLMConfig
   max_steps: 100
+
+Several GPUs, each with a copy of the model or, with fsdp, a part of it; OUT must be a folder that
+all of them see:
+
+  torchrun --standalone --nproc-per-node 8 -m mollm unlearn --config run.yaml --set fsdp=full_shard
+
+and on several nodes, on each of them:
+
+  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    -m mollm unlearn --config run.yaml --set fsdp=hybrid_shard
 """
 
 
@@ -90,17 +101,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _unlearn(arguments: argparse.Namespace) -> int:
     # Imported here, so that `mollm --help` is quick and works without the extras.
+    from mollm import processes
     from mollm.folder import locked
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     resume = given.pop("resume", False)
     settings = read_settings(given)
     out = Path(settings.pop("out", "runs/unlearn"))
-    _check_out(out, resume)
     _require(settings)
-    with locked(out):
-        trainer = _trainer(settings, out)
-        return _run(trainer, settings, out, resume)
+    args = _arguments(settings, out)  # the processes know of each other from here on
+    try:
+        with contextlib.ExitStack() as held:
+            with processes.agreeing():
+                if processes.rank() == 0:
+                    _check_out(out, resume)
+                    held.enter_context(locked(out))
+            status = _run(_trainer(settings, args), settings, out, resume)
+    except UsageError:  # on all of them
+        processes.stop()
+        raise
+    processes.stop()
+    return status
 
 
 # ---- settings
@@ -201,8 +222,7 @@ def _check_out(out: Path, resume: bool) -> None:
             )
 
 
-def _trainer(settings: Mapping[str, Any], out: Path) -> MOLLMTrainer:
-    from mollm.trainer import MOLLMTrainer
+def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
     from mollm.trainer_config import MOLLMConfig
 
     options = {name: value for name, value in settings.items() if name not in _OWN}
@@ -219,6 +239,12 @@ def _trainer(settings: Mapping[str, Any], out: Path) -> MOLLMTrainer:
         raise UsageError(f"the settings do not go together: {reason}.") from error
     if settings.get("device") == "cuda" and args.device.type != "cuda":
         raise UsageError("device must be one that Torch finds on this machine, but got 'cuda'.")
+    return args
+
+
+def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
+    from mollm.trainer import MOLLMTrainer
+
     adapter = _adapter(settings.get("lora"))
     _check_memory(settings["model"], args, adapter)
     evaluated = {
@@ -339,22 +365,27 @@ def plan_line(model: str, settings: PlanSettings) -> str:
 
 
 def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool) -> int:
-    from mollm import checkpoint
+    from mollm import checkpoint, processes
     from mollm.folder import complete
 
+    def tell(text: str) -> None:
+        if processes.rank() == 0:
+            print(text)
+
     trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
-    print(summary(trainer))
+    tell(summary(trainer))
     if trainer.stopped_because is not None:
         found = checkpoint.checkpoints(out)
         last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
-        print(f"Stopped early, and wrote no model; {last}.")
+        tell(f"Stopped early, and wrote no model; {last}.")
         return _STOPPED
-    with complete(out / _MODEL) as folder:
-        trainer.export(folder)
-        (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
+    with processes.on_the_first(complete(out / _MODEL)) as folder:
+        trainer.export(folder or out)
+        if folder is not None:
+            (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
     original = shlex.quote(str(settings["model"]))
-    print(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
-    print(
+    tell(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
+    tell(
         f"Next: mollm evaluate --model {shlex.quote(str(out / _MODEL))} --original {original} "
         "--data FOLDER_WITH_TOFU"
     )

@@ -7,6 +7,7 @@ import torch
 from mollm import models
 from mollm.chat import ChatFormat, Example, collate
 from mollm.errors import UsageError
+from mollm.objectives import Objectives
 from mollm.references import AdapterReference, cache_name, make_reference
 
 peft = pytest.importorskip("peft")
@@ -19,9 +20,16 @@ ROWS = [
 
 
 def made(kind, model, wrapped=None, folder=None):
-    return make_reference(
-        kind, model, wrapped, ROWS, folder=folder, batch_size=2, pad_id=CHAT.pad_id
-    )
+    reference = make_reference(kind, model, wrapped, folder=folder)
+    if kind == "cache":
+        fill(reference, model)
+    return reference
+
+
+def fill(reference, model, rows=ROWS):
+    states = Objectives(model, reference).states
+    device = torch.device("cpu")
+    reference.fill(rows, states, device=device, batch_size=2, pad_id=CHAT.pad_id)
 
 
 def with_adapter(model, **options):
@@ -32,6 +40,12 @@ def with_adapter(model, **options):
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.3)
     return wrapped
+
+
+def opened(path):
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="pt")
 
 
 def spoil(model):
@@ -76,12 +90,23 @@ def test_a_cache_takes_as_many_bytes_as_its_states_and_is_used_again(tmp_path, m
     model = tiny.model().bfloat16()
     made("cache", model, folder=tmp_path / "cache")
     answer_tokens = sum(label != -100 for row in ROWS for label in row.labels)
-    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
     assert 0 <= file.stat().st_size - answer_tokens * 32 * 2 < 1024
-    monkeypatch.setattr(models, "answer_states", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Objectives, "states", lambda *_: pytest.fail("computed again"))
     made("cache", model, folder=tmp_path / "cache")
     assert cache_name(model, ROWS, "a") != cache_name(model, ROWS, "b")
     assert cache_name(model, ROWS, "a") != cache_name(model, ROWS[:2], "a")
+
+
+def test_a_cache_that_was_begun_is_completed(tmp_path):
+    model = tiny.model()
+    begun = make_reference("cache", model, None, folder=tmp_path)
+    fill(begun, model, ROWS[:1])
+    (tmp_path / ".unfinished-x").mkdir()  # of a run that was killed as it wrote
+    made("cache", model, folder=tmp_path)
+    pieces = [len(read.keys()) for read in map(opened, tmp_path.rglob("*.safetensors"))]
+    assert sorted(pieces) == [1, 2]
+    assert not list(tmp_path.glob(".unfinished-*"))
 
 
 @pytest.mark.parametrize("kind", ["copy", "cache"])

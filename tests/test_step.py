@@ -5,6 +5,7 @@ import torch
 from mollm import MOLLMOptimizer, models
 from mollm.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS
+from mollm.objectives import Objectives
 from mollm.references import CopyReference
 from mollm.step import OBJECTIVES, accumulate, totals_of
 
@@ -26,16 +27,15 @@ def gradients(size, method="project", side="right"):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.05)
+    objectives = Objectives(model, reference, METHODS[method].forget_loss)
     optimizer = MOLLMOptimizer(model.parameters(), lr=1e-2)
     sums = dict.fromkeys(OBJECTIVES, 0.0)
     for start in range(0, 4, size):
         losses = accumulate(
-            model,
-            reference,
+            objectives,
             optimizer,
             collate(FORGET[start : start + size], CHAT.pad_id, side),
             collate(RETAIN[start : start + size], CHAT.pad_id, side),
-            forget_loss=METHODS[method].forget_loss,
             totals=(totals_of(FORGET), totals_of(RETAIN)),
         )
         sums = {name: sums[name] + float(losses[name]) for name in OBJECTIVES}
@@ -85,7 +85,7 @@ def test_the_model_runs_forward_twice_and_the_original_once():
     reference.model.model.register_forward_hook(lambda *_: calls.append("original"))
     optimizer = MOLLMOptimizer(model.parameters(), lr=1e-2)
     batches = collate(FORGET, CHAT.pad_id), collate(RETAIN, CHAT.pad_id)
-    accumulate(model, reference, optimizer, *batches)
+    accumulate(Objectives(model, reference), optimizer, *batches)
     assert sorted(calls) == ["model", "model", "original"]
     assert not any(p.requires_grad for p in reference.model.parameters())
 

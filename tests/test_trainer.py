@@ -311,10 +311,10 @@ def test_data_come_as_records_paths_options_and_datasets(tmp_path):
     named = {"path": table, "prompt_field": "q", "answer_field": "a"}
     options = {"max_length": 512, "max_steps": 1, "per_device_train_batch_size": 1}
     made = trained(tmp_path, data=(named, path), **options)
-    assert made._data["forget"]["rows"] == 2
-    assert made._data["retain"]["rows"] == 24
+    assert made._data.facts["forget"]["rows"] == 2
+    assert made._data.facts["retain"]["rows"] == 24
     card = (tmp_path / "README.md").read_text()
-    assert made._data["retain"]["sha256"] in card
+    assert made._data.facts["retain"]["sha256"] in card
     assert "| 1 | " in card
     assert "`project`" in card
 

@@ -32,8 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mollm import models
 from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
-from mollm.evaluation import TofuSuite, evaluate, load_tofu
 from mollm.data_files import read_table
+from mollm.evaluation import TofuSuite, evaluate, load_tofu
 from mollm.methods import answers_of
 from mollm.step import OBJECTIVES
 from mollm_ops import linear_cross_entropy

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Totals:
     """What the means of a step divide by, where several micro-batches make one batch."""
 
-    tokens: int
+    tokens: int | Tensor
     """Answer tokens of the whole batch."""
     sequences: int
 
@@ -45,7 +45,7 @@ class Answers:
     so that shares add up to the loss of the whole."""
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> int | Tensor:
         """What a mean over tokens divides by."""
         return len(self.target) if self.totals is None else self.totals.tokens
 

@@ -1,0 +1,86 @@
+"""The model of a run: with an adapter, with checkpointed activations, and whole again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mollm import checkpoint, models, processes
+from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def adapted(model: PreTrainedModel, config: Any) -> Any:
+    """The model with a new adapter, in the wrapper of `peft`.
+
+    Raises:
+        UsageError: It is not LoRA, or would change a head in a way that the losses cannot follow.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise UsageError(
+            f"peft_config must be a LoraConfig without DoRA, but got {type(config).__name__}."
+        )
+    tied = model.config.tie_word_embeddings
+    wrapped = get_peft_model(model, copy.deepcopy(config))
+    layer = models.head(model)
+    has_delta = hasattr(layer, "get_delta_weight")
+    if has_delta and config.lora_dropout > 0:
+        raise UsageError(
+            f"lora_dropout must be 0 where the head is adapted, but got {config.lora_dropout}: "
+            "leave the head out of target_modules, or the dropout."
+        )
+    if tied and (has_delta or hasattr(layer, "modules_to_save")):
+        raise UsageError(
+            "an adapter must leave the head alone where it shares its matrix with the embeddings, "
+            f"but got target_modules {config.target_modules} and modules_to_save "
+            f"{config.modules_to_save}: take it out."
+        )
+    return wrapped
+
+
+def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | None) -> None:
+    """Lets the model keep the inputs of its layers alone, and compute the rest again."""
+    # Releases before 5.20 know it by the older name alone.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # Reentrant checkpoints pass no gradient on to adapters behind an input that asks for none.
+    model.enable_input_require_grads()
+
+
+def merged(model: PreTrainedModel, wrapped: Any | None, *, parts: bool) -> PreTrainedModel | None:
+    """The model whole, its adapter merged into it, on the first process; the others get None.
+
+    To merge takes the memory of a second model; the first stays as it is. All processes must call
+    it.
+
+    Args:
+        model: The model, without the wrapper of `peft`.
+        wrapped: The same in its wrapper, if it has one.
+        parts: Whether the processes hold parts of it, see `mollm.processes.shard`.
+    """
+    tensors = processes.gathered(checkpoint.own_tensors(model)) if parts else {}
+    if processes.rank() > 0:
+        return None
+    if not parts:
+        return model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
+    with torch.device("meta"):
+        whole = type(model)(copy.deepcopy(model.config))
+    whole.generation_config = model.generation_config
+    holder: Any = None
+    if wrapped is not None:
+        from peft import get_peft_model
+
+        config = copy.deepcopy(wrapped.peft_config[wrapped.active_adapter])
+        holder = get_peft_model(whole, config, low_cpu_mem_usage=True)
+    whole.load_state_dict(tensors, strict=False, assign=True)  # strict: a tied head has no tensor
+    whole.tie_weights()
+    return whole if holder is None else holder.merge_and_unload()

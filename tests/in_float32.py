@@ -1,0 +1,17 @@
+"""Runs a script, named by the first argument, without autocast, whatever the processor can do."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+from mollm import models
+
+if __name__ == "__main__":
+    models.autocast = lambda device: torch.autocast("cpu", torch.bfloat16, enabled=False)
+    del sys.argv[0]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")

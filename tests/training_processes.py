@@ -1,0 +1,281 @@
+"""What tests/test_processes.py runs in two and in four processes, and once more in one.
+
+Every case trains a tiny Llama with a MOLLMTrainer and returns what the test compares.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from mollm import MOLLMConfig, MOLLMTrainer, checkpoint, models, processes
+from mollm.data import Record
+from mollm.errors import UsageError
+
+FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
+RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
+ROWS = 8
+
+SHARDED = {"fsdp": "full_shard", "hsdp": "hybrid_shard"}
+OPTIONS = {
+    "adamw": {},
+    "in micro-batches": {"per_device_train_batch_size": 1},
+    "clipped": {"max_grad_norm": 0.05, "optimizer_options": {"base": "sgd"}},
+    "checkpointed": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "checkpointed reentrant": {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "head trains": {"freeze_embeddings": False, "reference": "cache"},
+    "tied head": {"tied": True, "freeze_embeddings": False},
+    "cached": {"reference": "cache"},
+    "npo": {"method": "npo"},
+    "means": {"optimizer_options": {"momentum": "per-objective", "metric": "adam"}},
+    "lora": {"lora": {"target_modules": "all-linear"}},
+    "lora checkpointed": {
+        "lora": {"target_modules": ["q_proj", "lm_head"]},
+        "activation_checkpointing": True,
+    },
+    "lora cached": {"lora": {"modules_to_save": ["lm_head"]}, "reference": "cache"},
+}
+
+
+class StopAfter(TrainerCallback):
+    """Asks for the end on one process alone."""
+
+    def __init__(self, step, rank):
+        self.step = step
+        self.rank = rank
+
+    def on_step_end(self, args, state, control, **_):
+        if processes.rank() == self.rank and state.global_step >= self.step:
+            control.should_training_stop = True
+
+
+def trainer(out, layout="one", *, steps=3, tied=False, lora=None, dtype=torch.float64, **options):
+    """A trainer whose steps see the same rows whatever the number of processes."""
+    world = processes.world_size()
+    size = min(options.pop("per_device_train_batch_size", ROWS), ROWS // world)
+    peft_config = None
+    if lora is not None:
+        import peft
+
+        peft_config = peft.LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | lora))
+    settings = {
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "max_steps": steps,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": ROWS // world // size,
+        "per_device_eval_batch_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": steps,
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "max_length": 128,
+        "fsdp": SHARDED.get(layout),
+    }
+    return MOLLMTrainer(
+        tiny.model(tie_word_embeddings=tied).to(dtype),
+        MOLLMConfig(output_dir=str(out), **(settings | options)),
+        forget_dataset=FORGET,
+        retain_dataset=RETAIN,
+        eval_dataset={"forget": FORGET[:3], "retain": RETAIN[:5]},
+        processing_class=tiny.tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def weights(made):
+    tensors = processes.gathered(checkpoint.own_tensors(made._base))
+    return {n: None if t is None else t.detach().clone() for n, t in tensors.items()}
+
+
+def found(made):
+    """What all processes must agree on, and what the first one alone knows."""
+    return {
+        "weights": weights(made),
+        "history": [record.as_dict() for record in made.history],
+        "evaluated": [log for log in made.state.log_history if "eval_loss" in log],
+    }
+
+
+def train(out, layout, key):
+    made = trainer(out, layout, **OPTIONS[key])
+    made.train()
+    return found(made)
+
+
+def exported(out, layout, key):
+    from transformers import AutoModelForCausalLM
+
+    made = trainer(out / "run", layout, dtype=torch.float32, **OPTIONS[key])
+    made.train()
+    made.export(out / "model")
+    read = AutoModelForCausalLM.from_pretrained(out / "model")
+    after = weights(made)
+    return {"exported": read.state_dict(), "after": after}
+
+
+SAVING = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+def resumed(out, layout, key):
+    """Goes on from the checkpoint that another number of processes left after two steps."""
+    made = trainer(out, layout, **(OPTIONS[key] | SAVING))
+    other = "one" if processes.world_size() > 1 else layout
+    made.train(resume_from_checkpoint=str(out.parent / f"left-{other}-{key}" / "checkpoint-2"))
+    return found(made)
+
+
+def left(out, layout, key):
+    """A run that leaves checkpoints."""
+    made = trainer(out, layout, **(OPTIONS[key] | SAVING))
+    made.train()
+    return found(made)
+
+
+def stopped(out, layout, key):
+    """The last process alone asks for the end after its second step."""
+    made = trainer(out, layout, steps=5)
+    made.add_callback(StopAfter(2, processes.world_size() - 1))
+    made.train()
+    return {"steps": made.state.global_step}
+
+
+def mistaken(out, layout, key):
+    """The last process alone cannot read the data."""
+    broken = [] if processes.rank() == processes.world_size() - 1 else RETAIN
+    try:
+        MOLLMTrainer(
+            tiny.model(),
+            MOLLMConfig(output_dir=str(out), use_cpu=True),
+            forget_dataset=FORGET,
+            retain_dataset=broken,
+            processing_class=tiny.tokenizer(),
+        )
+    except UsageError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def unlike(out, layout, key):
+    """The last process has a model of its own."""
+    try:
+        MOLLMTrainer(
+            tiny.model(seed=processes.rank()),
+            MOLLMConfig(output_dir=str(out), use_cpu=True, reference="cache"),
+            forget_dataset=FORGET,
+            retain_dataset=RETAIN,
+            processing_class=tiny.tokenizer(),
+        )
+    except UsageError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def in_bfloat16(out, layout, key):
+    """Layers compute in bfloat16; the weights are float32."""
+    compute_in(torch.bfloat16)
+    made = trainer(out, layout, dtype=torch.float32, **OPTIONS[key])
+    made.train()
+    compute_in(None)
+    return {**found(made), "dtypes": {str(p.dtype) for p in made._base.parameters()}}
+
+
+KINDS = {
+    "train": train,
+    "exported": exported,
+    "resumed": resumed,
+    "left": left,
+    "stopped": stopped,
+    "mistaken": mistaken,
+    "unlike": unlike,
+    "in_bfloat16": in_bfloat16,
+}
+COPIES = ("adamw", "in micro-batches", "clipped", "cached", "lora")
+PARTS = tuple(OPTIONS)
+RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"))
+
+
+def cases_for(world):
+    """(kind, layout, key)."""
+    if world == 4:
+        return [
+            ("train", "copies", "adamw"),
+            ("train", "copies", "in micro-batches"),
+            ("train", "hsdp", "adamw"),
+            ("stopped", "copies", "adamw"),
+        ]
+    return [
+        *(("train", "copies", key) for key in COPIES),
+        *(("train", "fsdp", key) for key in PARTS),
+        *(("exported", "fsdp", key) for key in ("tied head", "lora")),
+        *((kind, *case) for kind in ("resumed", "left") for case in RESUMED),
+        ("stopped", "copies", "adamw"),
+        ("mistaken", "copies", "adamw"),
+        ("unlike", "copies", "adamw"),
+        *(("in_bfloat16", "fsdp", key) for key in ("adamw", "lora cached")),
+    ]
+
+
+def run_case(folder, case):
+    kind, layout, key = case
+    try:
+        return KINDS[kind](folder / "-".join(case), layout, key)
+    except Exception:
+        return {"failed": traceback.format_exc()}
+
+
+def compute_in(dtype):
+    """Autocast to a dtype, or none, in this process, whatever its processor does natively."""
+    casting = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    for module in (models, processes):
+        module.autocast = lambda device: casting
+
+
+def _work(rank, world, port, folder, cases):
+    local = 2 if world == 4 else world
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank % local),
+        LOCAL_WORLD_SIZE=str(local),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    compute_in(None)
+    results = {}
+    for case in cases:
+        results[case] = run_case(folder, case)
+        if "failed" in results[case]:
+            break  # the other processes may be waiting in another place
+    torch.save(results, folder / f"{rank}.pt")
+    os._exit(0)  # gloo's threads now and then do not hear that they should end
+
+
+def run(world, folder, cases=None):
+    """What every process found, by case."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (world, port, Path(folder), cases or cases_for(world))
+    # All processes are forks of one that has imported everything and computed nothing.
+    multiprocessing.set_forkserver_preload(["training_processes"])
+    torch.multiprocessing.start_processes(_work, arguments, nprocs=world, start_method="forkserver")
+    return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
