@@ -41,7 +41,7 @@ OPTIONS = {
     "tied head": {"tied": True, "freeze_embeddings": False},
     "cached": {"reference": "cache"},
     "npo": {"method": "npo"},
-    "means": {"optimizer_options": {"momentum": "per-objective", "metric": "adam"}},
+    "means": {"optimizer_options": {"momentum": "per-objective"}},
     "lora": {"lora": {"target_modules": "all-linear"}},
     "lora checkpointed": {
         "lora": {"target_modules": ["q_proj", "lm_head"]},
