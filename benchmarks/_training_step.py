@@ -35,8 +35,9 @@ from _common import Row, interleaved_medians
 from mollm import MOLLMOptimizer, models, plan, step
 from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.methods import METHODS
+from mollm.objectives import Objectives
 from mollm.plan import MemoryPlan, PlanSettings, Shape
-from mollm.references import Reference, make_reference
+from mollm.references import CachedReference, make_reference
 
 METHOD = METHODS["project"]
 LR = 1e-6
@@ -112,15 +113,16 @@ def prepared(case: Case, device: str) -> Iterator[dict[str, WeightedSum | Mollm]
     model, adapted = _model(case, device)
     forget, retain = _rows(case)
     with tempfile.TemporaryDirectory() as folder:
-        reference = make_reference(
-            settings.reference,
-            model,
-            adapted,
-            retain,
-            folder=Path(folder) / "cache",
-            batch_size=settings.batch_size,
-            pad_id=0,
-        )
+        reference = make_reference(settings.reference, model, adapted, folder=Path(folder))
+        objectives = Objectives(model, reference, METHOD.forget_loss)
+        if isinstance(reference, CachedReference):
+            reference.fill(
+                retain,
+                objectives.states,
+                device=model.device,
+                batch_size=settings.batch_size,
+                pad_id=0,
+            )
         optimizer = MOLLMOptimizer(
             [p for p in model.parameters() if p.requires_grad],
             lr=LR,
@@ -129,8 +131,8 @@ def prepared(case: Case, device: str) -> Iterator[dict[str, WeightedSum | Mollm]
         )
         pair = tuple(collate(rows, pad_id=0).to(device) for rows in (forget, retain))
         yield {
-            "weighted sum": WeightedSum(model, reference, _torchs_adamw(optimizer), pair),
-            "MOLLM": Mollm(model, reference, optimizer, pair),
+            "weighted sum": WeightedSum(objectives, _torchs_adamw(optimizer), pair),
+            "MOLLM": Mollm(objectives, optimizer, pair),
         }
 
 
@@ -220,19 +222,16 @@ def _torchs_adamw(optimizer: MOLLMOptimizer) -> torch.optim.Optimizer:
 class WeightedSum:
     """One step of the weighted sum."""
 
-    model: Any
-    reference: Reference
+    objectives: Objectives
     optimizer: torch.optim.Optimizer
     pair: tuple[Batch, ...]
 
     def __call__(self) -> None:
-        forget, retain = self.pair
         self.optimizer.zero_grad()
-        loss_forget = step.forget_side(self.model, self.reference, forget, METHOD.forget_loss)
-        losses = loss_forget, *step.retain_side(self.model, self.reference, retain)
-        preferences = METHOD.preferences
-        assert preferences is not None, "the weights of the sum are those of the method"
-        step.backward(sum(c * loss for c, loss in zip(preferences, losses, strict=True)))
+        losses = self.objectives(*self.pair)
+        assert METHOD.preferences is not None, "the weights of the sum are those of the method"
+        named = zip(step.OBJECTIVES, METHOD.preferences, strict=True)
+        step.backward(sum(c * losses[name] for name, c in named))
         self.optimizer.step()
 
     @contextmanager
@@ -248,20 +247,13 @@ class WeightedSum:
 class Mollm:
     """One step of ours."""
 
-    model: Any
-    reference: Reference
+    objectives: Objectives
     optimizer: MOLLMOptimizer
     pair: tuple[Batch, ...]
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        step.accumulate(
-            self.model,
-            self.reference,
-            self.optimizer,
-            *self.pair,
-            forget_loss=METHOD.forget_loss,
-        )
+        step.accumulate(self.objectives, self.optimizer, *self.pair)
         self.optimizer.step()
 
     @contextmanager

@@ -72,7 +72,7 @@ def test_the_training_steps_that_are_compared_walk_alike(training_step, monkeypa
     changes = []
     for name in ("weighted sum", "MOLLM"):
         with training_step.prepared(case, "cpu") as steps:
-            params = [p for p in steps[name].model.parameters() if p.requires_grad]
+            params = [p for p in steps[name].objectives.model.parameters() if p.requires_grad]
             before = [p.detach().clone() for p in params]
             for _ in range(3):
                 steps[name]()
