@@ -14,7 +14,7 @@ from mollm.settings import DemoSettings
         ({"lr": 0.0}, r"lr must be a positive number, but got 0\.0"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"direction": "up"}, "direction must be one of dual, project"),
+        ({"direction": "up"}, "direction must be one of mollm, dual"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):
