@@ -259,6 +259,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
         tmp_path,
         evaluate=True,
         max_steps=5,
+        method="project",
         learning_rate=0.3,  # too much: kl is the least after the first step
         save_strategy="steps",
         save_steps=1,
@@ -316,7 +317,7 @@ def test_data_come_as_records_paths_options_and_datasets(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert made._data.facts["retain"]["sha256"] in card
     assert "| 1 | " in card
-    assert "`project`" in card
+    assert "`mollm`" in card
 
 
 def test_decay_leaves_norms_alone(tmp_path):

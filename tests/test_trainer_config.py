@@ -47,6 +47,6 @@ def test_the_card_is_told_what_was_changed():
     told = config(save_steps=7, preferences=[1, 2, 3], hub_token="secret").told()
     assert told["save_steps"] == 7
     assert told["preferences"] == [1, 2, 3]
-    assert told["method"] == "project"
+    assert told["method"] == "mollm"
     assert "secret" not in str(told)
     assert "logging_steps" not in told
