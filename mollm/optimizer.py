@@ -23,6 +23,7 @@ from mollm.distributed import (
     placed_like,
     refuse_partitioned,
     refuse_unlike_copies,
+    world_size,
 )
 from mollm.gradients import GradientStore
 from mollm.means import ObjectiveMeans, moved
@@ -365,13 +366,21 @@ class MOLLMOptimizer(Optimizer):
             parts.add(sharding, gram(lists) if plain else gram_moved(lists, moving, metric))
         if self._unchecked_steps and Sharding() in parts.sums:
             self._unchecked_steps -= 1
-            refuse_unlike_copies(parts.sums[Sharding()], self.objectives)
+            if world_size() > 1:
+                refuse_unlike_copies(self._plain_parts().sums[Sharding()], self.objectives)
         total = parts.total(Sharding.total_gram)
         if self._means is not None:
             total = total / self._means.correction(total.device) ** 2
         self._gram = total
         self._solution = self.rule(total)
         return self._solution
+
+    def _plain_parts(self) -> _Parts:
+        """Gram matrices of the bare gradients: one odd gradient spoils AdamW's metric for all."""
+        parts = _Parts()
+        for sharding, _, lists in self._pieces(self._touched()):
+            parts.add(sharding, gram(lists))
+        return parts
 
     def _effective_weights(self, solution: Solution) -> Tensor:
         """Weights on gradients, or on running means before their bias correction."""
@@ -513,11 +522,8 @@ class MOLLMOptimizer(Optimizer):
         return True
 
     def _refuse_nonfinite(self, matrix: Tensor) -> None:
-        if self._second_weights is not None:  # one bad gradient spoils the metric for all
-            parts = _Parts()
-            for sharding, _, lists in self._pieces(self._touched()):
-                parts.add(sharding, gram(lists))
-            matrix = parts.total(Sharding.total_gram)
+        if self._second_weights is not None:
+            matrix = self._plain_parts().total(Sharding.total_gram)
         finite = torch.isfinite(matrix.diagonal()).tolist()
         names = [name for name, ok in zip(self.objectives, finite, strict=True) if not ok]
         what = f"the gradient of {', '.join(names)}" if names else "the Gram matrix or its rule"

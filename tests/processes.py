@@ -36,10 +36,10 @@ NAMES = ("forget", "kl", "retain")
 ROWS = 16
 
 OPTIONS = {
-    "adamw": {"lr": 0.01},
+    "adamw": {"lr": 0.01, "metric": "euclidean"},
     "sgd": {"base": "sgd", "lr": 0.05, "momentum": 0.9},
     "torch": {"base": torch.optim.AdamW, "lr": 0.01, "foreach": False},
-    "metric": {"lr": 0.01, "metric": "base"},
+    "metric": {"lr": 0.01},
     "means": {"lr": 0.01, "momentum": "per-objective"},
     "torch means": {
         "base": torch.optim.SGD,
