@@ -56,6 +56,7 @@ DEVICES = ("cpu", "cuda")
 GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host")
 REFERENCES = ("copy", "adapter", "cache")
 OPTIMIZERS = ("adamw", "sgd")
+METRICS = ("base", "euclidean")
 PER_OBJECTIVE = "per-objective"
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
@@ -229,6 +230,8 @@ class PlanSettings:
     """See MOLLMOptimizer."""
     momentum: str | None = None
     """"per-objective" or None, see MOLLMOptimizer."""
+    metric: str = "base"
+    """See MOLLMOptimizer: "euclidean" gives AdamW a first moment."""
     reference: str = "copy"
     """The original model: a frozen "copy", the "adapter" switched off, or a "cache" of its final
     hidden states on disk."""
@@ -303,6 +306,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "state_dtype": (None, *BYTES),
     "gradient_memory": GRADIENT_MEMORIES,
     "momentum": (None, PER_OBJECTIVE),
+    "metric": METRICS,
     "reference": REFERENCES,
     "optimizer": OPTIMIZERS,
     "device": DEVICES,
@@ -413,7 +417,8 @@ def _reference(shape: Shape, settings: PlanSettings) -> int:
 def _state(shape: Shape, settings: PlanSettings) -> int:
     if settings.optimizer == "sgd":
         return 0
-    moments = 1 if settings.momentum == PER_OBJECTIVE else 2
+    first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
+    moments = 2 if first else 1
     size = BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
     return moments * _trainable(shape, settings) * size
 

@@ -90,6 +90,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="a running mean of each objective's gradient in place of the base's momentum",
     )
     parser.add_argument(
+        "--metric",
+        choices=planning.METRICS,
+        default=default.metric,
+        help="of the Gram matrix; euclidean gives AdamW a first moment",
+    )
+    parser.add_argument(
         "--gradient-memory",
         choices=planning.GRADIENT_MEMORIES,
         default=default.gradient_memory,

@@ -344,6 +344,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         state_dtype=options.get("state_dtype"),
         gradient_memory=options.get("gradient_memory", "as-produced"),
         momentum=momentum if momentum == PER_OBJECTIVE else None,
+        metric=args.for_optimizer()["metric"],
         reference=original if args.reference == "auto" else args.reference,
         lora_rank=0 if adapter is None else adapter.r,
         gradient_checkpointing=args.gradient_checkpointing,

@@ -109,6 +109,7 @@ def measured(settings, sizes, monkeypatch):
         base=settings.optimizer,
         gradient_memory=settings.gradient_memory,
         momentum=settings.momentum,
+        metric=settings.metric,
         **options,
     )
     batches = [random_batch(settings.batch_size, sizes["vocab_size"]) for _ in range(2)]
@@ -212,13 +213,14 @@ def test_what_lasts_is_counted_in_bytes(llama):
     full = plan(llama, PlanSettings(dtype="bfloat16"))
     assert full.component("parameters") == 2 * everything
     assert full.component("reference model") == 2 * everything
-    assert full.component("optimizer state") == 2 * 2 * everything
+    assert full.component("optimizer state") == 2 * everything
     assert full.component("gradients held") == 3 * 2 * everything
 
     def component(name, **options):
         return plan(llama, PlanSettings(**options)).component(name)
 
-    assert component("optimizer state", state_dtype="bfloat16") == 4 * everything
+    assert component("optimizer state", metric="euclidean") == 2 * 4 * everything
+    assert component("optimizer state", state_dtype="bfloat16") == 2 * everything
     assert component("optimizer state", optimizer="sgd") == 0
     assert component("optimizer state", momentum="per-objective") == 4 * everything
     assert component("running means", momentum="per-objective") == 3 * 4 * everything
