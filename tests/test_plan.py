@@ -279,7 +279,7 @@ def test_more_to_hold_never_takes_less(llama):
 
 def test_proposals_end_with_the_first_that_fits(llama):
     first = plan(llama, PlanSettings(batch_size=8))
-    for memory in (40 * GIB, 80 * GIB, 150 * GIB, 200 * GIB):
+    for memory in (40 * GIB, 80 * GIB, 150 * GIB, 180 * GIB):
         found = proposals(first, memory)
         peaks = [first.peak.total, *(p.plan.peak.total for p in found)]
         assert [p.saves for p in found] == [a - b for a, b in pairwise(peaks)]
