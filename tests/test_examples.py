@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import pytest
 import tiny
 
@@ -22,23 +19,8 @@ def run(*command):
 
     In float32: the rounding of bfloat16 products depends on how the rows are cut into batches.
     """
-    root = str(EXAMPLES.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        [sys.executable, *command, "--lr", "1e-3"],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = child.communicate(timeout=90)
-        assert child.returncode == 0, err[-3000:]
-    except subprocess.TimeoutExpired:
-        # Gloo's threads now and then do not hear that they should end: what was printed counts.
-        os.killpg(child.pid, signal.SIGTERM)
-        out, _ = child.communicate()
+    out, err, code = launch.python(*command, "--lr", "1e-3", seconds=90)
+    assert code in (0, None), err[-3000:]
     printed = re.findall(r"status=\w+.*?weights=\[(.*?)\]", out)
     return [[float(w) for w in step.split(",")] for step in printed]
 

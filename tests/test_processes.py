@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import launch
 import pytest
 import tiny
 import torch
@@ -178,25 +175,8 @@ def test_parts_compute_in_bfloat16_and_step_in_float32(world, case, found, alone
 
 def torchrun(*arguments):
     """Runs `mollm unlearn` in two processes; what they print, or did until they hung at the end."""
-    here = Path(__file__).parent
-    path = os.pathsep.join(filter(None, [str(here.parent), os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "mollm", "unlearn", *arguments),
-        ],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = child.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        # Gloo's threads now and then do not hear that they should end: what was printed counts.
-        os.killpg(child.pid, signal.SIGTERM)
-        out, err = child.communicate()
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out, err, _ = launch.python(*command, "-m", "mollm", "unlearn", *arguments, seconds=120)
     return out, err
 
 

