@@ -59,7 +59,7 @@ def load_tree(folder: Path, name: str) -> Any:
     Raises:
         UsageError: A file is missing or damaged.
     """
-    with _told_as_damage(folder):
+    with told_as_damage(folder):
         plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         return _decode(plain, load_file(folder / f"{name}.safetensors"))
 
@@ -72,20 +72,21 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """
     from safetensors import torch as files
 
-    with _told_as_damage(path.parent):
+    with told_as_damage(path.parent):
         tensors: dict[str, Tensor] = files.load_file(path)
         return tensors
 
 
 @contextlib.contextmanager
-def _told_as_damage(folder: Path) -> Iterator[None]:
+def told_as_damage(folder: Path) -> Iterator[None]:
+    """What goes wrong inside while a checkpoint is read becomes a UsageError."""
     from safetensors import SafetensorError
 
     try:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
             f"{folder} must be a whole checkpoint, but it is damaged: {reason}: remove it, and go "

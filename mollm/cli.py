@@ -18,6 +18,7 @@ from mollm.unlearn_command import add_parser as add_unlearn
 
 _EXTRAS = (
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "gguf",
     "jinja2",
@@ -50,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
+        extras = "train,qlora" if error.name == "bitsandbytes" else "train,eval"
         print(
-            f"mollm: this command needs the package {error.name}: pip install 'mollm[train,eval]'.",
+            f"mollm: this command needs the package {error.name}: pip install 'mollm[{extras}]'.",
             file=sys.stderr,
         )
         return 2

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mollm.errors import UsageError
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
+"""Begins the names of what is not whole yet."""
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def staged(out: Path) -> Iterator[Path]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=out))
+        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out))
     except OSError as error:
         _remove_empty(made)
         raise UsageError(
@@ -71,7 +72,7 @@ def complete(folder: Path) -> Iterator[Path]:
     A folder of that name that is there already is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
     inner = stage / folder.name  # the outer folder is for this user's eyes alone
     try:
         inner.mkdir()
@@ -85,17 +86,28 @@ def complete(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that holds either what it held before or all of the text."""
+    part = path.with_name(f"{UNFINISHED}{path.name}")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    os.replace(part, path)
+
+
 def remove(folder: Path) -> None:
     """Removes a folder so that no half of it ever has its name."""
-    doomed = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    doomed = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
     os.rename(folder, doomed / folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Removes what processes that were killed have left in `folder`."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

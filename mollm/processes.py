@@ -140,7 +140,9 @@ def add_up_gradients(params: Sequence[Tensor]) -> None:
 # ---- parts
 
 
-def shard(module: nn.Module, device: torch.device, *, hybrid: bool = False) -> None:
+def shard(
+    module: nn.Module, device: torch.device, *, hybrid: bool = False, from_first: bool = False
+) -> None:
     """Cuts the parameters inside a module of losses over the processes with FSDP2.
 
     Each decoder layer is a group of its own, everything else is another one. A group is gathered
@@ -153,6 +155,8 @@ def shard(module: nn.Module, device: torch.device, *, hybrid: bool = False) -> N
         device: Of this process.
         hybrid: Cut over the processes of a node and copy over the nodes, in place of a cut over
             all; under torchrun, which says how many a node has.
+        from_first: The first process alone holds the values; those of the others are on the meta
+            device. A tensor at a time goes to all of them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -173,12 +177,50 @@ def shard(module: nn.Module, device: torch.device, *, hybrid: bool = False) -> N
         policy = MixedPrecisionPolicy(casting.fast_dtype, reduce_dtype=torch.float32)
     kinds = {k for m in module.modules() for k in getattr(m, "_no_split_modules", None) or ()}
     layers = [m for m in module.modules() if type(m).__name__ in kinds]
+    if from_first:
+        _take_memory(module)
+    whole = {name: t.detach() for name, t in _tensors(module)} if from_first else {}
     for group in (*layers, module):
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         assert isinstance(group, FSDPModule), "fully_shard changes the class"
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(module, "states")
+    if from_first:
+        _hand_out(whole, module, device)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _take_memory(module: nn.Module) -> None:
+    """Gives memory to tensors on the meta device; what is never written takes none in fact."""
+    made: dict[int, Tensor] = {}
+
+    def real(t: Tensor) -> Tensor:
+        new = torch.empty_like(t, device="cpu")
+        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+    for part in module.modules():
+        for slots in (part._parameters, part._buffers, vars(part)):
+            for name, t in slots.items():
+                if isinstance(t, Tensor) and t.is_meta:
+                    if id(t) not in made:  # tied ones stay tied
+                        made[id(t)] = real(t)
+                    slots[name] = made[id(t)]
+
+
+@torch.no_grad()
+def _hand_out(whole: Mapping[str, Tensor], module: nn.Module, device: torch.device) -> None:
+    """Puts the first process's tensors into everybody's module, as far as each has a part."""
+    for name, mine in _tensors(module):
+        sent = torch.empty(mine.shape, dtype=mine.dtype, device=device)
+        if rank() == 0:
+            sent.copy_(whole[name])
+        dist.broadcast(sent, 0)
+        mine.copy_(placed(sent, mine))
 
 
 def gathered(tree: Any) -> Any:

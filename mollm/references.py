@@ -110,7 +110,7 @@ class CachedReference(nn.Module):
         """From the disk.
 
         Raises:
-            KeyError: a row that was not cached.
+            UsageError: A row was not cached.
         """
         labels = batch.labels
         weight, bias = self._head()
@@ -127,7 +127,10 @@ class CachedReference(nn.Module):
 
     def _states(self, key: str) -> Tensor:
         if key not in self._files:
-            raise KeyError(f"the row {key} must be among those that were cached, but it is not.")
+            raise UsageError(
+                "a cached reference must be asked about rows of its cache alone, but got another "
+                "one: give all data to the trainer, or choose the reference adapter or copy."
+            )
         states: Tensor = self._files[key].get_tensor(key)
         return states
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from mollm import checkpoint, machine, models, processes
 from mollm.chat import Batch, ChatFormat, Tokens, collate
 from mollm.data_batches import PairSampler, RowSampler, encode_records
 from mollm.errors import UsageError
-from mollm.folder import clear_unfinished, complete
+from mollm.folder import clear_unfinished, complete, replace_text
 from mollm.model_card import model_card
 from mollm.objectives import Objectives
 from mollm.optimizer import MOLLMOptimizer
@@ -121,15 +121,26 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
     ) -> None:
+        if args.quantization and peft_config is None:
+            raise UsageError(
+                f"quantization must go with an adapter, for nothing else trains in 4 bits, but got "
+                f"{args.quantization} alone: give a LoRA rank."
+            )
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
                 "got none: give sets to forget and to retain."
             )
+        # Of a model that is cut into parts, the first process alone reads the weights.
+        from_first = args.sharding is not None and isinstance(model, str)
         with processes.agreeing():
             tokenizer = self._prepare(
                 model, args, processing_class, (forget_dataset, retain_dataset, eval_dataset)
             )
+        read = not (from_first and processes.rank())
+        prints = processes.each(checkpoint.fingerprint(self._base) if read else None)
+        self._fingerprint = prints[0 if from_first else processes.rank()]
+        with processes.agreeing():
             set_seed(args.seed)  # an adapter begins at random
             self._wrapped = None if peft_config is None else adapted(self._base, peft_config)
             if self._wrapped is None and args.freeze_embeddings:
@@ -142,7 +153,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._objectives = Objectives(self._base, reference, args.chosen_method.forget_loss)
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
-            processes.shard(self._objectives, args.device, hybrid=hybrid)
+            processes.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)
         self.history: list[StepRecord] = []
         """A record of every step."""
         self._divergence = DivergenceStop(self.history)
@@ -194,6 +205,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if context is not None:
             args.max_length = min(args.max_length, context)
         self._data = read_data(*data, self._chat, args.max_length)
+        _check_metric(args, self._data.evaluated)
         self.notes = self._data.notes
         """What the user should know about the data."""
         for note in self.notes:
@@ -201,11 +213,15 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 logger.warning(note)
         # A model that will be cut into parts may be too large for the device as a whole.
         device = args.device if args.sharding is None else torch.device("cpu")
-        if isinstance(model, str):
-            assert source is not None, "a model by name has a source"
-            model, _ = models.load(source, device, DTYPES[args.dtype])
-        self._base: PreTrainedModel = model.to(device)
-        self._fingerprint = checkpoint.fingerprint(self._base)
+        dtype = DTYPES[args.dtype]
+        self._base: PreTrainedModel
+        if source is None:
+            assert not isinstance(model, str), "a model by name has a source"
+            self._base = model.to(device)
+        elif args.sharding is not None and processes.rank() > 0:
+            self._base = models.load_without_weights(source, dtype)
+        else:
+            self._base, _ = models.load(source, device, dtype, args.quantization)
         return tokenizer
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
@@ -222,11 +238,18 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         adapter = None
         if self._wrapped is not None:
             config = self._wrapped.peft_config[self._wrapped.active_adapter]
-            adapter = f"LoRA of rank {config.r} on {sorted(config.target_modules)}"
+            adapter = (
+                f"LoRA of rank {config.r} and alpha {config.lora_alpha} on "
+                f"{sorted(config.target_modules)}"
+            )
+        base = self.args.for_optimizer().get("base", "adamw")
         return {
             "version": machine.versions().get("mollm"),
+            "dtype": str(self._base.dtype).removeprefix("torch."),
             "model": self._fingerprint,
             "adapter": adapter,
+            "freeze_embeddings": self.args.freeze_embeddings,
+            "optimizer": base if isinstance(base, str) else base.__name__,
             "forget data": self._data.facts["forget"]["sha256"],
             "retain data": self._data.facts["retain"]["sha256"],
             "method": self.args.method,
@@ -476,14 +499,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return {name: float(processes.total(value)) for name, value in sums.items()}
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        name = self.args.metric_for_best_model
+        name = _chosen_metric(self.args)
         if name is None:
             return False
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            raise UsageError(
-                f"metric_for_best_model must be one of {', '.join(metrics)}, but got {name!r}."
-            )
         value, best = metrics[name], self.state.best_metric
         better = best is None or (value > best if self.args.greater_is_better else value < best)
         if better:
@@ -534,15 +552,16 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.load_tree(folder, _TRAINING)
-        self._sampler.load_state_dict(state["sampler"])
+        with checkpoint.told_as_damage(folder):
+            reached = TrainerState.load_from_json(str(folder / _STATE))
         checkpoint.load_weights(self._base, self._wrapped, folder)
+        self._sampler.load_state_dict(state["sampler"])
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.load_state_dict(processes.placed_state(state["optimizer"], params))
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self.history[:] = [StepRecord(**record) for record in state["history"]]
         self._logged = state["logged"]
-        loaded = TrainerState.load_from_json(str(folder / _STATE))
-        self._take_state(loaded, self.state.max_steps)
+        self._take_state(reached, self.state.max_steps)
         if processes.rank() < len(state["random"]):
             checkpoint.set_random_state(state["random"][processes.rank()])
 
@@ -572,7 +591,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Writes README.md into `output_dir`, see `mollm.model_card`."""
-        (self._folder / "README.md").write_text(self.model_card(), encoding="utf-8")
+        replace_text(self._folder / "README.md", self.model_card())
 
     def model_card(self) -> str:
         """Data with hashes, settings, and the weights of every step, as Markdown."""
@@ -587,4 +606,21 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             history=self.history,
             versions=machine.versions("peft"),
             notes=self.notes,
+        )
+
+
+def _chosen_metric(args: MOLLMConfig) -> str | None:
+    """By which the best checkpoint is told, as `evaluate` names it."""
+    name: str | None = args.metric_for_best_model
+    return name if name is None or name.startswith("eval_") else f"eval_{name}"
+
+
+def _check_metric(args: MOLLMConfig, evaluated: Collection[str]) -> None:
+    losses = {"forget": ("forget",), "retain": ("kl", "retain")}
+    names = [f"eval_{loss}_loss" for role in sorted(evaluated) for loss in losses[role]]
+    name = _chosen_metric(args)
+    if args.eval_strategy != "no" and name is not None and name not in (*names, "eval_loss"):
+        raise UsageError(
+            f"metric_for_best_model must be one of {', '.join([*names, 'eval_loss'])}, but got "
+            f"{name!r}."
         )

@@ -13,6 +13,9 @@ from mollm import processes
 from mollm.step import OBJECTIVES
 from mollm.trainer_config import MOLLMConfig
 from mollm.unlearn import StepRecord
+from mollm_ops import Status
+
+_SKIPS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +23,9 @@ logger = logging.getLogger(__name__)
 class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     """Ends a run whose model falls apart.
 
-    It stops where a loss is not finite, where KL exceeds `divergence` nats, or where the retain
-    loss has risen by as much since the first step.
+    It stops where a loss is not finite, where KL exceeds `divergence` nats, where the retain
+    loss has risen by as much since the first step, or where ten steps in a row had to be skipped
+    because a gradient was not finite.
 
     Args:
         history: The records of all steps, which the trainer adds to.
@@ -61,6 +65,12 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
                     f"the {name} loss must not grow by more than {bound:g} nats, but by step "
                     f"{step} it has grown by {grown:.1f}: {out}"
                 )
+        recent = self._history[-_SKIPS:]
+        if len(recent) == _SKIPS and all(r.status == Status.NON_FINITE.name for r in recent):
+            return (
+                f"gradients must be finite, but up to step {step} {_SKIPS} steps were skipped in a "
+                f"row: compute in float32, or {out}"
+            )
         return None
 
 

@@ -8,11 +8,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from mollm.errors import UsageError
 from mollm.methods import METHODS, Method, find_method
+from mollm.models import NF4, autocast
+from mollm.optimizer import MOLLMOptimizer
 from mollm.references import REFERENCES
+from mollm.step import OBJECTIVES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SIDES = ("left", "right")
@@ -40,14 +45,17 @@ _NOT_TOLD = (
 _PLAIN = (bool, int, float, str, list, dict)
 _NOT_FOR_THIS = {
     "auto_find_batch_size": "choose per_device_train_batch_size, with `mollm plan`",
+    "bf16_full_eval": "an evaluation computes as a step does",
     "deepspeed": "its ZeRO is not proven with MOLLMOptimizer; fsdp takes its place",
     "enable_jit_checkpoint": "choose save_steps",
     "fsdp_config": "fsdp alone says how a model is cut into parts",
     "fp16": "matrix products are in bfloat16 where the device computes in it natively",
+    "fp16_full_eval": "an evaluation computes as a step does",
     "ignore_data_skip": "a run goes on with the rows that come next",
     "label_smoothing_factor": "the losses are fixed by the method",
     "neftune_noise_alpha": "the losses are fixed by the method",
     "optim": "name the base in optimizer_options",
+    "push_to_hub": "upload the exported model, with `hf upload`",
     "save_only_model": "every checkpoint can be resumed from",
     "torch_compile": "the step is not compiled",
     "use_liger_kernel": "the losses of mollm take its place",
@@ -99,6 +107,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     dtype: str = field(
         default="float32", metadata={"help": "of the weights of a model given by name"}
     )
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "nf4: a model given by name is loaded in 4 bits, for an adapter (QLoRA)"},
+    )
     freeze_embeddings: bool = field(
         default=True, metadata={"help": "leave token embeddings and head as they are"}
     )
@@ -132,6 +144,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, (NF4,))
+            if self.sharding:
+                raise UsageError(
+                    f"quantization must be left out where processes hold parts of the model, but "
+                    f"got {self.quantization} with {self.sharding}: give each a copy."
+                )
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -144,6 +163,36 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a positive number, but got {value}.")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise UsageError(
+                "num_train_epochs must be positive where max_steps is not given, but got "
+                f"{self.num_train_epochs}."
+            )
+        if self.save_strategy == SaveStrategy.BEST and self.eval_strategy == IntervalStrategy.NO:
+            raise UsageError("eval_strategy must be given for the save_strategy best, but got no.")
+        if self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+            raise UsageError(
+                "lr_scheduler_type must be one that goes by the step, but got reduce_lr_on_plateau."
+            )
+        if self.bf16 and not autocast(self.device)._enabled:
+            raise UsageError(
+                f"bf16 must be left out where the device does not compute in it natively, but got "
+                f"it on {self.device}."
+            )
+        self._try_optimizer()
+
+    def _try_optimizer(self) -> None:
+        """Says now what MOLLMOptimizer would say once the model is loaded."""
+        try:
+            MOLLMOptimizer(
+                [nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **self.for_optimizer()
+            )
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UsageError(
+                f"preferences and optimizer_options must suit MOLLMOptimizer, but got "
+                f"{self.preferences} and {self.optimizer_options}: {reason}."
+            ) from error
 
     def _refuse_launchers(self) -> None:
         for engine in ("FSDP", "DEEPSPEED"):

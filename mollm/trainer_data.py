@@ -15,7 +15,9 @@ from mollm.errors import UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    Data: TypeAlias = str | Path | Mapping[str, Any] | Sequence[Record] | Dataset
+    Data: TypeAlias = (
+        str | Path | Mapping[str, Any] | Sequence[Record] | Sequence[Mapping[str, Any]] | Dataset
+    )
 
 _EVAL = "eval "
 
@@ -97,10 +99,24 @@ def records_of(data: Data, role: Role) -> list[Record]:
                 f"config and split, but got {', '.join(options)}."
             ) from error
     if isinstance(data, Sequence) and not isinstance(data, str):
-        if not data:
-            raise UsageError(f"the {role} data must hold at least one row, but it holds none.")
-        return list(data)
+        return _listed(data, role)
     return load_records(data, role=role)
+
+
+def _listed(rows: Sequence[Any], role: Role) -> list[Record]:
+    if not rows:
+        raise UsageError(f"the {role} data must hold at least one row, but it holds none.")
+    if all(isinstance(row, Mapping) for row in rows):
+        from datasets import Dataset
+
+        return load_records(Dataset.from_list([dict(row) for row in rows]), role=role)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Record):
+            raise UsageError(
+                f"the {role} data must be a list of mollm.data.Record or of dicts, but row "
+                f"{number} is {type(row).__name__}."
+            )
+    return list(rows)
 
 
 def role_of(name: str) -> Role:

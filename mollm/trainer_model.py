@@ -67,13 +67,18 @@ def merged(model: PreTrainedModel, wrapped: Any | None, *, parts: bool) -> PreTr
         wrapped: The same in its wrapper, if it has one.
         parts: Whether the processes hold parts of it, see `mollm.processes.shard`.
     """
-    tensors = processes.gathered(checkpoint.own_tensors(model)) if parts else {}
+    wide = models.dequantized(model)
+    own = checkpoint.own_tensors(model) | wide
+    tensors = processes.gathered(own) if parts else own
     if processes.rank() > 0:
         return None
-    if not parts:
+    if not parts and not wide:
         return model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
+    config = copy.deepcopy(model.config)
+    if wide:  # else rounding to 4 bits would swallow most of the adapter
+        del config.quantization_config
     with torch.device("meta"):
-        whole = type(model)(copy.deepcopy(model.config))
+        whole = type(model)(config)
     whole.generation_config = model.generation_config
     holder: Any = None
     if wrapped is not None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm.chat import Batch
+from mollm.folder import replace_text
 from mollm.methods import ForgetLoss, find_method, unlearning_cross_entropy
 from mollm.models import freeze_embeddings
 from mollm.objectives import Objectives
@@ -177,7 +178,7 @@ def means_of(records: Sequence[StepRecord]) -> dict[str, float]:
 def write_history(history: Iterable[StepRecord], path: Path) -> None:
     """Writes one JSON object for each step; a number that is not finite becomes null."""
     lines = [json.dumps(finite(record.as_dict()), ensure_ascii=False) for record in history]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    replace_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def finite(value: Any) -> Any:

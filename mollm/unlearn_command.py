@@ -8,11 +8,13 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from mollm.errors import UsageError
+from mollm.folder import UNFINISHED, complete, locked
 
 if TYPE_CHECKING:
     from mollm.plan import PlanSettings
@@ -25,6 +27,7 @@ _MODEL = "model"
 _STOPPED = 1
 _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 _OWN = ("model", *_DATA, "out", "lora", "device")
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 _LASTING = ("parameters", "reference model", "optimizer state", "running means")
 _EXAMPLE = """\
 A settings file:
@@ -72,7 +75,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--eval-forget", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
     parser.add_argument("--eval-retain", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
     parser.add_argument("--out", metavar="FOLDER", help="a new folder (default: runs/unlearn)")
-    parser.add_argument("--method", help="one of mollm.methods.METHODS (default: project)")
+    parser.add_argument("--method", help="one of mollm.methods.METHODS (default: mollm)")
     parser.add_argument("--learning-rate", type=float, metavar="LR")
     parser.add_argument("--max-steps", type=int, metavar="N")
     parser.add_argument("--num-train-epochs", type=float, metavar="N", help="of the forget rows")
@@ -102,7 +105,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _unlearn(arguments: argparse.Namespace) -> int:
     # Imported here, so that `mollm --help` is quick and works without the extras.
     from mollm import processes
-    from mollm.folder import locked
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     resume = given.pop("resume", False)
@@ -151,8 +153,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"a setting must be one of {', '.join(_OWN)} or a field of MOLLMConfig, but got "
                 f"{name!r}."
             )
-        if isinstance(value, str) and types.get(name) in (int, float):
-            settings[name] = _number(name, value, types[name])
+        settings[name] = _typed(name, value, types.get(name))
     return settings
 
 
@@ -177,23 +178,30 @@ def _parse(text: str, name: str) -> Any:
         raise UsageError(f"{name} must be valid YAML, but it is not: {reason}.") from error
 
 
-def _fields() -> dict[str, type]:
-    """The names of a MOLLMConfig's fields, with the types of their defaults."""
+def _fields() -> dict[str, Any]:
+    """The names of a MOLLMConfig's fields, with their types."""
     from mollm.trainer_config import MOLLMConfig
 
-    return {
-        f.name: type(None if f.default is MISSING else f.default)
-        for f in fields(MOLLMConfig)
-        if f.name != "output_dir"
-    }
+    types = get_type_hints(MOLLMConfig)
+    return {f.name: types[f.name] for f in fields(MOLLMConfig) if f.name != "output_dir"}
 
 
-def _number(name: str, text: str, kind: type) -> float:
-    # To YAML, 1e-5 is a text, for want of a point.
-    try:
-        return kind(text)  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise UsageError(f"{name} must be a number, but got {text!r}.") from error
+def _typed(name: str, value: Any, declared: Any) -> Any:
+    """The value of a field that is to be a bool, an int or a float; any other as it is."""
+    kinds = set(get_args(declared) or (declared,))
+    if type(value) in kinds or (value is None and NoneType in kinds):
+        return value
+    kind = next(iter(kinds - {NoneType}))
+    if len(kinds - {NoneType}) > 1 or kind not in _KINDS:
+        return value
+    try:  # to YAML, 1e-5 is a text, for want of a point
+        if kind is not bool and isinstance(value, str):
+            return kind(value)
+        if kind is float and type(value) is int:
+            return value
+    except ValueError:
+        pass
+    raise UsageError(f"{name} must be {_KINDS[kind]}, but got {value!r}.")
 
 
 # ---- the run
@@ -214,7 +222,8 @@ def _check_out(out: Path, resume: bool) -> None:
             f"finished: its model is {out / _MODEL}."
         )
     if not resume and out.is_dir():
-        found = sorted(path.name for path in out.iterdir())
+        names = sorted(path.name for path in out.iterdir())
+        found = [name for name in names if not name.startswith(UNFINISHED)]
         if found:
             raise UsageError(
                 f"out must be a new or empty folder, but {out} holds {found[0]}: choose another "
@@ -267,7 +276,7 @@ def _adapter(lora: Any) -> Any:
         return None
     from peft import LoraConfig
 
-    options = {"r": lora} if isinstance(lora, int) else lora
+    options = {"r": lora} if isinstance(lora, int) and lora is not True else lora
     try:
         rank = options.get("r", 8)
         return LoraConfig(
@@ -347,6 +356,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         metric=args.for_optimizer()["metric"],
         reference=original if args.reference == "auto" else args.reference,
         lora_rank=0 if adapter is None else adapter.r,
+        quantization=args.quantization if adapter is not None else None,
         gradient_checkpointing=args.gradient_checkpointing,
         freeze_embeddings=args.freeze_embeddings,
         optimizer=options.get("base", "adamw"),
@@ -367,7 +377,6 @@ def plan_line(model: str, settings: PlanSettings) -> str:
 
 def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool) -> int:
     from mollm import checkpoint, processes
-    from mollm.folder import complete
 
     def tell(text: str) -> None:
         if processes.rank() == 0:

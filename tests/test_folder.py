@@ -3,7 +3,7 @@ import os
 import pytest
 
 from mollm.errors import UsageError
-from mollm.folder import clear_unfinished, complete, locked, staged
+from mollm.folder import clear_unfinished, complete, locked, replace_text, staged
 
 
 def listing(folder):
@@ -32,6 +32,19 @@ def test_a_later_run_replaces_its_files_and_leaves_others(tmp_path):
     assert listing(tmp_path) == ["model", "model/weights", "notes.txt", "summary.json"]
     assert (tmp_path / "summary.json").read_text() == "new"
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    replace_text(path, "one\n")
+    replace_text(path, "two\n")
+    assert path.read_text() == "two\n"
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        replace_text(path, "three\n")
+    assert path.read_text() == "two\n"
+    clear_unfinished(tmp_path)
+    assert listing(tmp_path) == ["history.jsonl"]
 
 
 @pytest.mark.parametrize("context", [staged, complete])

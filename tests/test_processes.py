@@ -103,6 +103,16 @@ def test_a_run_equals_that_of_one_process(world, case, found, alone):
     assert one["history"][-1]["losses"]["kl"] > 0  # it has gone somewhere
 
 
+@only("read")
+def test_the_first_process_alone_reads_a_model_in_parts(world, case, found, alone):
+    each, one = found(world, case), alone("read", case[2])
+    assert [mine["loaded"] for mine in each] == [1, *[0] * (world - 1)]
+    close(each[0]["weights"], one["weights"], rtol=1e-4, atol=1e-4)
+    for mine in each:
+        for a, b in zip(mine["history"], one["history"], strict=True):
+            close(a["losses"], b["losses"], rtol=1e-3, atol=1e-5)
+
+
 @only("resumed")
 def test_a_run_of_one_process_goes_on_with_several(world, case, found, alone):
     assert_alike(found(world, case), alone("left", case[2]))

@@ -351,6 +351,7 @@ def test_mistakes_are_told_before_a_step(tmp_path):
     refused("must leave the head alone", model=tiny.model(), lora={"target_modules": ["lm_head"]})
     refused("without DoRA", lora={"use_dora": True})
     refused("no adapter to switch off", reference="adapter")
+    refused("one of eval_forget_loss, eval_kl", evaluate=True, metric_for_best_model="accuracy")
     assert not list(tmp_path.glob("*"))
 
 
@@ -369,6 +370,12 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path):
     refused("the same adapter", lora={})
     refused("the same forget data", data=(FORGET[:9], RETAIN))
     refused("the same method", method="sum")
+    refused("the same dtype", tiny.model(tie_word_embeddings=False).bfloat16())
+    refused("the same freeze_embeddings", freeze_embeddings=False)
+    refused("the same optimizer", optimizer_options={"base": "sgd"})
+    state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    refused("must be a whole checkpoint, but it is damaged")
     with pytest.raises(UsageError, match="must hold a checkpoint"):
         trainer(tmp_path / "new").train(resume_from_checkpoint=True)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mollm import MOLLMConfig
+from mollm import MOLLMConfig, trainer_config
 from mollm.errors import UsageError
 
 
@@ -22,11 +22,29 @@ def config(**options):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
         ({"optim": "sgd"}, "name the base in optimizer_options"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be left out"),
+        ({"push_to_hub": True}, "push_to_hub must be left out"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "must be one that goes by the step"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "eval_strategy must be given"),
+        ({"preferences": [1, 2]}, "preferences must be 3 numbers"),
+        ({"optimizer_options": {"nesterov": True}}, "but got None and .*nesterov.*nesterov"),
+        ({"optimizer_options": {"base": "lion"}}, "base must be 'adamw', 'sgd'"),
     ],
 )
 def test_values_that_do_not_go_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
         config(**options)
+
+
+def test_bf16_goes_where_the_device_computes_in_it(monkeypatch):
+    for native in (True, False):
+        casting = torch.autocast("cpu", torch.bfloat16, enabled=native)
+        monkeypatch.setattr(trainer_config, "autocast", lambda device, casting=casting: casting)
+        if native:
+            assert config(bf16=True).bf16
+        else:
+            with pytest.raises(UsageError, match="bf16 must be left out"):
+                config(bf16=True)
 
 
 def test_options_reach_the_optimizer():

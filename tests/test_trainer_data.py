@@ -31,6 +31,13 @@ def test_sets_have_names_rows_and_hashes():
     assert read().evaluated == {}
 
 
+def test_rows_may_be_dicts():
+    rows = [{"question": r.prompt, "answer": r.answer} for r in FORGET]
+    assert [(r.prompt, r.answer) for r in records_of(rows, "forget")] == [
+        (r.prompt, r.answer) for r in FORGET
+    ]
+
+
 def test_a_note_is_given_once():
     notes = read(retain=[*RETAIN, FORGET[0]], template=False).notes
     assert notes[0] == "1 of 4 forget rows are also retain rows."
@@ -44,6 +51,8 @@ def test_a_note_is_given_once():
         ([], "the forget data must hold at least one row"),
         ({"split": "train"}, "by a path, but got only split"),
         ({"path": "x.jsonl", "splits": "x"}, "but got splits"),
+        ([*FORGET, "more"], "of mollm.data.Record or of dicts, but row 4 is str"),
+        ([{"question": "Who?", "reply": "Ada"}], "reply"),
     ],
 )
 def test_what_is_no_set_is_refused(data, words):

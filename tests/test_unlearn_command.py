@@ -72,6 +72,7 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     for name in ("model", "checkpoint-4"):
         os.rename(cut / name, tmp_path / f"gone-{name}")
     (cut / ".unfinished-x" / "checkpoint-3").mkdir(parents=True)
+    (cut / ".unfinished-history.jsonl").touch()
     assert main(["unlearn", "--config", config, "--out", str(cut), "--resume"]) == 0
     first, second = weights(whole / "model"), weights(cut / "model")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -177,6 +178,11 @@ def empty(folder):
         (lambda _: {"forget": RETAIN}, "24 of 24 are"),
         (lambda _: {"method": "magic"}, "method must be one of"),
         (lambda _: {"lora": "wide"}, "lora must be a rank or options"),
+        (lambda _: {"lora": True}, "lora must be a rank or options"),
+        (lambda _: {"freeze_embeddings": "no"}, "freeze_embeddings must be true or false"),
+        (lambda _: {"max_steps": 2.5}, "max_steps must be a whole number, but got 2.5"),
+        (lambda _: {"save_total_limit": "few"}, "save_total_limit must be a whole number"),
+        (lambda _: {"preferences": [1, 2]}, "preferences must be 3 numbers"),
         (lambda _: {"fp16": True}, "fp16 must be left out"),
         (lambda _: {"speed": 3}, "a field of MOLLMConfig, but got 'speed'"),
         (lambda _: {"device": "abacus"}, "device must be cpu or cuda"),
@@ -260,6 +266,12 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, saved, capsys):
     assert main(["unlearn", "--config", settings_file(tmp_path)]) == 2
     assert "out must be a new or empty folder, but" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_killed_run_left_before_its_first_save_is_in_nobodys_way(tmp_path, saved):
+    (tmp_path / "out" / ".unfinished-x" / "checkpoint-2").mkdir(parents=True)
+    assert main(["unlearn", "--config", settings_file(tmp_path)]) == 0
+    assert not list((tmp_path / "out").glob(".unfinished-*"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, capsys):

@@ -63,7 +63,9 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
-def trainer(out, layout="one", *, steps=3, tied=False, lora=None, dtype=torch.float64, **options):
+def trainer(
+    out, layout="one", *, model=None, steps=3, tied=False, lora=None, dtype=torch.float64, **options
+):
     """A trainer whose steps see the same rows whatever the number of processes."""
     world = processes.world_size()
     size = min(options.pop("per_device_train_batch_size", ROWS), ROWS // world)
@@ -88,7 +90,7 @@ def trainer(out, layout="one", *, steps=3, tied=False, lora=None, dtype=torch.fl
         "fsdp": SHARDED.get(layout),
     }
     return MOLLMTrainer(
-        tiny.model(tie_word_embeddings=tied).to(dtype),
+        tiny.model(tie_word_embeddings=tied).to(dtype) if model is None else model,
         MOLLMConfig(output_dir=str(out), **(settings | options)),
         forget_dataset=FORGET,
         retain_dataset=RETAIN,
@@ -116,6 +118,23 @@ def train(out, layout, key):
     made = trainer(out, layout, **OPTIONS[key])
     made.train()
     return found(made)
+
+
+def read(out, layout, key):
+    """A model given by name, whose weights the processes of one in parts are sent."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    tied = OPTIONS[key].get("tied", False)
+    if processes.rank() == 0:
+        made = tiny.model(tie_word_embeddings=tied, rope_parameters=rope)
+        models.save(made, tiny.tokenizer(), out / "tiny")
+    processes.wait()
+    load, loaded = models.load, []
+    models.load = lambda *args: loaded.append(args) or load(*args)
+    made = trainer(out, layout, model=str(out / "tiny"), **OPTIONS[key])
+    models.load = load
+    made.train()
+    return {**found(made), "loaded": len(loaded)}
 
 
 def exported(out, layout, key):
@@ -197,6 +216,7 @@ def in_bfloat16(out, layout, key):
 
 KINDS = {
     "train": train,
+    "read": read,
     "exported": exported,
     "resumed": resumed,
     "left": left,
@@ -217,11 +237,13 @@ def cases_for(world):
             ("train", "copies", "adamw"),
             ("train", "copies", "in micro-batches"),
             ("train", "hsdp", "adamw"),
+            ("read", "hsdp", "adamw"),
             ("stopped", "copies", "adamw"),
         ]
     return [
         *(("train", "copies", key) for key in COPIES),
         *(("train", "fsdp", key) for key in PARTS),
+        *(("read", "fsdp", key) for key in ("tied head", "cached", "lora")),
         *(("exported", "fsdp", key) for key in ("tied head", "lora")),
         *((kind, *case) for kind in ("resumed", "left") for case in RESUMED),
         ("stopped", "copies", "adamw"),
