@@ -27,11 +27,12 @@ stream, e bytes of a matrix product's operands (2 under autocast, else r):
 Keys and values count Q each, because under a mask they are expanded to all heads. Under autocast
 the cast weights, e bytes each, are kept as well. With gradient checkpointing only r H per layer
 is kept, and one layer's activations at a time. LoRA on all linear layers of the decoder keeps an
-operand of its own for each of them, and no x / rms.
+operand of its own for each of them, and no x / rms. With these layers in 4 bits (QLoRA) no cast
+weights are kept, and autocast does not make the MLP's 4 I narrower than r bytes.
 
 On the CPU, against the bytes that Torch allocated in real steps of small models
 (tests/test_plan.py): what lasts is exact; what the step adds came out between 0 and 3% too high for
-full training and LoRA, and 7% too low for LoRA with gradient checkpointing. On a GPU it
+full training, LoRA and QLoRA, and 7% too low for LoRA with gradient checkpointing. On a GPU it
 has not been measured.
 """
 
@@ -289,6 +290,11 @@ class PlanSettings:
         return min(BYTES[self.dtype], BYTES[self.compute_dtype])
 
     @property
+    def product_bytes(self) -> int:
+        """Of an element that leaves a linear layer; one in 4 bits gives the dtype it was given."""
+        return self.weight_bytes if self.quantization else self.operand_bytes
+
+    @property
     def casts(self) -> bool:
         """Whether autocast makes narrower copies of the weights."""
         return self.operand_bytes < self.weight_bytes and not self.quantization
@@ -460,7 +466,7 @@ def layer_activations(shape: Shape, settings: PlanSettings) -> int:
     own = settings.casts or (lora and settings.compute_dtype == "bfloat16")
     outputs = 5 * e * H if own else 2 * r * H
     attention = 4 * e * Q + 4 * shape.heads + e * settings.sequence_length
-    mlp = 4 * e * shape.intermediate
+    mlp = 4 * settings.product_bytes * shape.intermediate
     if lora:
         attention += e * Q if own else 0
         mlp += 7 * e * lora
@@ -595,10 +601,10 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
 
 def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
     """Bytes of a forward pass without a graph: residual, norm, and the MLP's three at its end."""
-    r, e = settings.weight_bytes, settings.operand_bytes
+    r, e, p = settings.weight_bytes, settings.operand_bytes, settings.product_bytes
     if settings.reference == "cache":
         return settings.answers * shape.hidden * 2 * r
-    states = settings.tokens * (2 * r * shape.hidden + 3 * e * shape.intermediate)
+    states = settings.tokens * (2 * r * shape.hidden + 3 * p * shape.intermediate)
     if settings.reference == "adapter" and settings.casts:
         states += shape.hidden * shape.intermediate * e
     return states
@@ -653,7 +659,7 @@ def _moments(shape: Shape, settings: PlanSettings, keep: bool) -> Iterator[dict[
     for n in range(L, 0, -1):
         above = dW + (L - n) * layer
         # A graph that is not kept lets go of the MLP's product before its gradient is made.
-        freed = 0 if consumed else settings.tokens * settings.operand_bytes * shape.intermediate
+        freed = 0 if consumed else settings.tokens * settings.product_bytes * shape.intermediate
         yield moment(n, above + down, recomputed + mlp + residual - freed)
         if recomputed:
             adapter = _adapter_input(shape, settings) + _adapter_gradient(shape, settings)
@@ -688,7 +694,7 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
     and v; the norm's formula makes five float32 rows.
     """
     e, M = settings.operand_bytes, settings.tokens
-    product = max(3 * e * shape.intermediate, 4 * e * shape.query)
+    product = max(3 * settings.product_bytes * shape.intermediate, 4 * e * shape.query)
     return (
         M * product,
         M * 5 * 4 * shape.hidden,

@@ -96,8 +96,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: Sets "forget" and "retain", or one of them, to evaluate on.
         processing_class: The tokenizer; needed where the model is not given by name.
         callbacks: More callbacks.
-        peft_config: A `peft.LoraConfig`, to train an adapter in place of the weights. QLoRA, on a
-            quantized model that is given as a module, has not been tested.
+        peft_config: A `peft.LoraConfig`, to train an adapter in place of the weights; with
+            `quantization` in `args`, or a model in 4 bits given as a module, that is QLoRA.
 
     Raises:
         UsageError: Anything about the data, the model or the output folder that the user can put

@@ -27,6 +27,7 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
         raise UsageError(
             f"peft_config must be a LoraConfig without DoRA, but got {type(config).__name__}."
         )
+    _let_gradients_through_four_bits(model)
     tied = model.config.tie_word_embeddings
     wrapped = get_peft_model(model, copy.deepcopy(config))
     layer = models.head(model)
@@ -43,6 +44,17 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
             f"{config.modules_to_save}: take it out."
         )
     return wrapped
+
+
+def _let_gradients_through_four_bits(model: PreTrainedModel) -> None:
+    """On some processors bitsandbytes packs matrices for inference, where gradients end silently.
+
+    It does so in the first forward pass in evaluation mode, and for good.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        layer.state_dict()  # unpacks
 
 
 def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | None) -> None:

@@ -1,6 +1,8 @@
 import json
+import tempfile
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from mollm.errors import UsageError
 from mollm.optimizer import MOLLMOptimizer
 from mollm.plan import GIB, PlanSettings, plan, proposals, shape_named, shape_of
 from mollm.references import AdapterReference, CopyReference
+from mollm.trainer_model import adapted
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
 
@@ -60,18 +63,38 @@ def random_batch(rows, vocab):
 def made(settings, sizes):
     """Model, reference and what trains."""
     model = tiny.model(**sizes).to(getattr(torch, settings.dtype))
+    if settings.quantization:
+        model = in_four_bits(model)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
         model.train()
     if settings.lora_rank:
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=settings.lora_rank, target_modules="all-linear")
-        wrapped = peft.get_peft_model(model, config).train(settings.gradient_checkpointing)
+        wrapped = adapted(model, config).train(settings.gradient_checkpointing)
         return model, AdapterReference(wrapped), [p for p in model.parameters() if p.requires_grad]
     reference = CopyReference(model)
     if settings.freeze_embeddings:
         models.freeze_embeddings(model)
     return model, reference, [p for p in model.parameters() if p.requires_grad]
+
+
+def in_four_bits(model):
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(model, tiny.tokenizer(), Path(folder))
+        quantized, _ = models.load(
+            models.find_model(folder), torch.device("cpu"), model.dtype, planning.NF4
+        )
+    return quantized
+
+
+def scales_of(model):
+    """Of matrices in 4 bits."""
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.state2.absmax)
 
 
 def bytes_of(tensors):
@@ -120,7 +143,11 @@ def measured(settings, sizes, monkeypatch):
             unlearn.descend(model, reference, optimizer, *batches)
 
     step()
-    lasting = [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
+    lasting = [
+        *model.parameters(),
+        *scales_of(model),
+        *(t for s in optimizer.state.values() for t in s.values()),
+    ]
     if not settings.lora_rank:
         lasting += reference.model.parameters()
     if optimizer._means is not None:
@@ -151,6 +178,20 @@ def measured(settings, sizes, monkeypatch):
             replace(CAST, lora_rank=8, reference="adapter", gradient_checkpointing=True),
             {"num_hidden_layers": 8},
             id="lora-autocast-checkpointing",
+        ),
+        pytest.param(
+            replace(NARROW, lora_rank=8, reference="adapter", quantization="nf4"), {}, id="qlora"
+        ),
+        pytest.param(
+            replace(
+                CAST,
+                lora_rank=8,
+                reference="adapter",
+                quantization="nf4",
+                gradient_checkpointing=True,
+            ),
+            {"num_hidden_layers": 8},
+            id="qlora-autocast-checkpointing",
         ),
     ],
 )
@@ -302,7 +343,10 @@ def test_a_batch_is_split_into_the_largest_part_that_fits():
 
 def test_where_nothing_fits_the_last_proposal_does_not(llama):
     found = proposals(plan(llama, PlanSettings()), GIB)
-    assert found[-1].words == "--lora-rank 16 --reference adapter"
+    assert [p.words for p in found[-2:]] == [
+        "--lora-rank 16 --reference adapter",
+        "--quantization nf4",
+    ]
     assert not found[-1].plan.fits(GIB)
 
 
@@ -314,6 +358,8 @@ def test_where_nothing_fits_the_last_proposal_does_not(llama):
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, but got 'int8'"),
         ({"momentum": "heavy"}, "momentum must be one of per-objective, but got 'heavy'"),
         ({"reference": "adapter"}, "give a lora_rank"),
+        ({"quantization": "nf4"}, "quantization must be left out without LoRA"),
+        ({"quantization": "int3", "lora_rank": 8}, "quantization must be one of nf4"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):

@@ -182,7 +182,7 @@ def empty(folder):
         (lambda _: {"freeze_embeddings": "no"}, "freeze_embeddings must be true or false"),
         (lambda _: {"max_steps": 2.5}, "max_steps must be a whole number, but got 2.5"),
         (lambda _: {"save_total_limit": "few"}, "save_total_limit must be a whole number"),
-        (lambda _: {"preferences": [1, 2]}, "preferences must be 3 numbers"),
+        (lambda _: {"preferences": [1, 2]}, "one entry per objective"),
         (lambda _: {"fp16": True}, "fp16 must be left out"),
         (lambda _: {"speed": 3}, "a field of MOLLMConfig, but got 'speed'"),
         (lambda _: {"device": "abacus"}, "device must be cpu or cuda"),
