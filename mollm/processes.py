@@ -204,7 +204,8 @@ def _take_memory(module: nn.Module) -> None:
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
     for part in module.modules():
-        for slots in (part._parameters, part._buffers, vars(part)):
+        every: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+        for slots in every:
             for name, t in slots.items():
                 if isinstance(t, Tensor) and t.is_meta:
                     if id(t) not in made:  # tied ones stay tied
