@@ -530,14 +530,14 @@ def _loss(shape: Shape, settings: PlanSettings, losses: int) -> dict[str, int]:
     logits = rows * shape.vocab * _logit_bytes(settings, losses) * losses
     several = rows < settings.answers
     wide = 4 if several else r
-    # Rounded copies of all losses' dW are made while the float32 sums are still there.
-    dW = shape.embedding * (wide + (r if wide > r else 0)) if settings.trains_head else 0
+    # The first dW is rounded while the float32 sums of all losses are still there.
+    dW = shape.embedding * (losses * wide + (r if wide > r else 0)) if settings.trains_head else 0
     upcast = 0
     if settings.device == "cpu" and r == 2 and (losses > 1 or several):
         upcast = rows * shape.hidden * 4 + min(_chunks._UPCAST_BYTES, 4 * shape.embedding)
     return {
         "logits": logits + upcast,
-        "head gradients of the losses": losses * (settings.answers * shape.hidden * r + dW),
+        "head gradients of the losses": losses * settings.answers * shape.hidden * r + dW,
     }
 
 

@@ -124,12 +124,12 @@ class GradientSums:
                 total[begin : begin + height].addmm_(block, wide, beta=int(self.started))
 
     def finish(self, index: Tensor | None) -> Gradients:
-        """The sums in the dtype of the inputs; rows outside `index` have gradient zero."""
+        """The sums in the dtype of the inputs, let go of here; rows outside `index` have zero."""
         head, none = self.head, self.head.hidden.new_empty
         hidden = self.hidden
         if hidden is not None and index is not None:
             hidden = torch.zeros_like(head.hidden).index_copy_(0, index, hidden)
-        weight = self.weight
+        weight, self.weight = self.weight, None
         if weight is not None:
             weight = (weight if self.started else weight.zero_()).to(head.weight.dtype)
         bias = None if self.bias is None else self.bias.to(head.weight.dtype)
