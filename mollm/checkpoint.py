@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "checkpoint-"
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT = "mollm.json"
 _WEIGHTS = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
@@ -287,7 +288,8 @@ def check(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    return str(value)[:40]
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -228,15 +228,20 @@ def _in_four_bits(source: Source, device: torch.device) -> Any:
     )
 
 
+def in_four_bits(weight: Tensor) -> bool:
+    """Whether it is one of bitsandbytes' matrices."""
+    return hasattr(weight, "quant_state")
+
+
 def dequantized(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model's matrices in 4 bits, as they compute, by name."""
+    """Of the matrices in 4 bits by name, on the CPU: what they compute with."""
     found = {}
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for name, p in model.named_parameters():
+        state = getattr(p, "quant_state", None)
         if state is not None:
             from bitsandbytes.functional import dequantize_4bit
 
-            found[f"{name}.weight"] = dequantize_4bit(module.weight.data, state)
+            found[name] = dequantize_4bit(p.data, state).cpu()
     return found
 
 
@@ -410,10 +415,11 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     same products from half the memory, bit for bit.
     """
     copied = copy.deepcopy(model).requires_grad_(False)
-    casting = autocast(model.device)
+    # A model without weights stands for one on the CPU, see `mollm.processes.shard`.
+    casting = autocast(torch.device("cpu") if model.device.type == "meta" else model.device)
     if casting._enabled:
         for module in copied.base_model.modules():
-            if isinstance(module, nn.Linear) and module.weight.is_floating_point():
+            if isinstance(module, nn.Linear) and not in_four_bits(module.weight):
                 module.weight.data = module.weight.data.to(casting.fast_dtype)
     return copied
 

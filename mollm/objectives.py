@@ -86,8 +86,8 @@ class Objectives(nn.Module):
             answers.hidden,
             answers.weight,
             answers.target,
-            original.hidden,
-            original.weight,
+            original.hidden.to(answers.hidden.dtype),  # FSDP2 casts parameters, and no cache
+            original.weight.to(answers.hidden.dtype),
             bias=answers.bias,
             ref_bias=original.bias,
             normalizer=answers.tokens,

@@ -43,6 +43,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
+from mollm.models import NF4
 from mollm_ops import _chunks
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ REFERENCES = ("copy", "adapter", "cache")
 OPTIMIZERS = ("adamw", "sgd")
 METRICS = ("base", "euclidean")
 PER_OBJECTIVE = "per-objective"
-NF4 = "nf4"
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 """An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mollm import plan as planning
 from mollm.errors import UsageError
+from mollm.models import NF4
 from mollm.plan import BYTES, GIB, MemoryPlan, PlanSettings
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantization",
-        choices=(planning.NF4,),
+        choices=(NF4,),
         default=argparse.SUPPRESS,
         help="linear layers of the decoder in 4 bits, under LoRA",
     )

@@ -178,7 +178,7 @@ def shard(
     kinds = {k for m in module.modules() for k in getattr(m, "_no_split_modules", None) or ()}
     layers = [m for m in module.modules() if type(m).__name__ in kinds]
     if from_first:
-        _take_memory(module)
+        _take_memory(module, _layout_of_the_first(module))
     whole = {name: t.detach() for name, t in _tensors(module)} if from_first else {}
     for group in (*layers, module):
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -195,22 +195,38 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _take_memory(module: nn.Module) -> None:
+def _layout_of_the_first(module: nn.Module) -> list[tuple[torch.dtype, bool]]:
+    """Dtype and requires_grad of the first process's tensors.
+
+    A model that is read may differ in both from one that is made of its configuration.
+
+    Raises:
+        UsageError: Names or shapes are not the same on all processes.
+    """
+    shapes = [(name, tuple(t.shape)) for name, t in _tensors(module)]
+    kinds = [(t.dtype, t.requires_grad) for _, t in _tensors(module)]
+    layouts = each((shapes, kinds))
+    if any(others != layouts[0][0] for others, _ in layouts):
+        raise UsageError(
+            "all processes must be given the same model, but its tensors are not the same on all."
+        )
+    found: list[tuple[torch.dtype, bool]] = layouts[0][1]
+    return found
+
+
+def _take_memory(module: nn.Module, layout: Sequence[tuple[torch.dtype, bool]]) -> None:
     """Gives memory to tensors on the meta device; what is never written takes none in fact."""
     made: dict[int, Tensor] = {}
-
-    def real(t: Tensor) -> Tensor:
-        new = torch.empty_like(t, device="cpu")
-        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-
+    for (_, t), (dtype, trains) in zip(_tensors(module), layout, strict=True):
+        if t.is_meta:
+            new = torch.empty(t.shape, dtype=dtype)
+            made[id(t)] = nn.Parameter(new, trains) if isinstance(t, nn.Parameter) else new
     for part in module.modules():
-        every: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, vars(part))
+        every: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
         for slots in every:
             for name, t in slots.items():
-                if isinstance(t, Tensor) and t.is_meta:
-                    if id(t) not in made:  # tied ones stay tied
-                        made[id(t)] = real(t)
-                    slots[name] = made[id(t)]
+                if t is not None and t.is_meta:
+                    slots[name] = made[id(t)]  # tied ones stay tied
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         args: A MOLLMConfig.
         forget_dataset: What to forget: a path or hub name, keyword arguments of
             `mollm.data.load_records` by name (`path` for its source), a list of
-            `mollm.data.Record`, or a `datasets.Dataset`.
+            `mollm.data.Record` or of dicts, or a `datasets.Dataset`.
         retain_dataset: What to keep.
         eval_dataset: Sets "forget" and "retain", or one of them, to evaluate on.
         processing_class: The tokenizer; needed where the model is not given by name.
@@ -121,11 +121,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
     ) -> None:
-        if args.quantization and peft_config is None:
-            raise UsageError(
-                f"quantization must go with an adapter, for nothing else trains in 4 bits, but got "
-                f"{args.quantization} alone: give a LoRA rank."
-            )
+        args.refuse_four_bits_without(peft_config)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -205,7 +201,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if context is not None:
             args.max_length = min(args.max_length, context)
         self._data = read_data(*data, self._chat, args.max_length)
-        _check_metric(args, self._data.evaluated)
+        if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
+            _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
         self.notes = self._data.notes
         """What the user should know about the data."""
         for note in self.notes:
@@ -213,15 +210,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 logger.warning(note)
         # A model that will be cut into parts may be too large for the device as a whole.
         device = args.device if args.sharding is None else torch.device("cpu")
-        dtype = DTYPES[args.dtype]
         self._base: PreTrainedModel
-        if source is None:
-            assert not isinstance(model, str), "a model by name has a source"
-            self._base = model.to(device)
-        elif args.sharding is not None and processes.rank() > 0:
-            self._base = models.load_without_weights(source, dtype)
+        if isinstance(model, str):
+            assert source is not None, "a model by name has a source"
+            self._base = _loaded(source, config, args, device)
         else:
-            self._base, _ = models.load(source, device, dtype, args.quantization)
+            _refuse_four_bits(model, args)
+            self._base = model.to(device)
         return tokenizer
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
@@ -243,13 +238,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 f"{sorted(config.target_modules)}"
             )
         base = self.args.for_optimizer().get("base", "adamw")
+        base = getattr(base, "func", base)  # of a functools.partial
         return {
             "version": machine.versions().get("mollm"),
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "model": self._fingerprint,
             "adapter": adapter,
-            "freeze_embeddings": self.args.freeze_embeddings,
-            "optimizer": base if isinstance(base, str) else base.__name__,
+            "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
+            "optimizer": base if isinstance(base, str) else getattr(base, "__name__", repr(base)),
             "forget data": self._data.facts["forget"]["sha256"],
             "retain data": self._data.facts["retain"]["sha256"],
             "method": self.args.method,
@@ -309,7 +305,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             UsageError: There is no such checkpoint, or it is of another model, of other data or of
-                another method; nothing has been changed then.
+                another method or optimizer, or damaged; the model has not been changed then.
         """
         with processes.agreeing():
             found = self._find_checkpoint(resume_from_checkpoint)
@@ -499,9 +495,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return {name: float(processes.total(value)) for name, value in sums.items()}
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        name = _chosen_metric(self.args)
+        name = _metric_of(self.args)
         if name is None:
             return False
+        _check_metric(name, metrics)
         value, best = metrics[name], self.state.best_metric
         better = best is None or (value > best if self.args.greater_is_better else value < best)
         if better:
@@ -551,10 +548,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return folder
 
     def _resume(self, folder: Path) -> None:
-        state = checkpoint.load_tree(folder, _TRAINING)
-        with checkpoint.told_as_damage(folder):
-            reached = TrainerState.load_from_json(str(folder / _STATE))
-        checkpoint.load_weights(self._base, self._wrapped, folder)
+        with processes.agreeing():
+            state = checkpoint.load_tree(folder, _TRAINING)
+            with checkpoint.told_as_damage(folder):
+                reached = TrainerState.load_from_json(str(folder / _STATE))
+            checkpoint.load_weights(self._base, self._wrapped, folder)
         self._sampler.load_state_dict(state["sampler"])
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.optimizer.load_state_dict(processes.placed_state(state["optimizer"], params))
@@ -609,18 +607,46 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         )
 
 
-def _chosen_metric(args: MOLLMConfig) -> str | None:
+def _loaded(
+    source: models.Source, config: Any, args: MOLLMConfig, device: torch.device
+) -> PreTrainedModel:
+    if args.sharding is not None and getattr(config, "quantization_config", None):
+        raise UsageError(
+            f"fsdp must be left out for a model whose weights are quantized, but got "
+            f"{args.sharding} for {source.label}: let each process hold a copy."
+        )
+    dtype = DTYPES[args.dtype]
+    if args.sharding is not None and processes.rank() > 0:
+        return models.load_without_weights(source, dtype)
+    return models.load(source, device, dtype, args.quantization or None)[0]
+
+
+def _refuse_four_bits(model: PreTrainedModel, args: MOLLMConfig) -> None:
+    if args.quantization:
+        raise UsageError(
+            f"quantization must be left out for a model that is given as a module, but got "
+            f"{args.quantization}: load that in 4 bits, or give its name."
+        )
+    if args.sharding is not None and any(map(models.in_four_bits, model.parameters())):
+        raise UsageError(
+            f"fsdp must be left out for a model in 4 bits, but got {args.sharding}: let each "
+            "process hold a copy."
+        )
+
+
+def _metric_of(args: MOLLMConfig) -> str | None:
     """By which the best checkpoint is told, as `evaluate` names it."""
     name: str | None = args.metric_for_best_model
     return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
 
-def _check_metric(args: MOLLMConfig, evaluated: Collection[str]) -> None:
+def _metrics_on(roles: Collection[str]) -> list[str]:
     losses = {"forget": ("forget",), "retain": ("kl", "retain")}
-    names = [f"eval_{loss}_loss" for role in sorted(evaluated) for loss in losses[role]]
-    name = _chosen_metric(args)
-    if args.eval_strategy != "no" and name is not None and name not in (*names, "eval_loss"):
+    return [*(f"eval_{loss}_loss" for role in sorted(roles) for loss in losses[role]), "eval_loss"]
+
+
+def _check_metric(name: str | None, known: Collection[str]) -> None:
+    if name is not None and name not in known:
         raise UsageError(
-            f"metric_for_best_model must be one of {', '.join([*names, 'eval_loss'])}, but got "
-            f"{name!r}."
+            f"metric_for_best_model must be one of {', '.join(known)}, but got {name!r}."
         )

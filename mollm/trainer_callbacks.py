@@ -69,7 +69,7 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
         if len(recent) == _SKIPS and all(r.status == Status.NON_FINITE.name for r in recent):
             return (
                 f"gradients must be finite, but up to step {step} {_SKIPS} steps were skipped in a "
-                f"row: compute in float32, or {out}"
+                f"row: {out}"
             )
         return None
 

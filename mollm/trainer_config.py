@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
@@ -71,7 +72,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     bfloat16 where the device computes in it natively.
 
     `fsdp="full_shard"`, or True, cuts the model into parts over all processes, "hybrid_shard" over
-    those of a node; without it every process holds a copy. See `mollm.processes`.
+    those of a node; without it every process holds a copy. See `mollm.processes`. Of a model given
+    by name the first process alone reads the weights, for which `ddp_timeout` must leave time.
 
     Raises:
         UsageError: A value is out of range, or an option does not go with unlearning.
@@ -144,7 +146,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
-        if self.quantization is not None:
+        if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))
             if self.sharding:
                 raise UsageError(
@@ -163,10 +165,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{name} must be a positive number, but got {value}.")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+        epochs = self.num_train_epochs
+        if self.max_steps <= 0 and not (math.isfinite(epochs) and epochs > 0):
             raise UsageError(
-                "num_train_epochs must be positive where max_steps is not given, but got "
-                f"{self.num_train_epochs}."
+                "num_train_epochs must be a positive number where max_steps is not given, but got "
+                f"{epochs}."
             )
         if self.save_strategy == SaveStrategy.BEST and self.eval_strategy == IntervalStrategy.NO:
             raise UsageError("eval_strategy must be given for the save_strategy best, but got no.")
@@ -183,16 +186,31 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _try_optimizer(self) -> None:
         """Says now what MOLLMOptimizer would say once the model is loaded."""
+        options = self.for_optimizer()
+        if callable(options.get("base")):  # its own options, and what it asks of parameters, wait
+            known = inspect.signature(MOLLMOptimizer).parameters
+            options = {name: options[name] for name in options if name in known} | {"base": "sgd"}
         try:
-            MOLLMOptimizer(
-                [nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **self.for_optimizer()
-            )
+            MOLLMOptimizer([nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **options)
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
+            asked = {"preferences": self.preferences, **self.optimizer_options}
+            told = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value)
             raise UsageError(
-                f"preferences and optimizer_options must suit MOLLMOptimizer, but got "
-                f"{self.preferences} and {self.optimizer_options}: {reason}."
+                f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
+
+    def refuse_four_bits_without(self, adapter: Any | None) -> None:
+        """Says that nothing but an adapter trains beside matrices in 4 bits.
+
+        Raises:
+            UsageError: There are to be such matrices, but no adapter.
+        """
+        if self.quantization and adapter is None:
+            raise UsageError(
+                f"quantization must go with an adapter, for nothing else trains in 4 bits, but got "
+                f"{self.quantization} alone: give peft_config, or --lora."
+            )
 
     def _refuse_launchers(self) -> None:
         for engine in ("FSDP", "DEEPSPEED"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     Data: TypeAlias = (
-        str | Path | Mapping[str, Any] | Sequence[Record] | Sequence[Mapping[str, Any]] | Dataset
+        str | Path | Mapping[str, Any] | Sequence[Record] | Sequence[dict[str, Any]] | Dataset
     )
 
 _EVAL = "eval "
@@ -106,17 +106,29 @@ def records_of(data: Data, role: Role) -> list[Record]:
 def _listed(rows: Sequence[Any], role: Role) -> list[Record]:
     if not rows:
         raise UsageError(f"the {role} data must hold at least one row, but it holds none.")
-    if all(isinstance(row, Mapping) for row in rows):
-        from datasets import Dataset
-
-        return load_records(Dataset.from_list([dict(row) for row in rows]), role=role)
+    kind = dict if isinstance(rows[0], dict) else Record
     for number, row in enumerate(rows):
-        if not isinstance(row, Record):
+        if not isinstance(row, kind):
             raise UsageError(
-                f"the {role} data must be a list of mollm.data.Record or of dicts, but row "
-                f"{number} is {type(row).__name__}."
+                f"the {role} data must be a list of mollm.data.Record or one of dicts, but row 0 "
+                f"is {type(rows[0]).__name__} and row {number} {type(row).__name__}."
             )
-    return list(rows)
+    return _tabled(rows, role) if kind is dict else list(rows)
+
+
+def _tabled(rows: Sequence[dict[str, Any]], role: Role) -> list[Record]:
+    import pyarrow
+    from datasets import Dataset
+
+    fields = dict.fromkeys(field for row in rows for field in row)
+    try:
+        table = Dataset.from_list([{field: row.get(field) for field in fields} for row in rows])
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"the {role} data must have one kind of value in each field, but have not: {reason}."
+        ) from error
+    return load_records(table, role=role)
 
 
 def role_of(name: str) -> Role:

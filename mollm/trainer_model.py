@@ -14,6 +14,8 @@ from mollm.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_BEGINNINGS = (True, False, "gaussian", "orthogonal")
+
 
 def adapted(model: PreTrainedModel, config: Any) -> Any:
     """The model with a new adapter, in the wrapper of `peft`.
@@ -27,9 +29,18 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
         raise UsageError(
             f"peft_config must be a LoraConfig without DoRA, but got {type(config).__name__}."
         )
+    if config.init_lora_weights not in _BEGINNINGS:
+        raise UsageError(
+            f"init_lora_weights must be one of {', '.join(map(str, _BEGINNINGS))}, for others "
+            "change the weights that the original is made of, or need data, but got "
+            f"{config.init_lora_weights!r}."
+        )
+    config = copy.deepcopy(config)
+    if model.device.type == "meta":
+        config.init_lora_weights = True  # what it begins with comes from the first process
     _let_gradients_through_four_bits(model)
     tied = model.config.tie_word_embeddings
-    wrapped = get_peft_model(model, copy.deepcopy(config))
+    wrapped = get_peft_model(model, config)
     layer = models.head(model)
     has_delta = hasattr(layer, "get_delta_weight")
     if has_delta and config.lora_dropout > 0:
@@ -71,24 +82,25 @@ def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | 
 def merged(model: PreTrainedModel, wrapped: Any | None, *, parts: bool) -> PreTrainedModel | None:
     """The model whole, its adapter merged into it, on the first process; the others get None.
 
-    To merge takes the memory of a second model; the first stays as it is. All processes must call
-    it.
+    To merge takes the memory of a second model, of one in 4 bits that of its full width on the CPU;
+    the first stays as it is. All processes must call it.
 
     Args:
         model: The model, without the wrapper of `peft`.
         wrapped: The same in its wrapper, if it has one.
         parts: Whether the processes hold parts of it, see `mollm.processes.shard`.
     """
-    wide = models.dequantized(model)
-    own = checkpoint.own_tensors(model) | wide
+    own = checkpoint.own_tensors(model)
     tensors = processes.gathered(own) if parts else own
     if processes.rank() > 0:
         return None
-    if not parts and not wide:
+    narrow = any(models.in_four_bits(t) for t in own.values())
+    if not parts and not narrow:
         return model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
     config = copy.deepcopy(model.config)
-    if wide:  # else rounding to 4 bits would swallow most of the adapter
-        del config.quantization_config
+    if narrow:  # merged into 4 bits, most of the adapter would be rounded away
+        tensors = {name: t.cpu() for name, t in own.items()} | models.dequantized(model)
+        vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         whole = type(model)(config)
     whole.generation_config = model.generation_config

@@ -10,8 +10,8 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from mollm.errors import UsageError
 from mollm.folder import UNFINISHED, complete, locked
@@ -188,17 +188,18 @@ def _fields() -> dict[str, Any]:
 
 def _typed(name: str, value: Any, declared: Any) -> Any:
     """The value of a field that is to be a bool, an int or a float; any other as it is."""
-    kinds = set(get_args(declared) or (declared,))
+    united = get_origin(declared) in (Union, UnionType)
+    kinds = set(get_args(declared) if united else (declared,))
     if type(value) in kinds or (value is None and NoneType in kinds):
         return value
     kind = next(iter(kinds - {NoneType}))
     if len(kinds - {NoneType}) > 1 or kind not in _KINDS:
         return value
     try:  # to YAML, 1e-5 is a text, for want of a point
-        if kind is not bool and isinstance(value, str):
-            return kind(value)
-        if kind is float and type(value) is int:
-            return value
+        if kind is not bool and type(value) in (str, int, float):
+            number = float(value)
+            if kind is float or number.is_integer():
+                return kind(number)
     except ValueError:
         pass
     raise UsageError(f"{name} must be {_KINDS[kind]}, but got {value!r}.")
@@ -255,6 +256,7 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))
+    args.refuse_four_bits_without(adapter)
     _check_memory(settings["model"], args, adapter)
     evaluated = {
         name: settings[f"eval_{name}"]
@@ -356,7 +358,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         metric=args.for_optimizer()["metric"],
         reference=original if args.reference == "auto" else args.reference,
         lora_rank=0 if adapter is None else adapter.r,
-        quantization=args.quantization if adapter is not None else None,
+        quantization=args.quantization or None,
         gradient_checkpointing=args.gradient_checkpointing,
         freeze_embeddings=args.freeze_embeddings,
         optimizer=options.get("base", "adamw"),

@@ -113,6 +113,15 @@ def test_the_first_process_alone_reads_a_model_in_parts(world, case, found, alon
             close(a["losses"], b["losses"], rtol=1e-3, atol=1e-5)
 
 
+@only("read_in_bfloat16")
+def test_a_model_in_parts_is_read_where_the_processor_computes_in_bfloat16(
+    world, case, found, alone
+):
+    each, one = found(world, case), alone("read_in_bfloat16", case[2])
+    for a, b in zip(each[0]["history"], one["history"], strict=True):
+        close(a["losses"], b["losses"], rtol=2e-2, atol=2e-3)
+
+
 @only("resumed")
 def test_a_run_of_one_process_goes_on_with_several(world, case, found, alone):
     assert_alike(found(world, case), alone("left", case[2]))

@@ -38,7 +38,7 @@ def trainer(model, out, processing_class=None, **options):
         "disable_tqdm": True,
         "max_length": 128,
         "quantization": "nf4",
-        "activation_checkpointing": True,
+        "gradient_checkpointing": True,
     }
     return MOLLMTrainer(
         model,

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -92,8 +93,8 @@ def test_padding_on_either_side_is_the_same(tmp_path, in_float32):
 
 def checkpointed(reentrant):
     return {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
     }
 
 
@@ -350,6 +351,8 @@ def test_mistakes_are_told_before_a_step(tmp_path):
     refused("lora_dropout must be 0", lora={"target_modules": ["lm_head"], "lora_dropout": 0.1})
     refused("must leave the head alone", model=tiny.model(), lora={"target_modules": ["lm_head"]})
     refused("without DoRA", lora={"use_dora": True})
+    refused("init_lora_weights must be one of True", lora={"init_lora_weights": "pissa"})
+    refused("left out for a model that is given as a module", lora={}, quantization="nf4")
     refused("no adapter to switch off", reference="adapter")
     refused("one of eval_forget_loss, eval_kl", evaluate=True, metric_for_best_model="accuracy")
     assert not list(tmp_path.glob("*"))
@@ -373,6 +376,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path):
     refused("the same dtype", tiny.model(tie_word_embeddings=False).bfloat16())
     refused("the same freeze_embeddings", freeze_embeddings=False)
     refused("the same optimizer", optimizer_options={"base": "sgd"})
+    refused("was adamw", optimizer_options={"base": functools.partial(torch.optim.SGD)})
     state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
     state.write_text(state.read_text()[:-20])
     refused("must be a whole checkpoint, but it is damaged")

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -27,10 +29,11 @@ def config(**options):
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
             "must be one that goes by the step",
         ),
-        ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be a positive number"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs must be a positive number"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "eval_strategy must be given"),
         ({"preferences": [1, 2]}, "one entry per objective"),
-        ({"optimizer_options": {"nesterov": True}}, "but got None and .*nesterov.*nesterov"),
+        ({"optimizer_options": {"nesterov": True}}, "but got nesterov=True: .*nesterov"),
         ({"optimizer_options": {"base": "lion"}}, "base must be 'adamw', 'sgd'"),
     ],
 )
@@ -62,6 +65,14 @@ def test_options_reach_the_optimizer():
     assert options["betas"] == (0.9, 0.99)
     assert options["state_dtype"] is torch.bfloat16
     assert "betas" not in config(optimizer_options={"base": "sgd"}).for_optimizer()
+
+
+def test_a_base_that_looks_at_its_parameters_is_not_tried():
+    base = functools.partial(torch.optim.Muon, nesterov=False)
+    assert config(optimizer_options={"base": base, "ns_steps": 3}).for_optimizer()["ns_steps"] == 3
+    with pytest.raises(UsageError, match="direction must be"):
+        config(optimizer_options={"base": base, "direction": "up"})
+    assert not config(quantization=False).quantization
 
 
 def test_the_card_is_told_what_was_changed():

@@ -51,7 +51,9 @@ def test_a_note_is_given_once():
         ([], "the forget data must hold at least one row"),
         ({"split": "train"}, "by a path, but got only split"),
         ({"path": "x.jsonl", "splits": "x"}, "but got splits"),
-        ([*FORGET, "more"], "of mollm.data.Record or of dicts, but row 4 is str"),
+        ([*FORGET, "more"], "but row 0 is Record and row 4 str"),
+        (["more"], "but row 0 is str and row 0 str"),
+        ([{"question": "Who?", "answer": "Ada"}, {"question": "When?", "answer": 7}], "one kind"),
         ([{"question": "Who?", "reply": "Ada"}], "reply"),
     ],
 )

@@ -144,6 +144,7 @@ def test_flags_go_before_the_file_and_texts_become_numbers(tmp_path):
     assert settings["max_steps"] == 9
     assert settings["save_steps"] == 3
     assert settings["learning_rate"] == 1e-3
+    assert read_settings({"set": ["max_steps=1e2"]})["max_steps"] == 100
     assert settings["divergence"] == 0.1
     assert settings["retain"] == {"path": RETAIN, "schema": "tofu"}
     with pytest.raises(UsageError, match="learning_rate must be a number, but got 'fast'"):
@@ -179,6 +180,7 @@ def empty(folder):
         (lambda _: {"method": "magic"}, "method must be one of"),
         (lambda _: {"lora": "wide"}, "lora must be a rank or options"),
         (lambda _: {"lora": True}, "lora must be a rank or options"),
+        (lambda _: {"quantization": "nf4"}, "quantization must go with an adapter"),
         (lambda _: {"freeze_embeddings": "no"}, "freeze_embeddings must be true or false"),
         (lambda _: {"max_steps": 2.5}, "max_steps must be a whole number, but got 2.5"),
         (lambda _: {"save_total_limit": "few"}, "save_total_limit must be a whole number"),

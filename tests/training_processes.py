@@ -23,6 +23,7 @@ from mollm.errors import UsageError
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
 ROWS = 8
+AUTOCAST = models.autocast
 
 SHARDED = {"fsdp": "full_shard", "hsdp": "hybrid_shard"}
 OPTIONS = {
@@ -30,12 +31,12 @@ OPTIONS = {
     "in micro-batches": {"per_device_train_batch_size": 1},
     "clipped": {"max_grad_norm": 0.05, "optimizer_options": {"base": "sgd"}},
     "checkpointed": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
     },
     "checkpointed reentrant": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "head trains": {"freeze_embeddings": False, "reference": "cache"},
     "tied head": {"tied": True, "freeze_embeddings": False},
@@ -45,7 +46,7 @@ OPTIONS = {
     "lora": {"lora": {"target_modules": "all-linear"}},
     "lora checkpointed": {
         "lora": {"target_modules": ["q_proj", "lm_head"]},
-        "activation_checkpointing": True,
+        "gradient_checkpointing": True,
     },
     "lora cached": {"lora": {"modules_to_save": ["lm_head"]}, "reference": "cache"},
 }
@@ -214,9 +215,21 @@ def in_bfloat16(out, layout, key):
     return {**found(made), "dtypes": {str(p.dtype) for p in made._base.parameters()}}
 
 
+def read_in_bfloat16(out, layout, key):
+    """With the real autocast, on a processor with bfloat16."""
+    before = models._cpu_has_bf16
+    models._cpu_has_bf16 = lambda: True
+    models.autocast = processes.autocast = AUTOCAST
+    result = read(out, layout, key)
+    models._cpu_has_bf16 = before
+    compute_in(None)
+    return result
+
+
 KINDS = {
     "train": train,
     "read": read,
+    "read_in_bfloat16": read_in_bfloat16,
     "exported": exported,
     "resumed": resumed,
     "left": left,
@@ -249,7 +262,8 @@ def cases_for(world):
         ("stopped", "copies", "adamw"),
         ("mistaken", "copies", "adamw"),
         ("unlike", "copies", "adamw"),
-        *(("in_bfloat16", "fsdp", key) for key in ("adamw", "lora cached")),
+        *(("in_bfloat16", "fsdp", key) for key in ("adamw", "lora cached", "head trains")),
+        ("read_in_bfloat16", "fsdp", "adamw"),
     ]
 
 
