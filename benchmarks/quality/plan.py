@@ -41,7 +41,9 @@ _PLANS = {
     "facts": TaskPlan(60, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3e-3),
     "tofu": TaskPlan(20, (5e-4, 1e-3, 2e-3), 1.5e-3),
     "tofu-full": TaskPlan(60, (1e-5, 3e-5, 1e-4), 3e-5),
-    "capitals": TaskPlan(12, (2e-5,), 2e-5, ("ga", "npo", "sum", "dual", "project", "mollm")),
+    "capitals": TaskPlan(
+        12, (1e-5, 2e-5, 4e-5), 2e-5, ("mollm", "sum", "pcgrad", "project", "npo", "ga")
+    ),
     "capitals-full": TaskPlan(12, (1e-5, 2e-5, 4e-5), 2e-5),
 }
 _QUICK_STEPS = {"facts": 20, "tofu": 10, "tofu-full": 10, "capitals": 4, "capitals-full": 4}
