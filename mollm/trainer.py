@@ -146,7 +146,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
             reference = make_reference(args.reference, self._base, self._wrapped, folder=folder)
-        self._objectives = Objectives(self._base, reference, args.chosen_method.forget_loss)
+        self._objectives = Objectives(self._base, reference, args.forget_loss)
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
             processes.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -14,7 +15,7 @@ from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from mollm.errors import UsageError
-from mollm.methods import METHODS, Method, find_method
+from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.models import NF4, autocast
 from mollm.optimizer import MOLLMOptimizer
 from mollm.references import REFERENCES
@@ -100,6 +101,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "of forget, kl and retain, for methods that have any"},
     )
+    uce_eps: float = field(
+        default=1e-3,
+        metadata={
+            "help": "of the unlearning cross-entropy: less pushes harder on what is known by heart"
+        },
+    )
     reference: str = field(
         default="auto",
         metadata={"help": "the original: adapter, copy, cache or auto; see mollm.references"},
@@ -146,6 +153,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
+        if not 0 < self.uce_eps < 1:
+            raise UsageError(f"uce_eps must be between 0 and 1, but got {self.uce_eps}.")
         if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))
             if self.sharding:
@@ -235,6 +244,14 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     def chosen_method(self) -> Method:
         """The method by that name."""
         return find_method(self.method)
+
+    @property
+    def forget_loss(self) -> ForgetLoss:
+        """That of the method, with `uce_eps` where it is the unlearning cross-entropy."""
+        loss = self.chosen_method.forget_loss
+        if loss is unlearning_cross_entropy:
+            return functools.partial(unlearning_cross_entropy, eps=self.uce_eps)
+        return loss
 
     @property
     def rows_per_step(self) -> int:

@@ -329,6 +329,16 @@ def test_decay_leaves_norms_alone(tmp_path):
     assert 1 not in {p.ndim for p in groups[0]["params"]}
 
 
+def test_eps_is_that_of_the_unlearning_cross_entropy(tmp_path, in_float32):
+    def first(**options):
+        made = trained(tmp_path / "run", max_steps=1, **options)
+        return made.history[0].losses["forget"]
+
+    # Of a token with probability p: -log(1 - (1 - eps) p); a random model's p is small.
+    assert first(uce_eps=0.5) == pytest.approx(0.5 * first(uce_eps=1e-9), rel=2e-3)
+    assert first(uce_eps=0.5, method="ga") == first(method="ga")
+
+
 def test_embeddings_and_head_stay_unless_they_are_to_train(tmp_path):
     for frozen in (True, False):
         made = trainer(tmp_path / str(frozen), max_steps=1, freeze_embeddings=frozen)

@@ -24,6 +24,7 @@ def config(**options):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
         ({"optim": "sgd"}, "name the base in optimizer_options"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be left out"),
+        ({"uce_eps": 1.0}, "uce_eps must be between 0 and 1"),
         ({"push_to_hub": True}, "push_to_hub must be left out"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
