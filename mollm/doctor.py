@@ -29,7 +29,7 @@ from mollm_ops.gram import gram_reference
 from mollm_ops.reference import linear_ce_kl_reference, linear_uce_loss_reference
 from mollm_ops.update import AdamWStep, Targets, update_, update_reference
 
-_PACKAGES = ("triton", "accelerate", "peft", "datasets")
+_PACKAGES = ("triton", "accelerate", "peft", "bitsandbytes", "datasets")
 _CAPABILITY = (8, 0)
 _REINSTALL = "install a C++ compiler and run pip install again"
 

@@ -602,7 +602,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 "steps": self.state.global_step,
             },
             history=self.history,
-            versions=machine.versions("peft"),
+            versions=machine.versions(
+                "peft", *(["bitsandbytes"] if self.args.quantization else [])
+            ),
             notes=self.notes,
         )
 
