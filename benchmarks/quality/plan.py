@@ -42,7 +42,7 @@ _PLANS = {
     "tofu": TaskPlan(20, (5e-4, 1e-3, 2e-3), 1.5e-3),
     "tofu-full": TaskPlan(60, (1e-5, 3e-5, 1e-4), 3e-5),
     "capitals": TaskPlan(
-        12, (2e-5, 4e-5, 8e-5), 2e-5, ("mollm", "sum", "pcgrad", "project", "npo", "ga")
+        12, (4e-5, 8e-5), 2e-5, ("mollm", "sum", "pcgrad", "project", "npo", "ga")
     ),
     "capitals-full": TaskPlan(12, (2e-5, 4e-5, 8e-5), 2e-5),
 }
