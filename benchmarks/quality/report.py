@@ -34,6 +34,7 @@ the runs of that script.
 - **Forget quality and model utility** (TOFU) are those of `mollm evaluate` at the end of a run,
   means over seeds: the p-value of the Kolmogorov–Smirnov test against a model that never learnt the
   forget set, and the harmonic mean of nine figures on retained rows, real authors and world facts.
+- **s**: seconds of all steps of a run, the median over seeds.
 - `dual` has no row for unit gradients: the centre of the cone does not depend on their norms.
 - **Larger, on a GPU**: `--tasks tofu-full capitals-full --data FOLDER` has SmolLM2 learn all 4000
   rows of TOFU, unlearns the 400 of forget10, retains two thirds of the authors of retain90, holds
