@@ -125,8 +125,6 @@ def check_memory(source: Source, device: torch.device) -> None:
 
 def count_parameters(source: Source) -> int:
     """The number of parameters, read without loading the weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if source.label == SMOLLM2 and source.gguf_file:
         return _SMOLLM2_PARAMETERS
     if source.gguf_file:
@@ -134,11 +132,7 @@ def count_parameters(source: Source) -> int:
 
         reader = GGUFReader(Path(source.location) / source.gguf_file)
         return sum(int(tensor.n_elements) for tensor in reader.tensors)
-    with torch.device("meta"), _told_as_usage_error(source):
-        model = AutoModelForCausalLM.from_config(
-            _from_hub(AutoConfig, source), trust_remote_code=False
-        )
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in load_without_weights(source).parameters())
 
 
 def load_config(name: str) -> tuple[Any, str]:
@@ -235,14 +229,12 @@ def in_four_bits(weight: Tensor) -> bool:
 
 def dequantized(model: nn.Module) -> dict[str, Tensor]:
     """Of the matrices in 4 bits by name, on the CPU: what they compute with."""
-    found = {}
-    for name, p in model.named_parameters():
-        state = getattr(p, "quant_state", None)
-        if state is not None:
-            from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
-            found[name] = dequantize_4bit(p.data, state).cpu()
-    return found
+    named: Iterable[tuple[str, Any]] = model.named_parameters()
+    return {
+        name: dequantize_4bit(p.data, p.quant_state).cpu() for name, p in named if in_four_bits(p)
+    }
 
 
 def load_without_weights(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

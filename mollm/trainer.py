@@ -620,7 +620,7 @@ def _loaded(
     dtype = DTYPES[args.dtype]
     if args.sharding is not None and processes.rank() > 0:
         return models.load_without_weights(source, dtype)
-    return models.load(source, device, dtype, args.quantization or None)[0]
+    return models.load(source, device, dtype, args.quantization)[0]
 
 
 def _refuse_four_bits(model: PreTrainedModel, args: MOLLMConfig) -> None:

@@ -155,6 +155,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("padding_side", self.padding_side, _SIDES)
         if not 0 < self.uce_eps < 1:
             raise UsageError(f"uce_eps must be between 0 and 1, but got {self.uce_eps}.")
+        self.quantization = self.quantization or None
         if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))
             if self.sharding:

@@ -358,7 +358,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         metric=args.for_optimizer()["metric"],
         reference=original if args.reference == "auto" else args.reference,
         lora_rank=0 if adapter is None else adapter.r,
-        quantization=args.quantization or None,
+        quantization=args.quantization,
         gradient_checkpointing=args.gradient_checkpointing,
         freeze_embeddings=args.freeze_embeddings,
         optimizer=options.get("base", "adamw"),
