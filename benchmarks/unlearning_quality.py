@@ -51,7 +51,7 @@ def run_all(
                 made, case = (key["task"], key["seed"]), None  # the earlier one makes room
                 case = plan.make_case(*made, means)
             assert case is not None, "a case is made before its first run"
-            how = {name: key[name] for name in ("lr", "steps", "seed")}
+            how = {name: key[name] for name in ("lr", "steps", "warmup", "seed")}
             model, row = unlearned(case, method_of(key["method"]), **how)
             row["end"] = ending(case, model, plan.budget(key["task"], options.quick).relearning_lr)
             about = {"objectives": list(case.objectives), "device": means.device.type}

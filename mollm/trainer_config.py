@@ -102,7 +102,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         metadata={"help": "of forget, kl and retain, for methods that have any"},
     )
     uce_eps: float = field(
-        default=1e-3,
+        default=1e-4,
         metadata={
             "help": "of the unlearning cross-entropy: less pushes harder on what is known by heart"
         },

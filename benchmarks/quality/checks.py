@@ -97,12 +97,13 @@ class Setting:
         Raises:
             NotRunError: There are none, and nothing is to be run.
         """
-        steps = plan.budget(self.task, self.quick).steps
+        budget = plan.budget(self.task, self.quick)
         for seed in self.seeds if self.cases is not None else ():
-            key = {"task": self.task, "method": label, "lr": lr, "seed": seed, "steps": steps}
+            how = {"lr": lr, "steps": budget.steps, "warmup": budget.warmup, "seed": seed}
+            key = {"task": self.task, "method": label, **how}
             if self.cases is not None and not self.own.has(key):
                 method = replace(method_of(name), **changes)
-                _, row = unlearned(self.cases(seed), method, lr=lr, steps=steps, seed=seed)
+                _, row = unlearned(self.cases(seed), method, **how)
                 self.own.add({**key, **row})
         runs = self.own.of(self.task, label)
         if not runs:
@@ -254,7 +255,7 @@ def epsilon(setting: Setting) -> Check:
         f"{name} {min(a):.3f} to {max(a):.3f} (best at {best[name]:g})"
         for name, (_, a) in series.items()
     )
-    sentence = f"Hypervolume over ε from 1e-6 to 0.5, at the learning rate of ε = 1e-3: {spread}."
+    sentence = f"Hypervolume over ε from 1e-6 to 0.5, at the learning rate of ε = 1e-4: {spread}."
     draw = functools.partial(_lines, series, ("ε", "hypervolume"), log="x")
     data = {name: dict(zip(map(str, values), a, strict=True)) for name, (_, a) in series.items()}
     return Check("epsilon", "Sensitivity to ε", setting.task, sentence, data, draw)

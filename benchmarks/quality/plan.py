@@ -31,6 +31,8 @@ class TaskPlan:
     """The budget of one task, the same for every method."""
 
     steps: int
+    warmup: int
+    """The first of them, over which the learning rate rises; then it falls to 0."""
     lrs: tuple[float, ...]
     relearning_lr: float
     """Of the ten examples after a run."""
@@ -38,13 +40,13 @@ class TaskPlan:
 
 
 _PLANS = {
-    "facts": TaskPlan(60, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3e-3),
-    "tofu": TaskPlan(20, (5e-4, 1e-3, 2e-3), 1.5e-3),
-    "tofu-full": TaskPlan(60, (1e-5, 3e-5, 1e-4), 3e-5),
+    "facts": TaskPlan(60, 0, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3e-3),
+    "tofu": TaskPlan(20, 0, (5e-4, 1e-3, 2e-3), 1.5e-3),
+    "tofu-full": TaskPlan(60, 0, (1e-5, 3e-5, 1e-4), 3e-5),
     "capitals": TaskPlan(
-        12, (4e-5, 8e-5), 2e-5, ("mollm", "sum", "pcgrad", "project", "npo", "ga")
+        12, 3, (8e-5, 16e-5), 2e-5, ("mollm", "sum", "pcgrad", "project", "npo", "ga")
     ),
-    "capitals-full": TaskPlan(12, (2e-5, 4e-5, 8e-5), 2e-5),
+    "capitals-full": TaskPlan(12, 3, (4e-5, 8e-5, 16e-5), 2e-5),
 }
 _QUICK_STEPS = {"facts": 20, "tofu": 10, "tofu-full": 10, "capitals": 4, "capitals-full": 4}
 
@@ -76,7 +78,8 @@ def budget(task: str, quick: bool) -> TaskPlan:
     if not quick:
         return full
     lrs, methods = full.lrs[1:2] or full.lrs, full.methods[: len(METHODS)]
-    return TaskPlan(_QUICK_STEPS[kind], lrs, full.relearning_lr, methods)
+    steps = _QUICK_STEPS[kind]
+    return TaskPlan(steps, full.warmup * steps // full.steps, lrs, full.relearning_lr, methods)
 
 
 def tasks_of(kinds: Sequence[str], quick: bool) -> list[str]:
@@ -104,7 +107,8 @@ def keys(
     for seed in seeds:
         for method in methods or plan.methods:
             for lr in plan.lrs:
-                yield {"task": task, "method": method, "lr": lr, "seed": seed, "steps": plan.steps}
+                what = {"task": task, "method": method, "lr": lr, "seed": seed}
+                yield {**what, "steps": plan.steps, "warmup": plan.warmup}
 
 
 def make_case(task: str, seed: int, means: Means) -> Case:

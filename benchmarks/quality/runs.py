@@ -98,7 +98,7 @@ def stepper(
 
 
 def unlearned(
-    case: Case, method: Method, *, lr: float, steps: int, seed: int
+    case: Case, method: Method, *, lr: float, steps: int, warmup: int, seed: int
 ) -> tuple[nn.Module, Row]:
     """Unlearns on a copy of the case's model.
 
@@ -112,7 +112,7 @@ def unlearned(
     on_gpu = next(model.parameters()).is_cuda
     optimizer = optimizer_of(case, model, method, lr)
     step = stepper(case, model, optimizer, method)
-    schedule = LambdaLR(optimizer, lambda done: 1 - done / steps)
+    schedule = LambdaLR(optimizer, functools.partial(share_of_lr, steps=steps, warmup=warmup))
     points = min(POINTS, steps)
     measured = {round(i * steps / points) for i in range(1, points + 1)}
     curve: list[dict[str, float]] = [{"step": 0, **measure(case, model, case.groups)}]
@@ -150,6 +150,11 @@ def unlearned(
     }
 
 
+def share_of_lr(done: int, *, steps: int, warmup: int) -> float:
+    """Of the learning rate in the step after `done` ones: up over `warmup` steps, then down to 0."""
+    return min((done + 1) / (warmup + 1), (steps - done) / (steps - warmup))
+
+
 def _harmed(gram: Tensor, weights: Tensor) -> Tensor:
     """[K]: g_k · d < 0 beyond rounding. A direction on the edge of the dual cone harms nobody."""
     length = (weights @ gram @ weights).clamp(min=0).sqrt()
@@ -170,10 +175,11 @@ class RunFile:
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
-        return row["task"], row["method"], row["lr"], row["seed"], row["steps"]
+        budget = row["steps"], row.get("warmup", 0)
+        return row["task"], row["method"], row["lr"], row["seed"], *budget
 
     def has(self, key: Row) -> bool:
-        """Whether there is a run of this task, method, lr, seed and number of steps."""
+        """Whether there is a run of this task, method, lr, seed and numbers of steps."""
         return self._key(key) in self._done
 
     def of(self, task: str, method: str) -> list[Row]:

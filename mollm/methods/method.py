@@ -42,7 +42,7 @@ class Method:
 
 
 def unlearning_cross_entropy(
-    answers: Answers, reference: Callable[[], Answers], *, eps: float = 1e-3
+    answers: Answers, reference: Callable[[], Answers], *, eps: float = 1e-4
 ) -> Tensor:
     """UCE, see `mollm_ops.linear_uce_loss`: bounded, unlike ascent on the cross-entropy."""
     return linear_uce_loss(
