@@ -55,7 +55,7 @@ def simnpo(model, reference):
 
 
 def uce(model, reference):
-    return sum(-(1 - (1 - 1e-3) * log.exp()).log() for log in token_log_probs(model)) / 8
+    return sum(-(1 - (1 - 1e-4) * log.exp()).log() for log in token_log_probs(model)) / 8
 
 
 FORMULAS = {"ga": ascent, "graddiff": ascent, "npo": npo, "simnpo": simnpo}
