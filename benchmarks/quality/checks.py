@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from mollm.methods import unlearning_cross_entropy
 from mollm.rules import make_rule
@@ -131,9 +133,14 @@ def _lines(
     save(figure, axes, path)
 
 
-def _bars(series: dict[str, dict[str, float]], label: str, path: Path) -> None:
+def _bar_chart(series: dict[str, dict[str, float]], label: str, path: Path) -> None:
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = figure.subplots()
+    _bars(axes, series, label)
+    save(figure, axes, path)
+
+
+def _bars(axes: Axes, series: dict[str, dict[str, float]], label: str) -> None:
     names = list(dict.fromkeys(name for values in series.values() for name in values))
     width = 0.8 / len(series)
     for place, (what, values) in enumerate(series.items()):
@@ -143,7 +150,6 @@ def _bars(series: dict[str, dict[str, float]], label: str, path: Path) -> None:
         [i + 0.4 - width / 2 for i in range(len(names))], names, rotation=60, ha="right", fontsize=8
     )
     axes.set_ylabel(label)
-    save(figure, axes, path)
 
 
 def _squares(series: dict[str, dict[str, float]], path: Path) -> None:
@@ -216,7 +222,7 @@ def conflicts(setting: Setting) -> Check:
         f"{', '.join(free) or 'any method'} ever conflicts; the fewest conflicts of the update, "
         f"{update[least]:.1%}, are those of {least}."
     )
-    draw = functools.partial(_bars, series, "share of steps in conflict")
+    draw = functools.partial(_bar_chart, series, "share of steps in conflict")
     title = "Conflicts of direction and update"
     return Check("conflicts", title, setting.task, sentence, series, draw)
 
@@ -351,8 +357,13 @@ def distribution(setting: Setting) -> Check:
     return Check("distribution", "Other distributions", setting.task, sentence, series, draw)
 
 
+_FORGOTTEN = 0.8
+"""A run that has forgotten less than this share has little to learn again."""
+
+
 def relearning(setting: Setting) -> Check:
-    """Likelihood of the forget set after training on ten answers of it once more."""
+    """Likelihood of the forget set after training on ten answers of it once more, by method; and,
+    over all runs that forgot, against what they kept."""
     ends = setting.ends("relearned")
     series = {
         "unlearned": {
@@ -371,13 +382,37 @@ def relearning(setting: Setting) -> Check:
     series = {label: values for label, values in series.items() if values}
     grown = ", ".join(f"{n} {series['unlearned'][n]:.2f} → {series[last][n]:.2f}" for n in ends)
     of_what = "the other examples of the" if last == "the others" else "the"
+    part = next(part for part, label in labels.items() if label == last)
+    kept = [
+        (run["curve"][-1]["heldout"], run["end"]["relearned"][part])
+        for run in setting.rows
+        if run["task"] == setting.task
+        and 1 - run["curve"][-1]["forget"] >= _FORGOTTEN
+        and "relearned" in run.get("end", {})
+    ]
     sentence = (
         "Left of the forget set before ten steps on ten of its examples, and of "
         f"{of_what} forget set afterwards: {grown}."
     )
-    draw = functools.partial(_bars, series, "left of the original's likelihood")
+    if len(kept) > 2:
+        rank = spearmanr(*zip(*kept, strict=True)).statistic
+        sentence += (
+            f" Over the {len(kept)} runs of all methods and learning rates that forgot at least "
+            f"{_FORGOTTEN:.0%}, the rank correlation of what comes back with what was kept of the "
+            f"held-out facts is {rank:.2f}."
+        )
+
+    def draw(path: Path) -> None:
+        figure = Figure(figsize=(11.5, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
+        _bars(left, series, "left of the original's likelihood")
+        right.plot([x for x, _ in kept], [y for _, y in kept], "o", ms=3, alpha=0.5)
+        right.set(xlabel="kept, held out, before", ylabel=f"{last}, after")
+        save(figure, left, path)
+
     title = "Relearning with ten examples"
-    return Check("relearning", title, setting.task, sentence, series, draw)
+    data = {**series, "kept and relearned": kept}
+    return Check("relearning", title, setting.task, sentence, data, draw)
 
 
 def rounding(setting: Setting) -> Check:
@@ -401,7 +436,7 @@ def rounding(setting: Setting) -> Check:
         f"Left of the forget set before and after rounding the weights to 4 bits: {back}. Left of "
         f"the held-out facts: {kept}."
     )
-    draw = functools.partial(_bars, series, "left of the original's likelihood")
+    draw = functools.partial(_bar_chart, series, "left of the original's likelihood")
     title = "Rounding to 4 bits after unlearning"
     return Check("rounding", title, setting.task, sentence, series, draw)
 

@@ -101,9 +101,10 @@ def _about(task: str, lines: Sequence[Row], rows: Sequence[Row]) -> str:
     steps = sorted({row["steps"] for row in runs})
     seeds = sorted({line["seeds"] for line in lines})
     warmup = max(row.get("warmup", 0) for row in runs)
-    rising = f" (the first {warmup} of warm-up)" if warmup else ""
+    rising = f", the first {warmup} of warm-up" if warmup else ""
     text = (
-        f"{' or '.join(map(str, steps))} steps{rising}, learning rates {', '.join(f'{r:g}' for r in lrs)}, "
+        f"{' or '.join(map(str, steps))} steps{rising}, "
+        f"learning rates {', '.join(f'{r:g}' for r in lrs)}, "
         f"{' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} "
         f"{'seed' if seeds[-1] == 1 else 'seeds'}, "
         f"{runs[0]['parameters']} parameters, objectives: {', '.join(runs[0]['objectives'])}.\n"

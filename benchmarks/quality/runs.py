@@ -151,7 +151,7 @@ def unlearned(
 
 
 def share_of_lr(done: int, *, steps: int, warmup: int) -> float:
-    """Of the learning rate in the step after `done` ones: up over `warmup` steps, then down to 0."""
+    """Of the learning rate, in the step after `done` ones: over `warmup` steps up, then to 0."""
     return min((done + 1) / (warmup + 1), (steps - done) / (steps - warmup))
 
 
