@@ -42,7 +42,9 @@ def run_all(
         for key in plan.keys(task, options.seeds, options.methods, options.quick)
         if not file.has(key)
     ]
-    command = provenance(means.device.type)["command"]
+    source = provenance(means.device.type)
+    about = {name: source[name] for name in ("command", "commit", "date")}
+    about["device"] = means.device.type
     case, made = None, None
     with tqdm(todo, unit="run", dynamic_ncols=True, mininterval=1, disable=not todo) as bar:
         for key in bar:
@@ -54,8 +56,7 @@ def run_all(
             how = {name: key[name] for name in ("lr", "steps", "warmup", "seed")}
             model, row = unlearned(case, method_of(key["method"]), **how)
             row["end"] = ending(case, model, plan.budget(key["task"], options.quick).relearning_lr)
-            about = {"objectives": list(case.objectives), "device": means.device.type}
-            file.add({**key, **case.facts, **about, "command": command, **row})
+            file.add({**key, **case.facts, "objectives": list(case.objectives), **about, **row})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ _SMOLLM2_PARAMETERS = 134_515_008
 _BYTES_PER_PARAMETER = 32
 """In float32: model, frozen copy, two AdamW moments, three gradients and their combination."""
 _BYTES_BESIDES = 1.2e9
+_in_own_dtype: ContextVar[bool] = ContextVar("in_own_dtype", default=False)
 """Python, Torch, activations and logits of a batch of short answers."""
 
 
@@ -325,9 +327,21 @@ def _without_loading_bar() -> Iterator[None]:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 for the matrix products of a forward pass where the device computes in it natively."""
+    """bf16 for the matrix products of a forward pass where the device computes in it natively,
+    unless `in_own_dtype`."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+    enabled = native and not _in_own_dtype.get()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextlib.contextmanager
+def in_own_dtype() -> Iterator[None]:
+    """Inside, forward passes compute in the dtype of the weights."""
+    before = _in_own_dtype.set(True)
+    try:
+        yield
+    finally:
+        _in_own_dtype.reset(before)
 
 
 def _cpu_has_bf16() -> bool:

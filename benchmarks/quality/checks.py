@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +87,21 @@ class Setting:
             raise NotRunError(what)
         return found
 
-    def lr(self, method: str) -> float:
-        """The best learning rate of the sweep; the middle one where there are no runs."""
+    def schedule(self, method: str) -> plan.Schedule:
+        """The best one of the sweep; the middle one where there are no runs."""
         runs = of_methods(self.rows, self.task).get(method)
-        lrs = plan.budget(self.task, self.quick).lrs
-        return float(runs[0]["lr"]) if runs else lrs[len(lrs) // 2]
+        sweep = plan.budget(self.task, self.quick).sweep
+        return plan.schedule_of(runs[0]) if runs else sweep[len(sweep) // 2]
 
-    def run(self, label: str, name: str, lr: float, **changes: Any) -> list[Row]:
-        """The runs of a method with some of its fields changed, at one learning rate.
+    def run(self, label: str, name: str, schedule: plan.Schedule, **changes: Any) -> list[Row]:
+        """The runs of a method with some of its fields changed, on one schedule.
 
         Raises:
             NotRunError: There are none, and nothing is to be run.
         """
-        budget = plan.budget(self.task, self.quick)
+        steps = plan.budget(self.task, self.quick).steps
         for seed in self.seeds if self.cases is not None else ():
-            how = {"lr": lr, "steps": budget.steps, "warmup": budget.warmup, "seed": seed}
+            how = {**asdict(schedule), "steps": steps, "seed": seed}
             key = {"task": self.task, "method": label, **how}
             if self.cases is not None and not self.own.has(key):
                 method = replace(method_of(name), **changes)
@@ -178,9 +178,9 @@ def norms(setting: Setting) -> Check:
     """GA against UCE, each alone: the norm of the forget gradient along the run."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     alone: dict[str, Any] = {"direction": "sum", "preferences": (1.0, 0.0, 0.0)}
-    lr = plan.budget(setting.task, setting.quick).lrs[0]
+    schedule = plan.budget(setting.task, setting.quick).sweep[0]
     for label, name in (("gradient ascent", "ga"), ("unlearning cross-entropy", "sum")):
-        rows = setting.run(f"{label} alone", name, lr, **alone)
+        rows = setting.run(f"{label} alone", name, schedule, **alone)
         steps = [point["step"] for point in rows[0]["curve"]]
         steps = [0, *(s - 1 for s in steps[1:])][: len(rows[0]["norms"])]
         columns = zip(*(row["norms"] for row in rows), strict=True)
@@ -253,7 +253,8 @@ def epsilon(setting: Setting) -> Check:
         areas = []
         for eps in values:
             loss = functools.partial(unlearning_cross_entropy, eps=eps)
-            runs = setting.run(f"{name} ε={eps:g}", name, setting.lr(name), forget_loss=loss)
+            schedule = setting.schedule(name)
+            runs = setting.run(f"{name} ε={eps:g}", name, schedule, forget_loss=loss)
             areas.append(statistics.mean(map(score, runs)))
         series[name] = (values, areas)
     best = {name: values[areas.index(max(areas))] for name, (_, areas) in series.items()}

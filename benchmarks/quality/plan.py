@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from mollm.errors import UsageError
 from mollm.methods import METHODS
+from mollm.methods.common_descent import COMMON_DESCENT
 from quality.case import Case
 from quality.runs import Row
 
@@ -22,8 +23,26 @@ VARIED = (
 )
 """`mollm` is upgrad+metric."""
 ALL = (*METHODS, *VARIED)
+CANDIDATES = (
+    *(method.name for method in COMMON_DESCENT),
+    *VARIED,
+    "mollm+momentum",
+    "mollm+unit",
+    "mollm+min-norm",
+)
+"""Among which the package's default is chosen."""
+CHOICE_SEEDS = range(10, 15)
+"""Of the runs that the default is chosen by; no other table has them."""
 OBJECTIVE_COUNTS = (2, 3, 4, 6, 8)
 KINDS = ("facts", "tofu", "capitals", "tofu-full", "capitals-full")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of the learning rate: over `warmup` steps it rises to `lr`, in the others it falls to 0."""
+
+    lr: float
+    warmup: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,22 +50,30 @@ class TaskPlan:
     """The budget of one task, the same for every method."""
 
     steps: int
-    warmup: int
-    """The first of them, over which the learning rate rises; then it falls to 0."""
-    lrs: tuple[float, ...]
+    sweep: tuple[Schedule, ...]
+    """Every method runs at each of them."""
     relearning_lr: float
     """Of the ten examples after a run."""
     methods: tuple[str, ...] = ALL
 
 
+def _rates(*lrs: float, warmup: int = 0) -> tuple[Schedule, ...]:
+    return tuple(Schedule(lr, warmup) for lr in lrs)
+
+
 _PLANS = {
-    "facts": TaskPlan(60, 0, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3e-3),
-    "tofu": TaskPlan(20, 0, (5e-4, 1e-3, 2e-3), 1.5e-3),
-    "tofu-full": TaskPlan(60, 0, (1e-5, 3e-5, 1e-4), 3e-5),
+    "facts": TaskPlan(60, _rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 3e-3),
+    "tofu": TaskPlan(20, _rates(5e-4, 1e-3, 2e-3, 4e-3), 1.5e-3),
+    "tofu-full": TaskPlan(60, _rates(1e-5, 3e-5, 1e-4), 3e-5),
     "capitals": TaskPlan(
-        12, 3, (8e-5, 16e-5), 2e-5, ("mollm", "sum", "pcgrad", "project", "npo", "ga")
+        12,
+        (*_rates(4e-5, 8e-5), *_rates(8e-5, 16e-5, warmup=3)),
+        2e-5,
+        ("mollm", "sum", "pcgrad", "npo", "ga", "project"),
     ),
-    "capitals-full": TaskPlan(12, 3, (4e-5, 8e-5, 16e-5), 2e-5),
+    "capitals-full": TaskPlan(
+        12, (*_rates(2e-5, 4e-5, 8e-5), *_rates(4e-5, 8e-5, 16e-5, warmup=3)), 2e-5
+    ),
 }
 _QUICK_STEPS = {"facts": 20, "tofu": 10, "tofu-full": 10, "capitals": 4, "capitals-full": 4}
 
@@ -72,14 +99,14 @@ def kind_of(task: str) -> str:
 
 
 def budget(task: str, quick: bool) -> TaskPlan:
-    """The steps, learning rates and methods of a task."""
+    """The steps, schedules and methods of a task."""
     kind = kind_of(task)
     full = _PLANS[kind]
     if not quick:
         return full
-    lrs, methods = full.lrs[1:2] or full.lrs, full.methods[: len(METHODS)]
-    steps = _QUICK_STEPS[kind]
-    return TaskPlan(steps, full.warmup * steps // full.steps, lrs, full.relearning_lr, methods)
+    return TaskPlan(
+        _QUICK_STEPS[kind], full.sweep[1:2], full.relearning_lr, full.methods[: len(METHODS)]
+    )
 
 
 def tasks_of(kinds: Sequence[str], quick: bool) -> list[str]:
@@ -106,9 +133,20 @@ def keys(
     plan = budget(task, quick)
     for seed in seeds:
         for method in methods or plan.methods:
-            for lr in plan.lrs:
-                what = {"task": task, "method": method, "lr": lr, "seed": seed}
-                yield {**what, "steps": plan.steps, "warmup": plan.warmup}
+            for schedule in plan.sweep:
+                key = {"task": task, "method": method, "seed": seed, "steps": plan.steps}
+                yield {**key, **asdict(schedule)}
+
+
+def is_of_plan(row: Row, quick: bool) -> bool:
+    """Whether a run is one that the plan has, and not of an earlier plan."""
+    plan = budget(row["task"], quick)
+    return row["steps"] == plan.steps and schedule_of(row) in plan.sweep
+
+
+def schedule_of(row: Row) -> Schedule:
+    """That of a run."""
+    return Schedule(row["lr"], row.get("warmup", 0))
 
 
 def make_case(task: str, seed: int, means: Means) -> Case:

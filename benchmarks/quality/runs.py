@@ -31,6 +31,8 @@ POINTS = 10
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "metric": {"metric": "base"},
     "momentum": {"momentum": "per-objective"},
+    "unit": {"normalize": True},
+    "min-norm": {"length": "min-norm"},
 }
 
 
@@ -175,17 +177,20 @@ class RunFile:
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
-        budget = row["steps"], row.get("warmup", 0)
-        return row["task"], row["method"], row["lr"], row["seed"], *budget
+        return row["task"], row["method"], row["seed"], *RunFile._schedule(row)
 
     def has(self, key: Row) -> bool:
         """Whether there is a run of this task, method, lr, seed and numbers of steps."""
         return self._key(key) in self._done
 
     def of(self, task: str, method: str) -> list[Row]:
-        """The runs of a method on a task at the learning rate that it was last run with."""
+        """The runs of a method on a task on the schedule that it was last run with."""
         mine = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
-        return [row for row in mine if row["lr"] == mine[-1]["lr"]]
+        return [row for row in mine if self._schedule(row) == self._schedule(mine[-1])]
+
+    @staticmethod
+    def _schedule(row: Row) -> tuple[Any, ...]:
+        return row["lr"], row.get("warmup", 0), row["steps"]
 
     def add(self, row: Row) -> None:
         """Writes one run at the end of the file."""

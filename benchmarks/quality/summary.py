@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from mollm.evaluation.metrics import bootstrap_interval, mean
 from mollm.methods.common_descent import COMMON_DESCENT
+from quality.plan import Schedule, schedule_of
 from quality.runs import Row
 
 Point = tuple[float, float]
@@ -40,21 +41,21 @@ def score(run: Row) -> float:
 
 
 def of_methods(rows: Sequence[Row], task: str) -> dict[str, list[Row]]:
-    """For each method the runs at its best learning rate, that of the highest mean score.
+    """For each method the runs on its best schedule, that of the highest mean score.
 
-    Only seeds that every learning rate of the method has been run with are looked at.
+    Only seeds that every schedule of the method has been run with are looked at.
     """
     chosen = {}
     mine = [row for row in rows if row["task"] == task]
     for name in dict.fromkeys(row["method"] for row in mine):
-        by_lr: dict[float, dict[int, Row]] = {}
+        tried: dict[Schedule, dict[int, Row]] = {}
         for row in mine:
             if row["method"] == name:
-                by_lr.setdefault(row["lr"], {})[row["seed"]] = row
-        seeds = set.intersection(*(set(runs) for runs in by_lr.values()))
+                tried.setdefault(schedule_of(row), {})[row["seed"]] = row
+        seeds = set.intersection(*(set(runs) for runs in tried.values()))
         if seeds:
-            tried = [[runs[seed] for seed in sorted(seeds)] for runs in by_lr.values()]
-            chosen[name] = max(tried, key=lambda runs: statistics.mean(map(score, runs)))
+            runs_of = [[runs[seed] for seed in sorted(seeds)] for runs in tried.values()]
+            chosen[name] = max(runs_of, key=lambda runs: statistics.mean(map(score, runs)))
     return chosen
 
 

@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mollm import models
 from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
 from mollm.data_files import read_table
+from mollm.errors import UsageError
 from mollm.evaluation import TofuSuite, evaluate, load_tofu
 from mollm.methods import answers_of
 from mollm.step import OBJECTIVES
@@ -103,7 +104,12 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
     others = [name for name in rows if name not in ("forget", "rephrased")]
     retrained = taught(others, f"{name}-retain-only.pt")
     logs = evaluate(
-        retrained, chat.tokenizer, suite, names=("forget_truth_ratio",), resamples=1
+        retrained,
+        chat.tokenizer,
+        suite,
+        names=("forget_truth_ratio",),
+        batch_size=_EVALUATION_BATCH,
+        resamples=1,
     ).records
     suite = replace(suite, retain_logs=logs)
     figures = {
@@ -138,7 +144,7 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
         others=_batches(order[10:], chat.pad_id, device),
         facts={"parameters": trained, "figures of": figures},
         rewordings={"forget, rephrased": rephrased},
-        figures=lambda model: _figures(model, chat, suite),
+        figures=lambda model: _figures_of_a_run(model, chat, suite),
     )
 
 
@@ -146,10 +152,16 @@ def _answers(model: Any, batch: Batch) -> Any:
     return answers_of(model, batch)
 
 
-def _figures(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
-    """Forget quality and model utility; both 0 for a model whose weights are no numbers."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+def _figures_of_a_run(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
+    """Both are 0 where the run has left a model that puts out no numbers."""
+    try:
+        return _figures(model, chat, suite)
+    except UsageError:
         return dict.fromkeys(_FIGURES, 0.0)
+
+
+def _figures(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
+    """Forget quality and model utility."""
     found = evaluate(
         model,
         chat.tokenizer,

@@ -13,6 +13,7 @@ from mollm.evaluation.generation import MAX_NEW_TOKENS
 from mollm.evaluation.judges import Judge
 from mollm.evaluation.suite import TofuSuite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
+from mollm.models import in_own_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,9 @@ def evaluate(
     say: Say = lambda text: None,
 ) -> Evaluation:
     """Evaluates a model on a suite, in training too: no gradient, no change of mode or of seeds.
+
+    The forward passes compute in the dtype of the weights, so that batches and padding change
+    nothing but the last digits.
 
     Args:
         model: A causal language model.
@@ -78,11 +82,12 @@ def evaluate(
     groups = {group: rows for group, rows in suite.groups().items() if group in wanted}
     for group, rows in groups.items():
         examiner.check(group, rows, wanted[group])
-    records = [
-        record
-        for group, rows in groups.items()
-        for record in examiner.examine(group, rows, wanted[group])
-    ]
+    with in_own_dtype():
+        records = [
+            record
+            for group, rows in groups.items()
+            for record in examiner.examine(group, rows, wanted[group])
+        ]
     say("Computing figures and intervals …")
     return summarize(
         records,

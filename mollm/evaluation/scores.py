@@ -2,7 +2,8 @@
 
 Only the hidden states that predict answer tokens meet the head, a chunk of them at a time, so that
 logits [B, T, V] never exist. Padding and the company that an example is batched with change nothing
-but rounding; where `models.autocast` computes in bf16, that is about 1e-2 in a log-probability.
+but rounding; of weights in bf16, or where `models.autocast` is on, that is about 1e-2 in a
+log-probability.
 """
 
 from __future__ import annotations
