@@ -104,16 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             method_of(method)
         run_all(options, tasks, means, file)
         if options.checks is not None:
-            checks.run(tasks, options.checks or checks.OWN, options.seeds, means, file.rows, own)
+            runs, _ = plan.of_tables_and_choice(file.rows, options.quick)
+            checks.run(tasks, options.checks or checks.OWN, options.seeds, means, runs, own)
     except (UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = checks.read(file.rows, own, options.quick)
-    tables = {task: summary.table(file.rows, task) for task in plan.all_tasks(file.rows)}
+    runs, of_choice = plan.of_tables_and_choice(file.rows, options.quick)
+    candidates = summary.choice(of_choice)
+    found = checks.read(runs, own, options.quick)
+    tables = {task: summary.table(runs, task) for task in plan.all_tasks(runs)}
     tables = {task: lines for task, lines in tables.items() if lines}
     for task, lines in tables.items():
         print_rows([summary.printable(line) for line in lines], task)
-        print(summary.verdict(file.rows, task))
+        print(summary.verdict(runs, task))
     for check in found:
         print(f"\n{check.name}, {check.task}: {check.sentence}")
     source = provenance(means.device.type, "transformers")
@@ -123,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"check": check.name, "task": check.task, "sentence": check.sentence, **check.data}
         for check in found
     ]
+    rows += [{"choice": line} for line in candidates]
     save_json(folder / "unlearning_quality.json", source, rows)
-    report.write(options.docs or options.folder, tables, found, file.rows, source)
+    report.write(options.docs or options.folder, tables, candidates, found, runs, source)
     return 0
 
 

@@ -23,11 +23,10 @@ from scipy.stats import spearmanr
 
 from mollm.methods import unlearning_cross_entropy
 from mollm.rules import make_rule
-from mollm.settings import DemoSettings
 from quality import plan
 from quality.case import Case
 from quality.runs import Row, RunFile, method_of, unlearned
-from quality.summary import of_methods, save, score, table
+from quality.summary import DEFAULT, of_methods, save, score, table
 
 
 class NotRunError(LookupError):
@@ -181,8 +180,7 @@ def norms(setting: Setting) -> Check:
     schedule = plan.budget(setting.task, setting.quick).sweep[0]
     for label, name in (("gradient ascent", "ga"), ("unlearning cross-entropy", "sum")):
         rows = setting.run(f"{label} alone", name, schedule, **alone)
-        steps = [point["step"] for point in rows[0]["curve"]]
-        steps = [0, *(s - 1 for s in steps[1:])][: len(rows[0]["norms"])]
+        steps = sorted({0, *(point["step"] - 1 for point in rows[0]["curve"][1:])})
         columns = zip(*(row["norms"] for row in rows), strict=True)
         series[label] = (steps, [statistics.mean(n[0] for n in column) for column in columns])
     (_, ga), (_, uce) = series.values()
@@ -210,7 +208,7 @@ def conflicts(setting: Setting) -> Check:
     update = series["update"]
     free = [name for name, rate in series["direction"].items() if rate == 0]
     least = min(update, key=lambda name: update[name])
-    named = {"the weighted sum": "sum", "the package's default": DemoSettings().direction}
+    named = {"the weighted sum": "sum", "the package's default": DEFAULT}
     rates = "; ".join(
         f"of {what}, {name}, {series['direction'][name]:.1%} (direction) and {update[name]:.1%} "
         "(update)"
@@ -262,7 +260,7 @@ def epsilon(setting: Setting) -> Check:
         f"{name} {min(a):.3f} to {max(a):.3f} (best at {best[name]:g})"
         for name, (_, a) in series.items()
     )
-    sentence = f"Hypervolume over ε from 1e-6 to 0.5, at the learning rate of ε = 1e-4: {spread}."
+    sentence = f"Hypervolume over ε from 1e-6 to 0.5, on the best schedule of ε = 1e-4: {spread}."
     draw = functools.partial(_lines, series, ("ε", "hypervolume"), log="x")
     data = {name: dict(zip(map(str, values), a, strict=True)) for name, (_, a) in series.items()}
     return Check("epsilon", "Sensitivity to ε", setting.task, sentence, data, draw)
@@ -360,6 +358,8 @@ def distribution(setting: Setting) -> Check:
 
 _FORGOTTEN = 0.8
 """A run that has forgotten less than this share has little to learn again."""
+_GOES_WITH = 0.5
+"""A rank correlation above it says that two figures go together."""
 
 
 def relearning(setting: Setting) -> Check:
@@ -382,7 +382,11 @@ def relearning(setting: Setting) -> Check:
     last = labels["others"] if series["the others"] else labels["forget"]
     series = {label: values for label, values in series.items() if values}
     grown = ", ".join(f"{n} {series['unlearned'][n]:.2f} → {series[last][n]:.2f}" for n in ends)
-    of_what = "the other examples of the" if last == "the others" else "the"
+    taught, left = (
+        ("ten of its examples", "its other examples")
+        if last == "the others"
+        else ("all of its few examples", "them")
+    )
     part = next(part for part, label in labels.items() if label == last)
     kept = [
         (run["curve"][-1]["heldout"], run["end"]["relearned"][part])
@@ -392,16 +396,17 @@ def relearning(setting: Setting) -> Check:
         and "relearned" in run.get("end", {})
     ]
     sentence = (
-        "Left of the forget set before ten steps on ten of its examples, and of "
-        f"{of_what} forget set afterwards: {grown}."
+        f"Left of the forget set before ten steps on {taught}, and of {left} afterwards: {grown}."
     )
     if len(kept) > 2:
         rank = spearmanr(*zip(*kept, strict=True)).statistic
         sentence += (
-            f" Over the {len(kept)} runs of all methods and learning rates that forgot at least "
+            f" Over the {len(kept)} runs of all methods, schedules and seeds that forgot at least "
             f"{_FORGOTTEN:.0%}, the rank correlation of what comes back with what was kept of the "
-            f"held-out facts is {rank:.2f}."
+            f"held-out facts is {rank:.2f}"
         )
+        sooner = ": a model that was changed less is sooner taught again."
+        sentence += sooner if rank > _GOES_WITH else "."
 
     def draw(path: Path) -> None:
         figure = Figure(figsize=(11.5, 3.8), layout="constrained")
@@ -462,7 +467,7 @@ def run(
 ) -> None:
     """Makes the runs that the named checks need on these tasks and that are not in `own` yet."""
     for task in tasks:
-        cases = functools.cache(functools.partial(plan.make_case, task, means=means))
+        cases = functools.lru_cache(1)(functools.partial(plan.make_case, task, means=means))
         setting = Setting(task, rows, own, means.quick, seeds, cases)
         for name in names:
             CHECKS[name](setting)

@@ -138,10 +138,21 @@ def keys(
                 yield {**key, **asdict(schedule)}
 
 
-def is_of_plan(row: Row, quick: bool) -> bool:
-    """Whether a run is one that the plan has, and not of an earlier plan."""
-    plan = budget(row["task"], quick)
-    return row["steps"] == plan.steps and schedule_of(row) in plan.sweep
+def of_tables_and_choice(rows: Sequence[Row], quick: bool) -> tuple[list[Row], list[Row]]:
+    """The runs of the tables and those that the default is chosen by.
+
+    Runs of an earlier plan, with other steps or another sweep, are in neither.
+    """
+    plans = {task: budget(task, quick) for task in {row["task"] for row in rows}}
+    planned = [
+        row
+        for row in rows
+        if row["steps"] == plans[row["task"]].steps and schedule_of(row) in plans[row["task"]].sweep
+    ]
+    return (
+        [row for row in planned if row["seed"] not in CHOICE_SEEDS],
+        [row for row in planned if row["seed"] in CHOICE_SEEDS],
+    )
 
 
 def schedule_of(row: Row) -> Schedule:

@@ -139,7 +139,8 @@ def unlearned(
             turned["update"] += torch.tensor(list(last.conflicts.values())).float()
         if number in measured:
             curve.append({"step": number, **measure(case, model, case.groups)})
-    rates = {f"{what} conflicts": (n / steps).tolist() for what, n in turned.items()}
+    taken = max(steps - skipped, 1)
+    rates = {f"{what} conflicts": (n / taken).tolist() for what, n in turned.items()}
     places = sorted({0, *(m - 1 for m in measured)})
     return model, {
         "curve": [{k: round(v, 5) for k, v in point.items()} for point in curve],

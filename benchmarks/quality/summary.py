@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 
-from mollm.evaluation.metrics import bootstrap_interval, mean
-from mollm.methods.common_descent import COMMON_DESCENT
-from quality.plan import Schedule, schedule_of
+from mollm.methods.common_descent import COMMON_DESCENT, MOLLM
+from quality.plan import CANDIDATES, Schedule, schedule_of
 from quality.runs import Row
 
+DEFAULT = MOLLM.name
 Point = tuple[float, float]
 
 
@@ -60,13 +61,24 @@ def of_methods(rows: Sequence[Row], task: str) -> dict[str, list[Row]]:
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
-    """The 95% bootstrap interval of the mean over seeds; None for a single seed."""
-    return list(bootstrap_interval(mean, values)) if len(values) > 1 else None
+    """Student's 95% interval of the mean over seeds; None for a single seed.
+
+    A bootstrap of so few values would hardly ever leave their range, and be too narrow.
+    """
+    if len(values) < 2:
+        return None
+    middle, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    reach = float(student.ppf(0.975, len(values) - 1)) * error
+    return [middle - reach, middle + reach]
 
 
 def table(rows: Sequence[Row], task: str) -> list[Row]:
     """A line for each method, best first. Shares are means over seeds, seconds the median."""
     lines = []
+    rates: dict[str, set[float]] = {}
+    for row in rows:
+        if row["task"] == task:
+            rates.setdefault(row["method"], set()).add(row["lr"])
     for name, runs in of_methods(rows, task).items():
         areas = [score(run) for run in runs]
 
@@ -86,6 +98,8 @@ def table(rows: Sequence[Row], task: str) -> list[Row]:
                 "update conflicts": average(lambda r: statistics.mean(r["update conflicts"])),
                 "gap": [average(lambda r: r["gaps"][0]), average(lambda r: r["gaps"][-1])],
                 "lr": runs[0]["lr"],
+                "warmup": schedule_of(runs[0]).warmup,
+                "edge": runs[0]["lr"] in (min(rates[name]), max(rates[name])),
                 "seconds": statistics.median(run["seconds"] for run in runs),
                 "seeds": len(runs),
                 "figures": figures_of(runs),
@@ -95,10 +109,10 @@ def table(rows: Sequence[Row], task: str) -> list[Row]:
 
 
 def figures_of(runs: Sequence[Row]) -> dict[str, float]:
-    """The means of the task's own figures, such as model utility, where all runs have them."""
+    """The medians of the task's own figures, such as model utility, where all runs have them."""
     ends = [run.get("end", {}).get("figures", {}) for run in runs]
     return {
-        name: round(statistics.mean(end[name] for end in ends), 4)
+        name: round(statistics.median(end[name] for end in ends), 4)
         for name in ends[0]
         if all(name in end for end in ends)
     }
@@ -110,7 +124,7 @@ def is_ours(method: str) -> bool:
 
 
 def verdict(rows: Sequence[Row], task: str) -> str:
-    """The best of MOLLM's directions against the best of the others, in a sentence.
+    """The package's default against the best of the other methods, in a sentence.
 
     Intervals that overlap leave it open which is better, those of the difference over the same
     seeds tell more: what a seed draws is as hard for the one as for the other.
@@ -120,25 +134,45 @@ def verdict(rows: Sequence[Row], task: str) -> str:
         for name, runs in of_methods(rows, task).items()
     }
     order = sorted(areas, key=lambda name: -statistics.mean(areas[name].values()))
-    best = [next((n for n in order if is_ours(n) is mine), None) for mine in (True, False)]
-    if None in best:
+    other = next((name for name in order if not is_ours(name)), None)
+    if other is None or DEFAULT not in areas:
         return ""
-    ours, other = (areas[name] for name in best if name is not None)
-    shown = [f"{best[i]}, {statistics.mean(a.values()):.3f}" for i, a in enumerate((ours, other))]
-    text = f"Best of MOLLM's directions: {shown[0]}; best of the other methods: {shown[1]}. "
-    gains = [ours[seed] - other[seed] for seed in ours if seed in other]
-    if min(len(ours), len(other), len(gains)) < 2:
-        return f"{text}One seed in common, so no interval."
-    (low, high), (other_low, other_high), (least, most) = (
-        bootstrap_interval(mean, values)
-        for values in (list(ours.values()), list(other.values()), gains)
-    )
-    apart = low > other_high or other_low > high
-    return (
-        f"{text}Their intervals {'do not overlap' if apart else 'overlap'}; the difference over "
-        f"the same {len(gains)} seeds is {statistics.mean(gains):+.3f} ({least:+.3f} to "
-        f"{most:+.3f})."
-    )
+    means = {name: f"{name}, {statistics.mean(areas[name].values()):.3f}" for name in order}
+    text = f"The package's default: {means[DEFAULT]}; best of the other methods: {means[other]}. "
+    mine, theirs = areas[DEFAULT], areas[other]
+    gains = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    known = [interval(list(values)) for values in (mine.values(), theirs.values(), gains)]
+    if any(found is None for found in known):
+        text += "One seed in common, so no interval."
+    else:
+        (low, high), (other_low, other_high), (least, most) = (found or () for found in known)
+        apart = low > other_high or other_low > high
+        text += (
+            f"Their intervals {'do not overlap' if apart else 'overlap'}; the difference over the "
+            f"same {len(gains)} seeds is {statistics.mean(gains):+.3f} ({least:+.3f} to "
+            f"{most:+.3f})."
+        )
+    first = next(name for name in order if is_ours(name))
+    return text if first == DEFAULT else f"{text} Best of MOLLM's directions here: {means[first]}."
+
+
+def choice(rows: Sequence[Row]) -> list[Row]:
+    """The hypervolume of each candidate for the default on each task, best mean first.
+
+    Candidates that have not been run on every task are left out.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    areas = {task: {line["method"]: line for line in table(rows, task)} for task in tasks}
+    lines = []
+    for name in CANDIDATES:
+        if all(name in areas[task] for task in tasks) and tasks:
+            each = {task: areas[task][name]["hypervolume"] for task in tasks}
+            conflicts = [areas[task][name]["update conflicts"] for task in tasks]
+            whole = {"mean": statistics.mean(each.values())}
+            lines.append(
+                {"method": name, **each, **whole, "update conflicts": statistics.mean(conflicts)}
+            )
+    return sorted(lines, key=lambda line: -line["mean"])
 
 
 def printable(line: Row) -> Row:
@@ -153,15 +187,15 @@ def printable(line: Row) -> Row:
     shown["gap"] = "→".join(f"{gap:.2f}" for gap in line["gap"])
     for name, value in line["figures"].items():
         shown[name.replace("_", " ")] = f"{value:.3g}"
-    return {**shown, "lr": f"{line['lr']:g}", "s": f"{line['seconds']:.2g}"}
+    lr = f"{line['lr']:g}{'*' * line['edge']}{' w' * bool(line['warmup'])}"
+    return {**shown, "lr": lr, "s": f"{line['seconds']:.2g}"}
 
 
-def markdown(lines: Sequence[Row]) -> str:
-    """A Markdown table."""
-    shown: list[dict[str, Any]] = [printable(line) for line in lines]
-    columns = list(dict.fromkeys(column for line in shown for column in line))
+def markdown(lines: Sequence[dict[str, str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    columns = list(dict.fromkeys(column for line in lines for column in line))
     rows = [columns, ["---", *["---:"] * (len(columns) - 1)]]
-    rows += [[line.get(column, "") for column in columns] for line in shown]
+    rows += [[line.get(column, "") for column in columns] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
