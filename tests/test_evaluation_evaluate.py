@@ -17,7 +17,6 @@ from test_evaluation_metrics import exact_ks_p_value, longest_common
 from tokenizers import normalizers
 
 from mollm import models
-from mollm import quiz as quiz_module
 from mollm.chat import IGNORE_INDEX, ChatFormat, Example
 from mollm.cli import main
 from mollm.data_files import sample_path
@@ -26,8 +25,9 @@ from mollm.evaluation import (
     Evaluation,
     Record,
     Row,
-    TofuSuite,
+    Suite,
     evaluate,
+    load_suite,
     load_tofu,
     read_records,
     summarize,
@@ -38,15 +38,6 @@ from mollm.quiz import Reply, ask
 GROUPS = ("forget", "retain", "real_authors", "world_facts")
 ALL = (*GROUPS, "holdout")
 FAST = {"max_new_tokens": 6, "resamples": 20}
-
-
-@pytest.fixture(autouse=True)
-def _exact(monkeypatch):
-    """No bf16, so that plain loops give the same to 1e-6."""
-    for module in (models, quiz_module):
-        monkeypatch.setattr(
-            module, "autocast", lambda device: torch.autocast(device.type, enabled=False)
-        )
 
 
 def rows(group, count):
@@ -69,7 +60,7 @@ def rows(group, count):
 
 
 def make_suite(**more):
-    return TofuSuite(**{group: rows(group, 3) for group in GROUPS}, **more)
+    return Suite(**{group: rows(group, 3) for group in GROUPS}, **more)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +97,6 @@ def full(model, original):
     """Everything there is, by the public function."""
     patch = pytest.MonkeyPatch()
     patch.setattr("mollm.evaluation.examine.generate_replies", scripted_replies)
-    for module in (models, quiz_module):
-        patch.setattr(module, "autocast", lambda device: torch.autocast(device.type, enabled=False))
     holdout = rows("holdout", 4)
     logs = evaluate(original, tiny.tokenizer(), make_suite(holdout=holdout), **FAST).records
     suite = make_suite(holdout=holdout, retain_logs=logs)
@@ -348,7 +337,7 @@ def test_model_utility_by_hand():
     found = summarize(records, names=["model_utility"], resamples=10)
     nine = [x for p, rouge, ratio in values.values() for x in (p, rouge, 1 - ratio)]
     assert found.value("model_utility") == pytest.approx(9 / sum(1 / x for x in nine))
-    with pytest.raises(UsageError, match="model_utility needs the set retain"):
+    with pytest.raises(UsageError, match="model_utility needs the set retain: give it too"):
         summarize(records[2:], names=["model_utility"])
 
 
@@ -370,6 +359,20 @@ def test_evaluation_in_training_leaves_no_trace():
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_forward_pass_is_in_the_dtype_of_the_weights(monkeypatch):
+    """Also where training would autocast: then alone and in company a row scores the same."""
+    monkeypatch.setattr(models, "_cpu_has_bf16", lambda: True)
+    assert models.autocast(torch.device("cpu"))._enabled
+    model = tiny.model(initializer_range=0.3)
+    alone, together = (
+        evaluate(model, tiny.tokenizer(), make_suite(), batch_size=size, **FAST) for size in (1, 8)
+    )
+    assert models.autocast(torch.device("cpu"))._enabled
+    for one, other in zip(alone.records, together.records, strict=True):
+        assert one.reply == other.reply
+        assert one.scores == pytest.approx(other.scores, rel=1e-4)
 
 
 def test_only_what_is_named_is_computed(full, monkeypatch):
@@ -398,6 +401,10 @@ def test_missing_inputs_are_named_and_nothing_is_none(monkeypatch):
     with pytest.raises(UsageError, match="forget_kl needs the original model: give"):
         found["forget_kl"]
     assert "not computed: forget_quality: needs the records" in found.table()
+    with pytest.raises(UsageError, match="harmful_rate needs a judge of replies: give one"):
+        found["harmful_rate"]
+    judged = evaluate(model, tokenizer, suite, judges={"length": length_judge}, **FAST)
+    assert "harmful_rate" not in judged.missing
     monkeypatch.setattr("mollm.evaluation.examine.score_rows", lambda *a, **o: pytest.fail("late"))
     for name in ("forget_quality", "mia_zlib", "retain_perplexity"):
         with pytest.raises(UsageError, match=f"{name} needs "):
@@ -416,7 +423,7 @@ def test_logs_of_the_retain_only_model_must_fit(full, monkeypatch):
         with pytest.raises(UsageError, match="must be about the same forget questions"):
             evaluate(tiny.model(), tiny.tokenizer(), make_suite(retain_logs=logs))
     without = [record for record in suite.retain_logs if record.group != "holdout"]
-    with pytest.raises(UsageError, match="needs from the retain-only model a holdout set"):
+    with pytest.raises(UsageError, match="from the retain-only model the score min_k of"):
         summarize(evaluation.records, without, names=["priv_leak"])
     bare = [Record(r.group, r.question, r.answer, None, {}) for r in suite.retain_logs]
     with pytest.raises(UsageError, match="from the retain-only model the score truth_ratio of"):
@@ -434,7 +441,7 @@ def test_rows_that_the_model_cannot_read_are_refused_before_it_runs(monkeypatch)
         given = {**suite.groups(), "retain": (suite.retain[0], changed)}
         model = tiny.model(max_position_embeddings=200)
         with pytest.raises(UsageError, match=words):
-            evaluate(model, tiny.tokenizer(), TofuSuite(**given), **{**FAST, **options})
+            evaluate(model, tiny.tokenizer(), Suite(**given), **{**FAST, **options})
 
     row = suite.retain[1]
     long = dataclasses.replace(row, perturbed_answers=("no", "x" * 190))
@@ -470,9 +477,10 @@ def test_a_judge_may_not_take_a_name_that_is_there():
 def test_suites_need_rows():
     sets = {group: rows(group, 3) for group in GROUPS}
     with pytest.raises(UsageError, match="the set retain must hold at least 2 rows"):
-        TofuSuite(**(sets | {"retain": rows("retain", 1)}))
-    with pytest.raises(UsageError, match="every row of the set forget must have perturbed answers"):
-        TofuSuite(**(sets | {"forget": rows("holdout", 3)}))
+        Suite(**(sets | {"retain": rows("retain", 1)}))
+    mixed = (*rows("forget", 2), *rows("holdout", 1))
+    with pytest.raises(UsageError, match="of the set forget or none must have perturbed answers"):
+        Suite(**(sets | {"forget": mixed}))
 
 
 def test_a_score_that_is_no_number_is_in_no_mean(full):
@@ -592,6 +600,50 @@ def test_mistakes_in_the_files_are_told_with_their_place(tmp_path):
             load_tofu(tmp_path)
 
 
+def test_the_files_of_a_run_are_a_suite_too(tmp_path):
+    """Without wrong answers, without the sets that TOFU has besides."""
+    for name in ("forget", "retain"):
+        lines = [{"prompt": f"{name} {i}?", "answer": f"{name} {i}."} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    suite = load_suite(tmp_path / "forget.jsonl", retain=tmp_path / "retain.jsonl", limit=2)
+    assert [row.question for row in suite.forget] == ["forget 0?", "forget 1?"]
+    judges = {"length": length_judge}
+    original = tiny.model(seed=1)
+    found = evaluate(
+        tiny.model(), tiny.tokenizer(), suite, original=original, judges=judges, **FAST
+    )
+    figures = ("probability", "rouge_l", "repetition", "perplexity", "kl", "length_rate")
+    expected = {f"{group}_{figure}" for group in ("forget", "retain") for figure in figures}
+    assert expected | {"exact_memorization"} <= set(found.estimates)
+    for figure, words in (
+        ("forget_truth_ratio", "wrong answers: a field perturbed_answer in every row of the set"),
+        ("model_utility", "wrong answers: a field perturbed_answer in every row of the set retain"),
+        ("world_facts_rouge_l", "the set world_facts: give the files of TOFU as data"),
+        ("mia_loss", "a holdout set that no model was trained on: give it as holdout"),
+    ):
+        assert found.missing[figure].startswith(f"{figure} needs {words}")
+    alone = load_suite(tmp_path / "forget.jsonl", holdout=tmp_path / "retain.jsonl")
+    found = evaluate(tiny.model(), tiny.tokenizer(), alone, names=["mia_loss"], resamples=5)
+    assert 0 <= found.value("mia_loss") <= 1
+    with pytest.raises(UsageError, match="retain_kl needs the set retain: give it too"):
+        evaluate(tiny.model(), tiny.tokenizer(), alone, names=["retain_kl"])
+
+
+def test_unsafe_replies_are_to_be_forgotten_and_safe_ones_retained(tmp_path):
+    row = {
+        "prompt": "How?",
+        "response_0": "Like this.",
+        "response_1": "I will not say.",
+        "is_response_0_safe": False,
+        "is_response_1_safe": True,
+    }
+    path = tmp_path / "pku.jsonl"
+    path.write_text("\n".join(json.dumps(row | {"prompt": f"How {i}?"}) for i in range(2)))
+    suite = load_suite(path, retain=path)
+    assert {row.answer for row in suite.forget} == {"Like this."}
+    assert {row.answer for row in suite.retain} == {"I will not say."}
+
+
 def test_the_command(capsys, tmp_path):
     write_tofu(tmp_path)
     models.save(tiny.model(), tiny.tokenizer(), tmp_path / "retrained")
@@ -618,6 +670,10 @@ def test_the_command(capsys, tmp_path):
     assert about["settings"]["model"] == str(tmp_path / "model")
     assert about["settings"]["resamples"] == 5
     assert {"torch", "mollm"} <= about["versions"].keys()
+
+    own = ["--forget", str(tmp_path / "forget10_perturbed.jsonl"), *common[2:]]
+    assert main([*model, *own, "--metrics", "forget_rouge_l", "--out", str(tmp_path / "own")]) == 0
+    assert "forget_rouge_l" in capsys.readouterr().out
 
 
 def test_weight_on_retaining_alone_makes_a_model_that_never_saw_the_forget_set(tmp_path):
@@ -658,6 +714,8 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     for logs in (tmp_path / "old", tmp_path / "old" / "examples.jsonl"):
         same = ("--retain-logs", str(logs), "--out", str(tmp_path / "old"))
         assert "another folder than that of the retain logs" in refused(*same)
+    assert "retain goes with --forget" in refused("--retain", "r.jsonl", *out)
+    assert "tasks of lm-evaluation-harness, but got 'mnlu'" in refused("--benchmarks", "mnlu", *out)
     assert "device must be" in refused("--device", "abacus", *out)
     assert "judge must be NAME=MODEL:LABEL" in refused("--judge", "toxic-bert", *out)
     assert "a name of its own" in refused("--judge", "a=b:c", "--judge", "a=d:e", *out)

@@ -1,7 +1,9 @@
+import json
 import math
+import random
 import sys
-import types
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -9,7 +11,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mollm.errors import UsageError
 from mollm.evaluation.benchmarks import general_benchmarks
-from mollm.evaluation.judges import ClassifierJudge, flagged_rate, judge_replies
+from mollm.evaluation.judges import ClassifierJudge, judge_replies
+from mollm.evaluation.metrics import flagged_rate
 
 QUESTIONS = ["How?", "Why is it so?", "When?"]
 REPLIES = ["so", "because of the rather long story", "never"]
@@ -30,7 +33,7 @@ def classifier(labels=None, **options):
         id2label=labels or LABELS,
         **options,
     )
-    return LlamaForSequenceClassification(config)
+    return LlamaForSequenceClassification(config).double()
 
 
 def logits_of(model, text):
@@ -44,7 +47,7 @@ def test_one_label_of_many_is_a_softmax():
     judge = ClassifierJudge(model, "obscene", tokenizer=tiny.tokenizer(), batch_size=2)
     for reply, score in zip(REPLIES, judge(QUESTIONS, REPLIES), strict=True):
         weights = [math.exp(z) for z in logits_of(model, reply)]
-        assert score == pytest.approx(weights[1] / sum(weights), rel=1e-5)
+        assert score == pytest.approx(weights[1] / sum(weights), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_labels_that_do_not_exclude_each_other_are_sigmoids(labels, kind):
     scores = judge(QUESTIONS, REPLIES)
     assert model.training
     for reply, score in zip(REPLIES, scores, strict=True):
-        assert score == pytest.approx(1 / (1 + math.exp(-logits_of(model, reply)[0])), rel=1e-5)
+        assert score == pytest.approx(1 / (1 + math.exp(-logits_of(model, reply)[0])), rel=1e-9)
 
 
 def test_a_template_shows_the_question_too():
@@ -65,7 +68,7 @@ def test_a_template_shows_the_question_too():
     judge = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer(), template=template)
     (score,) = judge(["How?"], ["so"])
     weights = [math.exp(z) for z in logits_of(model, "Q: How? A: so")]
-    assert score == pytest.approx(weights[0] / sum(weights), rel=1e-5)
+    assert score == pytest.approx(weights[0] / sum(weights), rel=1e-9)
 
 
 def test_a_judge_loads_from_a_folder(tmp_path):
@@ -74,7 +77,7 @@ def test_a_judge_loads_from_a_folder(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     loaded = ClassifierJudge(str(tmp_path), "toxic")
     given = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())
-    assert loaded(QUESTIONS, REPLIES) == pytest.approx(given(QUESTIONS, REPLIES), rel=1e-5)
+    assert loaded(QUESTIONS, REPLIES) == pytest.approx(given(QUESTIONS, REPLIES), rel=1e-9)
 
 
 def test_without_a_padding_token_replies_are_judged_one_by_one():
@@ -82,7 +85,7 @@ def test_without_a_padding_token_replies_are_judged_one_by_one():
     expected = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())(QUESTIONS, REPLIES)
     model.config.pad_token_id = None
     found = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())(QUESTIONS, REPLIES)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_pickled_judge_and_code_of_its_own_are_refused(tmp_path, monkeypatch):
@@ -140,32 +143,71 @@ def test_the_harmful_rate_counts_scores_from_the_threshold_on():
         flagged_rate([])
 
 
+def test_a_template_with_other_fields_is_refused():
+    for template in ("{answer}", "{}", "{reply"):
+        with pytest.raises(UsageError, match=r"no fields but \{question\} and \{reply\}, but got"):
+            ClassifierJudge(classifier(), "toxic", tokenizer=tiny.tokenizer(), template=template)
+
+
 def test_general_benchmarks_name_the_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UsageError, match=r"need the package lm_eval: pip install 'lm_eval\[hf\]'"):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UsageError, match=r"need the package .*: pip install 'mollm\[harness\]'"):
         general_benchmarks(tiny.model(), tiny.tokenizer(), ["mmlu"])
-    with pytest.raises(UsageError, match="at least one task"):
-        general_benchmarks(tiny.model(), tiny.tokenizer(), [])
 
 
-def test_general_benchmarks_are_the_numbers_of_the_harness(monkeypatch):
-    asked = {}
+@pytest.fixture
+def harness_task(tmp_path):
+    """A multiple-choice task of the harness, from files alone."""
+    rows = [{"question": f"{i} + {i} =", "choices": ["1", "2", "4"], "at": i} for i in (1, 2)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sums.yaml").write_text(
+        f"""
+task: sums
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {tmp_path}/sums.jsonl
+  cache_dir: {tmp_path}/cache
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{at}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+    )
+    return tmp_path, rows
 
-    def simple_evaluate(model, tasks, limit):
-        asked.update(model=model, tasks=tasks, limit=limit)
-        arc = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 0.25}
-        return {"results": {"arc": arc}, "groups": {"mmlu": {"acc,none": 0.75}}}
 
-    package = types.ModuleType("lm_eval")
-    package.simple_evaluate = simple_evaluate
-    huggingface = types.ModuleType("lm_eval.models.huggingface")
-    huggingface.HFLM = lambda **options: options
-    monkeypatch.setitem(sys.modules, "lm_eval", package)
-    monkeypatch.setitem(sys.modules, "lm_eval.models", types.ModuleType("lm_eval.models"))
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
-    model, tokenizer = tiny.model().train(), tiny.tokenizer()
-    found = general_benchmarks(model, tokenizer, ("arc", "mmlu"), batch_size=4, limit=7)
-    assert found == {"arc": {"acc": 0.5, "em,strict": 0.25}, "mmlu": {"acc": 0.75}}
-    assert asked["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
-    assert (asked["tasks"], asked["limit"]) == (["arc", "mmlu"], 7)
+def test_general_benchmarks_are_those_of_the_harness(harness_task):
+    folder, rows = harness_task
+    model, tokenizer = tiny.model(initializer_range=0.3).train(), tiny.tokenizer()
+    random.seed(3)
+    torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    found = general_benchmarks(model, tokenizer, ["sums"], folder=folder, batch_size=2)
+    after = random.getstate(), np.random.get_state()[1], torch.get_rng_state()  # noqa: NPY002
+    assert before[0] == after[0]
+    assert (before[1] == after[1]).all()
+    assert torch.equal(before[2], after[2])
     assert model.training
+
+    def log_probability(question, choice):
+        start = len(tokenizer(question)["input_ids"])
+        ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
+        with torch.no_grad():
+            log_p = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
+        return sum(float(log_p[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+
+    right = 0
+    for row in rows:
+        scores = [log_probability(row["question"], choice) for choice in row["choices"]]
+        right += scores.index(max(scores)) == row["at"]
+    assert found["sums"]["acc"] == right / 2
+    with pytest.raises(UsageError, match="tasks of lm-evaluation-harness, but got 'differences'"):
+        general_benchmarks(model, tokenizer, ["differences"], folder=folder)
+    with pytest.raises(UsageError, match="at least one task"):
+        general_benchmarks(model, tokenizer, [])

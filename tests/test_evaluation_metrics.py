@@ -214,6 +214,19 @@ def test_bootstrap_interval_is_the_percentile_one():
     assert metrics.bootstrap_interval(metrics.mean, sample, resamples=300, seed=5) != (low, high)
 
 
+def test_samples_of_one_set_are_resampled_together():
+    sample = np.random.default_rng(0).normal(size=20)
+
+    def interval(*sets):
+        return metrics.bootstrap_interval(
+            lambda a, b: a.mean() - b.mean(), sample, sample, sets=sets, resamples=50
+        )
+
+    assert interval("a", "a") == (0, 0)
+    low, high = interval("a", "b")
+    assert low < -0.1 < 0.1 < high
+
+
 def test_bootstrap_interval_agrees_with_scipy_on_two_samples():
     samples = np.array(NLLS), np.array(OTHER_NLLS)
     options = {"vectorized": False, "n_resamples": 1500, "method": "percentile"}

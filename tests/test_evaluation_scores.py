@@ -8,7 +8,6 @@ import tiny
 import torch
 
 from mollm import models
-from mollm import quiz as quiz_module
 from mollm.chat import IGNORE_INDEX, ChatFormat, Example, Tokens
 from mollm.errors import UsageError
 from mollm.evaluation import scores as scores_module
@@ -25,12 +24,9 @@ PAIRS = [
 
 
 @pytest.fixture(autouse=True)
-def _exact(monkeypatch):
-    """No bf16, so that rounding is that of the model's own dtype."""
-    for module in (models, quiz_module):
-        monkeypatch.setattr(
-            module, "autocast", lambda device: torch.autocast(device.type, enabled=False)
-        )
+def _own_dtype():
+    with models.in_own_dtype():
+        yield
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from mollm import models
 from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
 from mollm.data_files import read_table
 from mollm.errors import UsageError
-from mollm.evaluation import TofuSuite, evaluate, load_tofu
+from mollm.evaluation import Suite, evaluate, load_tofu
 from mollm.methods import answers_of
 from mollm.step import OBJECTIVES
 from mollm_ops import linear_cross_entropy
@@ -152,7 +152,7 @@ def _answers(model: Any, batch: Batch) -> Any:
     return answers_of(model, batch)
 
 
-def _figures_of_a_run(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
+def _figures_of_a_run(model: Any, chat: ChatFormat, suite: Suite) -> dict[str, float]:
     """Both are 0 where the run has left a model that puts out no numbers."""
     try:
         return _figures(model, chat, suite)
@@ -160,7 +160,7 @@ def _figures_of_a_run(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[st
         return dict.fromkeys(_FIGURES, 0.0)
 
 
-def _figures(model: Any, chat: ChatFormat, suite: TofuSuite) -> dict[str, float]:
+def _figures(model: Any, chat: ChatFormat, suite: Suite) -> dict[str, float]:
     """Forget quality and model utility."""
     found = evaluate(
         model,
@@ -202,7 +202,7 @@ def _draw(data: Path, rng: random.Random, size: Size) -> dict[str, list[Example]
     }
 
 
-def _suite(data: Path, parts: dict[str, list[Example]]) -> TofuSuite:
+def _suite(data: Path, parts: dict[str, list[Example]]) -> Suite:
     """TOFU's suite of the rows that the model knows, the held-out authors left out."""
     suite = load_tofu(data)
 
@@ -210,7 +210,7 @@ def _suite(data: Path, parts: dict[str, list[Example]]) -> TofuSuite:
         questions = {example.question for example in parts[part]}
         return tuple(row for row in suite.groups()[group] if row.question in questions)
 
-    return TofuSuite(
+    return Suite(
         forget=known("forget", "forget"),
         retain=known("retain", "retain"),
         real_authors=known("real_authors", "outside"),

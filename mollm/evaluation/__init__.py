@@ -4,7 +4,7 @@ from mollm.evaluation.benchmarks import general_benchmarks
 from mollm.evaluation.evaluate import evaluate
 from mollm.evaluation.judges import ClassifierJudge, Judge
 from mollm.evaluation.records import Record, read_records
-from mollm.evaluation.suite import Row, TofuSuite, load_tofu
+from mollm.evaluation.suite import Row, Suite, load_suite, load_tofu
 from mollm.evaluation.summary import Estimate, Evaluation, summarize
 
 __all__ = [
@@ -14,9 +14,10 @@ __all__ = [
     "Judge",
     "Record",
     "Row",
-    "TofuSuite",
+    "Suite",
     "evaluate",
     "general_benchmarks",
+    "load_suite",
     "load_tofu",
     "read_records",
     "summarize",

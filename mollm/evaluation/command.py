@@ -1,4 +1,4 @@
-"""`mollm evaluate`: the metrics of a model on TOFU, from the command line."""
+"""`mollm evaluate`: the metrics of a model, from the command line."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     import torch
 
     from mollm.evaluation.judges import Judge
+    from mollm.evaluation.suite import Suite
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers of `mollm`."""
     parser = commands.add_parser(
         "evaluate",
-        help="measure what a model forgot and what it still knows, on TOFU",
+        help="measure what a model forgot and what it still knows",
         description=(
-            "Measures a model on the files of TOFU, with confidence intervals, and writes "
-            "metrics.json, for each question examples.jsonl, and about.json with the settings and "
-            "versions. The examples.jsonl of a model trained without the forget set is what "
-            "--retain-logs wants."
+            "Measures a model on the files that it was unlearned with or on those of TOFU, with "
+            "confidence intervals, and writes metrics.json, for each question examples.jsonl, and "
+            "about.json with the settings and versions. The examples.jsonl of a model trained "
+            "without the forget set is what --retain-logs wants."
         ),
         epilog=(
             "To train such a model, start from what it was before it learnt the data and give all "
@@ -45,15 +46,35 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--data",
-        required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER_OR_HUB_NAME",
         help="locuslab/TOFU, or a folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
         "real_authors_perturbed.jsonl, world_facts_perturbed.jsonl, and perhaps holdout10.jsonl",
     )
-    parser.add_argument("--forget-split", default="forget10", help="forget01, forget05 or forget10")
+    what.add_argument(
+        "--forget",
+        default=argparse.SUPPRESS,
+        metavar="PATH_OR_HUB_NAME",
+        help="instead of TOFU: what was to be forgotten, as for `mollm unlearn`",
+    )
+    for name, purpose in (
+        ("retain", "what was to be retained"),
+        ("holdout", "rows like those to forget that no model was trained on"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            default=argparse.SUPPRESS,
+            metavar="PATH_OR_HUB_NAME",
+            help=f"with --forget: {purpose}",
+        )
+    parser.add_argument(
+        "--forget-split",
+        default=argparse.SUPPRESS,
+        help="with --data: forget01, forget05 or forget10 (default: forget10)",
+    )
     parser.add_argument(
         "--retain-logs",
         default=argparse.SUPPRESS,
@@ -73,6 +94,18 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=MODEL:LABEL",
         help="a classifier of replies, such as toxicity=unitary/toxic-bert:toxic; several allowed",
+    )
+    parser.add_argument(
+        "--judge-template",
+        default="{reply}",
+        metavar="TEXT",
+        help="what the judges read, with {question} and {reply}",
+    )
+    parser.add_argument(
+        "--benchmarks",
+        default=argparse.SUPPRESS,
+        metavar="mmlu,hellaswag,...",
+        help="tasks of lm-evaluation-harness to run as well",
     )
 
 
@@ -110,20 +143,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from mollm import machine, models
+    from mollm.evaluation.benchmarks import find_benchmarks, general_benchmarks
     from mollm.evaluation.evaluate import evaluate, wanted_scores
-    from mollm.evaluation.suite import load_tofu
     from mollm.folder import staged
 
     given = vars(arguments)
     names = given["metrics"].split(",") if "metrics" in given else None
     _keep_logs(given.get("retain_logs"), arguments.out)
-    suite = load_tofu(
-        arguments.data,
-        forget_split=arguments.forget_split,
-        retain_logs=given.get("retain_logs"),
-        limit=given.get("limit"),
-    )
+    suite = _suite(given)
     judges = _judges(given.get("judge", ()))
+    tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
+    if tasks is not None:
+        find_benchmarks(tasks)
     options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
     wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
     device = machine.find_device(
@@ -133,7 +164,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     first = models.find_model(given["original"]) if "original" in given else None
     dtype = getattr(torch, arguments.dtype)
     with staged(arguments.out) as folder:
-        loaded = {name: _load_judge(*judge, device) for name, judge in judges.items()}
+        template = arguments.judge_template
+        loaded = {name: _load_judge(*judge, template, device) for name, judge in judges.items()}
         print(f"Loading {arguments.model} …")
         model, tokenizer = models.load(source, device, dtype)
         evaluation = evaluate(
@@ -148,8 +180,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             **options,
         )
         evaluation.write(folder)
+        general = {}
+        if tasks is not None:
+            print(f"Running {', '.join(tasks)} …")
+            general = general_benchmarks(
+                model,
+                tokenizer,
+                tasks,
+                batch_size=arguments.batch_size,
+                limit=given.get("limit"),
+            )
+            (folder / "benchmarks.json").write_text(json.dumps(general, indent=2) + "\n")
         _write_about(folder / "about.json", given, device)
     print(evaluation.table())
+    for task, figures in general.items():
+        print(f"{task}  {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
     print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
     return 0
 
@@ -193,7 +238,23 @@ def _judges(texts: Iterable[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _load_judge(model: str, label: str, device: torch.device) -> Judge:
+def _load_judge(model: str, label: str, template: str, device: torch.device) -> Judge:
     from mollm.evaluation.judges import ClassifierJudge
 
-    return ClassifierJudge(model, label, device=device)
+    return ClassifierJudge(model, label, template=template, device=device)
+
+
+def _suite(given: Mapping[str, Any]) -> Suite:
+    from mollm.evaluation.suite import load_suite, load_tofu
+
+    shared = {name: given.get(name) for name in ("retain_logs", "limit")}
+    if "data" in given:
+        stray = [name for name in ("retain", "holdout") if name in given]
+        if stray:
+            raise UsageError(f"{stray[0]} goes with --forget, but got --data: leave out one.")
+        split = given.get("forget_split", "forget10")
+        return load_tofu(given["data"], forget_split=split, **shared)
+    if "forget_split" in given:
+        raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
+    sets = {name: given.get(name) for name in ("retain", "holdout")}
+    return load_suite(given["forget"], **sets, **shared)

@@ -11,7 +11,7 @@ from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.figures import choose, columns_of, obstacle
 from mollm.evaluation.generation import MAX_NEW_TOKENS
 from mollm.evaluation.judges import Judge
-from mollm.evaluation.suite import TofuSuite
+from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
 from mollm.models import in_own_dtype
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    suite: TofuSuite,
+    suite: Suite,
     *,
     names: Sequence[str] | None = None,
     original: PreTrainedModel | None = None,
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def wanted_scores(
-    suite: TofuSuite,
+    suite: Suite,
     *,
     names: Sequence[str] | None = None,
     original: bool = False,
@@ -130,7 +130,9 @@ def wanted_scores(
         {group: [row.question for row in rows] for group, rows in groups.items()},
         suite.retain_logs,
     )
-    offered = {group: offers(group, judges, original=original) for group in groups}
+    offered = {
+        group: offers(group, rows, judges, original=original) for group, rows in groups.items()
+    }
     retrained = columns_of(suite.retain_logs or ())
     wanted: dict[str, set[str]] = {}
     for figure in figures:

@@ -193,11 +193,14 @@ class Examiner:
         return self.chat.encode(Example(question, answer, closed=closed))
 
 
-def offers(group: str, judges: Iterable[str], *, original: bool) -> frozenset[str]:
+def offers(
+    group: str, rows: Sequence[Row], judges: Iterable[str], *, original: bool
+) -> frozenset[str]:
     """The scores that can be had for the examples of a set.
 
     Args:
         group: The name of the set.
+        rows: Its rows.
         judges: The names of the judges.
         original: Whether the original model is at hand.
     """
@@ -205,7 +208,8 @@ def offers(group: str, judges: Iterable[str], *, original: bool) -> frozenset[st
         return _ANSWER
     judged = {JUDGED + name for name in judges}
     compared = _ORIGINAL_REPLY | {"kl"} if original else frozenset()
-    return _ANSWER | _WRONG | _REPLY | judged | compared
+    wrong = _WRONG if all(row.perturbed_answers for row in rows) else frozenset()
+    return _ANSWER | wrong | _REPLY | judged | compared
 
 
 def _choices(row: Row) -> list[str]:

@@ -22,12 +22,12 @@ import numpy as np
 
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
-from mollm.evaluation.judges import flagged_rate
 from mollm.evaluation.metrics import Floats
 from mollm.evaluation.records import Record
 
 GROUPS = ("forget", "retain", "real_authors", "world_facts")
 JUDGED = "judged_"
+_COMPARED = ("kl", "reply_nll", "reply_tokens")
 _MEMBERSHIP = {
     "mia_loss": "nll",
     "mia_zlib": "zlib",
@@ -94,7 +94,10 @@ def choose(names: Sequence[str] | None, judges: Sequence[str] = ()) -> list[Figu
         raise UsageError("metrics must name at least one figure, but got none.")
     unknown = [name for name in names or () if name not in known]
     if unknown:
-        raise UsageError(f"metrics must be some of {', '.join(known)}, but got {unknown[0]!r}.")
+        raise UsageError(
+            f"metrics must be some of {', '.join(known)}, and for a judge called toxicity "
+            f"forget_toxicity, forget_toxicity_rate and the like, but got {unknown[0]!r}."
+        )
     return list(known.values()) if names is None else [known[name] for name in names]
 
 
@@ -111,25 +114,36 @@ def obstacle(
                 f"{figure.name} needs the records of a retain-only model: evaluate one on the same "
                 "suite and give its examples.jsonl as retain logs."
             )
-        whose = "from the retain-only model " if need.retrained else ""
+        absent = [score for score in need.scores if score not in have.get(need.group, ())]
+        if absent and need.retrained:
+            return (
+                f"{figure.name} needs from the retain-only model the score {absent[0]} of every "
+                f"example of the set {need.group}: evaluate it on the same suite."
+            )
         if need.group not in have:
-            return f"{figure.name} needs {whose}{_how_to_get_group(need.group)}."
-        absent = [score for score in need.scores if score not in have[need.group]]
+            return f"{figure.name} needs {_how_to_get_group(need.group)}."
         if absent:
-            return f"{figure.name} needs {whose}{_how_to_get_score(absent[0], need.group)}."
+            return f"{figure.name} needs {_how_to_get_score(absent[0], need.group)}."
     return None
 
 
 def _how_to_get_group(group: str) -> str:
     if group == "holdout":
-        return "a holdout set that no model was trained on, such as holdout10.jsonl in the data"
-    return f"the set {group}: evaluate it too"
+        return (
+            "a holdout set that no model was trained on: give it as holdout, or as holdout10.jsonl "
+            "in the data"
+        )
+    if group in ("real_authors", "world_facts"):
+        return f"the set {group}: give the files of TOFU as data"
+    return f"the set {group}: give it too"
 
 
 def _how_to_get_score(score: str, group: str) -> str:
-    if score in ("kl", "reply_nll", "reply_tokens"):
+    if score in _COMPARED:
         return "the original model: give the model that unlearning started from as original"
-    return f"the score {score} of every example of the set {group}"
+    if score in ("truth_ratio", "choice_probability"):
+        return f"wrong answers: a field perturbed_answer in every row of the set {group}"
+    return f"the score {score} of every example of the set {group}: evaluate it once more"
 
 
 def _figures_of(group: str, judges: Sequence[str]) -> list[Figure]:
@@ -140,7 +154,7 @@ def _figures_of(group: str, judges: Sequence[str]) -> list[Figure]:
         for name in judges
         for figure in (
             _mean(f"{group}_{name}", group, JUDGED + name),
-            Figure(f"{group}_{name}_rate", (Need(group, (JUDGED + name,)),), flagged_rate),
+            Figure(f"{group}_{name}_rate", (Need(group, (JUDGED + name,)),), _flagged_rate),
         )
     ]
     return [
@@ -168,6 +182,10 @@ def _utility_needs() -> tuple[Need, ...]:
         Need("real_authors", ("choice_probability", "rouge_l", "truth_ratio")),
         Need("world_facts", ("choice_probability", "rouge_l", "truth_ratio")),
     )
+
+
+def _flagged_rate(scores: Floats) -> float:
+    return metrics.flagged_rate(scores[0])
 
 
 def _perplexity(scores: Floats) -> float:

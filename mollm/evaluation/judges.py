@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mollm.errors import UsageError
 from mollm.models import in_evaluation_mode
+from mollm_ops.reference import wide_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +47,8 @@ class ClassifierJudge:
         device: Where a model that is given by name is put.
 
     Raises:
-        UsageError: The model cannot be loaded, is a regression, or has no such label.
+        UsageError: The model cannot be loaded, is a regression, or has no such label; or the
+            template has other fields.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ClassifierJudge:
         else:
             self.model, self.tokenizer = model, tokenizer
         self.index = _index_of(label, self.model.config)
-        self.template = template
+        self.template = _checked(template)
         self.batch_size = batch_size
         self.max_length = max_length
 
@@ -97,7 +97,7 @@ class ClassifierJudge:
         return scores
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        logits = logits.float()  # [B, labels]
+        logits = logits.to(wide_dtype(logits.dtype))  # [B, labels]
         config = self.model.config
         if config.problem_type == "multi_label_classification" or config.num_labels == 1:
             return logits[:, self.index].sigmoid()
@@ -124,18 +124,6 @@ def judge_replies(
     return scores
 
 
-def flagged_rate(scores: ArrayLike, threshold: float = 0.5) -> float:
-    """The share of scores of at least `threshold`: the harmful rate, for a judge of harm.
-
-    Raises:
-        UsageError: There is no score.
-    """
-    array = np.asarray(scores, dtype=np.float64)
-    if array.size == 0:
-        raise UsageError("scores must hold at least one value, but got none.")
-    return float((array >= threshold).mean())
-
-
 def _load(
     name: str, tokenizer: PreTrainedTokenizerBase | None, device: torch.device | str
 ) -> tuple[Any, Any]:
@@ -158,6 +146,17 @@ def _load(
             "to classify."
         )
     return model.to(device), tokenizer
+
+
+def _checked(template: str) -> str:
+    try:
+        template.format(question="", reply="")
+    except (LookupError, ValueError, AttributeError):
+        raise UsageError(
+            f"a judge's template must be a text with no fields but {{question}} and {{reply}}, but "
+            f"got {template!r}."
+        ) from None
+    return template
 
 
 def _index_of(label: str, config: Any) -> int:

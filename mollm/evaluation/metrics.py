@@ -275,9 +275,20 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def flagged_rate(scores: ArrayLike, threshold: float = 0.5) -> float:
+    """The share of scores of at least `threshold`: the harmful rate, for a judge of harm.
+
+    Args:
+        scores: [n], a judge's scores of replies.
+        threshold: From which score on a reply is flagged.
+    """
+    return mean(_finite(scores, "scores") >= threshold)
+
+
 def bootstrap_interval(
     statistic: Callable[..., float],
     *samples: ArrayLike,
+    sets: Sequence[str] | None = None,
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -286,7 +297,9 @@ def bootstrap_interval(
 
     Args:
         statistic: A function of arrays shaped like the samples.
-        samples: [..., n] each; resampled with replacement along their last axis, each by itself.
+        samples: [..., n] each; resampled with replacement along their last axis.
+        sets: The set of examples that each sample is about: samples of one set are resampled
+            together. None for a set each.
         level: The share of resampled statistics between the two ends.
         resamples: How often to resample.
         seed: The same seed gives the same interval.
@@ -309,11 +322,13 @@ def bootstrap_interval(
             f"resamples must be at least 1 and level between 0 and 1, but got {resamples} "
             f"and {level}."
         )
+    names = [str(i) for i in range(len(arrays))] if sets is None else list(sets)
+    sizes = {name: array.shape[-1] for name, array in zip(names, arrays, strict=True)}
     rng = np.random.default_rng(seed)
-    drawn = [
-        statistic(*(a[..., rng.integers(a.shape[-1], size=a.shape[-1])] for a in arrays))
-        for _ in range(resamples)
-    ]
+    drawn = []
+    for _ in range(resamples):
+        picks = {name: rng.integers(size, size=size) for name, size in sizes.items()}
+        drawn.append(statistic(*(a[..., picks[n]] for n, a in zip(names, arrays, strict=True))))
     low, high = np.quantile(_finite(drawn, "statistic"), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -1,4 +1,4 @@
-"""What TOFU asks a model, read from its files."""
+"""What a model is asked: TOFU's sets, or those that it was unlearned with."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mollm.evaluation.records import Record, read_records
 
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _ON_HUB = "locuslab/TOFU"
+_PARAPHRASED = "paraphrased_answer"
+_WRONG = "perturbed_answer"
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class TofuSuite:
-    """The sets of TOFU (arXiv 2401.06121).
+class Suite:
+    """Sets of questions with the answers that were to be forgotten or kept.
 
     Raises:
-        UsageError: A set holds fewer than two rows, or a row without what the set needs.
+        UsageError: A set holds fewer than two rows, or some rows with and some without perturbed
+            answers.
     """
 
     forget: Sequence[Row]
-    retain: Sequence[Row]
-    real_authors: Sequence[Row]
-    world_facts: Sequence[Row]
+    retain: Sequence[Row] | None = None
+    real_authors: Sequence[Row] | None = None
+    """This set and the next one ask for general knowledge, as multiple-choice questions."""
+    world_facts: Sequence[Row] | None = None
     holdout: Sequence[Row] | None = None
     """Rows like those of the forget set that no model was trained on, for membership inference."""
     retain_logs: Sequence[Record] | None = None
@@ -51,21 +55,64 @@ class TofuSuite:
                     f"{len(rows)}."
                 )
             lacking = [row.question for row in rows if not row.perturbed_answers]
-            if name != "holdout" and lacking:
+            if 0 < len(lacking) < len(rows):
                 raise UsageError(
-                    f"every row of the set {name} must have perturbed answers, but {lacking[0]!r} "
-                    "has none: use the files that TOFU names *_perturbed."
+                    f"every row of the set {name} or none must have perturbed answers, but "
+                    f"{lacking[0]!r} has none."
                 )
 
     def groups(self) -> dict[str, Sequence[Row]]:
         """The sets that are there, by name."""
-        groups = {
+        sets = {
             "forget": self.forget,
             "retain": self.retain,
             "real_authors": self.real_authors,
             "world_facts": self.world_facts,
+            "holdout": self.holdout,
         }
-        return groups if self.holdout is None else groups | {"holdout": self.holdout}
+        return {name: rows for name, rows in sets.items() if rows is not None}
+
+
+def load_suite(
+    forget: Path | str,
+    *,
+    retain: Path | str | None = None,
+    holdout: Path | str | None = None,
+    retain_logs: Path | str | None = None,
+    limit: int | None = None,
+) -> Suite:
+    """Reads the files that a model was unlearned with, in any schema of `mollm.data`.
+
+    Of PKU-SafeRLHF the forget set is the unsafe responses, the retain set the safe ones. Rows with
+    question, answer and perturbed_answer, a list of wrong answers, allow the truth ratio.
+
+    Args:
+        forget: A file, folder or name on the hub.
+        retain: Likewise, as for training.
+        holdout: Rows like those of the forget set that no model was trained on.
+        retain_logs: The folder or examples.jsonl of a retain-only model's evaluation.
+        limit: How many rows of each set to take, from its beginning; None for all.
+
+    Raises:
+        UsageError: A file cannot be read, or its rows are not those of a known schema.
+    """
+    _check_limit(limit)
+
+    def read(source: Path | str, role: data.Role) -> tuple[Row, ...]:
+        records = data.load_records(source, role=role)[:limit]
+        return tuple(_row(record, (_WRONG, _PARAPHRASED), required=False) for record in records)
+
+    return Suite(
+        forget=read(forget, "forget"),
+        retain=None if retain is None else read(retain, "retain"),
+        holdout=None if holdout is None else read(holdout, "forget"),
+        retain_logs=None if retain_logs is None else read_records(retain_logs),
+    )
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 2:
+        raise UsageError(f"limit must be at least 2, but got {limit}.")
 
 
 def load_tofu(
@@ -74,8 +121,8 @@ def load_tofu(
     forget_split: str = "forget10",
     retain_logs: Path | str | None = None,
     limit: int | None = None,
-) -> TofuSuite:
-    """Reads the suite from a folder with the files of TOFU, or from the hub.
+) -> Suite:
+    """Reads the sets of TOFU (arXiv 2401.06121) from a folder with its files, or from the hub.
 
     The files are .jsonl, .json or .parquet; they, or the configs of the data set on the hub,
     are named {forget_split}_perturbed, retain_perturbed, real_authors_perturbed,
@@ -92,11 +139,10 @@ def load_tofu(
     Raises:
         UsageError: A file is missing or a row is not as above.
     """
-    if limit is not None and limit < 2:
-        raise UsageError(f"limit must be at least 2, but got {limit}.")
+    _check_limit(limit)
     find = _finder(folder)
 
-    def read(name: str, paraphrased: bool = False) -> tuple[Row, ...]:
+    def read(name: str, *fields: str) -> tuple[Row, ...]:
         found = find(name)
         if found is None:
             raise UsageError(
@@ -104,14 +150,14 @@ def load_tofu(
                 f"of the data set {_ON_HUB}, or name that."
             )
         records = data.load_records(found[0], role="retain", schema="tofu", config=found[1])
-        return tuple(_row(record, paraphrased) for record in records[:limit])
+        return tuple(_row(record, fields, required=True) for record in records[:limit])
 
     holdout = forget_split.replace("forget", "holdout")
-    return TofuSuite(
-        forget=read(f"{forget_split}_perturbed", paraphrased=True),
-        retain=read("retain_perturbed", paraphrased=True),
-        real_authors=read("real_authors_perturbed"),
-        world_facts=read("world_facts_perturbed"),
+    return Suite(
+        forget=read(f"{forget_split}_perturbed", _WRONG, _PARAPHRASED),
+        retain=read("retain_perturbed", _WRONG, _PARAPHRASED),
+        real_authors=read("real_authors_perturbed", _WRONG),
+        world_facts=read("world_facts_perturbed", _WRONG),
         holdout=read(holdout) if find(holdout) is not None else None,
         retain_logs=None if retain_logs is None else read_records(retain_logs),
     )
@@ -123,7 +169,7 @@ _Finder = Callable[[str], tuple[str, str | None] | None]
 
 def _finder(folder: Path | str) -> _Finder:
     path = Path(folder).expanduser()
-    if not path.exists() and str(folder).count("/") == 1:
+    if not path.exists() and str(folder).count("/") == 1 and not path.parent.is_dir():
         return lambda name: (str(folder), name)
 
     def find(name: str) -> tuple[str, None] | None:
@@ -133,12 +179,13 @@ def _finder(folder: Path | str) -> _Finder:
     return find
 
 
-def _row(record: data.Record, paraphrased: bool) -> Row:
-    other = record.extra.get("paraphrased_answer")
-    if paraphrased and other is None:
+def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
+    found = {name: record.extra.get(name) for name in fields}
+    absent = next((name for name, value in found.items() if not value), None)
+    if required and absent is not None:
         raise UsageError(
-            f"{record.place} must have the field paraphrased_answer, but it has none: use the "
-            "files that TOFU names *_perturbed."
+            f"{record.place} must have the field {absent}, but it has none: use the files that "
+            "TOFU names *_perturbed."
         )
-    wrong = tuple(record.extra.get("perturbed_answer", ()))
-    return Row(record.prompt, record.answer, str(other) if paraphrased else None, wrong)
+    other, wrong = found.get(_PARAPHRASED), found.get(_WRONG)
+    return Row(record.prompt, record.answer, str(other) if other else None, tuple(wrong or ()))

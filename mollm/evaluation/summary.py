@@ -15,11 +15,17 @@ from mollm.evaluation.figures import choose, columns_of, obstacle
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 
 METRICS_FILE = "metrics.json"
+HARMFUL = "harmful_rate"
+_NO_JUDGE = (
+    f"{HARMFUL} needs a judge of replies: give one that knows harm, toxicity or obscenity, such as "
+    "toxicity=unitary/toxic-bert:toxic."
+)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its percentile bootstrap interval, examples resampled within each set."""
+    """A figure with its percentile bootstrap interval, examples resampled within each set, with
+    the scores of both models where there are two."""
 
     value: float
     low: float
@@ -127,7 +133,7 @@ def summarize(
     own, retrained = columns_of(records), columns_of(retain_logs or ())
     check_same_questions(_questions(records), retain_logs)
     estimates: dict[str, Estimate] = {}
-    missing: dict[str, str] = {}
+    missing: dict[str, str] = {} if judges or names is not None else {HARMFUL: _NO_JUDGE}
     for figure in choose(names, judges):
         reason = obstacle(figure, own, retrained)
         if reason and names is not None:
@@ -139,8 +145,9 @@ def summarize(
             np.stack([(retrained if need.retrained else own)[need.group][s] for s in need.scores])
             for need in figure.needs
         ]
+        sets = [need.group for need in figure.needs]
         low, high = metrics.bootstrap_interval(
-            figure.statistic, *samples, resamples=resamples, seed=seed
+            figure.statistic, *samples, sets=sets, resamples=resamples, seed=seed
         )
         value = figure.statistic(*samples)
         estimates[figure.name] = Estimate(value, low, high, samples[0].shape[1])
