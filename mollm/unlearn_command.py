@@ -395,13 +395,18 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
         trainer.export(folder or out)
         if folder is not None:
             (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
-    original = shlex.quote(str(settings["model"]))
     tell(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
-    tell(
-        f"Next: mollm evaluate --model {shlex.quote(str(out / _MODEL))} --original {original} "
-        "--data FOLDER_WITH_TOFU"
-    )
+    tell(f"Next: {evaluate_line(settings, out)}")
     return 0
+
+
+def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
+    """The command that measures the model of a run."""
+    words = ["mollm", "evaluate", "--model", str(out / _MODEL), "--original", settings["model"]]
+    sets = {name: settings[name] for name in ("forget", "retain")}
+    if not all(isinstance(source, str) for source in sets.values()):
+        return f"{shlex.join(words)} --data FOLDER_WITH_TOFU"
+    return shlex.join([*words, *(word for name in sets for word in (f"--{name}", sets[name]))])
 
 
 def summary(trainer: MOLLMTrainer) -> str:

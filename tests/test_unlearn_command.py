@@ -66,6 +66,11 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
         "model",
     }
     assert len((whole / "history.jsonl").read_text().splitlines()) == 4
+    (following,) = (line for line in told.splitlines() if line.startswith("Next: mollm "))
+    quick = ["--max-new-tokens", "2", "--resamples", "2", "--limit", "2"]
+    command = [*shlex.split(following)[2:], *quick, "--out", str(tmp_path / "evaluation")]
+    assert main(command) == 0
+    assert "forget_probability" in capsys.readouterr().out
 
     # What a run leaves that was killed after its second step: no model, and a half written save.
     assert main(["unlearn", "--config", config, "--out", str(cut)]) == 0
