@@ -42,16 +42,17 @@ def test_sum_is_the_weighted_sum():
     assert rule("sum", preferences=[1, 2, 3])(G).weights.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_pcgrad_against_the_vectors_themselves():
+@pytest.mark.parametrize("preferences", [(1, 1, 1, 1), (0.3, 20, 1, 2)])
+def test_pcgrad_against_the_vectors_themselves(preferences):
     g, G = gram(4, 3)
     total = torch.zeros(3, dtype=torch.float64)
     for i in range(4):
-        h = g[i].clone()
+        h = preferences[i] * g[i]
         for j in range(4):
             if j != i and h @ g[j] < 0:
                 h -= (h @ g[j]) / (g[j] @ g[j]) * g[j]
         total += h
-    torch.testing.assert_close(pcgrad_weights(G, G.new_ones(4)) @ g, total)
+    torch.testing.assert_close(pcgrad_weights(G, G.new_tensor(preferences)) @ g, total)
 
 
 def test_upgrad_equals_torchjd(torchjd):
@@ -69,8 +70,12 @@ def test_mgda_is_no_longer_than_torchjd(torchjd):
         torch.manual_seed(seed)
         g, G = gram(3, 4)
         theirs = torchjd.MGDAWeighting(epsilon=1e-9, max_iters=2000)(G) @ g
-        ours = rule("mgda")(G).weights @ g
+        weights = rule("mgda")(G).weights
+        assert (weights >= 0).all()
+        ours = weights / weights.sum() @ g
         assert float(ours.norm()) <= float(theirs.norm()) * (1 + 1e-9)
+        # The shortest vector of a convex hull is in front of no other one of it.
+        assert (g @ ours >= ours @ ours * (1 - 1e-9)).all()
 
 
 def test_two_objective_pcgrad_equals_torchjd(torchjd):

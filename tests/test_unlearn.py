@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from mollm import models, unlearn
 from mollm.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS, Method
+from mollm.objectives import Objectives
+from mollm.optimizer import MOLLMOptimizer
 from mollm.references import CopyReference
 from mollm.step import OBJECTIVES
 from mollm.unlearn import descend
@@ -62,6 +65,41 @@ def test_every_method_forgets_and_records(method, batches):
             name: record.norms[name] > 1e-6 * max(record.norms.values()) and change >= 0
             for name, change in record.changes.items()
         }
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("ga", (1, 0, 0)),
+        ("graddiff", (1, 0, 1)),
+        ("npo", (1, 0, 1)),
+        ("simnpo", (1 / 8, 0, 1)),
+        ("sum", (1, 20, 1)),
+    ],
+)
+def test_the_step_of_a_weighted_sum_is_that_of_one_loss(method, weights, batches):
+    model = model_that_knows(*batches)
+    reference = CopyReference(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    by_hand = copy.deepcopy(model)
+    chosen = METHODS[method]
+    options = chosen.optimizer_options()
+    optimizer = MOLLMOptimizer(
+        model.parameters(), lr=0.01, objectives=OBJECTIVES, base="sgd", **options
+    )
+    descend(model, reference, optimizer, *batches, forget_loss=chosen.forget_loss)
+    objectives = Objectives(by_hand, reference, chosen.forget_loss)
+    losses = objectives(forget=batches[0], retain=batches[1])
+    sum(w * losses[name] for w, name in zip(weights, OBJECTIVES, strict=True)).backward()
+    before = copy.deepcopy(by_hand)
+    torch.optim.SGD(by_hand.parameters(), lr=0.01).step()
+    moved = [
+        torch.cat([(new - old).flatten() for new, old in zip(m, before.parameters(), strict=True)])
+        for m in (model.parameters(), by_hand.parameters())
+    ]
+    assert float((moved[0] - moved[1]).norm() / moved[1].norm()) < 1e-3
 
 
 def test_the_kl_gradient_is_nothing_but_rounding_at_the_first_step(batches):

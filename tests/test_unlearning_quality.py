@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from scipy import stats
 
 from mollm import facts, models
 from mollm import quiz as quiz_module
@@ -18,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import unlearning_quality  # noqa: E402
-from quality import capitals  # noqa: E402
+from quality import capitals, plan  # noqa: E402
 from quality.endings import round_to_4_bits  # noqa: E402
-from quality.runs import RunFile, method_of  # noqa: E402
-from quality.summary import hypervolume, of_methods, verdict  # noqa: E402
+from quality.runs import RunFile, method_of, share_of_lr  # noqa: E402
+from quality.summary import hypervolume, interval, of_methods, verdict  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -61,15 +62,15 @@ def test_a_run_file_survives_a_line_that_was_cut_off(tmp_path):
 
 def test_variants_of_a_method():
     assert method_of("upgrad-unit+metric").options == {"normalize": True, "metric": "base"}
-    with pytest.raises(ValueError, match="variant must be one of metric, momentum, but got 'x'"):
+    with pytest.raises(ValueError, match="one of metric, momentum, unit, min-norm, but got 'x'"):
         method_of("dual+x")
 
 
 def test_the_verdict_tells_whether_intervals_overlap():
-    def rows(dual):
+    def rows(mollm):
         seeds = range(4)
         others = [run("sum", 1, seed, 0.5 + 0.01 * seed) for seed in seeds]
-        return others + [run("dual", 1, seed, dual + 0.01 * seed) for seed in seeds]
+        return others + [run("mollm", 1, seed, mollm + 0.01 * seed) for seed in seeds]
 
     assert "do not overlap; the difference over the same 4 seeds is +0.400" in verdict(
         rows(0.1), "t"
@@ -80,15 +81,45 @@ def test_the_verdict_tells_whether_intervals_overlap():
     assert "do not overlap; the difference over the same 4 seeds is -0.300" in verdict(
         rows(0.8), "t"
     )
-    assert "One seed" in verdict([run("sum", 1, 0, 0.5), run("dual", 1, 0, 0.5)], "t")
+    better = [run("dual", 1, seed, 0.05) for seed in range(4)]
+    told = verdict([*rows(0.1), *better], "t")
+    assert told.startswith("The package's default: mollm, 0.885; best of the other methods: sum")
+    assert told.endswith("Best of MOLLM's directions here: dual, 0.950.")
+    assert "One seed" in verdict([run("sum", 1, 0, 0.5), run("mollm", 1, 0, 0.5)], "t")
     assert not verdict([run("sum", 1, 0, 0.5)], "t")
 
 
+def test_intervals_over_seeds_are_those_of_student():
+    values = [0.9, 0.95, 0.93, 0.91, 0.97]
+    theirs = stats.ttest_1samp(values, 0).confidence_interval()
+    assert interval(values) == pytest.approx([theirs.low, theirs.high])
+    assert interval([0.9]) is None
+
+
+def test_the_best_schedule_may_have_a_warm_up():
+    warm = [run("a", 2, seed, 0.1) | {"warmup": 3} for seed in (0, 1)]
+    cold = [run("a", lr, seed, 0.5) for lr in (1, 2, 3) for seed in (0, 1)]
+    assert [row["warmup"] for row in of_methods([*cold, *warm], "t")["a"]] == [3, 3]
+    assert [share_of_lr(i, steps=4, warmup=1) for i in range(4)] == [0.5, 1, 2 / 3, 1 / 3]
+    assert [share_of_lr(i, steps=4, warmup=0) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+
+
+def test_runs_of_an_earlier_plan_and_of_the_choice_are_in_no_table():
+    def row(seed, lr, steps=60):
+        return {"task": "facts-2", "method": "sum", "seed": seed, "lr": lr, "steps": steps}
+
+    rows = [row(0, 1e-3), row(0, 1e-3, steps=30), row(0, 0.5), row(10, 1e-3)]
+    assert plan.of_tables_and_choice(rows, quick=False) == ([rows[0]], [rows[3]])
+
+
 def test_rounding_leaves_16_levels_to_every_32_weights():
-    layer = torch.nn.Linear(64, 3)
+    layer = torch.nn.Linear(80, 3)
     before = layer.weight.detach().clone()
     round_to_4_bits(layer)
-    for old, new in zip(before.reshape(-1, 32), layer.weight.reshape(-1, 32), strict=True):
+    groups = (
+        [part for row in weight for part in row.split(32)] for weight in (before, layer.weight)
+    )
+    for old, new in zip(*groups, strict=True):
         assert len(new.unique()) <= 16
         assert (new - old).abs().max() <= old.abs().max() / 14 + 1e-6
 

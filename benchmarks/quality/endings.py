@@ -65,9 +65,10 @@ def learn_ten(case: Case, model: nn.Module, lr: float) -> None:
 
 @torch.no_grad()
 def round_to_4_bits(model: nn.Module, group: int = 32) -> None:
-    """Rounds every matrix that was trained to 16 levels, with one scale for `group` weights."""
+    """Rounds every matrix that was trained to 16 levels, with one scale for `group` weights of a
+    row; the last group of a row may be smaller."""
     for p in model.parameters():
         if p.requires_grad and p.ndim == 2:
-            blocks = p.reshape(-1, group)
-            scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
-            p.copy_(((blocks / scale).round().clamp(-8, 7) * scale).reshape(p.shape))
+            for blocks in p.split(group, dim=1):
+                scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+                blocks.copy_((blocks / scale).round().clamp(-8, 7) * scale)

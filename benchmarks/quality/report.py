@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -140,17 +141,19 @@ def _about(task: str, lines: Sequence[Row], rows: Sequence[Row]) -> str:
     rates = dict.fromkeys(f"{row['lr']:g}{' w' * bool(row.get('warmup'))}" for row in runs)
     steps = sorted({row["steps"] for row in runs})
     seeds = sorted({line["seeds"] for line in lines})
+    known = statistics.mean(row["original"]["forget"] for row in runs)
     text = (
         f"{' or '.join(map(str, steps))} steps, learning rates {', '.join(rates)}, "
         f"{' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))} "
         f"{'seed' if seeds[-1] == 1 else 'seeds'}, "
-        f"{runs[0]['parameters']} parameters, objectives: {', '.join(runs[0]['objectives'])}.\n"
+        f"{runs[0]['parameters']} parameters, objectives: {', '.join(runs[0]['objectives'])}. "
+        f"The original gives the answers to forget a likelihood of {known:.2f}.\n"
     )
     if "figures of" in runs[-1]:
-        known = "; ".join(
+        compared = "; ".join(
             ", ".join(f"{name.replace('_', ' ')} {v:.3g}" for name, v in figures.items())
             + f" ({whose})"
             for whose, figures in runs[-1]["figures of"].items()
         )
-        text += f"For comparison, of the last seed: {known}.\n"
+        text += f"For comparison, of the last seed: {compared}.\n"
     return text

@@ -3,8 +3,8 @@
 The definitions are those of open-unlearning (github.com/locuslab/open-unlearning, commit d3d7cf9),
 its constant 1e-10 in denominators included, so that figures can be compared. L is the mean negative
 log-likelihood of an answer's tokens in nats, the token that ends the turn included. Whatever is
-judged token by token (hits, Min-K) leaves that last token out, as there. The figures agree where the
-tokens do: open-unlearning also counts what a chat template writes after that token (on ChatML a
+judged token by token (hits, Min-K) leaves that last token out, as there. The figures agree where
+the tokens do: open-unlearning also counts what a chat template writes after that token (on ChatML a
 newline and the same token again), and gives some models a system prompt.
 
 A figure that cannot be computed is refused; none is ever None or NaN.
