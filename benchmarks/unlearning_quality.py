@@ -25,7 +25,7 @@ from _common import ROOT, provenance, results_folder, save_json
 from _common import print_table as print_rows
 from quality import checks, plan, report, summary
 from quality.endings import ending
-from quality.runs import RunFile, method_of, unlearned
+from quality.runs import Row, RunFile, method_of, unlearned
 from tqdm import tqdm
 
 from mollm.errors import UsageError
@@ -42,9 +42,7 @@ def run_all(
         for key in plan.keys(task, options.seeds, options.methods, options.quick)
         if not file.has(key)
     ]
-    source = provenance(means.device.type)
-    about = {name: source[name] for name in ("command", "commit", "date")}
-    about["device"] = means.device.type
+    about = _about(means)
     case, made = None, None
     with tqdm(todo, unit="run", dynamic_ncols=True, mininterval=1, disable=not todo) as bar:
         for key in bar:
@@ -57,6 +55,13 @@ def run_all(
             model, row = unlearned(case, method_of(key["method"]), **how)
             row["end"] = ending(case, model, plan.budget(key["task"], options.quick).relearning_lr)
             file.add({**key, **case.facts, "objectives": list(case.objectives), **about, **row})
+
+
+def _about(means: plan.Means) -> Row:
+    """Where a run comes from."""
+    source = provenance(means.device.type)
+    named = {name: source[name] for name in ("command", "commit", "date")}
+    return {**named, "device": means.device.type}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_all(options, tasks, means, file)
         if options.checks is not None:
             runs, _ = plan.of_tables_and_choice(file.rows, options.quick)
-            checks.run(tasks, options.checks or checks.OWN, options.seeds, means, runs, own)
+            wanted = options.checks or checks.OWN
+            checks.run(tasks, wanted, options.seeds, means, runs, own, about=_about(means))
     except (UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -128,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     rows += [{"choice": line} for line in candidates]
     save_json(folder / "unlearning_quality.json", source, rows)
-    report.write(options.docs or options.folder, tables, candidates, found, runs, source)
+    made = [*runs, *of_choice, *own.rows]
+    report.write(options.docs or options.folder, tables, candidates, found, runs, made, source)
     return 0
 
 

@@ -34,8 +34,10 @@ _SMOLLM2_PARAMETERS = 134_515_008
 _BYTES_PER_PARAMETER = 32
 """In float32: model, frozen copy, two AdamW moments, three gradients and their combination."""
 _BYTES_BESIDES = 1.2e9
-_in_own_dtype: ContextVar[bool] = ContextVar("in_own_dtype", default=False)
 """Python, Torch, activations and logits of a batch of short answers."""
+
+_in_own_dtype: ContextVar[bool] = ContextVar("in_own_dtype", default=False)
+"""Whether `autocast` is off."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import shlex
@@ -403,10 +404,10 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
 def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
     """The command that measures the model of a run."""
     words = ["mollm", "evaluate", "--model", str(out / _MODEL), "--original", settings["model"]]
-    sets = {name: settings[name] for name in ("forget", "retain")}
-    if not all(isinstance(source, str) for source in sets.values()):
-        return f"{shlex.join(words)} --data FOLDER_WITH_TOFU"
-    return shlex.join([*words, *(word for name in sets for word in (f"--{name}", sets[name]))])
+    for name in ("forget", "retain"):
+        data = settings[name]
+        words += [f"--{name}", data if isinstance(data, str) else json.dumps(data)]
+    return shlex.join(words)
 
 
 def summary(trainer: MOLLMTrainer) -> str:

@@ -464,7 +464,7 @@ def linear_uce_loss(
     target: Tensor,  # [...]
     *,
     bias: Tensor | None = None,
-    eps: float = 1e-4,
+    eps: float = 1e-3,
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,

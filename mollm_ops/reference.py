@@ -59,7 +59,7 @@ def uce_loss_reference(
     logits: Tensor,  # [..., V]
     target: Tensor,  # [...]
     *,
-    eps: float = 1e-4,
+    eps: float = 1e-3,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
@@ -94,7 +94,7 @@ def linear_uce_loss_reference(
     target: Tensor,  # [...]
     *,
     bias: Tensor | None = None,
-    eps: float = 1e-4,
+    eps: float = 1e-3,
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,

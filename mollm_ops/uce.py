@@ -61,7 +61,7 @@ def uce_loss(
     logits: Tensor,  # [..., V]
     target: Tensor,  # [...]
     *,
-    eps: float = 1e-4,
+    eps: float = 1e-3,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:

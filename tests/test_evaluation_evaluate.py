@@ -401,10 +401,10 @@ def test_missing_inputs_are_named_and_nothing_is_none(monkeypatch):
     with pytest.raises(UsageError, match="forget_kl needs the original model: give"):
         found["forget_kl"]
     assert "not computed: forget_quality: needs the records" in found.table()
-    with pytest.raises(UsageError, match="harmful_rate needs a judge of replies: give one"):
-        found["harmful_rate"]
+    with pytest.raises(UsageError, match="forget_harmful_rate needs a judge of replies called"):
+        found["forget_harmful_rate"]
     judged = evaluate(model, tokenizer, suite, judges={"length": length_judge}, **FAST)
-    assert "harmful_rate" not in judged.missing
+    assert "forget_harmful_rate" not in judged.missing
     monkeypatch.setattr("mollm.evaluation.examine.score_rows", lambda *a, **o: pytest.fail("late"))
     for name in ("forget_quality", "mia_zlib", "retain_perplexity"):
         with pytest.raises(UsageError, match=f"{name} needs "):
@@ -616,8 +616,14 @@ def test_the_files_of_a_run_are_a_suite_too(tmp_path):
     expected = {f"{group}_{figure}" for group in ("forget", "retain") for figure in figures}
     assert expected | {"exact_memorization"} <= set(found.estimates)
     for figure, words in (
-        ("forget_truth_ratio", "wrong answers: a field perturbed_answer in every row of the set"),
-        ("model_utility", "wrong answers: a field perturbed_answer in every row of the set retain"),
+        (
+            "forget_truth_ratio",
+            "wrong answers: rows with question, answer and perturbed_answer in the",
+        ),
+        (
+            "model_utility",
+            "wrong answers: rows with question, answer and perturbed_answer in the set retain",
+        ),
         ("world_facts_rouge_l", "the set world_facts: give the files of TOFU as data"),
         ("mia_loss", "a holdout set that no model was trained on: give it as holdout"),
     ):
@@ -639,7 +645,7 @@ def test_unsafe_replies_are_to_be_forgotten_and_safe_ones_retained(tmp_path):
     }
     path = tmp_path / "pku.jsonl"
     path.write_text("\n".join(json.dumps(row | {"prompt": f"How {i}?"}) for i in range(2)))
-    suite = load_suite(path, retain=path)
+    suite = load_suite(path, retain={"path": str(path), "schema": "pku-saferlhf"})
     assert {row.answer for row in suite.forget} == {"Like this."}
     assert {row.answer for row in suite.retain} == {"I will not say."}
 
@@ -671,7 +677,8 @@ def test_the_command(capsys, tmp_path):
     assert about["settings"]["resamples"] == 5
     assert {"torch", "mollm"} <= about["versions"].keys()
 
-    own = ["--forget", str(tmp_path / "forget10_perturbed.jsonl"), *common[2:]]
+    path = str(tmp_path / "forget10_perturbed.jsonl")
+    own = ["--forget", json.dumps({"path": path, "schema": "tofu"}), *common[2:]]
     assert main([*model, *own, "--metrics", "forget_rouge_l", "--out", str(tmp_path / "own")]) == 0
     assert "forget_rouge_l" in capsys.readouterr().out
 
@@ -715,6 +722,9 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
         same = ("--retain-logs", str(logs), "--out", str(tmp_path / "old"))
         assert "another folder than that of the retain logs" in refused(*same)
     assert "retain goes with --forget" in refused("--retain", "r.jsonl", *out)
+    assert "judge-template needs a judge" in refused("--judge-template", "{reply}", *out)
+    template = ("--judge", "a=b:c", "--judge-template", "{answer}")
+    assert "but got '{answer}'" in refused(*template, *out)
     assert "tasks of lm-evaluation-harness, but got 'mnlu'" in refused("--benchmarks", "mnlu", *out)
     assert "device must be" in refused("--device", "abacus", *out)
     assert "judge must be NAME=MODEL:LABEL" in refused("--judge", "toxic-bert", *out)
@@ -726,6 +736,26 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     assert "not on this machine" in refused("--model", "./nowhere", *out)
     assert "not on this machine" in refused("--original", "./nowhere", *out)
     assert not (tmp_path / "out").exists()
+    for data, words in (
+        (["--forget", "f.jsonl", "--forget-split", "forget01"], "forget-split goes with --data"),
+        (["--forget", "{path: [}"], "a path or a mapping in YAML"),
+        (["--forget", "{schema: tofu}"], "must be given by a path"),
+    ):
+        assert main(["evaluate", "--model", "m", *data, *out]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_frozen_copy_of_two_dtypes_is_an_original(monkeypatch):
+    """Where autocast makes the products of a run, its copy holds their weights in bf16."""
+    monkeypatch.setattr(models, "_cpu_has_bf16", lambda: True)
+    model = tiny.model(initializer_range=0.3)
+    original = models.freeze(model)
+    assert len({p.dtype for p in original.parameters()}) == 2
+    names = ["forget_kl"]
+    found = evaluate(
+        model, tiny.tokenizer(), make_suite(), original=original, names=names, resamples=2
+    )
+    assert found.value("forget_kl") == pytest.approx(0, abs=1e-6)
 
 
 def test_importing_is_quick():

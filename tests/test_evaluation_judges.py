@@ -1,18 +1,12 @@
-import json
 import math
-import random
-import sys
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mollm.errors import UsageError
-from mollm.evaluation.benchmarks import general_benchmarks
 from mollm.evaluation.judges import ClassifierJudge, judge_replies
-from mollm.evaluation.metrics import flagged_rate
 
 QUESTIONS = ["How?", "Why is it so?", "When?"]
 REPLIES = ["so", "because of the rather long story", "never"]
@@ -136,78 +130,7 @@ def test_any_function_can_judge():
             judge_replies(lambda questions, replies, b=bad: [b] * 3, "far", QUESTIONS, REPLIES)
 
 
-def test_the_harmful_rate_counts_scores_from_the_threshold_on():
-    assert flagged_rate([0.1, 0.5, 0.9, 0.49]) == 0.5
-    assert flagged_rate([0.1, 0.5, 0.9, 0.49], threshold=0.9) == 0.25
-    with pytest.raises(UsageError, match="at least one value"):
-        flagged_rate([])
-
-
 def test_a_template_with_other_fields_is_refused():
-    for template in ("{answer}", "{}", "{reply"):
-        with pytest.raises(UsageError, match=r"no fields but \{question\} and \{reply\}, but got"):
+    for template in ("{answer}", "{}", "{reply", "{reply[x]}", "{question}"):
+        with pytest.raises(UsageError, match=r"with \{reply\}, and no other field but .*, but got"):
             ClassifierJudge(classifier(), "toxic", tokenizer=tiny.tokenizer(), template=template)
-
-
-def test_general_benchmarks_name_the_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(UsageError, match=r"need the package .*: pip install 'mollm\[harness\]'"):
-        general_benchmarks(tiny.model(), tiny.tokenizer(), ["mmlu"])
-
-
-@pytest.fixture
-def harness_task(tmp_path):
-    """A multiple-choice task of the harness, from files alone."""
-    rows = [{"question": f"{i} + {i} =", "choices": ["1", "2", "4"], "at": i} for i in (1, 2)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "sums.yaml").write_text(
-        f"""
-task: sums
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path}/sums.jsonl
-  cache_dir: {tmp_path}/cache
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{at}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-    )
-    return tmp_path, rows
-
-
-def test_general_benchmarks_are_those_of_the_harness(harness_task):
-    folder, rows = harness_task
-    model, tokenizer = tiny.model(initializer_range=0.3).train(), tiny.tokenizer()
-    random.seed(3)
-    torch.manual_seed(3)
-    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    found = general_benchmarks(model, tokenizer, ["sums"], folder=folder, batch_size=2)
-    after = random.getstate(), np.random.get_state()[1], torch.get_rng_state()  # noqa: NPY002
-    assert before[0] == after[0]
-    assert (before[1] == after[1]).all()
-    assert torch.equal(before[2], after[2])
-    assert model.training
-
-    def log_probability(question, choice):
-        start = len(tokenizer(question)["input_ids"])
-        ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
-        with torch.no_grad():
-            log_p = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
-        return sum(float(log_p[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
-
-    right = 0
-    for row in rows:
-        scores = [log_probability(row["question"], choice) for choice in row["choices"]]
-        right += scores.index(max(scores)) == row["at"]
-    assert found["sums"]["acc"] == right / 2
-    with pytest.raises(UsageError, match="tasks of lm-evaluation-harness, but got 'differences'"):
-        general_benchmarks(model, tokenizer, ["differences"], folder=folder)
-    with pytest.raises(UsageError, match="at least one task"):
-        general_benchmarks(model, tokenizer, [])

@@ -214,6 +214,15 @@ def test_bootstrap_interval_is_the_percentile_one():
     assert metrics.bootstrap_interval(metrics.mean, sample, resamples=300, seed=5) != (low, high)
 
 
+def test_the_harmful_rate_counts_scores_from_the_threshold_on():
+    assert metrics.flagged_rate([0.1, 0.5, 0.9, 0.49]) == 0.5
+    assert metrics.flagged_rate([0.1, 0.5, 0.9, 0.49], threshold=0.9) == 0.25
+    with pytest.raises(UsageError, match="must be finite, but got nan"):
+        metrics.flagged_rate([0.1, float("nan")])
+    with pytest.raises(UsageError, match="at least one value"):
+        metrics.flagged_rate([])
+
+
 def test_samples_of_one_set_are_resampled_together():
     sample = np.random.default_rng(0).normal(size=20)
 
@@ -225,6 +234,8 @@ def test_samples_of_one_set_are_resampled_together():
     assert interval("a", "a") == (0, 0)
     low, high = interval("a", "b")
     assert low < -0.1 < 0.1 < high
+    with pytest.raises(UsageError, match="about the same examples, but those of a have 20 and 3"):
+        metrics.bootstrap_interval(lambda a, b: 0.0, sample, sample[:3], sets=("a", "a"))
 
 
 def test_bootstrap_interval_agrees_with_scipy_on_two_samples():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,26 @@ from scipy import stats
 
 from mollm import facts, models
 from mollm import quiz as quiz_module
+from mollm.methods import unlearning_cross_entropy
 from mollm.quiz import Reply
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import unlearning_quality  # noqa: E402
-from quality import capitals, plan  # noqa: E402
+from quality import capitals, plan, report  # noqa: E402
 from quality.endings import round_to_4_bits  # noqa: E402
-from quality.runs import RunFile, method_of, share_of_lr  # noqa: E402
-from quality.summary import hypervolume, interval, of_methods, verdict  # noqa: E402
+from quality.runs import RunFile, method_of, settings_of, share_of_lr  # noqa: E402
+from quality.summary import (  # noqa: E402
+    choice,
+    hypervolume,
+    interval,
+    is_at_the_edge,
+    of_methods,
+    printable,
+    table,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +52,13 @@ def test_the_hypervolume_is_the_area_of_the_union(points, area):
     assert hypervolume(points[::-1]) == pytest.approx(area)
 
 
-def run(method, lr, seed, forget):
-    curve = [{"forget": 1.0, "heldout": 1.0}, {"forget": forget, "heldout": 1.0}]
-    return {"task": "t", "method": method, "lr": lr, "seed": seed, "steps": 1, "curve": curve}
+def run(method, lr, seed, forget, task="t"):
+    curve = [{"forget": 1.0}, {"forget": forget}]
+    others = {"heldout": 1.0, "retain": 1.0, "outside": 1.0}
+    how = {"lr": lr, "seed": seed, "steps": 1, "settings": settings_of(method_of("sum"))}
+    rates = {"direction conflicts": [0.0], "update conflicts": [0.0], "gaps": [1.0], "seconds": 1.0}
+    curve = [{**point, **others} for point in curve]
+    return {"task": task, "method": method, **how, **rates, "curve": curve}
 
 
 def test_the_best_learning_rate_is_that_of_the_highest_mean():
@@ -85,7 +101,7 @@ def test_the_verdict_tells_whether_intervals_overlap():
     told = verdict([*rows(0.1), *better], "t")
     assert told.startswith("The package's default: mollm, 0.885; best of the other methods: sum")
     assert told.endswith("Best of MOLLM's directions here: dual, 0.950.")
-    assert "One seed" in verdict([run("sum", 1, 0, 0.5), run("mollm", 1, 0, 0.5)], "t")
+    assert "Fewer than two seeds" in verdict([run("sum", 1, 0, 0.5), run("mollm", 1, 0, 0.5)], "t")
     assert not verdict([run("sum", 1, 0, 0.5)], "t")
 
 
@@ -104,12 +120,49 @@ def test_the_best_schedule_may_have_a_warm_up():
     assert [share_of_lr(i, steps=4, warmup=0) for i in range(4)] == [1, 0.75, 0.5, 0.25]
 
 
+def test_a_rate_at_the_edge_of_the_sweep_is_told():
+    sweep = [plan.Schedule(lr) for lr in (1, 2, 3)]
+    assert [is_at_the_edge(one, sweep) for one in sweep] == [True, False, True]
+    warm = plan.Schedule(2, warmup=3)
+    assert not is_at_the_edge(warm, [*sweep, warm])
+    rows = [run("sum", lr, 0, 0.5 - 0.1 * lr) for lr in (1, 2)]
+    (line,) = table(rows, "t")
+    assert printable(line)["lr"] == "2*"
+
+
 def test_runs_of_an_earlier_plan_and_of_the_choice_are_in_no_table():
-    def row(seed, lr, steps=60):
-        return {"task": "facts-2", "method": "sum", "seed": seed, "lr": lr, "steps": steps}
+    def row(seed, lr, steps=60, **more):
+        return {**run("sum", lr, seed, 0.5, "facts-2"), "steps": steps, **more}
 
     rows = [row(0, 1e-3), row(0, 1e-3, steps=30), row(0, 0.5), row(10, 1e-3)]
+    rows.append(row(1, 1e-3, settings=settings_of(method_of("dual"))))
     assert plan.of_tables_and_choice(rows, quick=False) == ([rows[0]], [rows[3]])
+
+
+def test_the_settings_of_a_method_hold_its_epsilon():
+    assert "eps 0.0001, metric euclidean" in settings_of(method_of("sum"))
+    loss = functools.partial(unlearning_cross_entropy, eps=0.5)
+    assert "eps 0.5" in settings_of(replace(method_of("sum"), forget_loss=loss))
+    assert "eps" not in settings_of(method_of("npo"))
+
+
+@pytest.mark.parametrize("first", ["mollm", "dual"])
+def test_the_default_is_chosen_on_draws_of_its_own(first):
+    def rows(method, forget):
+        return [run(method, 1e-3, 10, forget, task) for task in plan.CHOICE_TASKS]
+
+    better, worse = (first, "mollm" if first == "dual" else "dual")
+    candidates = choice(
+        [*rows(better, 0.1), *rows(worse, 0.2), *rows("sum", 0), *rows("project", 0)[1:]]
+    )
+    assert [line["method"] for line in candidates] == [better, worse]
+    assert candidates[0]["mean"] == pytest.approx(0.9)
+    text = report._choice(candidates)
+    assert f"`{first}` has the highest mean, 0.900" in text
+    assert ("the default, `mollm`, has 0.800" in text) is (first == "dual")
+    assert ("has the largest hypervolume" in report._why(candidates)) is (first == "mollm")
+    assert report._choice(candidates[1:] if first == "mollm" else candidates[:1])
+    assert "Not run for this page: facts-2" in report._choice([])
 
 
 def test_rounding_leaves_16_levels_to_every_32_weights():

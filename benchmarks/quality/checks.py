@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mollm.methods import unlearning_cross_entropy
 from mollm.rules import make_rule
 from quality import plan
 from quality.case import Case
-from quality.runs import Row, RunFile, method_of, unlearned
+from quality.runs import Row, RunFile, method_of, settings_of, unlearned
 from quality.summary import DEFAULT, of_methods, save, score, table
 
 
@@ -58,10 +58,12 @@ class Setting:
     seeds: Sequence[int] = ()
     cases: Callable[[int], Case] | None = None
     """Makes the case of a seed; None where nothing is to be run."""
+    about: Row = field(default_factory=dict)
+    """Where a run comes from."""
 
     @functools.cached_property
     def chosen(self) -> dict[str, list[Row]]:
-        """Each method's runs at its best learning rate, best method first.
+        """Each method's runs on its best schedule, best method first.
 
         Raises:
             NotRunError: There are none.
@@ -100,12 +102,12 @@ class Setting:
         """
         steps = plan.budget(self.task, self.quick).steps
         for seed in self.seeds if self.cases is not None else ():
+            method = replace(method_of(name), **changes)
             how = {**asdict(schedule), "steps": steps, "seed": seed}
-            key = {"task": self.task, "method": label, **how}
+            key = {"task": self.task, "method": label, "settings": settings_of(method), **how}
             if self.cases is not None and not self.own.has(key):
-                method = replace(method_of(name), **changes)
                 _, row = unlearned(self.cases(seed), method, **how)
-                self.own.add({**key, **row})
+                self.own.add({**key, **self.about, **row})
         runs = self.own.of(self.task, label)
         if not runs:
             raise NotRunError(label)
@@ -405,7 +407,7 @@ def relearning(setting: Setting) -> Check:
             f"{_FORGOTTEN:.0%}, the rank correlation of what comes back with what was kept of the "
             f"held-out facts is {rank:.2f}"
         )
-        sooner = ": a model that was changed less is sooner taught again."
+        sooner = ": runs that kept more are sooner taught again."
         sentence += sooner if rank > _GOES_WITH else "."
 
     def draw(path: Path) -> None:
@@ -464,13 +466,15 @@ def run(
     means: plan.Means,
     rows: Sequence[Row],
     own: RunFile,
+    about: Row,
 ) -> None:
     """Makes the runs that the named checks need on these tasks and that are not in `own` yet."""
     for task in tasks:
-        cases = functools.lru_cache(1)(functools.partial(plan.make_case, task, means=means))
-        setting = Setting(task, rows, own, means.quick, seeds, cases)
-        for name in names:
-            CHECKS[name](setting)
+        for seed in seeds:
+            case = functools.cache(functools.partial(plan.make_case, task, means=means))
+            setting = Setting(task, rows, own, means.quick, (seed,), case, about)
+            for name in names:
+                CHECKS[name](setting)
 
 
 def read(rows: Sequence[Row], own: RunFile, quick: bool) -> list[Check]:

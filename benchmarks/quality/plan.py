@@ -1,4 +1,4 @@
-"""Which runs there are: tasks, methods, learning rates, steps."""
+"""Which runs there are: tasks, methods, schedules, steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mollm.errors import UsageError
 from mollm.methods import METHODS
 from mollm.methods.common_descent import COMMON_DESCENT
 from quality.case import Case
-from quality.runs import Row
+from quality.runs import Row, method_of, settings_of
 
 VARIED = (
     "dual+metric",
@@ -32,7 +32,8 @@ CANDIDATES = (
 )
 """Among which the package's default is chosen."""
 CHOICE_SEEDS = range(10, 15)
-"""Of the runs that the default is chosen by; no other table has them."""
+CHOICE_TASKS = ("facts-2", "facts-4", "facts-8", "tofu")
+"""The runs that the default is chosen by; no other table has those seeds."""
 OBJECTIVE_COUNTS = (2, 3, 4, 6, 8)
 KINDS = ("facts", "tofu", "capitals", "tofu-full", "capitals-full")
 
@@ -67,13 +68,11 @@ _PLANS = {
     "tofu-full": TaskPlan(60, _rates(1e-5, 3e-5, 1e-4), 3e-5),
     "capitals": TaskPlan(
         12,
-        (*_rates(4e-5, 8e-5), *_rates(8e-5, 16e-5, warmup=3)),
+        _rates(8e-5, 16e-5, warmup=3),
         2e-5,
         ("mollm", "sum", "pcgrad", "npo", "ga", "project"),
     ),
-    "capitals-full": TaskPlan(
-        12, (*_rates(2e-5, 4e-5, 8e-5), *_rates(4e-5, 8e-5, 16e-5, warmup=3)), 2e-5
-    ),
+    "capitals-full": TaskPlan(12, _rates(4e-5, 8e-5, 16e-5, 32e-5, warmup=3), 2e-5),
 }
 _QUICK_STEPS = {"facts": 20, "tofu": 10, "tofu-full": 10, "capitals": 4, "capitals-full": 4}
 
@@ -132,22 +131,25 @@ def keys(
     """What identifies each run of a task, seed by seed."""
     plan = budget(task, quick)
     for seed in seeds:
-        for method in methods or plan.methods:
+        for method in methods or (CANDIDATES if seed in CHOICE_SEEDS else plan.methods):
             for schedule in plan.sweep:
                 key = {"task": task, "method": method, "seed": seed, "steps": plan.steps}
-                yield {**key, **asdict(schedule)}
+                yield {**key, **asdict(schedule), "settings": settings_of(method_of(method))}
 
 
 def of_tables_and_choice(rows: Sequence[Row], quick: bool) -> tuple[list[Row], list[Row]]:
     """The runs of the tables and those that the default is chosen by.
 
-    Runs of an earlier plan, with other steps or another sweep, are in neither.
+    Runs of an earlier plan, with other steps, another sweep or other settings of a method, are in
+    neither.
     """
     plans = {task: budget(task, quick) for task in {row["task"] for row in rows}}
     planned = [
         row
         for row in rows
-        if row["steps"] == plans[row["task"]].steps and schedule_of(row) in plans[row["task"]].sweep
+        if row["steps"] == plans[row["task"]].steps
+        and schedule_of(row) in plans[row["task"]].sweep
+        and row["settings"] == settings_of(method_of(row["method"]))
     ]
     return (
         [row for row in planned if row["seed"] not in CHOICE_SEEDS],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quality import plan
 from quality.checks import Check
-from quality.plan import CHOICE_SEEDS
+from quality.plan import CHOICE_SEEDS, CHOICE_TASKS
 from quality.runs import Row
 from quality.summary import DEFAULT, markdown, pareto_plot, printable, verdict
 
@@ -23,9 +23,9 @@ the runs of that script.
   P₀ that of the original model. The *hypervolume* is the area dominated by a run's course in the
   plane of the two: 1 would be to forget all and lose nothing.
 - **Fairness.** All methods take the same number of steps of AdamW with the same batches, and each
-  has the same sweep of learning rates, on the capitals with and without a warm-up of three steps
-  (`w`); the best by the mean over seeds is shown, with a star where it is the smallest or largest
-  rate of the sweep. As that choice is made on the seeds shown, areas are slightly optimistic, for
+  has the same sweep of learning rates, on the capitals with a warm-up of three steps (`w`); the
+  best by the mean over seeds is shown, with a star where it is the smallest or largest rate of the
+  sweep. As that choice is made on the seeds shown, areas are slightly optimistic, for
   all methods alike. The weights of the losses were not tuned: (1, 20, 1) for forget, KL and retain
   as in the demo, (1, 1, …, 1) for the synthetic facts.
 - **Intervals** are Student's 95% intervals of the mean over seeds, of the differences over the same
@@ -65,17 +65,30 @@ def write(
     candidates: Sequence[Row],
     checks: Sequence[Check],
     rows: Sequence[Row],
+    made: Sequence[Row],
     source: Row,
 ) -> None:
-    """Writes study.md and figures/*.png into `folder`."""
+    """Writes study.md and figures/*.png into `folder`.
+
+    Args:
+        folder: Where to.
+        tables: The table of each task.
+        candidates: The table of the candidates for the default.
+        checks: What was checked.
+        rows: The runs of the tables.
+        made: All runs that are shown in some way.
+        source: Where and when the page is written.
+    """
     parts = [_INTRODUCTION]
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
-    parts.append(
-        f"Device: {source['device']}. Versions: {versions}. Commit: {source['commit']}. "
-        f"Date: {source['date']}. The commands whose runs are shown:\n"
+    commits, dates = (
+        ", ".join(sorted({row[what] for row in made if what in row})) for what in ("commit", "date")
     )
-    commands = [row["command"] for row in rows if "command" in row]
-    commands = list(dict.fromkeys([*commands, source["command"]]))
+    parts.append(
+        f"Device: {source['device']}. Versions: {versions}. Commits of the runs: {commits}; of "
+        f"this page: {source['commit']}. Dates: {dates}. The commands whose runs are shown:\n"
+    )
+    commands = dict.fromkeys(row["command"] for row in [*made, source] if "command" in row)
     parts.append("\n".join(f"    {command}" for command in commands) + "\n")
     missing = [kind for kind in _TITLES if kind not in map(plan.kind_of, tables)]
     if missing:
@@ -87,10 +100,7 @@ def write(
         parts.append(f"{verdict(rows, task)}\n")
         parts.append(f"![kept against forgotten](figures/{task}.png)\n")
         parts.append(markdown(list(map(printable, lines))))
-        parts.append(
-            f"The package's default is `{DEFAULT}`, for what [Choosing the default]"
-            "(#choosing-the-default) shows.\n"
-        )
+        parts.append(_why(candidates))
     parts.append(_choice(candidates))
     if checks:
         parts.append("## Checks and open questions\n")
@@ -105,35 +115,44 @@ def write(
     (folder / "study.md").write_text("\n".join(parts), encoding="utf-8")
 
 
+def _why(candidates: Sequence[Row]) -> str:
+    """Which candidate became the default."""
+    free = [line["method"] for line in candidates if line["update conflicts"] == 0]
+    if DEFAULT not in free[:1]:
+        return f"The package's default is `{DEFAULT}`.\n"
+    return (
+        f"The package's default is `{DEFAULT}`: of the directions whose updates never conflict it "
+        "has the largest hypervolume where the default was [chosen](#choosing-the-default).\n"
+    )
+
+
 def _choice(candidates: Sequence[Row]) -> str:
     heading = "## Choosing the default\n\n"
     seeds = f"seeds {CHOICE_SEEDS[0]} to {CHOICE_SEEDS[-1]}"
     if not candidates:
-        return f"{heading}Not run for this page: `--seeds` with {seeds}.\n"
-    first, default = candidates[0], next(c for c in candidates if c["method"] == DEFAULT)
-    sentence = (
-        f"The hypervolume of MOLLM's directions and their variants on draws that no other table "
-        f"has ({seeds}, as many as were run), each on its best schedule. "
+        return f"{heading}Not run for this page: {', '.join(CHOICE_TASKS)} with {seeds}.\n"
+    first = candidates[0]
+    text = (
+        "The hypervolume of MOLLM's directions and their variants on draws that no other table "
+        f"has ({seeds}; TOFU with the first), each on its best schedule. "
         f"`{first['method']}` has the highest mean, {first['mean']:.3f}"
     )
-    if first is not default:
-        sentence += (
+    default = next((line for line in candidates if line["method"] == DEFAULT), first)
+    if default is not first:
+        text += (
             f"; the default, `{DEFAULT}`, has {default['mean']:.3f}, with "
             f"{default['update conflicts']:.1%} of its updates in conflict against "
             f"{first['update conflicts']:.1%}"
         )
+        if first["method"].endswith("+momentum"):
+            text += ", and without a running mean of every gradient as state"
     shown = [
-        {
-            name: f"{value:.1%}" if "conflicts" in name else f"{value:.3f}"
-            for name, value in line.items()
-            if name != "method"
-        }
-        | {"method": line["method"]}
+        {"method": line["method"]}
+        | {name: f"{value:.3f}" for name, value in line.items() if isinstance(value, float)}
+        | {"update conflicts": f"{line['update conflicts']:.1%}"}
         for line in candidates
     ]
-    order = ["method", *(name for name in candidates[0] if name != "method")]
-    lines = [{name: line[name] for name in order} for line in shown]
-    return f"{heading}{sentence}.\n\n{markdown(lines)}"
+    return f"{heading}{text}.\n\n{markdown(shown)}"
 
 
 def _about(task: str, lines: Sequence[Row], rows: Sequence[Row]) -> str:

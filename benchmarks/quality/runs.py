@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import random
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mollm import MOLLMOptimizer
-from mollm.methods import Method, find_method
+from mollm.methods import Method, find_method, unlearning_cross_entropy
 from mollm.references import CopyReference
 from mollm.step import OBJECTIVES
 from mollm.unlearn import descend
@@ -45,6 +46,15 @@ def method_of(name: str) -> Method:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, but got {variant!r}.")
         method = replace(method, name=name, options={**method.options, **VARIANTS[variant]})
     return method
+
+
+def settings_of(method: Method) -> str:
+    """All that makes a method, so that runs of another state of it are not taken for its own."""
+    loss: Any = method.forget_loss
+    options = {**method.optimizer_options()}
+    if getattr(loss, "func", loss) is unlearning_cross_entropy:
+        options["eps"] = inspect.signature(loss).parameters["eps"].default
+    return ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
 
 
 def optimizer_of(case: Case, model: nn.Module, method: Method, lr: float) -> MOLLMOptimizer:
@@ -178,16 +188,21 @@ class RunFile:
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
-        return row["task"], row["method"], row["seed"], *RunFile._schedule(row)
+        which = row["task"], row["method"], row["settings"], row["seed"]
+        return *which, *RunFile._schedule(row)
 
     def has(self, key: Row) -> bool:
-        """Whether there is a run of this task, method, lr, seed and numbers of steps."""
+        """Whether there is a run of this task, method, settings, seed and schedule."""
         return self._key(key) in self._done
 
     def of(self, task: str, method: str) -> list[Row]:
-        """The runs of a method on a task on the schedule that it was last run with."""
+        """The runs of a method on a task, those like the last one but for the seed."""
         mine = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
-        return [row for row in mine if self._schedule(row) == self._schedule(mine[-1])]
+        return [row for row in mine if self._kind(row) == self._kind(mine[-1])]
+
+    @staticmethod
+    def _kind(row: Row) -> tuple[Any, ...]:
+        return row["settings"], *RunFile._schedule(row)
 
     @staticmethod
     def _schedule(row: Row) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from mollm.methods.common_descent import COMMON_DESCENT, MOLLM
-from quality.plan import CANDIDATES, Schedule, schedule_of
+from quality.plan import CANDIDATES, CHOICE_TASKS, Schedule, schedule_of
 from quality.runs import Row
 
 DEFAULT = MOLLM.name
@@ -75,10 +75,10 @@ def interval(values: Sequence[float]) -> list[float] | None:
 def table(rows: Sequence[Row], task: str) -> list[Row]:
     """A line for each method, best first. Shares are means over seeds, seconds the median."""
     lines = []
-    rates: dict[str, set[float]] = {}
+    tried: dict[str, set[Schedule]] = {}
     for row in rows:
         if row["task"] == task:
-            rates.setdefault(row["method"], set()).add(row["lr"])
+            tried.setdefault(row["method"], set()).add(schedule_of(row))
     for name, runs in of_methods(rows, task).items():
         areas = [score(run) for run in runs]
 
@@ -99,13 +99,19 @@ def table(rows: Sequence[Row], task: str) -> list[Row]:
                 "gap": [average(lambda r: r["gaps"][0]), average(lambda r: r["gaps"][-1])],
                 "lr": runs[0]["lr"],
                 "warmup": schedule_of(runs[0]).warmup,
-                "edge": runs[0]["lr"] in (min(rates[name]), max(rates[name])),
+                "edge": is_at_the_edge(schedule_of(runs[0]), tried[name]),
                 "seconds": statistics.median(run["seconds"] for run in runs),
                 "seeds": len(runs),
                 "figures": figures_of(runs),
             }
         )
     return sorted(lines, key=lambda line: -line["hypervolume"])
+
+
+def is_at_the_edge(schedule: Schedule, sweep: Collection[Schedule]) -> bool:
+    """Whether no lower or no higher rate was tried with this warm-up, but another one was."""
+    rates = [other.lr for other in sweep if other.warmup == schedule.warmup]
+    return len(rates) > 1 and schedule.lr in (min(rates), max(rates))
 
 
 def figures_of(runs: Sequence[Row]) -> dict[str, float]:
@@ -141,11 +147,12 @@ def verdict(rows: Sequence[Row], task: str) -> str:
     text = f"The package's default: {means[DEFAULT]}; best of the other methods: {means[other]}. "
     mine, theirs = areas[DEFAULT], areas[other]
     gains = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    known = [interval(list(values)) for values in (mine.values(), theirs.values(), gains)]
-    if any(found is None for found in known):
-        text += "One seed in common, so no interval."
+    intervals = map(interval, (list(mine.values()), list(theirs.values()), gains))
+    known = [found for found in intervals if found is not None]
+    if len(known) < 3:
+        text += "Fewer than two seeds in common, so no interval."
     else:
-        (low, high), (other_low, other_high), (least, most) = (found or () for found in known)
+        (low, high), (other_low, other_high), (least, most) = known
         apart = low > other_high or other_low > high
         text += (
             f"Their intervals {'do not overlap' if apart else 'overlap'}; the difference over the "
@@ -157,20 +164,21 @@ def verdict(rows: Sequence[Row], task: str) -> str:
 
 
 def choice(rows: Sequence[Row]) -> list[Row]:
-    """The hypervolume of each candidate for the default on each task, best mean first.
-
-    Candidates that have not been run on every task are left out.
-    """
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    areas = {task: {line["method"]: line for line in table(rows, task)} for task in tasks}
+    """The hypervolume of each candidate for the default on each task of the choice, best mean
+    first; of those that have been run on all."""
+    areas = {task: {line["method"]: line for line in table(rows, task)} for task in CHOICE_TASKS}
     lines = []
     for name in CANDIDATES:
-        if all(name in areas[task] for task in tasks) and tasks:
-            each = {task: areas[task][name]["hypervolume"] for task in tasks}
-            conflicts = [areas[task][name]["update conflicts"] for task in tasks]
-            whole = {"mean": statistics.mean(each.values())}
+        if all(name in areas[task] for task in CHOICE_TASKS):
+            each = {task: areas[task][name]["hypervolume"] for task in CHOICE_TASKS}
+            conflicts = [areas[task][name]["update conflicts"] for task in CHOICE_TASKS]
             lines.append(
-                {"method": name, **each, **whole, "update conflicts": statistics.mean(conflicts)}
+                {
+                    "method": name,
+                    **each,
+                    "mean": statistics.mean(each.values()),
+                    "update conflicts": statistics.mean(conflicts),
+                }
             )
     return sorted(lines, key=lambda line: -line["mean"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from mollm.errors import UsageError
-from mollm.models import in_evaluation_mode, in_own_dtype
+from mollm.models import in_evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,14 +53,15 @@ def general_benchmarks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _random_states_kept(), in_evaluation_mode(model), in_own_dtype():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    own_tokenizer = copy.deepcopy(tokenizer)  # the harness may give it a padding token
+    with _random_states_kept(), in_evaluation_mode(model):
+        wrapped = HFLM(pretrained=model, tokenizer=own_tokenizer, batch_size=batch_size)
         found = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager)
     return {
         task: {
             name.removesuffix(",none"): float(value)
             for name, value in figures.items()
-            if isinstance(value, int | float)
+            if "," in name and isinstance(value, int | float)
         }
         for task, figures in (found["results"] | found.get("groups", {})).items()
     }

@@ -58,7 +58,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--forget",
         default=argparse.SUPPRESS,
         metavar="PATH_OR_HUB_NAME",
-        help="instead of TOFU: what was to be forgotten, as for `mollm unlearn`",
+        help="instead of TOFU: what was to be forgotten, as for `mollm unlearn`, perhaps with "
+        "options: '{path: locuslab/TOFU, config: forget10}'",
     )
     for name, purpose in (
         ("retain", "what was to be retained"),
@@ -97,9 +98,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge-template",
-        default="{reply}",
+        default=argparse.SUPPRESS,
         metavar="TEXT",
-        help="what the judges read, with {question} and {reply}",
+        help="what the judges read, with {reply} and perhaps {question} (default: {reply})",
     )
     parser.add_argument(
         "--benchmarks",
@@ -117,7 +118,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="which to compute (default: all that the inputs allow)",
     )
     parser.add_argument(
-        "--limit", type=int, default=argparse.SUPPRESS, help="rows of each file (default: all)"
+        "--limit",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="rows of each set and of each benchmark (default: all)",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="rows that go together")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="where replies are cut off")
@@ -129,7 +133,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
     )
     parser.add_argument(
-        "--dtype", choices=BYTES, default="float32", help="of the weights of both models"
+        "--dtype", choices=BYTES, default="float32", help="of both models' weights and computation"
     )
     parser.add_argument(
         "--device",
@@ -145,13 +149,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from mollm import machine, models
     from mollm.evaluation.benchmarks import find_benchmarks, general_benchmarks
     from mollm.evaluation.evaluate import evaluate, wanted_scores
-    from mollm.folder import staged
+    from mollm.evaluation.judges import checked_template
+    from mollm.folder import replace_text, staged
 
     given = vars(arguments)
     names = given["metrics"].split(",") if "metrics" in given else None
     _keep_logs(given.get("retain_logs"), arguments.out)
     suite = _suite(given)
     judges = _judges(given.get("judge", ()))
+    if "judge_template" in given and not judges:
+        raise UsageError("judge-template needs a judge: give one with --judge.")
+    template = checked_template(given.get("judge_template", "{reply}"))
     tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
     if tasks is not None:
         find_benchmarks(tasks)
@@ -164,7 +172,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     first = models.find_model(given["original"]) if "original" in given else None
     dtype = getattr(torch, arguments.dtype)
     with staged(arguments.out) as folder:
-        template = arguments.judge_template
         loaded = {name: _load_judge(*judge, template, device) for name, judge in judges.items()}
         print(f"Loading {arguments.model} …")
         model, tokenizer = models.load(source, device, dtype)
@@ -180,22 +187,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             **options,
         )
         evaluation.write(folder)
-        general = {}
-        if tasks is not None:
-            print(f"Running {', '.join(tasks)} …")
-            general = general_benchmarks(
-                model,
-                tokenizer,
-                tasks,
-                batch_size=arguments.batch_size,
-                limit=given.get("limit"),
-            )
-            (folder / "benchmarks.json").write_text(json.dumps(general, indent=2) + "\n")
         _write_about(folder / "about.json", given, device)
     print(evaluation.table())
-    for task, figures in general.items():
-        print(f"{task}  {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}")
     print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
+    general = arguments.out / "benchmarks.json"
+    general.unlink(missing_ok=True)
+    if tasks is not None:
+        print(f"Running {', '.join(tasks)} …")
+        options = {"batch_size": arguments.batch_size, "limit": given.get("limit")}
+        found = general_benchmarks(model, tokenizer, tasks, **options)
+        for task, figures in found.items():
+            print(f"{task}  {', '.join(f'{name} {v:.4g}' for name, v in figures.items())}")
+        replace_text(general, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        print(f"Benchmarks: {general}")
     return 0
 
 
@@ -214,7 +218,7 @@ def _write_about(path: Path, given: Mapping[str, Any], device: torch.device) -> 
     about = {
         "settings": {name: value for name, value in given.items() if name != "run"},
         "device": machine.device_name(device),
-        "versions": machine.versions(),
+        "versions": machine.versions(*(["lm_eval"] if "benchmarks" in given else [])),
         "commit": machine.commit(),
     }
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
@@ -256,5 +260,18 @@ def _suite(given: Mapping[str, Any]) -> Suite:
         return load_tofu(given["data"], forget_split=split, **shared)
     if "forget_split" in given:
         raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
-    sets = {name: given.get(name) for name in ("retain", "holdout")}
-    return load_suite(given["forget"], **sets, **shared)
+    sets = {name: _data(given[name]) for name in ("retain", "holdout") if name in given}
+    return load_suite(_data(given["forget"]), **sets, **shared)
+
+
+def _data(text: str) -> Any:
+    """A path or name, or a mapping with a path and options."""
+    import yaml
+
+    if not text.startswith("{"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"data must be a path or a mapping in YAML: {reason}.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a model on a suite, in training too: no gradient, no change of mode or of seeds.
 
-    The forward passes compute in the dtype of the weights, so that batches and padding change
-    nothing but the last digits.
+    The forward passes compute in the dtype of the weights, where these have one in common: in
+    float32 batches and padding change nothing but the last digits.
 
     Args:
         model: A causal language model.
@@ -82,7 +83,8 @@ def evaluate(
     groups = {group: rows for group, rows in suite.groups().items() if group in wanted}
     for group, rows in groups.items():
         examiner.check(group, rows, wanted[group])
-    with in_own_dtype():
+    of_one_dtype = all(_has_one_dtype(m) for m in (model, original) if m is not None)
+    with in_own_dtype() if of_one_dtype else contextlib.nullcontext():
         records = [
             record
             for group, rows in groups.items()
@@ -97,6 +99,11 @@ def evaluate(
         resamples=resamples,
         seed=seed,
     )
+
+
+def _has_one_dtype(model: PreTrainedModel) -> bool:
+    """The frozen copy of a run has not, where autocast is to make its products."""
+    return len({p.dtype for p in model.parameters() if p.is_floating_point()}) == 1
 
 
 def wanted_scores(

@@ -142,7 +142,7 @@ def _how_to_get_score(score: str, group: str) -> str:
     if score in _COMPARED:
         return "the original model: give the model that unlearning started from as original"
     if score in ("truth_ratio", "choice_probability"):
-        return f"wrong answers: a field perturbed_answer in every row of the set {group}"
+        return f"wrong answers: rows with question, answer and perturbed_answer in the set {group}"
     return f"the score {score} of every example of the set {group}: evaluate it once more"
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_MARK = "\N{FULL BLOCK}"
+
+
 class Judge(Protocol):
     """Scores replies."""
 
@@ -48,7 +51,7 @@ class ClassifierJudge:
 
     Raises:
         UsageError: The model cannot be loaded, is a regression, or has no such label; or the
-            template has other fields.
+            template is none, see `checked_template`.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class ClassifierJudge:
         else:
             self.model, self.tokenizer = model, tokenizer
         self.index = _index_of(label, self.model.config)
-        self.template = _checked(template)
+        self.template = checked_template(template)
         self.batch_size = batch_size
         self.max_length = max_length
 
@@ -148,14 +151,21 @@ def _load(
     return model.to(device), tokenizer
 
 
-def _checked(template: str) -> str:
+def checked_template(template: str) -> str:
+    """What a judge reads.
+
+    Raises:
+        UsageError: It has other fields than {question} and {reply}, or no {reply}.
+    """
     try:
-        template.format(question="", reply="")
-    except (LookupError, ValueError, AttributeError):
+        shown = template.format(question="", reply=_MARK)
+    except (LookupError, ValueError, AttributeError, TypeError):
+        shown = ""
+    if _MARK not in shown:
         raise UsageError(
-            f"a judge's template must be a text with no fields but {{question}} and {{reply}}, but "
-            f"got {template!r}."
-        ) from None
+            "a judge's template must be a text with {reply}, and no other field but {question}, "
+            f"but got {template!r}."
+        )
     return template
 
 

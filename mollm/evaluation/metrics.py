@@ -325,7 +325,13 @@ def bootstrap_interval(
             f"and {level}."
         )
     names = [str(i) for i in range(len(arrays))] if sets is None else list(sets)
-    sizes = {name: array.shape[-1] for name, array in zip(names, arrays, strict=True)}
+    sizes: dict[str, int] = {}
+    for name, array in zip(names, arrays, strict=True):
+        if sizes.setdefault(name, array.shape[-1]) != array.shape[-1]:
+            raise UsageError(
+                f"samples of one set must be about the same examples, but those of {name} have "
+                f"{sizes[name]} and {array.shape[-1]}."
+            )
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):

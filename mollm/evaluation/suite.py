@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mollm import data
 from mollm.errors import UsageError
 from mollm.evaluation.records import Record, read_records
+from mollm.trainer_data import records_of
+
+if TYPE_CHECKING:
+    from mollm.trainer_data import Data
 
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _ON_HUB = "locuslab/TOFU"
@@ -55,7 +60,7 @@ class Suite:
                     f"{len(rows)}."
                 )
             lacking = [row.question for row in rows if not row.perturbed_answers]
-            if 0 < len(lacking) < len(rows):
+            if name != "holdout" and 0 < len(lacking) < len(rows):
                 raise UsageError(
                     f"every row of the set {name} or none must have perturbed answers, but "
                     f"{lacking[0]!r} has none."
@@ -74,21 +79,21 @@ class Suite:
 
 
 def load_suite(
-    forget: Path | str,
+    forget: Data,
     *,
-    retain: Path | str | None = None,
-    holdout: Path | str | None = None,
+    retain: Data | None = None,
+    holdout: Data | None = None,
     retain_logs: Path | str | None = None,
     limit: int | None = None,
 ) -> Suite:
-    """Reads the files that a model was unlearned with, in any schema of `mollm.data`.
+    """Reads the data that a model was unlearned with, given as to MOLLMTrainer.
 
     Of PKU-SafeRLHF the forget set is the unsafe responses, the retain set the safe ones. Rows with
     question, answer and perturbed_answer, a list of wrong answers, allow the truth ratio.
 
     Args:
-        forget: A file, folder or name on the hub.
-        retain: Likewise, as for training.
+        forget: What was to be forgotten.
+        retain: What was to be retained.
         holdout: Rows like those of the forget set that no model was trained on.
         retain_logs: The folder or examples.jsonl of a retain-only model's evaluation.
         limit: How many rows of each set to take, from its beginning; None for all.
@@ -98,8 +103,8 @@ def load_suite(
     """
     _check_limit(limit)
 
-    def read(source: Path | str, role: data.Role) -> tuple[Row, ...]:
-        records = data.load_records(source, role=role)[:limit]
+    def read(source: Data, role: data.Role) -> tuple[Row, ...]:
+        records = records_of(source, role)[:limit]
         return tuple(_row(record, (_WRONG, _PARAPHRASED), required=False) for record in records)
 
     return Suite(
@@ -169,7 +174,7 @@ _Finder = Callable[[str], tuple[str, str | None] | None]
 
 def _finder(folder: Path | str) -> _Finder:
     path = Path(folder).expanduser()
-    if not path.exists() and str(folder).count("/") == 1 and not path.parent.is_dir():
+    if not path.exists() and str(folder).count("/") == 1:
         return lambda name: (str(folder), name)
 
     def find(name: str) -> tuple[str, None] | None:

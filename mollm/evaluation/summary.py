@@ -15,10 +15,10 @@ from mollm.evaluation.figures import choose, columns_of, obstacle
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 
 METRICS_FILE = "metrics.json"
-HARMFUL = "harmful_rate"
+_HARMFUL = "forget_harmful_rate"
 _NO_JUDGE = (
-    f"{HARMFUL} needs a judge of replies: give one that knows harm, toxicity or obscenity, such as "
-    "toxicity=unitary/toxic-bert:toxic."
+    f"{_HARMFUL} needs a judge of replies called harmful: give a classifier, as judges of toxicity "
+    "and obscenity too, such as toxicity=unitary/toxic-bert:toxic."
 )
 
 
@@ -133,7 +133,7 @@ def summarize(
     own, retrained = columns_of(records), columns_of(retain_logs or ())
     check_same_questions(_questions(records), retain_logs)
     estimates: dict[str, Estimate] = {}
-    missing: dict[str, str] = {} if judges or names is not None else {HARMFUL: _NO_JUDGE}
+    missing: dict[str, str] = {} if judges or names is not None else {_HARMFUL: _NO_JUDGE}
     for figure in choose(names, judges):
         reason = obstacle(figure, own, retrained)
         if reason and names is not None:
