@@ -79,7 +79,8 @@ def test_every_method_forgets_and_records(method, batches):
 )
 def test_the_step_of_a_weighted_sum_is_that_of_one_loss(method, weights, batches):
     model = model_that_knows(*batches).double()
-    reference = CopyReference(model)
+    with models.in_own_dtype():
+        reference = CopyReference(model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
