@@ -104,7 +104,8 @@ def test_the_step_of_a_weighted_sum_is_that_of_one_loss(method, weights, batches
         torch.cat([(p.detach() - q).flatten() for p, q in zip(m.parameters(), start, strict=True)])
         for m in (model, by_hand)
     )
-    assert (ours - expected).norm() < 1e-9 * expected.norm()
+    # The model's norms compute in float32.
+    assert (ours - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_the_kl_gradient_is_nothing_but_rounding_at_the_first_step(batches):
