@@ -480,7 +480,7 @@ def linear_uce_loss(
     model knows by heart, 1 - p much smaller than ε, vanishes like (1 - p) / ε.
 
     Args:
-        eps: 0 < ε < 1.
+        eps: 0 < ε < 1; less for a model that knows the answers by heart.
 
     Everything else is as in `linear_cross_entropy`.
 

@@ -80,7 +80,7 @@ def uce_loss(
         logits: [..., V], float32, float64, bfloat16 or float16.
         target: [...] integers in [0, V), or ignore_index: such rows count neither in the loss nor
             in its mean.
-        eps: 0 < ε < 1.
+        eps: 0 < ε < 1; less for a model that knows the answers by heart.
         reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for a
             loss per row, 0 where ignored.
 

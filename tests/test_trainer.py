@@ -262,6 +262,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
         max_steps=5,
         method="project",
         learning_rate=0.3,  # too much: kl is the least after the first step
+        uce_eps=1e-3,
         save_strategy="steps",
         save_steps=1,
         save_total_limit=1,
