@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import unlearning_quality  # noqa: E402
 from quality import capitals, plan, report  # noqa: E402
 from quality.endings import round_to_4_bits  # noqa: E402
-from quality.runs import RunFile, method_of, settings_of, share_of_lr  # noqa: E402
+from quality.runs import RunFile, Schedule, method_of, settings_of  # noqa: E402
 from quality.summary import (  # noqa: E402
     choice,
     hypervolume,
@@ -76,6 +76,15 @@ def test_a_run_file_survives_a_line_that_was_cut_off(tmp_path):
     assert not file.has(run("a", 1, 1, 0.5))
 
 
+def test_a_run_of_before_settings_were_kept_is_read_and_in_no_table(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    row = run("sum", 1e-3, 0, 0.5, "facts-2") | {"steps": 60}
+    path.write_text(json.dumps({k: v for k, v in row.items() if k != "settings"}) + "\n")
+    file = RunFile(path)
+    assert not file.has(row)
+    assert plan.of_tables_and_choice(file.rows, quick=False) == ([], [])
+
+
 def test_variants_of_a_method():
     assert method_of("upgrad-unit+metric").options == {"normalize": True, "metric": "base"}
     with pytest.raises(ValueError, match="one of metric, momentum, unit, min-norm, but got 'x'"):
@@ -116,14 +125,14 @@ def test_the_best_schedule_may_have_a_warm_up():
     warm = [run("a", 2, seed, 0.1) | {"warmup": 3} for seed in (0, 1)]
     cold = [run("a", lr, seed, 0.5) for lr in (1, 2, 3) for seed in (0, 1)]
     assert [row["warmup"] for row in of_methods([*cold, *warm], "t")["a"]] == [3, 3]
-    assert [share_of_lr(i, steps=4, warmup=1) for i in range(4)] == [0.5, 1, 2 / 3, 1 / 3]
-    assert [share_of_lr(i, steps=4, warmup=0) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [Schedule(1, warmup=1).share(i, 4) for i in range(4)] == [0.5, 1, 2 / 3, 1 / 3]
+    assert [Schedule(1).share(i, 4) for i in range(4)] == [1, 0.75, 0.5, 0.25]
 
 
 def test_a_rate_at_the_edge_of_the_sweep_is_told():
-    sweep = [plan.Schedule(lr) for lr in (1, 2, 3)]
+    sweep = [Schedule(lr) for lr in (1, 2, 3)]
     assert [is_at_the_edge(one, sweep) for one in sweep] == [True, False, True]
-    warm = plan.Schedule(2, warmup=3)
+    warm = Schedule(2, warmup=3)
     assert not is_at_the_edge(warm, [*sweep, warm])
     rows = [run("sum", lr, 0, 0.5 - 0.1 * lr) for lr in (1, 2)]
     (line,) = table(rows, "t")

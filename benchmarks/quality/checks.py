@@ -25,7 +25,15 @@ from mollm.methods import unlearning_cross_entropy
 from mollm.rules import make_rule
 from quality import plan
 from quality.case import Case
-from quality.runs import Row, RunFile, method_of, settings_of, unlearned
+from quality.runs import (
+    Row,
+    RunFile,
+    Schedule,
+    method_of,
+    schedule_of,
+    settings_of,
+    unlearned,
+)
 from quality.summary import DEFAULT, of_methods, save, score, table
 
 
@@ -88,13 +96,13 @@ class Setting:
             raise NotRunError(what)
         return found
 
-    def schedule(self, method: str) -> plan.Schedule:
+    def schedule(self, method: str) -> Schedule:
         """The best one of the sweep; the middle one where there are no runs."""
         runs = of_methods(self.rows, self.task).get(method)
         sweep = plan.budget(self.task, self.quick).sweep
-        return plan.schedule_of(runs[0]) if runs else sweep[len(sweep) // 2]
+        return schedule_of(runs[0]) if runs else sweep[len(sweep) // 2]
 
-    def run(self, label: str, name: str, schedule: plan.Schedule, **changes: Any) -> list[Row]:
+    def run(self, label: str, name: str, schedule: Schedule, **changes: Any) -> list[Row]:
         """The runs of a method with some of its fields changed, on one schedule.
 
         Raises:

@@ -12,7 +12,7 @@ from mollm.errors import UsageError
 from mollm.methods import METHODS
 from mollm.methods.common_descent import COMMON_DESCENT
 from quality.case import Case
-from quality.runs import Row, method_of, settings_of
+from quality.runs import Row, Schedule, method_of, schedule_of, settings_of
 
 VARIED = (
     "dual+metric",
@@ -36,14 +36,6 @@ CHOICE_TASKS = ("facts-2", "facts-4", "facts-8", "tofu")
 """The runs that the default is chosen by; no other table has those seeds."""
 OBJECTIVE_COUNTS = (2, 3, 4, 6, 8)
 KINDS = ("facts", "tofu", "capitals", "tofu-full", "capitals-full")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Of the learning rate: over `warmup` steps it rises to `lr`, in the others it falls to 0."""
-
-    lr: float
-    warmup: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,17 +141,12 @@ def of_tables_and_choice(rows: Sequence[Row], quick: bool) -> tuple[list[Row], l
         for row in rows
         if row["steps"] == plans[row["task"]].steps
         and schedule_of(row) in plans[row["task"]].sweep
-        and row["settings"] == settings_of(method_of(row["method"]))
+        and row.get("settings") == settings_of(method_of(row["method"]))
     ]
     return (
         [row for row in planned if row["seed"] not in CHOICE_SEEDS],
         [row for row in planned if row["seed"] in CHOICE_SEEDS],
     )
-
-
-def schedule_of(row: Row) -> Schedule:
-    """That of a run."""
-    return Schedule(row["lr"], row.get("warmup", 0))
 
 
 def make_case(task: str, seed: int, means: Means) -> Case:

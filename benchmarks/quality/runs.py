@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,23 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "unit": {"normalize": True},
     "min-norm": {"length": "min-norm"},
 }
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of the learning rate: over `warmup` steps it rises to `lr`, in the others it falls to 0."""
+
+    lr: float
+    warmup: int = 0
+
+    def share(self, done: int, steps: int) -> float:
+        """Of `lr`, in the step after `done` of `steps`."""
+        return min((done + 1) / (self.warmup + 1), (steps - done) / (steps - self.warmup))
+
+
+def schedule_of(row: Row) -> Schedule:
+    """That of a run."""
+    return Schedule(row["lr"], row.get("warmup", 0))
 
 
 def method_of(name: str) -> Method:
@@ -124,7 +141,8 @@ def unlearned(
     on_gpu = next(model.parameters()).is_cuda
     optimizer = optimizer_of(case, model, method, lr)
     step = stepper(case, model, optimizer, method)
-    schedule = LambdaLR(optimizer, functools.partial(share_of_lr, steps=steps, warmup=warmup))
+    share = functools.partial(Schedule(lr, warmup).share, steps=steps)
+    schedule = LambdaLR(optimizer, share)
     points = min(POINTS, steps)
     measured = {round(i * steps / points) for i in range(1, points + 1)}
     curve: list[dict[str, float]] = [{"step": 0, **measure(case, model, case.groups)}]
@@ -163,11 +181,6 @@ def unlearned(
     }
 
 
-def share_of_lr(done: int, *, steps: int, warmup: int) -> float:
-    """Of the learning rate, in the step after `done` ones: over `warmup` steps up, then to 0."""
-    return min((done + 1) / (warmup + 1), (steps - done) / (steps - warmup))
-
-
 def _harmed(gram: Tensor, weights: Tensor) -> Tensor:
     """[K]: g_k · d < 0 beyond rounding. A direction on the edge of the dual cone harms nobody."""
     length = (weights @ gram @ weights).clamp(min=0).sqrt()
@@ -187,9 +200,14 @@ class RunFile:
         self._done = {self._key(row) for row in self.rows}
 
     @staticmethod
+    def _kind(row: Row) -> tuple[Any, ...]:
+        """What a run is, but for its seed. One of before settings were kept is like no other."""
+        which = row["task"], row["method"], row.get("settings")
+        return *which, row["steps"], schedule_of(row)
+
+    @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
-        which = row["task"], row["method"], row["settings"], row["seed"]
-        return *which, *RunFile._schedule(row)
+        return *RunFile._kind(row), row["seed"]
 
     def has(self, key: Row) -> bool:
         """Whether there is a run of this task, method, settings, seed and schedule."""
@@ -199,14 +217,6 @@ class RunFile:
         """The runs of a method on a task, those like the last one but for the seed."""
         mine = [row for row in self.rows if (row["task"], row["method"]) == (task, method)]
         return [row for row in mine if self._kind(row) == self._kind(mine[-1])]
-
-    @staticmethod
-    def _kind(row: Row) -> tuple[Any, ...]:
-        return row["settings"], *RunFile._schedule(row)
-
-    @staticmethod
-    def _schedule(row: Row) -> tuple[Any, ...]:
-        return row["lr"], row.get("warmup", 0), row["steps"]
 
     def add(self, row: Row) -> None:
         """Writes one run at the end of the file."""

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from mollm.methods.common_descent import COMMON_DESCENT, MOLLM
-from quality.plan import CANDIDATES, CHOICE_TASKS, Schedule, schedule_of
-from quality.runs import Row
+from quality.plan import CANDIDATES, CHOICE_TASKS
+from quality.runs import Row, Schedule, schedule_of
 
 DEFAULT = MOLLM.name
 Point = tuple[float, float]
