@@ -1,6 +1,6 @@
 """The whole training step against one step of the weighted sum of the same three losses.
 
-    MOLLM           mollm.step.accumulate, then MOLLMOptimizer.step
+    MOLLM           mollm.training.step.accumulate, then MOLLMOptimizer.step
     weighted sum    the same forwards, one backward of c_1 forget + c_2 kl + c_3 retain, then
                     torch.optim.AdamW(fused=True)
 
@@ -32,12 +32,17 @@ from unittest.mock import patch
 import torch
 from _common import Row, interleaved_medians
 
-from mollm import MOLLMOptimizer, models, plan, step
-from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
-from mollm.methods import METHODS
-from mollm.objectives import Objectives
-from mollm.plan import MemoryPlan, PlanSettings, Shape
-from mollm.references import CachedReference, make_reference
+from mollm import MOLLMOptimizer
+from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
+from mollm.methods import METHODS, method
+from mollm.models import forward
+from mollm.planning import memory, settings, shapes
+from mollm.planning.memory import MemoryPlan
+from mollm.planning.settings import PlanSettings
+from mollm.planning.shapes import Shape
+from mollm.training import step
+from mollm.training.objectives import Objectives
+from mollm.training.reference_model import CachedReference, make_reference
 
 METHOD = METHODS["project"]
 LR = 1e-6
@@ -57,18 +62,18 @@ class Case:
     def shape(self) -> Shape:
         from transformers import LlamaConfig
 
-        return plan.shape_of(LlamaConfig(**self.config), self.name)
+        return shapes.shape_of(LlamaConfig(**self.config), self.name)
 
     @property
     def plan(self) -> MemoryPlan:
-        return plan.plan(self.shape, self.settings)
+        return memory.plan(self.shape, self.settings)
 
 
 _ON_CPU = PlanSettings(batch_size=4, sequence_length=128, device="cpu")
 _ON_GPU = PlanSettings(
     batch_size=4, sequence_length=512, dtype="bfloat16", gradient_checkpointing=True
 )
-_SMOL = plan.NAMED_SHAPES["smollm2-135m"]
+_SMOL = shapes.NAMED_SHAPES["smollm2-135m"]
 _SMALL = _SMOL | {
     "num_hidden_layers": 8,
     "hidden_size": 384,
@@ -93,7 +98,7 @@ def cases(device: str, *, quick: bool) -> Iterator[Case]:
         for checkpointing in (True, False):
             for name, settings in _ways(replace(_ON_GPU, gradient_checkpointing=checkpointing)):
                 for shape in ("llama-3-8b", "llama-3.2-3b", "llama-3.2-1b"):
-                    case = Case(f"{shape}, {name}", plan.NAMED_SHAPES[shape], settings)
+                    case = Case(f"{shape}, {name}", shapes.NAMED_SHAPES[shape], settings)
                     if case.plan.fits(0.95 * free):
                         yield case
                         break
@@ -126,7 +131,7 @@ def prepared(case: Case, device: str) -> Iterator[dict[str, WeightedSum | Mollm]
         optimizer = MOLLMOptimizer(
             [p for p in model.parameters() if p.requires_grad],
             lr=LR,
-            objectives=step.OBJECTIVES,
+            objectives=method.OBJECTIVES,
             **METHOD.optimizer_options(),
         )
         pair = tuple(collate(rows, pad_id=0).to(device) for rows in (forget, retain))
@@ -190,7 +195,7 @@ def _model(case: Case, device: str) -> tuple[Any, Any | None]:
         options = {"r": settings.lora_rank, "target_modules": "all-linear"}
         adapted = get_peft_model(model, LoraConfig(**options, task_type="CAUSAL_LM"))
     elif settings.freeze_embeddings:
-        models.freeze_embeddings(model)
+        forward.freeze_embeddings(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -230,7 +235,7 @@ class WeightedSum:
         self.optimizer.zero_grad()
         losses = self.objectives(*self.pair)
         assert METHOD.preferences is not None, "the weights of the sum are those of the method"
-        named = zip(step.OBJECTIVES, METHOD.preferences, strict=True)
+        named = zip(method.OBJECTIVES, METHOD.preferences, strict=True)
         step.backward(sum(c * losses[name] for name, c in named))
         self.optimizer.step()
 
@@ -308,10 +313,10 @@ def peak(call: Mollm, case: Case) -> Row:
     """Peak memory of one more step beside what was planned, without the allowance for Torch."""
     torch.cuda.reset_peak_memory_stats()
     call()
-    planned = case.plan.peak.total - plan.OVERHEAD_BYTES["cuda"]
+    planned = case.plan.peak.total - memory.OVERHEAD_BYTES["cuda"]
     return {
-        "peak GiB": torch.cuda.max_memory_allocated() / plan.GIB,
-        "planned GiB": planned / plan.GIB,
+        "peak GiB": torch.cuda.max_memory_allocated() / settings.GIB,
+        "planned GiB": planned / settings.GIB,
     }
 
 

@@ -21,11 +21,13 @@ import torch
 from _common import ROOT, Row, print_table, provenance, results_folder, save_json
 from transformers import PreTrainedModel
 
-from mollm import demo, machine, models
-from mollm.chat import ChatFormat
-from mollm.quiz import quiz
-from mollm.report import conflict_rates
-from mollm.settings import DemoSettings
+from mollm.data.chat import ChatFormat
+from mollm.demo import run
+from mollm.demo.quiz import quiz
+from mollm.demo.report import conflict_rates
+from mollm.demo.settings import DemoSettings
+from mollm.models import loading
+from mollm.system import machine
 
 GROUPS = ("forget", "retain", "heldout", "general")
 DIRECTIONS = ("mollm", "project", "sum", "ga", "dual")
@@ -39,11 +41,11 @@ def run_seed(
     if not todo:
         return
     original = {name: value.clone() for name, value in model.state_dict().items()}
-    split, before = demo.examine(model, chat, [], random.Random(seed), print)
+    split, before = run.examine(model, chat, [], random.Random(seed), print)
     for direction in todo:
         model.load_state_dict(original)
         settings = DemoSettings(seed=seed, direction=direction)
-        history, seconds = demo.train(model, chat, split, settings, print)
+        history, seconds = run.train(model, chat, split, settings, print)
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
         row: Row = {
             "direction": direction,
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    model, tokenizer = models.load(models.find_model(None), torch.device("cpu"))
+    model, tokenizer = loading.load(loading.find_model(None), torch.device("cpu"))
     for seed in options.seeds:
         run_seed(model, ChatFormat(tokenizer), seed, options.directions, options.folder)
     rows: list[Row] = []

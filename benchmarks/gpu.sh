@@ -44,15 +44,16 @@ benchmark() {
 
 sanitizer() {
   compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -m pytest -m gpu -x \
-    tests/test_gram.py tests/test_dual_space.py tests/test_update.py
+    tests/ops/test_gram.py tests/ops/test_dual_space.py tests/ops/test_update.py
 }
 
 part build env MOLLM_CUDA=1 "$PYTHON" setup.py build_ext --inplace || exit 1
 "$PYTHON" -c 'from mollm_ops._extension import extension as e; assert e and e.HAS_CUDA' || exit 1
 # One process for each file: after an illegal access a process can only fail.
-for tests in $(grep -l 'mark\.gpu' tests/test_*.py); do
+for tests in $(grep -l 'mark\.gpu' tests/*/test_*.py); do
   name=${tests#tests/}
-  part "${name%.py}" "$PYTHON" -m pytest -m gpu "$tests"
+  name=${name%.py}
+  part "${name/\//-}" "$PYTHON" -m pytest -m gpu "$tests"
 done
 benchmark gram_throughput
 benchmark step_time

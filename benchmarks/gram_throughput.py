@@ -31,7 +31,7 @@ from _common import (
 from torch import Tensor
 
 from mollm_ops import combine, dual_space_weights, gram, gram_direction
-from mollm_ops.gram import gram_reference
+from mollm_ops.reference.gram import gram_reference
 
 HELD = 23  # tensors of P elements at K = 4: five times the gradients with the peers, the sum
 LLAMA_8B_LAYER = [

@@ -41,7 +41,7 @@ from _common import (
 from torch import Tensor
 
 import mollm_ops
-from mollm_ops.reference import (
+from mollm_ops.reference.losses import (
     ce_rows_reference,
     kl_rows_reference,
 )

@@ -38,7 +38,7 @@ from gram_throughput import shapes_of
 from torch import Tensor
 
 from mollm import MOLLMOptimizer
-from mollm.bases import AdamW
+from mollm.optim.bases import AdamW
 
 OBJECTIVES = 3
 HELD = 23  # tensors of P elements: gradients, parameters, and the states of all that is compared

@@ -29,7 +29,7 @@ from quality.runs import Row, RunFile, method_of, unlearned
 from tqdm import tqdm
 
 from mollm.errors import UsageError
-from mollm.machine import find_device
+from mollm.system.machine import find_device
 
 
 def run_all(

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import mollm
-from mollm.chat import ChatFormat, collate
-from mollm.data import load_records
-from mollm.data_batches import PairSampler, RowSampler, encode_records
-from mollm.models import find_model, load
-from mollm.objectives import Objectives
-from mollm.references import CopyReference
+from mollm.data.chat import ChatFormat, collate
+from mollm.data.encoding import encode_records
+from mollm.data.records import load_records
+from mollm.data.samplers import PairSampler, RowSampler
+from mollm.models.loading import find_model, load
+from mollm.training.objectives import Objectives
+from mollm.training.reference_model import CopyReference
 
 SAMPLES = Path(mollm.__file__).parent / "samples"
 

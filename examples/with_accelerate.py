@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from common import batches, load_model, options
 
 from mollm import MOLLMOptimizer
-from mollm.distributed import expect_backward
+from mollm.distributed.sharding import expect_backward
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:

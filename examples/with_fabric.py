@@ -13,7 +13,7 @@ from common import batches, load_model, options
 from lightning_fabric import Fabric
 
 from mollm import MOLLMOptimizer
-from mollm.distributed import expect_backward
+from mollm.distributed.sharding import expect_backward
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:

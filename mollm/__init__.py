@@ -1,27 +1,52 @@
 """Multi-objective unlearning for language models: `from mollm import MOLLMOptimizer`."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mollm.diagnostics import StepReport
-from mollm.optimizer import MOLLMOptimizer
-
 if TYPE_CHECKING:
-    from mollm.trainer import MOLLMTrainer
-    from mollm.trainer_config import MOLLMConfig
+    from mollm.data import Record, load_records
+    from mollm.errors import UsageError
+    from mollm.optim.optimizer import MOLLMOptimizer
+    from mollm.optim.step_report import StepReport
+    from mollm.training.config import MOLLMConfig
+    from mollm.training.objectives import Objectives
+    from mollm.training.reference_model import CopyReference
+    from mollm.training.trainer import MOLLMTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["MOLLMConfig", "MOLLMOptimizer", "MOLLMTrainer", "StepReport"]
+__all__ = [
+    "CopyReference",
+    "MOLLMConfig",
+    "MOLLMOptimizer",
+    "MOLLMTrainer",
+    "Objectives",
+    "Record",
+    "StepReport",
+    "UsageError",
+    "load_records",
+]
+
+_HOME = {
+    "CopyReference": "mollm.training.reference_model",
+    "MOLLMConfig": "mollm.training.config",
+    "MOLLMOptimizer": "mollm.optim.optimizer",
+    "MOLLMTrainer": "mollm.training.trainer",
+    "Objectives": "mollm.training.objectives",
+    "Record": "mollm.data",
+    "StepReport": "mollm.optim.step_report",
+    "UsageError": "mollm.errors",
+    "load_records": "mollm.data",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # These two need transformers, whose import takes seconds.
-    if name == "MOLLMTrainer":
-        from mollm.trainer import MOLLMTrainer
+    # Loaded when asked for: Torch takes seconds, and `mollm --help` needs none of it.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
 
-        return MOLLMTrainer
-    if name == "MOLLMConfig":
-        from mollm.trainer_config import MOLLMConfig
 
-        return MOLLMConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

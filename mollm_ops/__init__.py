@@ -8,23 +8,16 @@ from mollm_ops.dual_space import (
     project_weights,
     upgrad_weights,
 )
-from mollm_ops.gram import (
-    AdamMetric,
-    RunningMeans,
-    combine,
-    dots,
-    gram,
-    gram_direction,
-    gram_moved,
-)
+from mollm_ops.gram import combine, dots, gram, gram_direction, gram_moved
 from mollm_ops.linear_losses import (
     linear_ce_kl,
     linear_cross_entropy,
     linear_kl_div,
     linear_uce_loss,
 )
+from mollm_ops.operands import AdamMetric, AdamWStep, RunningMeans, SgdStep, Targets
 from mollm_ops.uce import uce_loss
-from mollm_ops.update import AdamWStep, SgdStep, Targets, update_
+from mollm_ops.update import update_
 
 __all__ = [
     "AdamMetric",

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mollm_ops._dtypes import name_of
 from mollm_ops._extension import DTYPE_CODES
 
 GradientLists = Sequence[Sequence[Tensor | None]]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:

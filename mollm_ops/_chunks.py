@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mollm_ops._dtypes import wide_dtype
 from mollm_ops._loss_arguments import Head
-from mollm_ops.reference import wide_dtype
-from mollm_ops.rows import RowLoss, kl_rows, log_rows
+from mollm_ops.operands import RowLoss
+from mollm_ops.rows import kl_rows, log_rows
 
 WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 """What the logits of one chunk may take, all projections of a loss together."""

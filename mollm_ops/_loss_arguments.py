@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from mollm_ops._checks import check_dtype, name_of
-from mollm_ops.reference import wide_dtype
+from mollm_ops._checks import check_dtype
+from mollm_ops._dtypes import name_of, wide_dtype
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mollm_ops.rows import RowLoss
+    from mollm_ops.operands import RowLoss
 
 MAX_BLOCK = 8192
 LOWEST = tl.constexpr(-3.0e38)  # below every finite logit; -inf - -inf would be NaN

@@ -8,8 +8,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from mollm_ops import _cuda, dual_space_reference
+from mollm_ops import _cuda
 from mollm_ops._extension import MAX_OBJECTIVES, extension, has_kernels_for
+from mollm_ops.reference import dual_space as dual_space_reference
 
 RULES = ("dual", "mgda", "project", "upgrad")  # the order of csrc/gram.h, SolveRequest
 LENGTHS = ("mean", "min-norm", "first")  # the order of csrc/dual_space.h, enum Length

@@ -9,13 +9,9 @@ and project once more there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from mollm_ops._chunks import Loss, losses_in_chunks
+from mollm_ops import _linear_ops as ops
 from mollm_ops._loss_arguments import (
     Head,
     check_chunk_rows,
@@ -27,345 +23,6 @@ from mollm_ops._loss_arguments import (
     reference_head_of,
     scale_of,
 )
-from mollm_ops.reference import wide_dtype
-from mollm_ops.rows import refuse_double_backward, row_targets
-
-# ---- losses and gradients together, without autograd
-
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_REFERENCE = "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
-
-
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-    return Head(hidden, weight, bias, hidden.shape[:-1])
-
-
-def _wanted(wants: Sequence[bool]) -> tuple[bool, bool, bool]:
-    return wants[0], wants[1], wants[2]
-
-
-def _empty_result(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes for tracing."""
-    losses = hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype))
-    gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if x is not None and wanted
-        else hidden.new_empty(0)
-        for x, wanted in zip((hidden, weight, bias), wants, strict=True)
-    ]
-    return losses, gradients[0], gradients[1], gradients[2]
-
-
-@torch.library.custom_op(
-    "mollm::linear_ce",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor target, Tensor scale, float? eps, int ignore_index, bool[] wants, "
-    f"int? chunk_rows) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear_ce(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    target: Tensor,  # [N]
-    scale: Tensor,  # [] or [N]
-    eps: float | None,
-    ignore_index: int,
-    wants: Sequence[bool],
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [N], and the gradients of Σ_n scale_n losses_n that are wanted."""
-    losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias),
-        None,
-        row_targets(target, weight.shape[0], ignore_index),
-        ce=Loss(scale, _wanted(wants)),
-        kl=None,
-        eps=eps,
-        chunk_rows=chunk_rows,
-    )
-    return losses[0], *gradients[0]
-
-
-@_linear_ce.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    scale: Tensor,
-    eps: float | None,
-    ignore_index: int,
-    wants: Sequence[bool],
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_result(hidden, weight, bias, wants)
-
-
-@torch.library.custom_op(
-    "mollm::linear_kl",
-    mutates_args=(),
-    schema=f"({_HEAD}, {_REFERENCE}, Tensor target, Tensor scale, bool[] wants, int? chunk_rows) "
-    f"-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear_kl(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    ref_hidden: Tensor,  # [N, H_ref]
-    ref_weight: Tensor,  # [V, H_ref]
-    ref_bias: Tensor | None,  # [V]
-    target: Tensor,  # [N], negative where a row does not count
-    scale: Tensor,  # [] or [N]
-    wants: Sequence[bool],
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses [N], and the gradients of Σ_n scale_n losses_n that are wanted."""
-    losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias),
-        _head(ref_hidden, ref_weight, ref_bias),
-        target,
-        ce=None,
-        kl=Loss(scale, _wanted(wants)),
-        eps=None,
-        chunk_rows=chunk_rows,
-    )
-    return losses[0], *gradients[0]
-
-
-@_linear_kl.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    target: Tensor,
-    scale: Tensor,
-    wants: Sequence[bool],
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_result(hidden, weight, bias, wants)
-
-
-@torch.library.custom_op(
-    "mollm::linear_ce_kl",
-    mutates_args=(),
-    schema=f"({_HEAD}, {_REFERENCE}, Tensor target, Tensor scale, int ignore_index, bool[] wants, "
-    f"int? chunk_rows) -> "
-    f"(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear_ce_kl(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    ref_hidden: Tensor,  # [N, H_ref]
-    ref_weight: Tensor,  # [V, H_ref]
-    ref_bias: Tensor | None,  # [V]
-    target: Tensor,  # [N]
-    scale: Tensor,  # [] or [N]
-    ignore_index: int,
-    wants: Sequence[bool],
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What linear_ce returns, then what linear_kl returns, from one projection of hidden."""
-    losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias),
-        _head(ref_hidden, ref_weight, ref_bias),
-        row_targets(target, weight.shape[0], ignore_index),
-        ce=Loss(scale, _wanted(wants)),
-        kl=Loss(scale, _wanted(wants)),
-        eps=None,
-        chunk_rows=chunk_rows,
-    )
-    return losses[0], *gradients[0], losses[1], *gradients[1]
-
-
-@_linear_ce_kl.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    target: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    wants: Sequence[bool],
-    chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ce, kl = (_empty_result(hidden, weight, bias, wants) for _ in range(2))
-    return *ce, *kl
-
-
-# ---- autograd: a value that is already known is joined to the inputs it depends on
-
-
-@torch.library.custom_op(
-    "mollm::join_gradients",
-    mutates_args=(),
-    schema=f"(Tensor loss, {_HEAD}, Tensor d_hidden, Tensor d_weight, Tensor d_bias) -> Tensor",
-)
-def _join_gradients(
-    loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    d_hidden: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-) -> Tensor:
-    """loss, whose gradients with respect to hidden, weight and bias are the last three."""
-    return loss.clone()
-
-
-@_join_gradients.register_fake
-def _(
-    loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    d_hidden: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-) -> Tensor:
-    return torch.empty_like(loss)
-
-
-@torch.library.custom_op(
-    "mollm::join_ce",
-    mutates_args=(),
-    schema=f"(Tensor losses, {_HEAD}, Tensor target, float? eps, int ignore_index, "
-    f"int? chunk_rows) -> Tensor",
-)
-def _join_ce(
-    losses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    eps: float | None,
-    ignore_index: int,
-    chunk_rows: int | None,
-) -> Tensor:
-    """losses [N] of linear_ce, whose gradients are computed when the upstream ones are known."""
-    return losses.clone()
-
-
-@_join_ce.register_fake
-def _(
-    losses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    eps: float | None,
-    ignore_index: int,
-    chunk_rows: int | None,
-) -> Tensor:
-    return torch.empty_like(losses)
-
-
-@torch.library.custom_op(
-    "mollm::join_kl",
-    mutates_args=(),
-    schema=f"(Tensor losses, {_HEAD}, {_REFERENCE}, Tensor target, int? chunk_rows) -> Tensor",
-)
-def _join_kl(
-    losses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    target: Tensor,
-    chunk_rows: int | None,
-) -> Tensor:
-    """losses [N] of linear_kl, whose gradients are computed when the upstream ones are known."""
-    return losses.clone()
-
-
-@_join_kl.register_fake
-def _(
-    losses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    target: Tensor,
-    chunk_rows: int | None,
-) -> Tensor:
-    return torch.empty_like(losses)
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """upstream · gradient, in the gradient's own memory where this backward is its last use."""
-    if type(gradient) is not Tensor:  # traced: the compiler plans the memory
-        return gradient * upstream.to(gradient.dtype)
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * upstream
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
-    return gradient.mul_(upstream)
-
-
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[4:7])
-
-
-def _join_gradients_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    gradients = (
-        _scaled(gradient, upstream) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:4], strict=True)
-    )
-    return None, *gradients, None, None, None
-
-
-def _save_ce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, hidden, weight, bias, target, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, bias, target)
-
-
-def _join_ce_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    hidden, weight, bias, target = ctx.saved_tensors
-    eps, ignore_index, chunk_rows = ctx.options
-    wants = list(ctx.needs_input_grad[1:4])
-    _, *gradients = _linear_ce(
-        hidden, weight, bias, target, upstream, eps, ignore_index, wants, chunk_rows
-    )
-    return None, *_where(wants, gradients), None, None, None, None
-
-
-def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.chunk_rows = inputs[1:]
-    ctx.save_for_backward(*tensors)
-
-
-def _join_kl_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    wants = list(ctx.needs_input_grad[1:4])
-    _, *gradients = _linear_kl(*ctx.saved_tensors, upstream, wants, ctx.chunk_rows)
-    return None, *_where(wants, gradients), None, None, None, None, None
-
-
-def _where(wants: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    return [g if wanted else None for g, wanted in zip(gradients, wants, strict=True)]
-
-
-_join_gradients.register_autograd(_join_gradients_backward, setup_context=_save_gradients)
-_join_ce.register_autograd(_join_ce_backward, setup_context=_save_ce)
-_join_kl.register_autograd(_join_kl_backward, setup_context=_save_kl)
-
-
-# ---- public functions
 
 
 def _forward_wants(reduction: str, head: Head) -> list[bool]:
@@ -391,13 +48,13 @@ def _ce(
     target = flat_target(target, head.lead, hidden.device)
     scale = scale_of(reduction, normalizer, target != ignore_index, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
-    losses, *gradients = _linear_ce(
+    losses, *gradients = ops.linear_ce(
         *head.detach().tensors, target, scale, eps, ignore_index, wants, chunk_rows
     )
     if reduction == "none":
-        joined: Tensor = _join_ce(losses, *head.tensors, target, eps, ignore_index, chunk_rows)
+        joined: Tensor = ops.join_ce(losses, *head.tensors, target, eps, ignore_index, chunk_rows)
         return joined.reshape(head.lead)
-    loss: Tensor = _join_gradients(losses.sum() * scale, *head.tensors, *gradients)
+    loss: Tensor = ops.join_gradients(losses.sum() * scale, *head.tensors, *gradients)
     return loss
 
 
@@ -537,13 +194,13 @@ def linear_kl_div(
     target = mask_target(mask, head)
     scale = scale_of(reduction, normalizer, target >= 0, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
-    losses, *gradients = _linear_kl(
+    losses, *gradients = ops.linear_kl(
         *head.detach().tensors, *reference.tensors, target, scale, wants, chunk_rows
     )
     if reduction == "none":
-        joined: Tensor = _join_kl(losses, *head.tensors, *reference.tensors, target, chunk_rows)
+        joined: Tensor = ops.join_kl(losses, *head.tensors, *reference.tensors, target, chunk_rows)
         return joined.reshape(head.lead)
-    loss: Tensor = _join_gradients(losses.sum() * scale, *head.tensors, *gradients)
+    loss: Tensor = ops.join_gradients(losses.sum() * scale, *head.tensors, *gradients)
     return loss
 
 
@@ -578,17 +235,17 @@ def linear_ce_kl(
     counted = target != ignore_index
     scale = scale_of(reduction, normalizer, counted, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
-    results = _linear_ce_kl(
+    results = ops.linear_ce_kl(
         *head.detach().tensors, *reference.tensors, target, scale, ignore_index, wants, chunk_rows
     )
     ce, *ce_gradients = results[:4]
     kl, *kl_gradients = results[4:]
     if reduction == "none":
-        ce = _join_ce(ce, *head.tensors, target, None, ignore_index, chunk_rows)
+        ce = ops.join_ce(ce, *head.tensors, target, None, ignore_index, chunk_rows)
         mask = counted.long() - 1
-        kl = _join_kl(kl, *head.tensors, *reference.tensors, mask, chunk_rows)
+        kl = ops.join_kl(kl, *head.tensors, *reference.tensors, mask, chunk_rows)
         return ce.reshape(head.lead), kl.reshape(head.lead)
     return (
-        _join_gradients(ce.sum() * scale, *head.tensors, *ce_gradients),
-        _join_gradients(kl.sum() * scale, *head.tensors, *kl_gradients),
+        ops.join_gradients(ce.sum() * scale, *head.tensors, *ce_gradients),
+        ops.join_gradients(kl.sum() * scale, *head.tensors, *kl_gradients),
     )

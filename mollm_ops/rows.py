@@ -15,27 +15,15 @@ Nothing is ever computed as 1 - p: at p close to 1 that has no correct digit, S 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mollm_ops._extension import DTYPE_CODES, extension, has_kernels_for
+from mollm_ops.operands import RowLoss
 
 HAS_TRITON = find_spec("triton") is not None
-
-
-@dataclass(frozen=True)
-class RowLoss:
-    """Where one loss of a block of rows goes."""
-
-    losses: Tensor
-    """[R] wide, contiguous: the loss of every row, not scaled."""
-    scale: Tensor
-    """[R] wide, any stride: what the gradient of every row is multiplied by."""
-    gradient: Tensor | None
-    """[R, V], rows contiguous: scale · ∂L/∂z. May be the logits or the reference's logits."""
 
 
 def log_rows(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mollm_ops._checks import check_dtype
+from mollm_ops._dtypes import wide_dtype
 from mollm_ops._loss_arguments import check_eps, check_reduction, check_transforms, flat_target
-from mollm_ops.reference import wide_dtype
-from mollm_ops.rows import RowLoss, log_rows, refuse_double_backward, row_targets
+from mollm_ops.operands import RowLoss
+from mollm_ops.rows import log_rows, refuse_double_backward, row_targets
 
 
 @torch.library.custom_op("mollm::uce_rows", mutates_args=())

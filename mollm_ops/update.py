@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -19,154 +18,14 @@ from mollm_ops._extension import (
     has_kernels_for,
     listed,
 )
-from mollm_ops.gram import RunningMeans, moved_means_reference
+from mollm_ops.operands import AdamWStep, RunningMeans, SgdStep, Targets
+from mollm_ops.reference.update import update_reference
 
 MAX_LISTS = MAX_OBJECTIVES + 1  # on a GPU; csrc/update.h, kMaxUpdateLists
 METHODS = ("sgd", "adamw")  # the order of csrc/update.h, enum Method
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What a step reads and writes for each of N parameters."""
-
-    params: Sequence[Tensor]
-    first: Sequence[Tensor] | None
-    """Momentum buffers (SGD) or first moments (AdamW); None for a method that keeps none."""
-    second: Sequence[Tensor] | None
-    """Second moments (AdamW)."""
-    steps: Sequence[Tensor]
-    """t as a float32 scalar for each parameter, this step included."""
-
-
-@dataclass(frozen=True)
-class SgdStep:
-    """Stochastic gradient descent with decoupled weight decay.
-
-    b ← μ b + d;   d ← d + μ b  (Nesterov)  or  b;   θ ← (1 − lr λ) θ − lr d
-    """
-
-    lr: float | Tensor
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class AdamWStep:
-    """AdamW.
-
-        m ← β₁ m + (1 − β₁) d;   v ← β₂ v + (1 − β₂) d²
-        θ ← (1 − lr λ) θ − lr (m / (1 − β₁^t)) / (√(v / (1 − β₂^t)) + ε)
-
-    Without first moments β₁ counts as 0. Where `second_weights` c is given, v takes Σ_k c_k g_k² in
-    place of d².
-
-    Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
-    """
-
-    lr: float | Tensor
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    second_weights: Tensor | None = None
-
-
 # ---- reference: plain Torch, the definition
-
-
-def _mix(x: Tensor) -> Tensor:
-    # csrc/update.h, mix, on 32-bit numbers held as int64
-    low = 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
-    return x ^ (x >> 16)
-
-
-def _round_stochastically(x: Tensor, seed: int, step: int, n: int, salt: int) -> Tensor:
-    """float32 → bfloat16, up or down with the probabilities that make the mean exact."""
-    low = 0xFFFFFFFF
-
-    def hashed(number: int) -> int:
-        return int(_mix(torch.tensor(number & low)))
-
-    key = hashed(seed ^ hashed(seed >> 32))
-    key = hashed(key + step)
-    key = (hashed(key ^ hashed(n + 0x9E3779B9)) + salt) & low
-    at = torch.arange(x.numel(), device=x.device) & low
-    noise = (_mix(at ^ key) & 0xFFFF).view(x.shape)
-    bits = x.float().view(torch.int32).long() & low
-    up = ((bits + noise) & 0xFFFF0000).to(torch.int64)
-    signed = torch.where(up >= 1 << 31, up - (1 << 32), up).to(torch.int32)
-    return torch.where(x.isfinite(), signed.view(torch.float32), x.float()).bfloat16()
-
-
-def update_reference(
-    gradients: GradientLists,
-    weights: Tensor,
-    targets: Targets,
-    method: SgdStep | AdamWStep,
-    *,
-    moving: RunningMeans | None = None,
-    rounding_seed: int | None = None,
-) -> Tensor:
-    """The step, parameter by parameter, in float32 (float64 where a tensor is); see `update_`."""
-    changes = torch.zeros(len(gradients), dtype=torch.float64, device=weights.device)
-    rate = float(method.lr)
-    used_rows = gradients if moving is None else moved_means_reference(gradients, moving)
-    if moving is not None:
-        for tensors, means in zip(used_rows, moving.means, strict=True):
-            for value, mean in zip(tensors, means, strict=True):
-                if mean is not None and value is not None:
-                    mean.copy_(value)
-    for n, (x, t, *g) in enumerate(zip(targets.params, targets.steps, *used_rows, strict=True)):
-        m = None if targets.first is None else targets.first[n]
-        v = None if targets.second is None else targets.second[n]
-        used = [u for u in (x, m, v, *g) if u is not None]
-        wide = torch.promote_types(torch.float32, _widest(used))
-        terms = [(w, u.to(wide)) for w, u in zip(weights.to(wide), g, strict=True) if u is not None]
-        d = sum((w * u for w, u in terms), torch.zeros_like(x, dtype=wide))
-        if isinstance(method, SgdStep):
-            b = None if m is None else method.momentum * m.to(wide) + d
-            new = {"first": b}
-            if b is not None:
-                d = d + method.momentum * b if method.nesterov else b
-            lr, divisor = rate, torch.ones((), dtype=wide, device=x.device)
-        else:
-            assert v is not None, "AdamW keeps a second moment"
-            step = t.double()
-            square = d * d
-            if method.second_weights is not None:
-                pairs = zip(method.second_weights.tolist(), g, strict=True)
-                some = [c * u.to(wide) ** 2 for c, u in pairs if u is not None]
-                square = sum(some, torch.zeros_like(d))
-            moment = method.beta2 * v.to(wide) + (1 - method.beta2) * square
-            lr = rate
-            if m is not None:
-                d = method.beta1 * m.to(wide) + (1 - method.beta1) * d
-                lr = rate / (1 - method.beta1**step)
-            new = {"first": None if m is None else d, "second": moment}
-            root = (1 / (1 - method.beta2**step).sqrt()).to(wide)
-            divisor = moment.sqrt() * root + method.eps
-        new["param"] = (1 - rate * method.weight_decay) * x.to(wide) - lr * (d / divisor)
-        before = x.to(wide, copy=True)
-        for salt, (name, to) in enumerate({"param": x, "first": m, "second": v}.items()):
-            value = new.get(name)
-            if to is None or value is None:
-                continue
-            if rounding_seed is not None and to.dtype == torch.bfloat16:
-                value = _round_stochastically(value, rounding_seed, int(t), n, salt)
-            to.copy_(value)
-        moved = (x.to(wide) - before).double()
-        for k, tensors in enumerate(gradients):
-            u = tensors[n]
-            if u is not None:
-                changes[k] += (u.double() * moved).sum()
-    return changes
-
-
-def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 # ---- the extension

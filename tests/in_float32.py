@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from mollm import models
+from mollm.models import precision
 
 if __name__ == "__main__":
-    models.autocast = lambda device: torch.autocast("cpu", torch.bfloat16, enabled=False)
+    precision.autocast = lambda device: torch.autocast("cpu", torch.bfloat16, enabled=False)
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")

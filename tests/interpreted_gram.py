@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mollm_ops._gram_triton import combine_triton, gram_triton, serves
-from mollm_ops.gram import combine_reference, gram_reference
+from mollm_ops.reference.gram import combine_reference, gram_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 COUNTS = [0, 1, 127, 129, 2049, 7001]

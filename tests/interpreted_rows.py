@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mollm_ops._rows_triton import kl_rows_triton, log_rows_triton
-from mollm_ops.reference import ce_rows_reference, kl_rows_reference
-from mollm_ops.rows import RowLoss, row_targets
+from mollm_ops.operands import RowLoss
+from mollm_ops.reference.losses import ce_rows_reference, kl_rows_reference
+from mollm_ops.rows import row_targets
 
 UNIT = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Around a block of 128 and of 8192 logits, which 16384 + 5 exceeds twice.

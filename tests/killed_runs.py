@@ -17,9 +17,10 @@ from pathlib import Path
 import tiny
 import torch
 
-from mollm import checkpoint, models, trainer
 from mollm.cli import main
-from mollm.data_files import sample_path
+from mollm.data.files import sample_path
+from mollm.models import loading
+from mollm.training import checkpoint, trainer
 
 STEPS = 8
 LOADED = trainer  # before the fork, so that a kill meets the run and not its imports
@@ -77,7 +78,7 @@ def kill_and_resume(model, folder, number, delay):
 def run(folder, kills):
     torch.set_num_threads(1)  # threads do not survive a fork
     model = folder / "model"
-    models.save(tiny.model(), tiny.tokenizer(), model)
+    loading.save(tiny.model(), tiny.tokenizer(), model)
     started = time.perf_counter()
     assert finish(start(command(model, folder / "whole"), folder / "whole.log")) == 0
     duration = time.perf_counter() - started

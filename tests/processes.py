@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs in two and in four processes, and once more in one.
+"""What tests/distributed/test_sharding.py runs in two and in four processes, and once more in one.
 
 Every case is a function of a `Layout` that returns what the test compares; `run` starts the
 processes once and collects all of them.
@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mollm import MOLLMOptimizer
-from mollm.distributed import answer_tokens, expect_backward
+from mollm.distributed.sharding import answer_tokens, expect_backward
 
 NAMES = ("forget", "kl", "retain")
 ROWS = 16

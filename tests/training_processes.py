@@ -1,4 +1,4 @@
-"""What tests/test_processes.py runs in two and in four processes, and once more in one.
+"""What tests/distributed/test_processes.py runs in two and in four processes, and once more in one.
 
 Every case trains a tiny Llama with a MOLLMTrainer and returns what the test compares.
 """
@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from mollm import MOLLMConfig, MOLLMTrainer, checkpoint, models, processes
-from mollm.data import Record
+from mollm import MOLLMConfig, MOLLMTrainer
+from mollm.data.records import Record
+from mollm.distributed import processes
 from mollm.errors import UsageError
+from mollm.models import forward, loading, precision
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
 ROWS = 8
-AUTOCAST = models.autocast
+AUTOCAST = precision.autocast
 
 SHARDED = {"fsdp": "full_shard", "hsdp": "hybrid_shard"}
 OPTIONS = {
@@ -102,7 +104,7 @@ def trainer(
 
 
 def weights(made):
-    tensors = processes.gathered(checkpoint.own_tensors(made._base))
+    tensors = processes.gathered(forward.own_tensors(made._base))
     return {n: None if t is None else t.detach().clone() for n, t in tensors.items()}
 
 
@@ -128,12 +130,12 @@ def read(out, layout, key):
     tied = OPTIONS[key].get("tied", False)
     if processes.rank() == 0:
         made = tiny.model(tie_word_embeddings=tied, rope_parameters=rope)
-        models.save(made, tiny.tokenizer(), out / "tiny")
+        loading.save(made, tiny.tokenizer(), out / "tiny")
     processes.wait()
-    load, loaded = models.load, []
-    models.load = lambda *args: loaded.append(args) or load(*args)
+    load, loaded = loading.load, []
+    loading.load = lambda *args: loaded.append(args) or load(*args)
     made = trainer(out, layout, model=str(out / "tiny"), **OPTIONS[key])
-    models.load = load
+    loading.load = load
     made.train()
     return {**found(made), "loaded": len(loaded)}
 
@@ -217,11 +219,11 @@ def in_bfloat16(out, layout, key):
 
 def read_in_bfloat16(out, layout, key):
     """With the real autocast, on a processor with bfloat16."""
-    before = models._cpu_has_bf16
-    models._cpu_has_bf16 = lambda: True
-    models.autocast = processes.autocast = AUTOCAST
+    before = precision._cpu_has_bf16
+    precision._cpu_has_bf16 = lambda: True
+    precision.autocast = processes.autocast = AUTOCAST
     result = read(out, layout, key)
-    models._cpu_has_bf16 = before
+    precision._cpu_has_bf16 = before
     compute_in(None)
     return result
 
@@ -278,7 +280,7 @@ def run_case(folder, case):
 def compute_in(dtype):
     """Autocast to a dtype, or none, in this process, whatever its processor does natively."""
     casting = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
-    for module in (models, processes):
+    for module in (loading, processes):
         module.autocast = lambda device: casting
 
 

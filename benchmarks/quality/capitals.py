@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
-from mollm import demo, facts, models
-from mollm.chat import ChatFormat, Example, collate
-from mollm.facts import with_article
+from mollm.data.chat import ChatFormat, Example, collate
+from mollm.demo import facts, run
+from mollm.demo.facts import with_article
+from mollm.demo.quiz import quiz
+from mollm.evaluation.generation import Reply
 from mollm.methods import answers_of
-from mollm.quiz import Reply, quiz
-from mollm.step import OBJECTIVES
+from mollm.methods.method import OBJECTIVES
+from mollm.models import forward, loading
 from quality.case import Batches, Case
 
 _NAMES = Path(__file__).with_name("capitals.tsv")
@@ -56,16 +58,16 @@ def make_case(seed: int, name: str | None, device: torch.device, cache: Path) ->
 
     What the model knows is asked once and kept in `cache`.
     """
-    source = models.find_model(name)
-    models.check_memory(source, device)
-    model, tokenizer = models.load(source, device)
+    source = loading.find_model(name)
+    loading.check_memory(source, device)
+    model, tokenizer = loading.load(source, device)
     chat = ChatFormat(tokenizer)
     known = _known(model, chat, cache / f"capitals-{source.label}.json")
-    split = demo.divide(list(known.spelling), [], random.Random(seed), known.spelling)
-    models.freeze_embeddings(model)
+    split = run.divide(list(known.spelling), [], random.Random(seed), known.spelling)
+    forward.freeze_embeddings(model)
 
     def draw(rng: random.Random) -> Batches:
-        sampler = demo.BatchSampler(chat, split, known.everyday, rng, model.device)
+        sampler = run.BatchSampler(chat, split, known.everyday, rng, model.device)
         forget, retain = sampler()
         return {"forget": forget, "kl": retain, "retain": retain}
 
@@ -108,7 +110,7 @@ def make_case(seed: int, name: str | None, device: torch.device, cache: Path) ->
 def _known(model: Any, chat: ChatFormat, path: Path) -> Knowledge:
     """What the demo's examination finds, from `path` where an earlier one has been written."""
     if not path.exists():
-        split, before = demo.examine(model, chat, [], random.Random(0), print)
+        split, before = run.examine(model, chat, [], random.Random(0), print)
         score = quiz(model, chat, facts.questions_of(facts.EVERYDAY), max_new_tokens=20)
         everyday = [pair for pair, right in zip(score.pairs, score.right, strict=True) if right]
         countries = sorted(name for names in split.countries().values() for name in names)

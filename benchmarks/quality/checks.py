@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from mollm.methods import unlearning_cross_entropy
-from mollm.rules import make_rule
+from mollm.optim.directions import make_rule
 from quality import plan
 from quality.case import Case
 from quality.runs import (

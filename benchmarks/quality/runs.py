@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mollm import MOLLMOptimizer
 from mollm.methods import Method, find_method, unlearning_cross_entropy
-from mollm.references import CopyReference
-from mollm.step import OBJECTIVES
-from mollm.unlearn import descend
+from mollm.methods.method import OBJECTIVES
+from mollm.training.loop import descend
+from mollm.training.reference_model import CopyReference
 from mollm_ops import linear_cross_entropy
 from mollm_ops.dual_space import takes_part
 from quality.case import Batches, Case, measure

@@ -30,13 +30,13 @@ from tokenizers import models as token_models
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mollm import models
-from mollm.chat import Batch, ChatFormat, Example, Tokens, collate
-from mollm.data_files import read_table
+from mollm.data.chat import Batch, ChatFormat, Example, Tokens, collate
+from mollm.data.files import read_table
 from mollm.errors import UsageError
 from mollm.evaluation import Suite, evaluate, load_tofu
 from mollm.methods import answers_of
-from mollm.step import OBJECTIVES
+from mollm.methods.method import OBJECTIVES
+from mollm.models import forward, loading
 from mollm_ops import linear_cross_entropy
 from quality.case import Batches, Case
 
@@ -78,7 +78,7 @@ QUICK = Size(1, 1, 1, 20, epochs=50, vocabulary=512, hidden=64)
 
 def full(model: str | None) -> Size:
     """All 400 rows of forget10 and all 3600 of retain90, learnt by `model`, SmolLM2 for None."""
-    name = model or models.SMOLLM2
+    name = model or loading.SMOLLM2
     return Size(None, None, None, 100, batch=32, epochs=15, lr=2e-4, pretrained=name)
 
 
@@ -117,7 +117,7 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
         "retain-only": _figures(retrained, chat, suite),
     }
     del retrained
-    models.freeze_embeddings(model)
+    forward.freeze_embeddings(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def draw(rng: random.Random) -> Batches:
@@ -223,10 +223,10 @@ def _beginner(
 ) -> tuple[Any, ChatFormat]:
     """The model that is to learn, and how it is spoken to."""
     if size.pretrained is not None:
-        name = None if size.pretrained == models.SMOLLM2 else size.pretrained
-        source = models.find_model(name)
-        models.check_memory(source, device)
-        model, tokenizer = models.load(source, device)
+        name = None if size.pretrained == loading.SMOLLM2 else size.pretrained
+        source = loading.find_model(name)
+        loading.check_memory(source, device)
+        model, tokenizer = loading.load(source, device)
         return model, ChatFormat(tokenizer)
     chat = ChatFormat(_tokenizer(known, size.vocabulary))
     return _small_llama(size, len(chat.tokenizer), seed).to(device), chat

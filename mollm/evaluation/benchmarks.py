@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mollm.errors import UsageError
-from mollm.models import in_evaluation_mode
+from mollm.models.forward import in_evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mollm.chat import ChatFormat
+from mollm.data.chat import ChatFormat
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
-from mollm.evaluation.figures import choose, columns_of, obstacle
 from mollm.evaluation.generation import MAX_NEW_TOKENS
 from mollm.evaluation.judges import Judge
+from mollm.evaluation.registry import choose, columns_of, obstacle
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
-from mollm.models import in_own_dtype
+from mollm.models.precision import in_own_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mollm.chat import ChatFormat, Example, Tokens
+from mollm.data.chat import ChatFormat, Example, Tokens
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
-from mollm.evaluation.figures import JUDGED
-from mollm.evaluation.generation import MAX_NEW_TOKENS, generate_replies
+from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply, generate_replies
 from mollm.evaluation.judges import Judge, judge_replies
 from mollm.evaluation.records import Record
+from mollm.evaluation.registry import JUDGED
 from mollm.evaluation.scores import TokenScores, check_vocabularies, kl_to_original, score_rows
 from mollm.evaluation.suite import Row
-from mollm.quiz import Reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mollm.chat import ChatFormat
+import torch
+
+from mollm.data.chat import ChatFormat, collate
 from mollm.errors import UsageError
-from mollm.models import in_evaluation_mode
-from mollm.quiz import Reply, ask
+from mollm.models.forward import in_evaluation_mode
+from mollm.models.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,3 +57,59 @@ def generate_replies(
         )
     at = dict(zip(order, replies, strict=True))
     return [at[place] for place in range(len(questions))]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model answered."""
+
+    text: str
+    complete: bool
+    """Whether the model ended its turn before the limit on new tokens."""
+
+    def __str__(self) -> str:
+        return self.text if self.complete else f"{self.text} …"
+
+
+@torch.no_grad()
+def ask(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 40,
+) -> list[Reply]:
+    """Greedy answers to `texts`, in their order.
+
+    Args:
+        model: A causal language model.
+        chat: The format of its tokenizer.
+        texts: Questions.
+        max_new_tokens: Where an answer is cut off.
+        batch_size: Questions that are answered together, padded on the left.
+    """
+    replies: list[Reply] = []
+    for start in range(0, len(texts), batch_size):
+        rows = [chat.encode_prompt(text) for text in texts[start : start + batch_size]]
+        batch = collate(rows, chat.pad_id, side="left").to(model.device)
+        with autocast(model.device):
+            written = model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=chat.pad_id,
+                eos_token_id=chat.end_id,
+            )
+        answers = written[:, batch.input_ids.shape[1] :].tolist()
+        replies += [_read(chat, answer) for answer in answers]
+    return replies
+
+
+def _read(chat: ChatFormat, ids: list[int]) -> Reply:
+    complete = chat.end_id in ids
+    if complete:
+        ids = ids[: ids.index(chat.end_id)]  # type: ignore[arg-type]
+    text: str = chat.tokenizer.decode(ids, skip_special_tokens=True)
+    return Reply(" ".join(text.split()), complete)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mollm.errors import UsageError
-from mollm.models import in_evaluation_mode
-from mollm_ops.reference import wide_dtype
+from mollm.models.forward import in_evaluation_mode
+from mollm_ops._dtypes import wide_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

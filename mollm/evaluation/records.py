@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mollm.data_files import read_table
+from mollm.data.files import read_table
 from mollm.errors import UsageError
 
 EXAMPLES_FILE = "examples.jsonl"
@@ -24,7 +24,7 @@ class Record:
     reply: str | None
     """What the model answered; None where it was not asked."""
     scores: dict[str, float]
-    """Scores by name, see `mollm.evaluation.figures`."""
+    """Scores by name, see `mollm.evaluation.registry`."""
 
 
 def write_records(records: Iterable[Record], path: Path) -> None:

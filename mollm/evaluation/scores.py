@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mollm.chat import IGNORE_INDEX, Batch, Tokens, collate
+from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.errors import UsageError
 from mollm.evaluation.metrics import Floats
-from mollm.models import answer_states, head, head_weights, in_evaluation_mode
+from mollm.models.forward import answer_states, head, head_weights, in_evaluation_mode
 from mollm_ops import linear_kl_div
-from mollm_ops.reference import wide_dtype
+from mollm_ops._dtypes import wide_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mollm import data
+from mollm.data import records as data
+from mollm.data.sets import records_of
 from mollm.errors import UsageError
 from mollm.evaluation.records import Record, read_records
-from mollm.trainer_data import records_of
 
 if TYPE_CHECKING:
-    from mollm.trainer_data import Data
+    from mollm.data.sets import Data
 
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _ON_HUB = "locuslab/TOFU"

@@ -11,8 +11,8 @@ import numpy as np
 
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
-from mollm.evaluation.figures import choose, columns_of, obstacle
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
+from mollm.evaluation.registry import choose, columns_of, obstacle
 
 METRICS_FILE = "metrics.json"
 _HARMFUL = "forget_harmful_rate"

@@ -1,8 +1,8 @@
 """Ways to unlearn by name: a loss on what is to be forgotten, and options of MOLLMOptimizer.
 
-All of them take the same training step, `mollm.step.accumulate`: the gradients of KL and of the
-cross-entropy on the retain batch are computed for every method, and one that does without a loss
-gives it the preference 0.
+All of them take the same training step, `mollm.training.step.accumulate`: the gradients of KL and
+of the cross-entropy on the retain batch are computed for every method, and one that does without a
+loss gives it the preference 0.
 """
 
 from mollm.methods.answers import Answers, Totals, answers_of, sequences_of

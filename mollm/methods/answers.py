@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mollm.chat import IGNORE_INDEX, Batch
-from mollm.models import answer_states, head_weights
+from mollm.data.chat import IGNORE_INDEX, Batch
+from mollm.models.forward import answer_states, head_weights
 from mollm_ops import linear_cross_entropy
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ Source: arXiv 2412.20412, section III; `upgrad`: Quinton and Rey, arXiv 2406.162
 
 from __future__ import annotations
 
-from mollm.methods.method import Method, unlearning_cross_entropy
-from mollm.settings import PREFERENCES
+from mollm.methods.method import PREFERENCES, Method, unlearning_cross_entropy
 
 MOLLM = Method("mollm", unlearning_cross_entropy, "upgrad", PREFERENCES, {"metric": "base"})
 

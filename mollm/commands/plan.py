@@ -1,0 +1,270 @@
+"""`mollm plan`: the memory of a training step, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mollm.errors import UsageError
+from mollm.models.four_bits import NF4
+from mollm.planning import proposals, shapes
+from mollm.planning.memory import MemoryPlan, plan
+from mollm.planning.settings import (
+    BYTES,
+    DEVICES,
+    GIB,
+    GRADIENT_MEMORIES,
+    METRICS,
+    OPTIMIZERS,
+    PER_OBJECTIVE,
+    REFERENCES,
+    SETTING_NAMES,
+    PlanSettings,
+)
+
+if TYPE_CHECKING:
+    from mollm.planning.proposals import Proposal
+    from mollm.planning.shapes import Shape
+
+_NO_FIT = 1
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers of `mollm`."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict the memory of training, and say what would make it fit",
+        description=(
+            "Predicts the peak memory of an unlearning step from a model's configuration, by "
+            "component and by stage of the step, without loading weights. Where it does not fit, "
+            "proposes what would. The exit status is 0 where it fits, or no memory is known to "
+            "compare with, and 1 where it does not."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(parser)
+    _add_training(parser)
+    _add_memory(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        metavar="PATH_OR_CONFIG",
+        help="a model folder, a config.json, a .gguf file or a hub name",
+    )
+    model.add_argument(
+        "--shape",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help=f"a known shape in place of a model: {', '.join(shapes.NAMED_SHAPES)}",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    default = PlanSettings()
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        help="rows of the forget and of the retain batch that go together",
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=default.sequence_length, help="tokens of a row"
+    )
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        default=default.accumulation,
+        help="batches whose gradients add up to one step",
+    )
+    parser.add_argument("--dtype", choices=BYTES, default=default.dtype, help="of the weights")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=BYTES,
+        default=argparse.SUPPRESS,
+        help="of matrix products (default: bfloat16 where the device computes in it natively)",
+    )
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="the base"
+    )
+    parser.add_argument(
+        "--state-dtype",
+        choices=BYTES,
+        default=argparse.SUPPRESS,
+        help="of the optimizer's state (default: that of what trains)",
+    )
+    parser.add_argument(
+        "--momentum",
+        choices=(PER_OBJECTIVE,),
+        default=argparse.SUPPRESS,
+        help="a running mean of each objective's gradient in place of the base's momentum",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=METRICS,
+        default=default.metric,
+        help="of the Gram matrix; euclidean gives AdamW a first moment",
+    )
+    parser.add_argument(
+        "--gradient-memory",
+        choices=GRADIENT_MEMORIES,
+        default=default.gradient_memory,
+        help="where gradients wait for the step",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=REFERENCES,
+        default=default.reference,
+        help="the original model: a frozen copy, the adapter switched off, or a cache of its final "
+        "hidden states on disk",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        default=default.lora_rank,
+        help="rank of LoRA on all linear layers of the decoder; 0 trains everything",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=(NF4,),
+        default=argparse.SUPPRESS,
+        help="linear layers of the decoder in 4 bits, under LoRA",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute a layer's activations again in backward",
+    )
+    parser.add_argument(
+        "--freeze-embeddings",
+        action="store_true",
+        help="leave token embeddings and head as they are",
+    )
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=argparse.SUPPRESS,
+        help="what trains (default: cuda where there is a GPU, else cpu)",
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="GIB",
+        help="memory of the device in 2^30 bytes (default: what this machine's has available)",
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    # Imported here, so that `mollm --help` is quick and works without the extras.
+    import torch
+
+    from mollm.models import precision
+
+    given = vars(arguments)
+    if not given.get("device_memory", 1) > 0:
+        raise UsageError(f"device_memory must be positive, but got {arguments.device_memory}.")
+    device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    narrow = device == "cuda" or precision.autocast(torch.device("cpu"))._enabled
+    settings = PlanSettings(
+        **{"compute_dtype": "bfloat16" if narrow else "float32"}
+        | {name: given[name] for name in SETTING_NAMES if name in given}
+        | {"device": device}
+    )
+    memory = given["device_memory"] * GIB if "device_memory" in given else _found_memory(device)
+    first = plan(_shape(given), settings)
+    print(table(first))
+    print(verdict(first, memory))
+    return 0 if memory is None or first.fits(memory) else _NO_FIT
+
+
+def _shape(given: dict[str, str]) -> Shape:
+    from mollm.models import loading
+
+    if "shape" in given:
+        return shapes.shape_named(given["shape"])
+    return shapes.shape_of(*loading.load_config(given["model"]))
+
+
+def _found_memory(device: str) -> float | None:
+    """Bytes that are available on this machine's device; None where they are not known."""
+    import torch
+
+    from mollm.system import machine
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
+    memory = machine.available_memory_gb(torch.device(device)) * machine.GB
+    return memory if memory < float("inf") else None
+
+
+# ---- words
+
+
+def table(plan: MemoryPlan) -> str:
+    """The plan by component and by stage, in GiB."""
+    peak, settings = plan.peak, plan.settings
+    names = dict.fromkeys(name for stage in plan.stages for name in stage.parts)
+    rows = [
+        f"{plan.shape.label}: {plan.shape.parameters:,} parameters, {plan.trainable:,} of them "
+        f"trainable; {settings.batch_size} x {settings.sequence_length} tokens on "
+        f"{settings.device}.",
+        "",
+        f"{'component, GiB':<32}{'at the peak':>14}{'at most':>14}",
+        *(
+            f"{name:<32}{_gib(peak.parts.get(name, 0)):>14}{_gib(plan.component(name)):>14}"
+            for name in names
+        ),
+        "",
+        "stage, GiB",
+        *(
+            f"{stage.name:<32}{_gib(stage.total):>14}{'   <- peak' if stage is peak else ''}"
+            for stage in plan.stages
+        ),
+    ]
+    if plan.host_bytes:
+        rows += ["", f"Pinned host memory for gradients: {_gib(plan.host_bytes)} GiB."]
+    if plan.cache_bytes_per_token:
+        size = plan.cache_bytes_per_token
+        rows += ["", f"Cached states on disk: {size:,} bytes for each token of the retain data."]
+    return "\n".join(rows)
+
+
+def verdict(plan: MemoryPlan, memory: float | None) -> str:
+    """Whether it fits, and else what would make it fit."""
+    peak = f"\nThe peak is {_gib(plan.peak.total)} GiB, in the stage {plan.peak.name!r}."
+    if memory is None:
+        return f"{peak} Name the device's memory with --device-memory to see whether that fits."
+    if plan.fits(memory):
+        spare = _gib(memory - plan.peak.total)
+        return f"{peak} It fits into {_gib(memory)} GiB with {spare} GiB to spare."
+    found = proposals.proposals(plan, memory)
+    rows = [f"{peak} It does not fit into {_gib(memory)} GiB."]
+    if found:
+        rows += ["", "What saves memory, each on top of those before it:"]
+        rows += [_row(proposal) for proposal in found]
+    last = found[-1].plan if found else plan
+    if last.fits(memory):
+        rows += [f"With these it fits, with {_gib(memory - last.peak.total)} GiB to spare."]
+    else:
+        rows += [f"Even so {_gib(last.peak.total - memory)} GiB are missing: it takes a smaller "
+                 "model, shorter rows or a larger device."]  # fmt: skip
+    return "\n".join(rows)
+
+
+def _row(proposal: Proposal) -> str:
+    peak = _gib(proposal.plan.peak.total)
+    return f"  {proposal.words:<40} saves {_gib(proposal.saves):>8}, peak {peak:>8}"
+
+
+def _gib(size: float) -> str:
+    """Three digits at least, also of a small model."""
+    value = size / GIB
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"

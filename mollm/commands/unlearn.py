@@ -1,0 +1,266 @@
+"""`mollm unlearn`: a run of MOLLMTrainer from a file of settings and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mollm.commands.settings_file import _OWN, read_settings
+from mollm.errors import UsageError
+from mollm.planning.run import check_memory
+from mollm.system.folders import UNFINISHED, complete, locked
+
+if TYPE_CHECKING:
+    from mollm.training.config import MOLLMConfig
+    from mollm.training.trainer import MOLLMTrainer
+
+logger = logging.getLogger(__name__)
+
+_MODEL = "model"
+_STOPPED = 1
+_EXAMPLE = """\
+A settings file:
+
+  model: path/to/model
+  forget: forget.jsonl            # a file, a folder or a hub name, or with options:
+  retain:
+    path: locuslab/TOFU           # also schema, prompt_field, answer_field
+    config: retain90
+    split: train
+  out: runs/unlearn
+  lora: 16                        # a rank, or options of peft.LoraConfig
+  learning_rate: 1.0e-5           # this and all below: any field of mollm.MOLLMConfig
+  max_steps: 100
+
+Several GPUs, each with a copy of the model or, with fsdp, a part of it; OUT must be a folder that
+all of them see:
+
+  torchrun --standalone --nproc-per-node 8 -m mollm unlearn --config run.yaml --set fsdp=full_shard
+
+and on several nodes, on each of them:
+
+  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+    -m mollm unlearn --config run.yaml --set fsdp=hybrid_shard
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers of `mollm`."""
+    parser = commands.add_parser(
+        "unlearn",
+        help="make a model forget some answers and keep others",
+        description=(
+            "Trains a model to forget some answers and keep others, and writes the model, its "
+            "card and the history of the run. What is given here goes before what the file says."
+        ),
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="a file of settings")
+    parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="what to change")
+    parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="rows to forget")
+    parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="rows to keep")
+    parser.add_argument("--eval-forget", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
+    parser.add_argument("--eval-retain", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
+    parser.add_argument("--out", metavar="FOLDER", help="a new folder (default: runs/unlearn)")
+    parser.add_argument("--method", help="one of mollm.methods.METHODS (default: mollm)")
+    parser.add_argument("--learning-rate", type=float, metavar="LR")
+    parser.add_argument("--max-steps", type=int, metavar="N")
+    parser.add_argument("--num-train-epochs", type=float, metavar="N", help="of the forget rows")
+    parser.add_argument("--per-device-train-batch-size", type=int, metavar="N")
+    parser.add_argument("--gradient-accumulation-steps", type=int, metavar="N")
+    parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of a row")
+    parser.add_argument("--reference", help="adapter, copy, cache or auto (default)")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--dtype", help="float32 (default) or bfloat16, of the weights")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other field of mollm.MOLLMConfig; several allowed",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the folder, or start if it holds none",
+    )
+    parser.set_defaults(run=_unlearn)
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    # Imported here, so that `mollm --help` is quick and works without the extras.
+    from mollm.distributed import processes
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    resume = given.pop("resume", False)
+    settings = read_settings(given)
+    out = Path(settings.pop("out", "runs/unlearn"))
+    _require(settings)
+    args = _arguments(settings, out)  # the processes know of each other from here on
+    try:
+        with contextlib.ExitStack() as held:
+            with processes.agreeing():
+                if processes.rank() == 0:
+                    _check_out(out, resume)
+                    held.enter_context(locked(out))
+            status = _run(_trainer(settings, args), settings, out, resume)
+    except UsageError:  # on all of them
+        processes.stop()
+        raise
+    processes.stop()
+    return status
+
+
+# ---- settings
+
+
+# ---- the run
+
+
+def _require(settings: Mapping[str, Any]) -> None:
+    for name in ("model", "forget", "retain"):
+        if not settings.get(name):
+            raise UsageError(
+                f"{name} must be given, but it is not: add it to the settings file, or --{name}."
+            )
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if resume and (out / _MODEL).exists():
+        raise UsageError(
+            f"out must be a folder with an unfinished run to resume, but that in {out} has "
+            f"finished: its model is {out / _MODEL}."
+        )
+    if not resume and out.is_dir():
+        names = sorted(path.name for path in out.iterdir())
+        found = [name for name in names if not name.startswith(UNFINISHED)]
+        if found:
+            raise UsageError(
+                f"out must be a new or empty folder, but {out} holds {found[0]}: choose another "
+                "one with --out, or go on with its run with --resume."
+            )
+
+
+def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
+    from mollm.training.config import MOLLMConfig
+
+    options = {name: value for name, value in settings.items() if name not in _OWN}
+    if settings.get("device") == "cpu":
+        options["use_cpu"] = True
+    elif settings.get("device", "cuda") != "cuda":
+        raise UsageError(f"device must be cpu or cuda, but got {settings['device']!r}.")
+    try:
+        args = MOLLMConfig(output_dir=str(out), **options)
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"the settings do not go together: {reason}.") from error
+    if settings.get("device") == "cuda" and args.device.type != "cuda":
+        raise UsageError("device must be one that Torch finds on this machine, but got 'cuda'.")
+    return args
+
+
+def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
+    from mollm.training.trainer import MOLLMTrainer
+
+    adapter = _adapter(settings.get("lora"))
+    args.refuse_four_bits_without(adapter)
+    check_memory(settings["model"], args, adapter)
+    evaluated = {
+        name: settings[f"eval_{name}"]
+        for name in ("forget", "retain")
+        if f"eval_{name}" in settings
+    }
+    return MOLLMTrainer(
+        settings["model"],
+        args,
+        forget_dataset=settings["forget"],
+        retain_dataset=settings["retain"],
+        eval_dataset=evaluated or None,
+        peft_config=adapter,
+    )
+
+
+def _adapter(lora: Any) -> Any:
+    if not lora:
+        return None
+    from peft import LoraConfig
+
+    options = {"r": lora} if isinstance(lora, int) and lora is not True else lora
+    try:
+        rank = options.get("r", 8)
+        return LoraConfig(
+            **{"target_modules": "all-linear", "lora_alpha": 2 * rank, **options},
+            task_type="CAUSAL_LM",
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(
+            f"lora must be a rank or options of peft.LoraConfig, but got {lora!r}: {reason}."
+        ) from error
+
+
+def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool) -> int:
+    from mollm.distributed import processes
+    from mollm.training import checkpoint
+
+    def tell(text: str) -> None:
+        if processes.rank() == 0:
+            print(text)
+
+    trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
+    tell(summary(trainer))
+    if trainer.stopped_because is not None:
+        found = checkpoint.checkpoints(out)
+        last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
+        tell(f"Stopped early, and wrote no model; {last}.")
+        return _STOPPED
+    with processes.on_the_first(complete(out / _MODEL)) as folder:
+        trainer.export(folder or out)
+        if folder is not None:
+            (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
+    tell(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
+    tell(f"Next: {evaluate_line(settings, out)}")
+    return 0
+
+
+def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
+    """The command that measures the model of a run."""
+    words = ["mollm", "evaluate", "--model", str(out / _MODEL), "--original", settings["model"]]
+    for name in ("forget", "retain"):
+        data = settings[name]
+        words += [f"--{name}", data if isinstance(data, str) else json.dumps(data)]
+    return shlex.join(words)
+
+
+def summary(trainer: MOLLMTrainer) -> str:
+    """Losses, weights and conflicts of a run as a table for the terminal."""
+    from mollm.methods.method import OBJECTIVES
+
+    history = trainer.history
+    if not history:
+        return "No step was made."
+    rows = [
+        f"{'objective':<12}{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'climbed':>10}"
+    ]
+    for name in OBJECTIVES:
+        first, last = history[0].losses[name], history[-1].losses[name]
+        weight = sum(record.weights[name] for record in history) / len(history)
+        climbed = sum(record.conflicts.get(name, False) for record in history) / len(history)
+        rows.append(f"{name:<12}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{climbed:>10.0%}")
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    if evaluated:
+        shown = {k: v for k, v in evaluated[-1].items() if k.endswith("_loss")}
+        rows.append("   ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    return f"\n{len(history)} steps\n" + "\n".join(rows)

@@ -1,0 +1,349 @@
+"""Records to forget and to retain: loaded, checked row by row, compared and hashed.
+
+A data set has one of these schemas, told by its columns:
+
+    pku-saferlhf   a prompt with two responses, each judged safe or not
+    tofu           question and answer, with other answers for the evaluation where there are any
+    prompt-answer  any two columns, or `messages` with one user and one assistant turn
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mollm.data.files import Table, Unit, listed, read_table, shown
+from mollm.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Role = Literal["forget", "retain"]
+Schema = Literal["auto", "pku-saferlhf", "tofu", "prompt-answer"]
+
+ROLES = ("forget", "retain")
+SCHEMAS = ("auto", "pku-saferlhf", "tofu", "prompt-answer")
+
+_PKU = (
+    "prompt",
+    "response_0",
+    "response_1",
+    "is_response_0_safe",
+    "is_response_1_safe",
+)
+_TOFU = ("question", "answer")
+_TOFU_EXTRA = ("paraphrased_question", "paraphrased_answer", "original_answer")
+_PAIRS = (
+    ("prompt", "answer"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+)
+_MESSAGES = "messages"
+_FLAGS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row to train on."""
+
+    prompt: str
+    answer: str
+    source: str = ""
+    """The file or the data set it comes from."""
+    row: int = 0
+    """Its number there, from 1."""
+    unit: Unit = "row"
+    """What the number counts."""
+    answer_field: str = "answer"
+    """The column that holds the answer."""
+    extra: Mapping[str, str | list[str]] = field(default_factory=dict, hash=False)
+    """What the evaluation asks for: TOFU's paraphrased_answer, perturbed_answer and the like."""
+
+    @property
+    def place(self) -> str:
+        """Where the record stands, for error messages."""
+        return f"{self.source}, {self.unit} {self.row}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a table, read field by field."""
+
+    table: Table
+    number: int
+    values: Mapping[str, Any]
+
+    @property
+    def place(self) -> str:
+        return f"{self.table.name}, {self.table.unit} {self.number}"
+
+    def value(self, name: str) -> Any:
+        if name not in self.values:
+            raise UsageError(
+                f"{self.place} must have the field {name}, but it has {listed(self.values)}."
+            )
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        return self.checked(self.value(name), name)
+
+    def checked(self, value: Any, name: str) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise UsageError(
+                f"{self.place}: the field {name} must be a text that is not blank, but got "
+                f"{shown(value)}: fill it in or remove the row."
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UsageError(
+                f"{self.place}: the field {name} must be valid Unicode, but it holds half of a "
+                f"surrogate pair: {shown(value.encode('ascii', 'backslashreplace').decode())}."
+            )
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.value(name)
+        flag = _FLAGS.get(value.lower()) if isinstance(value, str) else value
+        if not isinstance(flag, bool):
+            raise UsageError(
+                f"{self.place}: the field {name} must be true or false, but got {shown(value)}."
+            )
+        return flag
+
+    def record(
+        self,
+        prompt: str,
+        answer: str,
+        answer_field: str,
+        extra: Mapping[str, str | list[str]] | None = None,
+    ) -> Record:
+        table = self.table
+        return Record(
+            prompt, answer, table.name, self.number, table.unit, answer_field, extra or {}
+        )
+
+
+_Reader = Callable[[_Row], list[Record]]
+
+
+def load_records(
+    source: str | Path | Dataset,
+    *,
+    role: Role,
+    schema: Schema = "auto",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+) -> list[Record]:
+    """Loads a data set and checks every row.
+
+    Args:
+        source: A .jsonl, .json, .csv or .parquet file, a folder of such files, a name on the
+            Hugging Face hub, or a `datasets.Dataset`.
+        role: What the records are for. Of PKU-SafeRLHF, the unsafe responses are to be forgotten
+            and the safe ones retained: up to two records a row. The other schemas give one.
+        schema: One of SCHEMAS; auto goes by the columns.
+        prompt_field: The column with the prompts, where the schema does not say.
+        answer_field: The column with the answers, where the schema does not say.
+        config: The subset of a hub data set, such as forget10.
+        split: The split of a hub data set; None for train.
+
+    Raises:
+        UsageError: The data set cannot be read, its columns do not fit, a value that is used is
+            missing, blank or of a wrong type, or nothing is left for the role.
+    """
+    for name, value, allowed in (("role", role, ROLES), ("schema", schema, SCHEMAS)):
+        if value not in allowed:
+            raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
+    named = _named(schema, prompt_field, answer_field)
+    table = read_table(source, config=config, split=split)
+    read = _reader(table, schema, role, named)
+    records = [
+        record for number, values in table.rows for record in read(_Row(table, number, values))
+    ]
+    if not records:
+        kind = "unsafe" if role == "forget" else "safe"
+        raise UsageError(
+            f"{table.name} must hold a response judged {kind} for the role {role}, but none is."
+        )
+    return records
+
+
+def _named(schema: str, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
+    if prompt is None and answer is None:
+        return None
+    if prompt is None or answer is None:
+        raise UsageError(
+            "prompt_field and answer_field must be given together, but got "
+            f"{prompt or answer!r} alone."
+        )
+    if schema not in ("auto", "prompt-answer"):
+        raise UsageError(
+            "prompt_field and answer_field must go with the schema prompt-answer, but got "
+            f"{schema}, whose fields are fixed."
+        )
+    return prompt, answer
+
+
+def _reader(table: Table, schema: str, role: str, named: tuple[str, str] | None) -> _Reader:
+    columns = table.columns
+    if named:
+        _require(table, named, "as the fields of prompts and answers")
+        return lambda row: _read_pair(row, *named)
+    if schema == "auto":
+        schema = _recognise(table)
+    if schema == "pku-saferlhf":
+        _require(table, _PKU, f"for the schema {schema}")
+        return lambda row: _read_pku(row, role)
+    if schema == "tofu":
+        _require(table, _TOFU, f"for the schema {schema}")
+        return _read_tofu
+    for pair in _PAIRS:
+        if set(pair) <= set(columns):
+            return lambda row: _read_pair(row, *pair, with_input=pair[0] == "instruction")
+    if _MESSAGES in columns:
+        return _read_messages
+    raise _unknown(table)
+
+
+def _recognise(table: Table) -> str:
+    columns = set(table.columns)
+    if set(_PKU) <= columns:
+        return "pku-saferlhf"
+    return "tofu" if set(_TOFU) <= columns else "prompt-answer"
+
+
+def _require(table: Table, names: Sequence[str], purpose: str) -> None:
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        raise UsageError(
+            f"{table.name} must have the columns {listed(names)} {purpose}, but "
+            f"{listed(missing)} is not among its columns {listed(table.columns)}."
+        )
+
+
+def _unknown(table: Table) -> UsageError:
+    pairs = "; ".join(" and ".join(pair) for pair in _PAIRS)
+    return UsageError(
+        f"{table.name} must have columns that tell prompts from answers ({pairs}; messages; or "
+        f"those of PKU-SafeRLHF), but its columns are {listed(table.columns)}: name the two with "
+        "prompt_field and answer_field."
+    )
+
+
+def _read_pku(row: _Row, role: str) -> list[Record]:
+    wanted = role == "retain"
+    fields = [f"response_{i}" for i in (0, 1) if row.flag(f"is_response_{i}_safe") is wanted]
+    return [row.record(row.text("prompt"), row.text(name), name) for name in fields]
+
+
+def _read_tofu(row: _Row) -> list[Record]:
+    extra: dict[str, str | list[str]] = {}
+    for name in _TOFU_EXTRA:
+        if row.values.get(name) is not None:
+            extra[name] = row.text(name)
+    wrong = row.values.get("perturbed_answer")
+    if wrong is not None:
+        if not isinstance(wrong, list) or not wrong:
+            raise UsageError(
+                f"{row.place}: the field perturbed_answer must be a list of texts, but got "
+                f"{shown(wrong)}."
+            )
+        extra["perturbed_answer"] = [row.checked(text, "perturbed_answer") for text in wrong]
+    return [row.record(row.text("question"), row.text("answer"), "answer", extra)]
+
+
+def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False) -> list[Record]:
+    text = row.text(prompt)
+    # Alpaca's instructions are about what stands in a third column, where that is not blank.
+    if with_input and row.values.get("input"):
+        text = f"{text}\n\n{row.text('input')}"
+    return [row.record(text, row.text(answer), answer)]
+
+
+def _read_messages(row: _Row) -> list[Record]:
+    turns = row.value(_MESSAGES)
+    listing = turns if isinstance(turns, list) else [turns]
+    roles = [turn.get("role") if isinstance(turn, dict) else turn for turn in listing]
+    if roles != ["user", "assistant"]:
+        raise UsageError(
+            f"{row.place}: the field messages must hold one user turn and one assistant turn, "
+            f"but got {shown(roles)}."
+        )
+    prompt, answer = (
+        row.checked(turn.get("content"), f"messages[{i}].content") for i, turn in enumerate(turns)
+    )
+    return [row.record(prompt, answer, _MESSAGES)]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of the records to forget are also to be retained, whatever case and spacing."""
+
+    rows: int
+    """Records to forget."""
+    pairs: int
+    """Of these, how many have prompt and answer in common with a record to retain."""
+    prompts: int
+    """Of the others, how many have the prompt alone in common."""
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user, if there is an overlap."""
+        told = []
+        if self.pairs:
+            told.append(f"{self.pairs} of {self.rows} forget rows are also retain rows")
+        if self.prompts:
+            told.append(
+                f"{self.prompts} of {self.rows} forget rows share their prompt with a retain row "
+                "that has another answer"
+            )
+        return f"{', and '.join(told)}." if told else None
+
+
+def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap:
+    """Compares what is to be forgotten with what is to be retained.
+
+    A prompt in both is no mistake: in PKU-SafeRLHF one has a safe and an unsafe response.
+
+    Raises:
+        UsageError: More than half of the records to forget are also to be retained.
+    """
+    kept_pairs = {(_normalised(record.prompt), _normalised(record.answer)) for record in retain}
+    kept_prompts = {prompt for prompt, _ in kept_pairs}
+    pairs = prompts = 0
+    for record in forget:
+        prompt = _normalised(record.prompt)
+        if (prompt, _normalised(record.answer)) in kept_pairs:
+            pairs += 1
+        elif prompt in kept_prompts:
+            prompts += 1
+    if 2 * pairs > len(forget):
+        raise UsageError(
+            f"at most half of the rows to forget may also be rows to retain, but {pairs} of "
+            f"{len(forget)} are: check that forget and retain are not the same data."
+        )
+    return Overlap(len(forget), pairs, prompts)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def content_hash(records: Sequence[Record]) -> str:
+    """SHA-256 of what the records say, in their order; where they were read does not count.
+
+    Each record is hashed as a line of JSON with sorted keys and ASCII characters alone.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        said = {"prompt": record.prompt, "answer": record.answer, "extra": dict(record.extra)}
+        digest.update(json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()

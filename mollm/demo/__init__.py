@@ -1,0 +1,1 @@
+"""The demo, a guest: nothing but the command line imports from here."""

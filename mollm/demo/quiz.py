@@ -1,0 +1,56 @@
+"""Asks a chat model questions and reads what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mollm.data.chat import ChatFormat
+from mollm.demo.facts import Question
+from mollm.evaluation.generation import Reply, ask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Score:
+    """Replies to a list of questions, and which of them are right."""
+
+    questions: tuple[Question, ...]
+    replies: tuple[Reply, ...]
+
+    @property
+    def pairs(self) -> list[tuple[Question, Reply]]:
+        """The questions with their replies."""
+        return list(zip(self.questions, self.replies, strict=True))
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """For each question whether its reply is right."""
+        return tuple(question.is_answered_by(reply.text) for question, reply in self.pairs)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right replies; NaN when nothing was asked."""
+        return sum(self.right) / len(self.right) if self.right else float("nan")
+
+    def only(self, subjects: Sequence[str]) -> Score:
+        """The score over the questions on `subjects`, in that order."""
+        at = {question.subject: i for i, question in enumerate(self.questions)}
+        rows = [at[subject] for subject in subjects]
+        return Score(tuple(self.questions[i] for i in rows), tuple(self.replies[i] for i in rows))
+
+    def known(self) -> list[str]:
+        """The subjects of the questions that were answered right."""
+        pairs = zip(self.questions, self.right, strict=True)
+        return [question.subject for question, right in pairs if right]
+
+
+def quiz(
+    model: PreTrainedModel, chat: ChatFormat, questions: Sequence[Question], **options: int
+) -> Score:
+    """Asks all `questions`, with the options of `ask`, and scores the replies."""
+    replies = ask(model, chat, [question.text for question in questions], **options)
+    return Score(tuple(questions), tuple(replies))

@@ -1,0 +1,132 @@
+"""What a run leaves behind: summary.json, answers.json, history.jsonl, figures, report.html."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mollm.demo.plots import save_figures
+from mollm.demo.quiz import Score
+from mollm.methods.method import OBJECTIVES
+from mollm.training.history import StepRecord, finite, write_history
+
+GROUPS = {
+    "forget": "Forget",
+    "retain": "Retain",
+    "heldout": "Held-out",
+    "general": "General",
+}
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """A finished run of the demo."""
+
+    summary: dict[str, Any]
+    """What summary.json holds."""
+    before: Mapping[str, Score]
+    """The quiz on each of the GROUPS, by the original model."""
+    after: Mapping[str, Score]
+    """The same quiz, by the new model."""
+    history: Sequence[StepRecord]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with the answers before and after."""
+
+    question: str
+    accepted: str
+    before: str
+    before_right: bool
+    after: str
+    after_right: bool
+
+
+def conflict_rates(history: Sequence[StepRecord]) -> dict[str, float]:
+    """For each objective, the share of the applied updates that did not descend on it."""
+    applied = [record.conflicts for record in history if record.conflicts]
+    return {
+        name: sum(conflicts[name] for conflicts in applied) / max(len(applied), 1)
+        for name in OBJECTIVES
+    }
+
+
+def rows(run: DemoRun, group: str) -> list[Row]:
+    """The answers of one group, before and after side by side."""
+    before, after = run.before[group], run.after[group]
+    columns = (before.questions, before.replies, before.right, after.replies, after.right)
+    return [
+        Row(
+            question=question.text,
+            accepted=" / ".join(question.accepted),
+            before=str(reply_before),
+            before_right=right_before,
+            after=str(reply_after),
+            after_right=right_after,
+        )
+        for question, reply_before, right_before, reply_after, right_after in zip(
+            *columns, strict=True
+        )
+    ]
+
+
+def write_run(run: DemoRun, folder: Path) -> None:
+    """Writes every file of `run` but the model into `folder`."""
+    _write_json(folder / "summary.json", run.summary)
+    answers = {group: [vars(row) for row in rows(run, group)] for group in GROUPS}
+    _write_json(folder / "answers.json", answers)
+    write_history(run.history, folder / "history.jsonl")
+    figures = save_figures(run.history, folder)
+    (folder / "report.html").write_text(render(run, figures), encoding="utf-8")
+
+
+def render(run: DemoRun, figures: Sequence[Path]) -> str:
+    """The report as one HTML page that needs no other file."""
+    environment = Environment(
+        loader=PackageLoader("mollm.demo", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        summary=run.summary,
+        groups=GROUPS,
+        rows={group: rows(run, group) for group in GROUPS},
+        figures={path.stem: _data_uri(path) for path in figures},
+        history=run.history,
+        objectives=OBJECTIVES,
+    )
+
+
+def table(run: DemoRun) -> str:
+    """The result as a table for the terminal."""
+    lines = ["", f"{'':10} {'questions':>9} {'before':>8} {'after':>8}"]
+    for group, title in GROUPS.items():
+        before, after = (run.summary[f"{group}_accuracy_{when}"] for when in ("before", "after"))
+        count = run.summary["questions"][group]
+        lines.append(f"{title:10} {count:9d} {before:8.0%} {after:8.0%}")
+    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in run.summary["conflict_rate"].items())
+    lines += [
+        "",
+        f"Updates that did not descend: {rates}",
+        f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gb']:.1f} GB of memory",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,1 @@
+"""Models: loading, their head and final hidden states, precision, adapters."""

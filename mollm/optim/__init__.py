@@ -1,0 +1,1 @@
+"""MOLLMOptimizer and its pieces: bases, directions, gradients, running means, reports."""

@@ -1,0 +1,175 @@
+"""The gradients of K objectives between backward and step, and where they wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mollm.distributed.sharding import Lists, local, local_gradient, placed_like
+
+MEMORIES = ("as-produced", "bfloat16", "host")
+_BUCKET_BYTES = 1 << 28
+
+
+class GradientStore:
+    """Gradients by objective and parameter; of a sharded one, this process's part.
+
+    Args:
+        objectives: their names, in the order of the Gram matrix.
+        memory: "as-produced" takes a gradient over from autograd without a copy; "bfloat16" rounds
+            it; "host" moves it to pinned host memory on a stream of its own, while backward goes
+            on, and brings it back in buckets of 256 MiB.
+    """
+
+    def __init__(self, objectives: Sequence[str], memory: str = "as-produced") -> None:
+        if memory not in MEMORIES:
+            raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, but got {memory!r}.")
+        self.objectives = tuple(objectives)
+        self.memory = memory
+        self.bucket_bytes = _BUCKET_BYTES
+        self._held: dict[str, dict[Tensor, Tensor]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_streams": {}}
+
+    def clear(self) -> None:
+        """Lets go of every gradient."""
+        self._held.clear()
+
+    def lend(self, name: str, params: Sequence[Tensor]) -> None:
+        """Moves this objective's gradients into `p.grad`, for backward to add to."""
+        mine = self._held.pop(name, {})
+        for p in params:
+            g = mine.get(p)
+            p.grad = None if g is None else placed_like(self._back(g, p).to(p.dtype), p)
+
+    def take(self, name: str | None, params: Sequence[Tensor]) -> int:
+        """Moves `p.grad` to this objective, or drops it where `name` is None.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            RuntimeError: a gradient was written over that of another objective.
+        """
+        found = {p: g for p in params if (g := local_gradient(p)) is not None}
+        for p in found:
+            p.grad = None
+        if name is not None and found:
+            taken = {p: self._away(g) for p, g in found.items()}
+            self._refuse_reused_memory(name, taken)
+            self._held[name] = taken
+        return len(found)
+
+    def _refuse_reused_memory(self, name: str, taken: dict[Tensor, Tensor]) -> None:
+        for other, held in self._held.items():
+            for p, g in taken.items():
+                if p in held and g.numel() and held[p].data_ptr() == g.data_ptr():
+                    raise RuntimeError(
+                        f"objective {name!r} must have gradients of its own, but they were written "
+                        f"over those of {other!r}: make DistributedDataParallel with "
+                        "gradient_as_bucket_view=False."
+                    )
+
+    def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that have a gradient from some objective."""
+        return [p for p in params if any(p in held for held in self._held.values())]
+
+    def get(self, name: str, p: Tensor) -> Tensor | None:
+        """One gradient where it waits."""
+        return self._held[name].get(p)
+
+    def buckets(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Lists]]:
+        """The parameters in turn with their K lists of gradients on their own device.
+
+        Gradients that wait on the device come in one bucket. Those on the host come in several, and
+        the next bucket travels while the caller works on this one.
+        """
+        if self.memory != "host":
+            yield list(params), self._lists(params, lambda g, p: g)
+            return
+        ahead: tuple[list[Tensor], Lists, torch.cuda.Event | None] | None = None
+        for chunk in self._cut(params):
+            coming = self._fetch(chunk)
+            if ahead is not None:
+                yield self._arrived(*ahead)
+            ahead = coming
+        if ahead is not None:
+            yield self._arrived(*ahead)
+
+    def _lists(self, params: Sequence[Tensor], move: Callable[[Tensor, Tensor], Tensor]) -> Lists:
+        rows: Lists = []
+        for name in self.objectives:
+            held = self._held[name]
+            rows.append([move(held[p], p) if p in held else None for p in params])
+        return rows
+
+    def _cut(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        chunk: list[Tensor] = []
+        size = 0
+        for p in params:
+            chunk.append(p)
+            size += len(self.objectives) * local(p).nbytes
+            if size >= self.bucket_bytes:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+    # ---- to the host and back; on a CPU both leave a gradient where it is
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
+
+    def _away(self, g: Tensor) -> Tensor:
+        if self.memory == "bfloat16":
+            return g.bfloat16()
+        if self.memory != "host" or not g.is_cuda:
+            return g
+        stream = self._stream(g.device)
+        stream.wait_stream(torch.cuda.current_stream(g.device))
+        with torch.cuda.stream(stream):
+            host = torch.empty_like(g, device="cpu", pin_memory=True)
+            host.copy_(g, non_blocking=True)
+        g.record_stream(stream)
+        return host
+
+    def _back(self, g: Tensor, p: Tensor) -> Tensor:
+        if g.device == p.device:
+            return g
+        stream = self._stream(p.device)
+        with torch.cuda.stream(stream):  # after the copy that brought it to the host
+            there = g.to(p.device, non_blocking=True)
+        torch.cuda.current_stream(p.device).wait_stream(stream)
+        there.record_stream(torch.cuda.current_stream(p.device))
+        return there
+
+    def _fetch(self, params: list[Tensor]) -> tuple[list[Tensor], Lists, torch.cuda.Event | None]:
+        device = params[0].device
+        if device.type != "cuda":
+            return params, self._lists(params, lambda g, p: g), None
+        with torch.cuda.stream(self._stream(device)):
+            rows = self._lists(params, lambda g, p: g.to(p.device, non_blocking=True))
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return params, rows, event
+
+    def _arrived(
+        self, params: list[Tensor], rows: Lists, event: torch.cuda.Event | None
+    ) -> tuple[list[Tensor], Lists]:
+        if event is not None:
+            current = torch.cuda.current_stream(params[0].device)
+            current.wait_event(event)
+            for tensors in rows:
+                for t in tensors:
+                    if t is not None:
+                        t.record_stream(current)
+        return params, rows

@@ -1,0 +1,80 @@
+"""Running means of each objective's gradient: momentum per objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mollm.distributed.sharding import Lists, local
+from mollm_ops.operands import RunningMeans
+
+
+class ObjectiveMeans:
+    """m_k ← β m_k + (1 − β) g_k for every objective k, and the number of steps behind them.
+
+    A parameter's mean has the dtype of its first gradient and is sharded as the parameter is. The
+    means change in place, in the same pass as the parameters.
+    """
+
+    def __init__(self, beta: float) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"mean_beta must be in [0, 1), but got {beta}.")
+        self.beta = beta
+        self._steps = torch.zeros((), dtype=torch.float64)
+        self._held: dict[str, dict[Tensor, Tensor]] = {}
+
+    def moving(
+        self, objectives: Sequence[str], params: Sequence[Tensor], lists: Lists
+    ) -> RunningMeans:
+        """This process's part of the means of these parameters. Where one meets no gradient, a
+        gradient of zeros is put into `lists`, so that it decays."""
+        rows: list[list[Tensor | None]] = []
+        for name, tensors in zip(objectives, lists, strict=True):
+            held = self._held.setdefault(name, {})
+            for n, p in enumerate(params):
+                g = tensors[n]
+                if g is None and p in held:
+                    tensors[n] = torch.zeros_like(local(held[p]))
+                elif g is not None and p not in held:
+                    held[p] = torch.zeros_like(
+                        p.detach(), dtype=g.dtype, memory_format=torch.contiguous_format
+                    )
+            rows.append([local(held[p]) if p in held else None for p in params])
+        return RunningMeans(rows, self.beta)
+
+    def correction(self, device: torch.device) -> Tensor:
+        """1 − β^t at the coming step t: what a mean must be divided by."""
+        self._steps = self._steps.to(device)
+        result: Tensor = 1 - self.beta ** (self._steps + 1)
+        return result
+
+    def count(self, proceed: Tensor | None) -> None:
+        """One step more, where it was made."""
+        self._steps = self._steps + (1 if proceed is None else proceed)
+
+    def state_dict(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """The means by objective and number of the parameter."""
+        at = {p: n for n, p in enumerate(params)}
+        held = {name: {at[p]: m for p, m in means.items()} for name, means in self._held.items()}
+        return {"steps": float(self._steps), "held": held}
+
+    def load_state_dict(self, state: dict[str, Any] | None, params: Sequence[Tensor]) -> None:
+        """Takes the means over; without a state they start anew."""
+        state = state or {"steps": 0.0, "held": {}}
+        self._steps = torch.tensor(state["steps"], dtype=torch.float64)
+        self._held = {
+            name: {params[int(n)]: m.to(params[int(n)].device, copy=True) for n, m in means.items()}
+            for name, means in state["held"].items()
+        }
+
+
+def moved(moving: RunningMeans, lists: Lists) -> Lists:
+    """Moves the means on by themselves, without a fused step, and returns them."""
+    for means, tensors in zip(moving.means, lists, strict=True):
+        for mean, g in zip(means, tensors, strict=True):
+            if mean is not None and g is not None:
+                mean.lerp_(g.to(mean.dtype), 1 - moving.beta)
+    return [list(means) for means in moving.means]

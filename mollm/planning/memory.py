@@ -1,0 +1,435 @@
+"""Peak memory of a training step, predicted from a model's configuration alone.
+
+One step runs through eight stages, and each holds something else:
+
+    forget forward     activations of the forget batch
+    forget loss        the same, logits of one projection
+    forget backward    activations give way to the first gradient
+    reference          activations of the retain batch, the original model's forward pass
+    retain loss        the same activations, logits of two projections
+    kl backward        all activations, because the next backward needs them again
+    retain backward    activations give way to the third gradient
+    update             K gradients, state
+
+Parameters, reference and optimizer state are there all the time. Everything is counted in bytes, as
+the tensors that are alive at once; what an allocator loses between them is not.
+
+Activations are those of decoders like Llama (RMSNorm, rotary attention through SDPA, a gated MLP)
+as transformers runs them, with padding in the batch. Per token and layer, with H hidden size, I
+intermediate size, Q = heads x head size, T tokens in a row, r bytes of a weight and of the residual
+stream, e bytes of a matrix product's operands (2 under autocast, else r):
+
+    norms              2 (4 H + r H + 4)                       input in float32, x / rms, 1 / rms
+    their outputs      2 r H, or 5 e H where autocast casts one copy for each of q, k, v, gate, up
+    attention          4 e Q + 4 heads + e T                   q, k, v, output, log-sum-exp, mask
+    MLP                4 e I                                   gate, silu(gate), up, their product
+
+Keys and values count Q each, because under a mask they are expanded to all heads. Under autocast
+the cast weights, e bytes each, are kept as well. With gradient checkpointing only r H per layer
+is kept, and one layer's activations at a time. LoRA on all linear layers of the decoder keeps an
+operand of its own for each of them, and no x / rms. With these layers in 4 bits (QLoRA) no cast
+weights are kept, and autocast does not make the MLP's 4 I narrower than r bytes.
+
+On the CPU, against the bytes that Torch allocated in real steps of small models
+(tests/planning/test_memory.py): what lasts is exact; what the step adds came out between 0 and
+3% too high for full training, LoRA and QLoRA, and 7% too low for LoRA with gradient checkpointing.
+On a GPU it has not been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mollm.planning.settings import _LORA_BYTES, BYTES, PER_OBJECTIVE, PlanSettings
+from mollm.planning.shapes import Shape
+from mollm_ops import _chunks
+
+if TYPE_CHECKING:
+    pass
+
+OBJECTIVES = 3
+"""forget, kl, retain."""
+
+
+OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
+"""An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""
+_HOST_BUCKET_BYTES = 256 << 20
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""4 bits, a scale of 8 bits for 64 weights, and one in float32 for 256 of these."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is alive at the fullest moment of one stage of the step."""
+
+    name: str
+    parts: Mapping[str, int]
+    """Bytes by component."""
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The predicted memory of a training step."""
+
+    shape: Shape
+    settings: PlanSettings
+    trainable: int
+    """Parameters that train."""
+    stages: tuple[Stage, ...]
+    """In the order of the step."""
+    host_bytes: int
+    """Pinned memory of the host, for gradients that wait there."""
+    cache_bytes_per_token: int
+    """On disk, for the cached hidden states of the original model."""
+
+    @property
+    def peak(self) -> Stage:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    def fits(self, memory: float) -> bool:
+        """Whether the step fits into that many bytes."""
+        return self.peak.total <= memory
+
+    def component(self, name: str) -> int:
+        """The most that one component takes in any stage, in bytes."""
+        return max(stage.parts.get(name, 0) for stage in self.stages)
+
+
+def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
+    """Predicts the memory of a training step."""
+    return MemoryPlan(
+        shape=shape,
+        settings=settings,
+        trainable=_trainable(shape, settings),
+        stages=tuple(_stages(shape, settings)),
+        host_bytes=(
+            OBJECTIVES * _trainable(shape, settings) * settings.gradient_bytes
+            if settings.gradient_memory == "host" and settings.device == "cuda"
+            else 0
+        ),
+        cache_bytes_per_token=settings.weight_bytes * shape.hidden
+        if settings.reference == "cache"
+        else 0,
+    )
+
+
+# ---- what is there all the time
+
+
+def _layer_trainable(shape: Shape, settings: PlanSettings) -> int:
+    if settings.lora_rank:
+        return settings.lora_rank * shape.layer_sides
+    return shape.layer_parameters
+
+
+def _trainable(shape: Shape, settings: PlanSettings) -> int:
+    if settings.lora_rank:
+        return shape.num_layers * _layer_trainable(shape, settings)
+    matrices = 1 if shape.tied else 2
+    return shape.parameters - settings.freeze_embeddings * matrices * shape.embedding
+
+
+def _lasting(shape: Shape, settings: PlanSettings) -> dict[str, int]:
+    """Components that no stage is without."""
+    weights = _model(shape, settings)
+    if settings.lora_rank:
+        weights += _trainable(shape, settings) * _LORA_BYTES
+    return {
+        "parameters": weights,
+        "reference model": _reference(shape, settings),
+        "optimizer state": _state(shape, settings),
+        "running means": _means(shape, settings),
+        "overhead": OVERHEAD_BYTES[settings.device],
+    }
+
+
+def _model(shape: Shape, settings: PlanSettings) -> int:
+    narrow = shape.num_layers * shape.layer_linear if settings.quantization else 0
+    return round(narrow * _NF4_BYTES) + (shape.parameters - narrow) * settings.weight_bytes
+
+
+def _reference(shape: Shape, settings: PlanSettings) -> int:
+    if settings.reference == "copy" and settings.quantization:
+        return _model(shape, settings)
+    if settings.reference == "copy":  # see mollm.models.loading.freeze
+        cast = shape.num_layers * shape.layer_linear if settings.casts else 0
+        rest = shape.parameters - cast
+        return cast * settings.operand_bytes + rest * settings.weight_bytes
+    if settings.reference == "cache" and settings.trains_head:
+        return shape.embedding * settings.weight_bytes  # cached states need the original head
+    return 0
+
+
+def _state(shape: Shape, settings: PlanSettings) -> int:
+    if settings.optimizer == "sgd":
+        return 0
+    first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
+    moments = 2 if first else 1
+    size = BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
+    return moments * _trainable(shape, settings) * size
+
+
+def _means(shape: Shape, settings: PlanSettings) -> int:
+    if settings.momentum != PER_OBJECTIVE:
+        return 0
+    size = settings.waiting_bytes or settings.gradient_bytes
+    return OBJECTIVES * _trainable(shape, settings) * size
+
+
+# ---- activations
+
+
+def layer_activations(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes per token that one decoder layer keeps for backward; the formula is the module's."""
+    r, e, lora = settings.weight_bytes, settings.operand_bytes, settings.lora_rank
+    H, Q = shape.hidden, shape.query
+    norms = 2 * (4 * H + 4 + (0 if lora else r * H))
+    # An operand that is cast, by autocast or for an adapter, is cast for each product anew.
+    own = settings.casts or (lora and settings.compute_dtype == "bfloat16")
+    outputs = 5 * e * H if own else 2 * r * H
+    attention = 4 * e * Q + 4 * shape.heads + e * settings.sequence_length
+    mlp = 4 * settings.product_bytes * shape.intermediate
+    if lora:
+        attention += e * Q if own else 0
+        mlp += 7 * e * lora
+    return norms + outputs + attention + mlp
+
+
+def _kept(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of one layer between its forward and its backward."""
+    if settings.gradient_checkpointing:
+        return settings.tokens * settings.weight_bytes * shape.hidden
+    return _layer(shape, settings)
+
+
+def _layer(shape: Shape, settings: PlanSettings) -> int:
+    copies = shape.layer_linear * settings.operand_bytes if settings.casts else 0
+    return settings.tokens * layer_activations(shape, settings) + copies
+
+
+def _recomputed(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes that backward of a checkpointed layer adds to its kept input."""
+    if not settings.gradient_checkpointing:
+        return 0
+    shared = 4 * shape.hidden if settings.weight_bytes == 4 else 0  # the first norm's input
+    return _layer(shape, settings) - settings.tokens * shared
+
+
+def _final(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of the last norm, and of the states that meet the head."""
+    r, H = settings.weight_bytes, shape.hidden
+    norm = 4 * H + 4 + (0 if settings.lora_rank else r * H)
+    return settings.tokens * norm + settings.answers * r * H
+
+
+def _activations(shape: Shape, settings: PlanSettings) -> int:
+    return shape.num_layers * _kept(shape, settings) + _final(shape, settings)
+
+
+# ---- losses
+
+
+def chunk_rows(shape: Shape, settings: PlanSettings, projections: int) -> int:
+    """Rows of logits at a time, as mollm_ops cuts them."""
+    size = _logit_bytes(settings, projections) * projections * shape.vocab
+    most = max(
+        _chunks.WORKSPACE_BYTES[settings.device] // size, _chunks.MIN_CHUNK_ROWS[settings.device]
+    )
+    chunks = max(1, -(-settings.answers // most))
+    return -(-settings.answers // chunks)
+
+
+def _logit_bytes(settings: PlanSettings, projections: int) -> int:
+    return 4 if projections > 1 else settings.weight_bytes
+
+
+def _loss(shape: Shape, settings: PlanSettings, losses: int) -> dict[str, int]:
+    """The fullest moment of a linear loss: logits, and the gradients that it hands to autograd.
+
+    Two losses are cross-entropy and KL together, from two projections.
+    """
+    rows, r = chunk_rows(shape, settings, losses), settings.weight_bytes
+    logits = rows * shape.vocab * _logit_bytes(settings, losses) * losses
+    several = rows < settings.answers
+    wide = 4 if several else r
+    # The first dW is rounded while the float32 sums of all losses are still there.
+    dW = shape.embedding * (losses * wide + (r if wide > r else 0)) if settings.trains_head else 0
+    upcast = 0
+    if settings.device == "cpu" and r == 2 and (losses > 1 or several):
+        upcast = rows * shape.hidden * 4 + min(_chunks._UPCAST_BYTES, 4 * shape.embedding)
+    return {
+        "logits": logits + upcast,
+        "head gradients of the losses": losses * settings.answers * shape.hidden * r + dW,
+    }
+
+
+def _loss_gradients(shape: Shape, settings: PlanSettings, losses: int) -> int:
+    """Bytes of dH and dW of that many losses, as they wait for backward."""
+    r = settings.weight_bytes
+    dW = shape.embedding * r if settings.trains_head else 0
+    return losses * (settings.answers * shape.hidden * r + dW)
+
+
+# ---- the stages
+
+
+def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
+    lasting = _lasting(shape, settings)
+    waiting = _trainable(shape, settings) * settings.waiting_bytes
+    again = settings.accumulation > 1  # then every gradient is there from the last batch
+
+    def stage(name: str, held: int, parts: Mapping[str, int]) -> Stage:
+        everything = lasting | {"gradients held": held * waiting} | dict(parts)
+        return Stage(name, {part: size for part, size in everything.items() if size})
+
+    def before(done: int) -> int:
+        return OBJECTIVES - 1 if again else done
+
+    own = _trainable(shape, settings) * settings.gradient_bytes if again else 0
+    activations = _activations(shape, settings)
+    if settings.casts and settings.gradient_checkpointing and not settings.lora_rank:
+        # autocast holds on to its casts of what trains until the forward pass ends
+        forward = shape.num_layers * shape.layer_linear * settings.operand_bytes
+    else:
+        forward = 0
+    retained = {"activations": activations}
+
+    yield stage(
+        "forget forward",
+        before(0),
+        {
+            **retained,
+            "gradient in the making": own,
+            "working set": forward + _adapter_input(shape, settings),
+        },
+    )
+    yield stage(
+        "forget loss",
+        before(0),
+        {**retained, "gradient in the making": own} | _loss(shape, settings, 1),
+    )
+    yield stage("forget backward", before(0), _backward(shape, settings, keep=False))
+    held = OBJECTIVES if again else 1
+    yield stage("reference", held, {**retained, "working set": _reference_pass(shape, settings)})
+    original = {"states of the original": settings.answers * shape.hidden * settings.weight_bytes}
+    yield stage("retain loss", held, retained | original | _loss(shape, settings, 2))
+    both = {"head gradients of the losses": _loss_gradients(shape, settings, 2)}
+    yield stage("kl backward", before(1), original | both | _backward(shape, settings, keep=True))
+    # KL's graph keeps its gradients until the step is over.
+    left = original | {"head gradients of the losses": _loss_gradients(shape, settings, 1)}
+    yield stage("retain backward", before(2), left | _backward(shape, settings, keep=False))
+    yield stage("update", OBJECTIVES, left | {"working set": _update(shape, settings)})
+
+
+def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of a forward pass without a graph: residual, norm, and the MLP's three at its end."""
+    r, e, p = settings.weight_bytes, settings.operand_bytes, settings.product_bytes
+    if settings.reference == "cache":
+        return settings.answers * shape.hidden * 2 * r
+    states = settings.tokens * (2 * r * shape.hidden + 3 * p * shape.intermediate)
+    if settings.reference == "adapter" and settings.casts:
+        states += shape.hidden * shape.intermediate * e
+    return states
+
+
+def _update(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of gradients on their way back from the host: two buckets, full and one tensor over."""
+    if settings.waiting_bytes:
+        return 0
+    size = settings.gradient_bytes
+    largest = shape.hidden * shape.intermediate
+    if settings.lora_rank:
+        largest = settings.lora_rank * (shape.hidden + shape.intermediate)
+    elif settings.trains_head:
+        largest = shape.embedding
+    everything = OBJECTIVES * _trainable(shape, settings) * size
+    return min(2 * (_HOST_BUCKET_BYTES + OBJECTIVES * largest * size), everything)
+
+
+def _backward(shape: Shape, settings: PlanSettings, *, keep: bool) -> dict[str, int]:
+    """The fullest moment of one objective's backward, where activations become a gradient.
+
+    Args:
+        keep: whether the activations stay, for one more backward.
+    """
+    return max(_moments(shape, settings, keep), key=lambda parts: sum(parts.values()))
+
+
+def _moments(shape: Shape, settings: PlanSettings, keep: bool) -> Iterator[dict[str, int]]:
+    size, L = settings.gradient_bytes, shape.num_layers
+    total = _trainable(shape, settings) * size
+    layer = _layer_trainable(shape, settings) * size
+    dW = shape.embedding * size if settings.trains_head else 0
+    down = shape.hidden * shape.intermediate * size
+    if settings.lora_rank:
+        down = settings.lora_rank * (shape.hidden + shape.intermediate) * size
+    final = _final(shape, settings)
+    kept = _kept(shape, settings)
+    again = settings.accumulation > 1
+
+    def moment(layers_left: int, gradient: int, working: int) -> dict[str, int]:
+        held = _activations(shape, settings) if keep else final + layers_left * kept
+        return {
+            "activations": held,
+            "gradient in the making": total + dW if again else gradient,
+            "working set": working,
+        }
+
+    mlp, norm, residual = _working_sets(shape, settings)
+    consumed = keep and not settings.gradient_checkpointing
+    recomputed = _recomputed(shape, settings)
+    for n in range(L, 0, -1):
+        above = dW + (L - n) * layer
+        # A graph that is not kept lets go of the MLP's product before its gradient is made.
+        freed = 0 if consumed else settings.tokens * settings.product_bytes * shape.intermediate
+        yield moment(n, above + down, recomputed + mlp + residual - freed)
+        if recomputed:
+            adapter = _adapter_input(shape, settings) + _adapter_gradient(shape, settings)
+            yield moment(n, above, recomputed + 2 * residual + adapter)
+        if keep:
+            yield moment(n, above + layer, norm + residual)
+    matrix = shape.embedding * size if settings.trains_head else 0
+    tied = matrix if shape.tied or again else 0
+    yield moment(0, total + tied, residual)
+    if settings.waiting_bytes < size:  # rounded, or sent away, while all of it is still there
+        yield moment(0, total, _trainable(shape, settings) * settings.waiting_bytes)
+
+
+def _adapter_input(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes at the end of a layer's forward pass: the MLP's product on its way into an adapter,
+    in the model's dtype and in float32, which is that of the adapter."""
+    if not settings.lora_rank or settings.operand_bytes == _LORA_BYTES:
+        return 0
+    return settings.tokens * (settings.operand_bytes + _LORA_BYTES) * shape.intermediate
+
+
+def _adapter_gradient(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of the stream's gradient for the MLP's output and, scaled, for its adapter, with which
+    a checkpointed layer waits for its activations."""
+    return 2 * settings.tokens * settings.operand_bytes * shape.hidden * bool(settings.lora_rank)
+
+
+def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
+    """Bytes of gradients of activations in backward: at MLP or attention, at a norm, of the stream.
+
+    The MLP's product has gradients of itself and both factors at once, attention of output, q, k
+    and v; the norm's formula makes five float32 rows.
+    """
+    e, M = settings.operand_bytes, settings.tokens
+    product = max(3 * settings.product_bytes * shape.intermediate, 4 * e * shape.query)
+    return (
+        M * product,
+        M * 5 * 4 * shape.hidden,
+        M * settings.weight_bytes * shape.hidden,
+    )
+
+
+# ---- what would make it fit

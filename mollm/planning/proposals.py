@@ -1,0 +1,114 @@
+"""What would make a step fit, in the order in which one would try it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mollm.models.four_bits import NF4
+from mollm.planning.memory import MemoryPlan, plan
+from mollm.planning.settings import GRADIENT_MEMORIES, PlanSettings
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One change on the way to a step that fits; each stands on those before it."""
+
+    words: str
+    plan: MemoryPlan
+    saves: int
+    """Bytes of peak memory, beside the plan before."""
+
+
+def proposals(first: MemoryPlan, memory: float) -> list[Proposal]:
+    """Changes in the order of what they cost, up to the first set of them that fits.
+
+    Changes that save nothing are left out. Where the last plan does not fit either, nothing does.
+
+    Args:
+        first: a plan that does not fit.
+        memory: bytes.
+    """
+    found: list[Proposal] = []
+    now = first
+    for change in _CHANGES:
+        for words, settings in change(now, memory):
+            if now.fits(memory):
+                break
+            then = plan(now.shape, settings)
+            saves = now.peak.total - then.peak.total
+            if saves > 0:
+                found.append(Proposal(words, then, saves))
+                now = then
+    return found
+
+
+Change = Callable[[MemoryPlan, float], Iterator[tuple[str, PlanSettings]]]
+"""From a plan and the memory in bytes to options that may save some, and the settings with them."""
+
+
+def _checkpointed(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    yield (
+        "--gradient-checkpointing",
+        replace(now.settings, gradient_checkpointing=True),
+    )
+
+
+def _smaller_batch(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    """The largest part of the batch that fits, or the one that needs least."""
+    rows = now.settings.batch_size
+    parts = [n for n in range(rows - 1, 0, -1) if rows % n == 0]
+    tried = [
+        replace(now.settings, batch_size=n, accumulation=now.settings.accumulation * rows // n)
+        for n in parts
+    ]
+    if tried:
+        best = _first_that_fits(now, tried, memory)
+        yield f"--batch-size {best.batch_size} --accumulation {best.accumulation}", best
+
+
+def _narrow_state(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    yield "--state-dtype bfloat16", replace(now.settings, state_dtype="bfloat16")
+
+
+def _small_gradients(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    """Rounded gradients where those fit, and else whichever needs least."""
+    tried = [replace(now.settings, gradient_memory=name) for name in GRADIENT_MEMORIES[1:]]
+    best = _first_that_fits(now, tried, memory)
+    yield f"--gradient-memory {best.gradient_memory}", best
+
+
+def _first_that_fits(now: MemoryPlan, tried: Sequence[PlanSettings], memory: float) -> PlanSettings:
+    plans = [plan(now.shape, settings) for settings in tried]
+    fitting = [p for p in plans if p.fits(memory)]
+    best = fitting[0] if fitting else min(plans, key=lambda p: p.peak.total)
+    return best.settings
+
+
+def _cached_reference(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if now.settings.reference == "copy":
+        yield "--reference cache", replace(now.settings, reference="cache")
+
+
+def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if not now.settings.lora_rank:
+        yield (
+            "--lora-rank 16 --reference adapter",
+            replace(now.settings, lora_rank=16, reference="adapter"),
+        )
+
+
+def _four_bits(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if now.settings.lora_rank:
+        yield f"--quantization {NF4}", replace(now.settings, quantization=NF4)
+
+
+_CHANGES: tuple[Change, ...] = (
+    _checkpointed,
+    _smaller_batch,
+    _narrow_state,
+    _small_gradients,
+    _cached_reference,
+    _adapters,
+    _four_bits,
+)

@@ -1,0 +1,1 @@
+"""The machine, the folders that results go to, and the self-test."""

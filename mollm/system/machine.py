@@ -1,0 +1,149 @@
+"""What a run needs from the machine, and what it tells about it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mollm.errors import UsageError
+
+GB = 1e9
+_PACKAGES = ("mollm", "torch", "transformers", "tokenizers", "gguf", "numpy", "safetensors")
+
+
+def find_device(name: str) -> torch.device:
+    """The Torch device of that name.
+
+    Raises:
+        UsageError: This machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device must be one that Torch finds on this machine, such as cpu, but got {name!r}."
+        ) from error
+    return device
+
+
+def peak_memory_gb() -> float:
+    """The largest resident memory of this process so far, in 1e9 bytes; NaN where unknown."""
+    try:
+        # Not getrusage: a process starts with the peak of the one that started it.
+        return _kilobytes(Path("/proc/self/status"), "VmHWM") / GB
+    except (OSError, KeyError):
+        return float("nan")
+
+
+def available_memory_gb(device: torch.device) -> float:
+    """Memory that a new allocation on `device` can still get, in 1e9 bytes; inf where unknown.
+
+    On the CPU this is the least of what the kernel calls available and what the limit of the
+    container leaves, if there is one. Files that the kernel keeps in memory, such as weights that
+    were read, give way and do not count.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / GB
+    return min([_kernel_available(), *_control_group_room()]) / GB
+
+
+def return_freed_memory() -> None:
+    """Makes the C library give large freed blocks back to the system at once.
+
+    By default glibc learns from the first large blocks that are freed to keep later ones of up to
+    32 MB in its heap; the gradients of a language model, made and freed in every step, then leave
+    holes that cost half a gigabyte. Elsewhere this does nothing.
+    """
+    m_mmap_threshold, one_megabyte = -3, 1 << 20
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, one_megabyte)
+
+
+def _kernel_available(path: Path = Path("/proc/meminfo")) -> float:
+    try:
+        return _kilobytes(path, "MemAvailable")
+    except (OSError, KeyError):
+        return float("inf")
+
+
+def _kilobytes(path: Path, key: str) -> float:
+    """A row such as "MemAvailable:  2000 kB", in bytes."""
+    rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    return float(rows[key].split()[0]) * 1024
+
+
+def _control_group_room(root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
+    for folder, limit, usage, cached in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (
+            root / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        try:
+            room = float((folder / limit).read_text()) - float((folder / usage).read_text())
+        except (OSError, ValueError):  # no such control group, or no limit: the word "max"
+            continue
+        yield room + _number(folder / "memory.stat", cached)
+
+
+def _number(path: Path, key: str) -> float:
+    """A row such as "inactive_file 4096"; 0 where there is none."""
+    try:
+        return float(dict(line.split() for line in path.read_text().splitlines())[key])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that make a result, and of `more` packages."""
+    found = {"python": platform.python_version()}
+    for package in (*_PACKAGES, *more):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, with the number of threads for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        return " ".join(next(rows[key] for key in rows if key.strip() == "model name").split())
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the git checkout that holds this package, marked when files have changed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return f"{head} with changes" if _git(root, "status", "--porcelain") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""MOLLMTrainer and its pieces: objectives, reference model, step, checkpoints."""

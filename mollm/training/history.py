@@ -1,0 +1,102 @@
+"""What every step did: records, their means, and the file that holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mollm.methods.method import OBJECTIVES
+from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.system.folders import replace_text
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, as history.jsonl holds it. Objectives stand in the order of OBJECTIVES."""
+
+    step: int
+    lr: float
+    losses: dict[str, float]
+    """The losses before the step; `forget` is that of the method, UCE for most."""
+    norms: dict[str, float]
+    """Gradient norms."""
+    cosines: dict[str, float]
+    """Cosine of each pair of gradients, such as "forget·kl"; 0 where a gradient is zero."""
+    weights: dict[str, float]
+    """Weights w of the combined gradient Σ w_k g_k."""
+    status: str
+    pareto_gap: float
+    changes: dict[str, float]
+    """g_k · Δθ: to first order, what the update really applied did to each loss; empty where the
+    step was skipped because a gradient was not finite."""
+    conflicts: dict[str, bool]
+    """True where that update does not descend."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def pairs() -> list[tuple[int, int]]:
+    """Index pairs of the objectives."""
+    count = len(OBJECTIVES)
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]
+
+
+def record_of(
+    step: int, lr: float, losses: dict[str, float], optimizer: MOLLMOptimizer
+) -> StepRecord:
+    """What the optimizer's last step did; waits for the device."""
+    last = optimizer.last_step
+    return StepRecord(
+        step=step,
+        lr=lr,
+        losses=losses,
+        norms=dict(zip(OBJECTIVES, map(float, last.norms), strict=True)),
+        cosines={f"{OBJECTIVES[i]}·{OBJECTIVES[j]}": float(last.cosines[i, j]) for i, j in pairs()},
+        weights=dict(zip(OBJECTIVES, map(float, last.weights), strict=True)),
+        status=last.status.name,
+        pareto_gap=float(last.pareto_gap),
+        changes=last.changes or {},
+        conflicts=last.conflicts or {},
+    )
+
+
+def means_of(records: Sequence[StepRecord]) -> dict[str, float]:
+    """What some steps did, on average; a conflict counts as 1."""
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(records)
+
+    means = {"loss": mean(sum(record.losses.values()) for record in records)}
+    for name in OBJECTIVES:
+        means |= {
+            f"{name}_loss": mean(record.losses[name] for record in records),
+            f"norm_{name}": mean(record.norms[name] for record in records),
+            f"weight_{name}": mean(record.weights[name] for record in records),
+            f"conflict_{name}": mean(record.conflicts.get(name, False) for record in records),
+        }
+    for i, j in pairs():
+        a, b = OBJECTIVES[i], OBJECTIVES[j]
+        means[f"cosine_{a}_{b}"] = mean(record.cosines[f"{a}·{b}"] for record in records)
+    means["pareto_gap"] = mean(record.pareto_gap for record in records)
+    return means
+
+
+def write_history(history: Iterable[StepRecord], path: Path) -> None:
+    """Writes one JSON object for each step; a number that is not finite becomes null."""
+    lines = [json.dumps(finite(record.as_dict()), ensure_ascii=False) for record in history]
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,115 @@
+"""The three losses of unlearning as one module, for a plain loop and for engines that wrap modules.
+
+DistributedDataParallel and FSDP2 gather parameters and average gradients around the forward of the
+module that they wrap. A loss that reads the head's weight outside of it meets a part of that
+weight, or a gradient that nobody averages; so all losses are computed inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mollm.data.chat import IGNORE_INDEX, Batch, Tokens
+from mollm.distributed.sharding import answer_tokens
+from mollm.methods import ForgetLoss, Totals, answers_of, unlearning_cross_entropy
+from mollm.models.forward import answer_states, in_evaluation_mode
+from mollm.training.reference_model import Reference
+from mollm_ops import linear_ce_kl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Objectives(nn.Module):
+    """A loss on what is to be forgotten, KL to the original model, and cross-entropy.
+
+        forget   forget_loss on the batch to forget, the unlearning cross-entropy of most methods
+        kl       KL(original ‖ model) on the batch to retain
+        retain   cross-entropy on the batch to retain, from the same forward
+
+    Losses read hidden states of answer tokens alone; no tensor [tokens, V] exists at any time.
+
+    Args:
+        model: A causal language model whose logits are head(final hidden state).
+        reference: Its original.
+        forget_loss: What to minimise on the batch to forget.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: Reference,
+        forget_loss: ForgetLoss = unlearning_cross_entropy,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.reference = reference
+        self.forget_loss = forget_loss
+
+    def forward(
+        self,
+        forget: Batch | Mapping[str, Tensor] | None = None,
+        retain: Batch | Mapping[str, Tensor] | None = None,
+        totals: tuple[Totals, Totals] | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of the batches that are given: "forget", "kl" and "retain".
+
+        Args:
+            forget: input_ids, attention_mask and labels, [B, T] each; a label is the token itself
+                where it is part of an answer, else -100.
+            retain: The same of the answers to keep.
+            totals: What the means divide by, on the forget and on the retain side, where these
+                batches are parts of a larger one; then losses and gradients add up to those of the
+                whole. Else each loss is the mean over the answer tokens of all processes' batches,
+                for an engine that averages gradients over processes.
+        """
+        losses: dict[str, Tensor] = {}
+        if forget is not None:
+            losses["forget"] = self._forget(_batch(forget), totals and totals[0])
+        if retain is not None:
+            losses["kl"], losses["retain"] = self._retain(_batch(retain), totals and totals[1])
+        return losses
+
+    def _forget(self, batch: Batch, totals: Totals | None) -> Tensor:
+        answers = answers_of(self.model, batch, totals or _totals(batch))
+        return self.forget_loss(answers, lambda: self.reference.answers(batch))
+
+    def _retain(self, batch: Batch, totals: Totals | None) -> tuple[Tensor, Tensor]:
+        # First, for to switch an adapter off touches the parameters that the graph leads to.
+        original = self.reference.answers(batch)
+        answers = answers_of(self.model, batch, totals or _totals(batch))
+        retain, kl = linear_ce_kl(
+            answers.hidden,
+            answers.weight,
+            answers.target,
+            original.hidden.to(answers.hidden.dtype),  # FSDP2 casts parameters, and no cache
+            original.weight.to(answers.hidden.dtype),
+            bias=answers.bias,
+            ref_bias=original.bias,
+            normalizer=answers.tokens,
+        )
+        return kl, retain
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> Tensor:
+        """The model's final hidden states at the answer tokens, [N, H], without dropout."""
+        with in_evaluation_mode(self.model):
+            return answer_states(self.model, batch)[0]
+
+
+def _batch(batch: Batch | Mapping[str, Tensor]) -> Batch:
+    return batch if isinstance(batch, Batch) else Batch(**batch)
+
+
+def _totals(batch: Batch) -> Totals:
+    return Totals(answer_tokens(batch.labels[:, 1:]), len(batch.labels))
+
+
+def totals_of(rows: Sequence[Tokens]) -> Totals:
+    """Answer tokens that carry a loss, and sequences."""
+    counted = (label != IGNORE_INDEX for row in rows for label in row.labels[1:])
+    return Totals(sum(counted), len(rows))

@@ -1,0 +1,118 @@
+"""Trees of tensors and plain values as safetensors and JSON, never as pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mollm.errors import UsageError
+
+
+def save_tree(tree: Any, folder: Path, name: str) -> None:
+    """Writes nested dicts, lists and tuples of tensors and plain values.
+
+    Args:
+        tree: Keys of dicts may be texts or whole numbers; values None, bool, int, float, str,
+            tensors, NumPy arrays and Torch dtypes, which come back as they were.
+        folder: Where `name`.json and `name`.safetensors are written.
+        name: Of the files.
+
+    Raises:
+        TypeError: Something else is in the tree.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    plain = _encode(tree, tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def load_tree(folder: Path, name: str) -> Any:
+    """What `save_tree` wrote, on the CPU.
+
+    Raises:
+        UsageError: A file is missing or damaged.
+    """
+    with told_as_damage(folder):
+        plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return _decode(plain, load_file(folder / f"{name}.safetensors"))
+
+
+def load_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint, on the CPU.
+
+    Raises:
+        UsageError: It is missing or damaged.
+    """
+    from safetensors import torch as files
+
+    with told_as_damage(path.parent):
+        tensors: dict[str, Tensor] = files.load_file(path)
+        return tensors
+
+
+@contextlib.contextmanager
+def told_as_damage(folder: Path) -> Iterator[None]:
+    """What goes wrong inside while a checkpoint is read becomes a UsageError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"{folder} must be a whole checkpoint, but it is damaged: {reason}: remove it, and go "
+            "on from the one before."
+        ) from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        key = str(len(tensors))
+        tensor = torch.as_tensor(value).detach()
+        tensors[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        return {kind: key}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, list):
+        return [_encode(each, tensors) for each in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(each, tensors) for each in value]}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str | int) for key in value):
+            return {"dict": [[key, _encode(each, tensors)] for key, each in value.items()]}
+        raise TypeError(f"keys must be texts or whole numbers, but got {list(value)}.")
+    raise TypeError(f"a checkpoint must hold tensors and plain values, but got {type(value)}.")
+
+
+def _decode(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(plain, list):
+        return [_decode(each, tensors) for each in plain]
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, value),) = plain.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "array":
+        return tensors[value].numpy()
+    if kind == "dtype":
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value} is no dtype")
+        return dtype
+    if kind == "tuple":
+        return tuple(_decode(each, tensors) for each in value)
+    return {key: _decode(each, tensors) for key, each in value}

@@ -1,0 +1,145 @@
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+import mollm
+from mollm import cli
+from mollm.cli import main
+from mollm.demo import quiz as quiz_module
+from mollm.evaluation.generation import Reply
+from mollm.models import loading
+
+
+@pytest.fixture
+def saved(tmp_path):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+def refused(capsys, *arguments):
+    """The one sentence with which the command line refuses `arguments`."""
+    assert main(["demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    sentence = captured.err.strip()
+    assert sentence.startswith("mollm: ")
+    assert len(sentence.splitlines()) == 1
+    assert "Traceback" not in sentence
+    return sentence
+
+
+def test_mistakes_are_told_in_one_sentence(capsys, tmp_path):
+    out = str(tmp_path / "out")
+    assert "did you mean Japan" in refused(capsys, "--forget", "Japn", "--out", out)
+    assert "at least one country" in refused(capsys, "--forget", ",", "--out", out)
+    assert "steps must be at least 1" in refused(capsys, "--steps", "0", "--out", out)
+    assert "not on this machine" in refused(capsys, "--model", "/no/model", "--out", out)
+    assert "device must be" in refused(capsys, "--device", "abacus", "--out", out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "llama-9"], "shape must be one of llama-3-8b"),
+        (["--model", "/no/config.json"], "not on this machine"),
+        (["--shape", "smollm2-135m", "--device-memory", "0"], "device_memory must be positive"),
+        (["--shape", "smollm2-135m", "--reference", "adapter"], "give a lora_rank"),
+        (["--shape", "smollm2-135m", "--batch-size", "0"], "batch_size must be at least 1"),
+    ],
+)
+def test_mistakes_of_a_plan_are_told_in_one_sentence(capsys, arguments, words):
+    assert main(["plan", *arguments]) == 2
+    sentence = capsys.readouterr().err.strip()
+    assert sentence.startswith("mollm: ")
+    assert words in sentence
+    assert len(sentence.splitlines()) == 1
+
+
+def test_an_unwritable_folder_is_found_out_before_the_model_loads(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    assert "out must be a folder" in refused(capsys, "--out", str(tmp_path / "file"))
+
+
+def test_too_little_memory_is_found_out_before_the_model_loads(
+    capsys, tmp_path, saved, monkeypatch
+):
+    monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("too late"))
+    monkeypatch.setattr(loading, "available_memory_gb", lambda device: 0.5)
+    sentence = refused(capsys, "--model", saved, "--out", str(tmp_path / "out"))
+    assert "needs about 1.2 GB of memory, but only 0.5 GB" in sentence
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    def missing(arguments):
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    monkeypatch.setattr(cli, "_demo", missing)
+    assert "pip install 'mollm[train,eval]'" in refused(capsys)
+
+
+def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_demo", interrupted)
+    assert main(["demo"]) == 130
+    assert "earlier results are as they were" in capsys.readouterr().err
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch):
+    def broken(arguments):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(cli, "_demo", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        main(["demo"])
+
+
+def test_a_run_ends_with_a_table(capsys, saved, tmp_path, monkeypatch):
+    def ask(model, chat, texts, **options):
+        return [Reply(text, complete=True) for text in tiny.knowing_replies(texts)]
+
+    monkeypatch.setattr(quiz_module, "ask", ask)
+    out = tmp_path / "out"
+    status = main(
+        ["demo", "--model", saved, "--steps", "1", "--forget", "Peru,France", "--out", str(out)]
+    )
+    assert status == 0
+    text = capsys.readouterr().out
+    assert "To forget: Peru, France." in text
+    assert [line.split()[0] for line in text.splitlines() if "100%" in line][:4] == [
+        "Forget", "Retain", "Held-out", "General",
+    ]  # fmt: skip
+    assert str(out / "report.html") in text
+
+
+def test_help_and_module_entry():
+    done = subprocess.run(
+        [sys.executable, "-m", "mollm", "demo", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for option in ("--model", "--steps", "--lr", "--seed", "--forget", "--direction", "--out"):
+        assert option in done.stdout
+
+
+def test_every_command_is_listed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"\n    {name} " in text for name in ("demo", "evaluate", "plan", "doctor"))
+
+
+def test_importing_does_nothing():
+    code = "import mollm.cli, mollm.__main__, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"mollm {mollm.__version__}\n"

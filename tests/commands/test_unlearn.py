@@ -1,0 +1,326 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from mollm.cli import main
+from mollm.commands.settings_file import read_settings
+from mollm.data.files import sample_path
+from mollm.errors import UsageError
+from mollm.models import loading
+from mollm.planning import settings
+from mollm.system import machine
+
+FORGET, RETAIN = (str(sample_path(f"authors-{role}.jsonl")) for role in ("forget", "retain"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def settings_file(folder, **changed):
+    settings = {
+        "model": str(folder / "tiny"),
+        "forget": FORGET,
+        "retain": {"path": RETAIN, "schema": "tofu"},
+        "out": str(folder / "out"),
+        "device": "cpu",
+        "max_length": 400,
+        "max_steps": 4,
+        "learning_rate": "1e-3",
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+    } | changed
+    path = folder / "run.yaml"
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return str(path)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
+    """The whole way on data in the form of TOFU, with the vocabulary of Llama 3."""
+    loading.save(tiny.llama3(), tiny.tokenizer(), tmp_path / "tiny")
+    evaluated = {"eval_forget": FORGET, "eval_retain": RETAIN, "eval_strategy": "steps"}
+    config = settings_file(tmp_path, eval_steps=2, **evaluated)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["unlearn", "--config", config, "--out", str(whole)]) == 0
+    told = capsys.readouterr().out
+    for words in ("4 steps", "eval_kl_loss", "mollm evaluate --model", str(whole / "model")):
+        assert words in told
+    assert {path.name for path in whole.iterdir()} == {
+        "README.md",
+        "checkpoint-2",
+        "checkpoint-4",
+        "history.jsonl",
+        "model",
+    }
+    assert len((whole / "history.jsonl").read_text().splitlines()) == 4
+    (following,) = (line for line in told.splitlines() if line.startswith("Next: mollm "))
+    quick = ["--max-new-tokens", "2", "--resamples", "2", "--limit", "2"]
+    command = [*shlex.split(following)[2:], *quick, "--out", str(tmp_path / "evaluation")]
+    assert main(command) == 0
+    assert "forget_probability" in capsys.readouterr().out
+
+    # What a run leaves that was killed after its second step: no model, and a half written save.
+    assert main(["unlearn", "--config", config, "--out", str(cut)]) == 0
+    for name in ("model", "checkpoint-4"):
+        os.rename(cut / name, tmp_path / f"gone-{name}")
+    (cut / ".unfinished-x" / "checkpoint-3").mkdir(parents=True)
+    (cut / ".unfinished-history.jsonl").touch()
+    assert main(["unlearn", "--config", config, "--out", str(cut), "--resume"]) == 0
+    first, second = weights(whole / "model"), weights(cut / "model")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(cut.glob(".unfinished-*"))
+    before = weights(tmp_path / "tiny")
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+    assert torch.equal(first["lm_head.weight"], before["lm_head.weight"])
+    assert main(["unlearn", "--config", config, "--out", str(cut), "--resume"]) == 2
+    assert "has finished" in capsys.readouterr().err
+
+
+def first_rows(folder, path, count):
+    """Of a sample that ships with the package."""
+    short = folder / Path(path).name
+    short.write_text("\n".join(Path(path).read_text().splitlines()[:count]))
+    return str(short)
+
+
+@pytest.mark.model
+def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
+    """The real model, the same four rows in every step: all but the quality of a full run."""
+    loading.save(*loading.load(loading.find_model(None), torch.device("cpu")), tmp_path / "tiny")
+    forget, retain = (first_rows(tmp_path, path, 4) for path in (FORGET, RETAIN))
+    evaluated = {"eval_forget": forget, "eval_retain": retain, "eval_strategy": "steps"}
+    config = settings_file(
+        tmp_path,
+        forget=forget,
+        retain=retain,
+        **evaluated,
+        eval_steps=3,
+        max_steps=3,
+        max_length=128,
+        learning_rate=2e-5,
+        per_device_train_batch_size=4,
+    )
+    out = tmp_path / "out"
+    assert main(["unlearn", "--config", config]) == 0
+    os.rename(out / "model", tmp_path / "whole")  # as if it had been killed after its last save
+    assert main(["unlearn", "--config", config, "--resume"]) == 0
+    whole, resumed = (
+        folder / "model.safetensors" for folder in (tmp_path / "whole", out / "model")
+    )
+    assert whole.read_bytes() == resumed.read_bytes()
+
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    found = re.search(r"eval_forget_loss (\S+)", capsys.readouterr().out.rpartition("3 steps")[2])
+    forget = [*(step["losses"]["forget"] for step in history), float(found[1])]
+    assert len(history) == 3
+    assert forget == sorted(forget, reverse=True)
+    assert forget[-1] < 0.9 * forget[0]
+    before, after = weights(tmp_path / "tiny"), weights(out / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".layers." in name or name == "model.norm.weight"}
+
+
+def test_an_adapter_is_merged_into_the_exported_model(tmp_path, saved):
+    config = settings_file(tmp_path, lora={"r": 2, "target_modules": ["q_proj"]})
+    assert main(["unlearn", "--config", config]) == 0
+    before, after = weights(saved), weights(tmp_path / "out" / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "q_proj" in name}
+    assert (tmp_path / "out" / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def test_flags_go_before_the_file_and_texts_become_numbers(tmp_path):
+    config = settings_file(tmp_path)
+    given = {"config": Path(config), "max_steps": 9, "set": ["save_steps=3", "divergence=1e-1"]}
+    settings = read_settings(given)
+    assert settings["max_steps"] == 9
+    assert settings["save_steps"] == 3
+    assert settings["learning_rate"] == 1e-3
+    assert read_settings({"set": ["max_steps=1e2"]})["max_steps"] == 100
+    assert settings["divergence"] == 0.1
+    assert settings["retain"] == {"path": RETAIN, "schema": "tofu"}
+    with pytest.raises(UsageError, match="learning_rate must be a number, but got 'fast'"):
+        read_settings({"set": ["learning_rate=fast"]})
+
+
+def without_field(folder):
+    (folder / "bad.jsonl").write_text('{"question": "Who?", "answer": "Ada"}\n{"question": "?"}\n')
+    return str(folder / "bad.jsonl")
+
+
+def one_row(folder, answer):
+    row = {"question": "Who?", "answer": answer}
+    (folder / "one.jsonl").write_text(json.dumps(row) + "\n")
+    return str(folder / "one.jsonl")
+
+
+def empty(folder):
+    (folder / "empty.jsonl").touch()
+    return str(folder / "empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda _: {"model": None}, "model must be given"),
+        (lambda _: {"model": "/no/model"}, "not on this machine"),
+        (lambda _: {"forget": "none.jsonl"}, "none.jsonl, which is not on this machine"),
+        (lambda f: {"forget": without_field(f)}, "line 2 must have the field answer"),
+        (lambda f: {"retain": empty(f)}, "must hold at least one row"),
+        (lambda f: {"forget": one_row(f, "long " * 200)}, "shorten the answer"),
+        (lambda _: {"forget": RETAIN}, "24 of 24 are"),
+        (lambda _: {"method": "magic"}, "method must be one of"),
+        (lambda _: {"lora": "wide"}, "lora must be a rank or options"),
+        (lambda _: {"lora": True}, "lora must be a rank or options"),
+        (lambda _: {"quantization": "nf4"}, "quantization must go with an adapter"),
+        (lambda _: {"freeze_embeddings": "no"}, "freeze_embeddings must be true or false"),
+        (lambda _: {"max_steps": 2.5}, "max_steps must be a whole number, but got 2.5"),
+        (lambda _: {"save_total_limit": "few"}, "save_total_limit must be a whole number"),
+        (lambda _: {"preferences": [1, 2]}, "one entry per objective"),
+        (lambda _: {"fp16": True}, "fp16 must be left out"),
+        (lambda _: {"speed": 3}, "a field of MOLLMConfig, but got 'speed'"),
+        (lambda _: {"device": "abacus"}, "device must be cpu or cuda"),
+        (lambda _: {"load_best_model_at_end": True}, "the settings do not go together"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_a_model_is_loaded(
+    tmp_path, saved, capsys, monkeypatch, changed, words
+):
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("too late"))
+    assert main(["unlearn", "--config", settings_file(tmp_path, **changed(tmp_path))]) == 2
+    captured = capsys.readouterr()
+    sentence = [line for line in captured.err.splitlines() if line.startswith("mollm: ")]
+    assert len(sentence) == 1
+    assert words in sentence[0]
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"lora": 4, "gradient_checkpointing": True},
+        {
+            "reference": "cache",
+            "freeze_embeddings": False,
+            "gradient_accumulation_steps": 3,
+            "optimizer_options": {"base": "sgd", "gradient_memory": "bfloat16"},
+        },
+    ],
+    ids=["full", "lora", "sgd"],
+)
+def test_a_run_is_held_against_the_memory_before_its_model_is_loaded(
+    tmp_path, saved, capsys, caplog, monkeypatch, changed
+):
+    def available(gigabytes):
+        monkeypatch.setattr(machine, "available_memory_gb", lambda device: gigabytes)
+        monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("loaded"))
+        capsys.readouterr()
+
+    def planned(text):
+        line = re.search(r"`(mollm plan .*)`", text)[1]
+        status = main([*shlex.split(line)[1:], "--device-memory", "0.001"])
+        peak = float(re.search(r"The peak is (\S+) GiB", capsys.readouterr().out)[1])
+        return status, peak * settings.GIB / machine.GB
+
+    config = settings_file(tmp_path, **changed)
+    available(1e-5)
+    assert main(["unlearn", "--config", config]) == 2
+    told = capsys.readouterr().err
+    assert "mollm: the model tiny must fit into memory, but" in told
+    assert not (tmp_path / "out").exists()
+    assert ("--gradient-checkpointing" in told) is ("lora" in changed)
+    status, peak = planned(told)
+    assert status == 1
+
+    available(0.97 * peak)  # the allowance for Torch alone is most of it
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        main(["unlearn", "--config", config])
+    assert "rows of 400 tokens" in caplog.text
+    assert planned(caplog.text)[1] == peak
+    caplog.clear()
+
+    available(1.03 * peak)
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        main(["unlearn", "--config", config])
+    assert "mollm plan" not in caplog.text
+
+
+def test_a_model_that_cannot_be_planned_passes(tmp_path, capsys, monkeypatch):
+    config = GPT2Config(vocab_size=259, n_positions=512, n_embd=32, n_layer=1, n_head=2)
+    loading.save(GPT2LMHeadModel(config), tiny.tokenizer(), tmp_path / "tiny")
+    monkeypatch.setattr(machine, "available_memory_gb", lambda device: 1e-5)
+    assert main(["unlearn", "--config", settings_file(tmp_path, max_steps=1)]) == 0
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path, saved, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert main(["unlearn", "--config", settings_file(tmp_path)]) == 2
+    assert "out must be a new or empty folder, but" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_killed_run_left_before_its_first_save_is_in_nobodys_way(tmp_path, saved):
+    (tmp_path / "out" / ".unfinished-x" / "checkpoint-2").mkdir(parents=True)
+    assert main(["unlearn", "--config", settings_file(tmp_path)]) == 0
+    assert not list((tmp_path / "out").glob(".unfinished-*"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, capsys):
+    assert main(["unlearn", "--config", settings_file(tmp_path)]) == 0
+    os.rename(tmp_path / "out" / "model", tmp_path / "gone")
+    loading.save(tiny.model(seed=3), tiny.tokenizer(), saved)
+    before = sorted(str(path) for path in (tmp_path / "out").rglob("*"))
+    assert main(["unlearn", "--config", settings_file(tmp_path), "--resume"]) == 2
+    assert "must be a checkpoint of the same model" in capsys.readouterr().err
+    assert before == sorted(str(path) for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_run_that_diverges_writes_no_model(tmp_path, saved, capsys):
+    config = settings_file(tmp_path, divergence=1e-9, learning_rate=0.1)
+    assert main(["unlearn", "--config", config]) == 1
+    assert "Stopped early, and wrote no model" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def killed(folder, kills, timeout):
+    here = Path(__file__).parents[1]
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(here / "killed_runs.py"), str(folder), str(kills)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"killed {kills}" in done.stdout
+    return done.stdout
+
+
+def test_a_killed_run_resumes_to_the_same_model(tmp_path):
+    killed(tmp_path, 3, timeout=120)
+
+
+@pytest.mark.soak
+def test_a_run_killed_at_fifty_moments_resumes_to_the_same_model(tmp_path):
+    print(killed(tmp_path, 50, timeout=1800))

@@ -1,0 +1,303 @@
+import json
+
+import pytest
+
+from mollm.data.files import sample_path
+from mollm.data.records import Record, check_overlap, content_hash, load_records
+from mollm.errors import UsageError
+
+PKU = {
+    "prompt": "p",
+    "response_0": "bad",
+    "response_1": "good",
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(*rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return written
+
+
+def pairs(records):
+    return [(record.prompt, record.answer) for record in records]
+
+
+def test_the_role_chooses_the_responses_of_pku_saferlhf(write):
+    path = write(
+        PKU,
+        PKU | {"is_response_1_safe": False},
+        PKU | {"is_response_0_safe": True},
+        PKU | {"is_response_0_safe": "True", "is_response_1_safe": "false"},
+    )
+    forget = load_records(path, role="forget")
+    assert [(r.row, r.answer_field) for r in forget] == [
+        (1, "response_0"),
+        (2, "response_0"),
+        (2, "response_1"),
+        (4, "response_1"),
+    ]
+    assert pairs(forget)[:3] == [("p", "bad"), ("p", "bad"), ("p", "good")]
+    retain = load_records(path, role="retain")
+    assert [(r.row, r.answer_field) for r in retain] == [
+        (1, "response_1"),
+        (3, "response_0"),
+        (3, "response_1"),
+        (4, "response_0"),
+    ]
+    assert forget[0].place == f"{path}, line 1"
+
+
+@pytest.mark.parametrize(("role", "kind"), [("forget", "unsafe"), ("retain", "safe")])
+def test_nothing_left_for_a_role_is_refused(write, role, kind):
+    safe = role == "forget"
+    path = write(PKU | {"is_response_0_safe": safe, "is_response_1_safe": safe})
+    with pytest.raises(UsageError, match=f"a response judged {kind} for the role {role}"):
+        load_records(path, role=role)
+
+
+def test_tofu_keeps_what_the_evaluation_asks_for(write):
+    row = {
+        "question": "q",
+        "answer": "a",
+        "paraphrased_answer": "b",
+        "perturbed_answer": ["c", "d"],
+        "paraphrased_question": None,
+        "other": 7,
+    }
+    (record,) = load_records(write(row), role="forget", schema="tofu")
+    assert pairs([record]) == [("q", "a")]
+    assert record.extra == {"paraphrased_answer": "b", "perturbed_answer": ["c", "d"]}
+    assert load_records(write(row), role="retain") == [record]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("prompt", "answer"),
+        ("question", "answer"),
+        ("prompt", "response"),
+        ("instruction", "output"),
+        ("prompt", "completion"),
+    ],
+)
+@pytest.mark.parametrize("schema", ["auto", "prompt-answer"])
+def test_usual_columns_are_recognised(write, schema, prompt, answer):
+    path = write({"id": 3, answer: " a ", prompt: "p"})
+    (record,) = load_records(path, role="forget", schema=schema)
+    assert pairs([record]) == [("p", " a ")]
+    assert record.answer_field == answer
+
+
+def test_an_instruction_is_asked_with_its_input(write):
+    rows = [{"instruction": "Sum up.", "input": text, "output": "a"} for text in ("A tale.", "")]
+    records = load_records(write(*rows), role="retain")
+    assert [record.prompt for record in records] == ["Sum up.\n\nA tale.", "Sum up."]
+
+
+def test_the_caller_may_name_the_columns(write):
+    path = write({"prompt": "x", "answer": "y", "german": "p", "Antwort": "a"})
+    records = load_records(path, role="forget", prompt_field="german", answer_field="Antwort")
+    assert pairs(records) == [("p", "a")]
+    assert records[0].answer_field == "Antwort"
+
+
+def test_a_conversation_of_two_turns_is_a_record(write):
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    (record,) = load_records(write({"messages": turns}), role="forget")
+    assert pairs([record]) == [("p", "a")]
+    assert record.answer_field == "messages"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "user", "content": "p"}], r'but got \["user"\]'),
+        ([{"role": r, "content": "p"} for r in ("system", "user", "assistant")], r'\["system", "u'),
+        (None, r"but got \[null\]"),
+        ("hello", r'but got \["hello"\]'),
+        (
+            [{"role": "user", "content": "p"}, {"role": "assistant", "content": None}],
+            r"the field messages\[1\]\.content must be a text that is not blank, but got null",
+        ),
+    ],
+)
+def test_other_conversations_are_refused(write, messages, words):
+    good = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    path = write({"messages": good}, {"messages": messages})
+    with pytest.raises(UsageError, match=rf"rows\.jsonl, line 2: .*{words}"):
+        load_records(path, role="forget")
+
+
+@pytest.mark.parametrize("value", [None, 3, "", " \n", ["a"], True])
+@pytest.mark.parametrize("field", ["prompt", "answer"])
+def test_a_value_that_is_no_text_is_refused_with_its_place(write, field, value):
+    good = {"prompt": "p", "answer": "a"}
+    path = write(good, good | {field: value})
+    with pytest.raises(UsageError, match=rf"rows\.jsonl, line 2: the field {field} must be a text"):
+        load_records(path, role="forget")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"is_response_0_safe": None}, "the field is_response_0_safe must be true or false, but g"),
+        ({"is_response_1_safe": "maybe"}, r"is_response_1_safe .* but got \"maybe\""),
+        ({"is_response_0_safe": 1}, "is_response_0_safe must be true or false, but got 1"),
+        ({"response_0": None}, "the field response_0 must be a text that is not blank"),
+        ({"prompt": ""}, "the field prompt must be a text that is not blank"),
+    ],
+)
+def test_pku_rows_are_checked(write, change, words):
+    with pytest.raises(UsageError, match=rf"line 2: .*{words}"):
+        load_records(write(PKU, PKU | change), role="forget")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"perturbed_answer": "wrong"},
+            'perturbed_answer must be a list of texts, but got "wrong"',
+        ),
+        ({"perturbed_answer": []}, r"perturbed_answer must be a list of texts, but got \[\]"),
+        ({"perturbed_answer": ["x", " "]}, "perturbed_answer must be a text that is not blank"),
+        ({"paraphrased_answer": 1}, "paraphrased_answer must be a text that is not blank"),
+    ],
+)
+def test_tofu_rows_are_checked(write, change, words):
+    row = {"question": "q", "answer": "a"}
+    with pytest.raises(UsageError, match=rf"line 2: the field {words}"):
+        load_records(write(row, row | change), role="forget")
+
+
+def test_a_field_that_one_row_lacks_is_named(write):
+    path = write({"prompt": "p", "answer": "a"}, {"prompt": "p"})
+    with pytest.raises(UsageError, match=r"line 2 must have the field answer, but it has prompt\."):
+        load_records(path, role="forget")
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "answer": "a\\ud83d"}\n')
+    with pytest.raises(UsageError, match=r"line 1: the field answer must be valid Unicode"):
+        load_records(path, role="forget")
+
+
+def test_unknown_columns_are_listed_with_the_way_out(write):
+    words = r"its columns are text, topic: name the two with prompt_field and answer_field\."
+    with pytest.raises(UsageError, match=words):
+        load_records(write({"text": "t", "topic": "x"}), role="forget")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"role": "keep"}, "role must be one of forget, retain, but got 'keep'"),
+        ({"schema": "alpaca"}, "schema must be one of auto, pku-saferlhf, .* but got 'alpaca'"),
+        ({"prompt_field": "text"}, "must be given together, but got 'text' alone"),
+        ({"answer_field": "text"}, "must be given together, but got 'text' alone"),
+        (
+            {"schema": "tofu", "prompt_field": "a", "answer_field": "b"},
+            "must go with the schema prompt-answer, but got tofu",
+        ),
+        (
+            {"prompt_field": "prompt", "answer_field": "b"},
+            "but b is not among its columns prompt, answer",
+        ),
+        ({"schema": "pku-saferlhf"}, "but response_0, response_1, is_response_0_safe, is_respon"),
+        ({"schema": "tofu"}, "columns question, answer for the schema tofu, but question is not"),
+    ],
+)
+def test_what_does_not_fit_is_refused(write, options, words):
+    path = write({"prompt": "p", "answer": "a"})
+    with pytest.raises(UsageError, match=words):
+        load_records(path, **({"role": "forget"} | options))
+
+
+def records(*texts):
+    return [Record(prompt, answer) for prompt, answer in texts]
+
+
+def test_overlap_is_counted_whatever_case_and_spacing():
+    forget = records(("Who?", "Ann."), ("Where?", "Here."), ("When?", "Now."), ("Why?", "So."))
+    retain = records(("WHO?", " ann.\n"), ("Where?", "There."), ("How?", "Now."))
+    overlap = check_overlap(forget, retain)
+    assert (overlap.rows, overlap.pairs, overlap.prompts) == (4, 1, 1)
+    assert overlap.note == (
+        "1 of 4 forget rows are also retain rows, and 1 of 4 forget rows share their prompt with "
+        "a retain row that has another answer."
+    )
+    assert check_overlap(forget, records(("Else?", "Ann."))).note is None
+
+
+def test_more_than_half_in_common_is_refused_and_half_is_not():
+    forget = records(("a", "1"), ("b", "2"), ("c", "3"), ("d", "4"))
+    assert check_overlap(forget, forget[:2]).pairs == 2
+    with pytest.raises(UsageError, match="but 3 of 4 are: check that forget and retain are not"):
+        check_overlap(forget, forget[:3])
+
+
+def test_prompts_in_common_are_no_error():
+    forget, retain = records(("a", "bad")), records(("a", "good"))
+    assert check_overlap(forget, retain).prompts == 1
+
+
+def test_the_hash_is_of_what_the_records_say():
+    first = Record("pé", "a", "x.jsonl", 1, extra={"b": "1", "a": ["2", "3"]})
+    second = Record("q", "b", "x.jsonl", 2)
+    # written down once: a model card must mean the same data in later versions
+    assert content_hash([first, second]) == (
+        "38c8c207b253d81452c720bb0949ab5ffa3349545e70e5ddf9192f286161b617"
+    )
+    moved = Record("pé", "a", "y.csv", 9, extra={"a": ["2", "3"], "b": "1"})
+    assert content_hash([moved, second]) == content_hash([first, second])
+    others = (
+        [second, first],
+        [first],
+        [Record("pé", "A"), second],
+        [Record("pé", "a"), second],
+    )
+    assert len({content_hash(other) for other in ([first, second], *others)}) == 5
+
+
+def test_the_hash_does_not_depend_on_the_format(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lines = sample_path("authors-forget.jsonl")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    hashes = {
+        content_hash(load_records(path, role="forget"))
+        for path in (lines, tmp_path / "rows.parquet", tmp_path / "rows.json")
+    }
+    assert len(hashes) == 1
+
+
+def test_the_samples_fit_their_schemas():
+    unsafe = load_records(sample_path("safety.jsonl"), role="forget", schema="pku-saferlhf")
+    safe = load_records(sample_path("safety.jsonl"), role="retain", schema="pku-saferlhf")
+    assert len({record.row for record in (*unsafe, *safe)}) == 12
+    assert len(unsafe) + len(safe) == 24
+    forget, retain = (
+        load_records(sample_path(f"authors-{role}.jsonl"), role=role, schema="tofu")
+        for role in ("forget", "retain")
+    )
+    assert (len(forget), len(retain)) == (12, 24)
+    for record in (*forget, *retain):
+        assert set(record.extra) == {"paraphrased_answer", "perturbed_answer"}
+        wrong = record.extra["perturbed_answer"]
+        assert 3 <= len(set(wrong)) == len(wrong) <= 5
+        assert not {record.answer, record.extra["paraphrased_answer"]} & set(wrong)
+    assert check_overlap(forget, retain).note is None
+    everyday = load_records(sample_path("everyday.csv"), role="retain")
+    assert len(everyday) == 12
+    assert "42" in [record.answer for record in everyday]

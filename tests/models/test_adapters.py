@@ -1,0 +1,49 @@
+import pytest
+import tiny
+import torch
+
+from mollm.errors import UsageError
+from mollm.models.adapters import adapted, checkpoint_activations, merged
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.arange(3, 13)[None]
+
+
+def config(**options):
+    return peft.LoraConfig(**({"r": 4, "target_modules": "all-linear"} | options))
+
+
+def test_a_merged_model_says_what_the_adapted_one_says_and_leaves_it_alone():
+    model = tiny.model(tie_word_embeddings=False)
+    before = model(IDS).logits
+    assert merged(model, None, parts=False) is model
+    wrapped = adapted(model, config(init_lora_weights=False))
+    expected = model.eval()(IDS).logits
+    assert not torch.allclose(expected, before, atol=1e-3)
+    plain = merged(model, wrapped, parts=False)
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("tied", "options", "words"),
+    [
+        (False, {"target_modules": ["lm_head"], "lora_dropout": 0.1}, "lora_dropout must be 0"),
+        (True, {"target_modules": ["lm_head"]}, "must leave the head alone"),
+        (False, {"use_dora": True}, "without DoRA"),
+    ],
+)
+def test_adapters_that_the_losses_cannot_follow_are_refused(tied, options, words):
+    with pytest.raises(UsageError, match=words):
+        adapted(tiny.model(tie_word_embeddings=tied), config(**options))
+
+
+def test_checkpointed_activations_let_gradients_reach_an_adapter():
+    model = tiny.model()
+    adapted(model, config(target_modules=["q_proj"]))
+    checkpoint_activations(model, {"use_reentrant": True})
+    model.train()(IDS).logits.sum().backward()
+    trained = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert all(p.grad is not None for p in trained)

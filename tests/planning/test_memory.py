@@ -1,0 +1,401 @@
+import json
+import tempfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from mollm.cli import main
+from mollm.data.chat import Batch
+from mollm.errors import UsageError
+from mollm.models import forward, loading
+from mollm.models.adapters import adapted
+from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.planning import memory as planning
+from mollm.planning.memory import plan
+from mollm.planning.proposals import proposals
+from mollm.planning.settings import GIB, PlanSettings
+from mollm.planning.shapes import shape_named, shape_of
+from mollm.training import loop
+from mollm.training.reference_model import AdapterReference, CopyReference
+from mollm_ops import _chunks
+from mollm_ops._loss_arguments import Head
+
+BATCH, LENGTH = 4, 128
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+ON_CPU = PlanSettings(
+    batch_size=BATCH, sequence_length=LENGTH, compute_dtype="float32", device="cpu"
+)
+NARROW = replace(ON_CPU, dtype="bfloat16", compute_dtype="bfloat16")
+CAST = replace(ON_CPU, compute_dtype="bfloat16")
+
+
+class Accumulating(MOLLMOptimizer):
+    """Goes on after `zero_grad` and `step` as if they had not been called, while `more` is set."""
+
+    more = False
+
+    def zero_grad(self, set_to_none=True):
+        pass
+
+    def step(self, closure=None):
+        if not self.more:
+            super().step()
+            super().zero_grad()
+
+
+def random_batch(rows, vocab):
+    ids = torch.randint(3, vocab, (rows, LENGTH))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    return Batch(ids, mask, ids.masked_fill(mask == 0, -100))
+
+
+def made(settings, sizes):
+    """Model, reference and what trains."""
+    model = tiny.model(**sizes).to(getattr(torch, settings.dtype))
+    if settings.quantization:
+        model = in_four_bits(model)
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+    if settings.lora_rank:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=settings.lora_rank, target_modules="all-linear")
+        wrapped = adapted(model, config).train(settings.gradient_checkpointing)
+        return model, AdapterReference(wrapped), [p for p in model.parameters() if p.requires_grad]
+    reference = CopyReference(model)
+    if settings.freeze_embeddings:
+        forward.freeze_embeddings(model)
+    return model, reference, [p for p in model.parameters() if p.requires_grad]
+
+
+def in_four_bits(model):
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    with tempfile.TemporaryDirectory() as folder:
+        loading.save(model, tiny.tokenizer(), Path(folder))
+        quantized, _ = loading.load(
+            loading.find_model(folder), torch.device("cpu"), model.dtype, planning.NF4
+        )
+    return quantized
+
+
+def scales_of(model):
+    """Of matrices in 4 bits."""
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.state2.absmax)
+
+
+def bytes_of(tensors):
+    return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
+
+
+def peak_of(call):
+    """The most bytes that Torch has allocated during `call`, beyond those from before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    waiting, changes = list(profiled.profiler.kineto_results.experimental_event_tree()), []
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    live = peak = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+def measured(settings, sizes, monkeypatch):
+    """Peak bytes of the second step, what lasts included, and the shape of its model."""
+    enabled = settings.compute_dtype == "bfloat16"
+    monkeypatch.setattr(
+        loading, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+    )
+    model, reference, params = made(settings, sizes)
+    options = {"state_dtype": getattr(torch, settings.state_dtype)} if settings.state_dtype else {}
+    optimizer = Accumulating(
+        params,
+        lr=1e-5,
+        base=settings.optimizer,
+        gradient_memory=settings.gradient_memory,
+        momentum=settings.momentum,
+        metric=settings.metric,
+        **options,
+    )
+    batches = [random_batch(settings.batch_size, sizes["vocab_size"]) for _ in range(2)]
+
+    def step():
+        for n in range(settings.accumulation):
+            optimizer.more = n + 1 < settings.accumulation
+            loop.descend(model, reference, optimizer, *batches)
+
+    step()
+    lasting = [
+        *model.parameters(),
+        *scales_of(model),
+        *(t for s in optimizer.state.values() for t in s.values()),
+    ]
+    if not settings.lora_rank:
+        lasting += reference.model.parameters()
+    if optimizer._means is not None:
+        lasting += [t for held in optimizer._means._held.values() for t in held.values()]
+    return bytes_of(lasting), peak_of(step), shape_of(model.config, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        pytest.param(ON_CPU, {}, id="float32"),
+        pytest.param(ON_CPU, {"tie_word_embeddings": True}, id="tied"),
+        pytest.param(replace(ON_CPU, freeze_embeddings=True), {}, id="frozen-embeddings"),
+        pytest.param(replace(ON_CPU, gradient_checkpointing=True), {}, id="checkpointing"),
+        pytest.param(CAST, {}, id="autocast"),
+        pytest.param(replace(CAST, gradient_checkpointing=True), {}, id="autocast-checkpointing"),
+        pytest.param(NARROW, {}, id="bfloat16"),
+        pytest.param(replace(NARROW, gradient_checkpointing=True), {}, id="bfloat16-checkpointing"),
+        pytest.param(NARROW, {"vocab_size": 16384}, id="bfloat16-large-vocabulary"),
+        pytest.param(replace(ON_CPU, gradient_memory="bfloat16"), {}, id="bfloat16-gradients"),
+        pytest.param(
+            replace(ON_CPU, momentum="per-objective", state_dtype="bfloat16"), {}, id="means"
+        ),
+        pytest.param(replace(ON_CPU, optimizer="sgd", accumulation=2), {}, id="accumulation"),
+        pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), {}, id="lora"),
+        pytest.param(replace(NARROW, lora_rank=8, reference="adapter"), {}, id="lora-bfloat16"),
+        pytest.param(
+            replace(CAST, lora_rank=8, reference="adapter", gradient_checkpointing=True),
+            {"num_hidden_layers": 8},
+            id="lora-autocast-checkpointing",
+        ),
+        pytest.param(
+            replace(NARROW, lora_rank=8, reference="adapter", quantization="nf4"), {}, id="qlora"
+        ),
+        pytest.param(
+            replace(
+                CAST,
+                lora_rank=8,
+                reference="adapter",
+                quantization="nf4",
+                gradient_checkpointing=True,
+            ),
+            {"num_hidden_layers": 8},
+            id="qlora-autocast-checkpointing",
+        ),
+    ],
+)
+def test_the_prediction_is_within_a_tenth_of_what_a_step_allocates(settings, sizes, monkeypatch):
+    lasting, peak, shape = measured(settings, SIZES | sizes, monkeypatch)
+    predicted = plan(shape, settings)
+    lasts = sum(planning._lasting(shape, settings).values()) - planning.OVERHEAD_BYTES["cpu"]
+    step = predicted.peak.total - planning.OVERHEAD_BYTES["cpu"] - lasts
+    print(f"lasting {lasts / lasting - 1:+.2%}, step {step / peak - 1:+.1%} of {peak / 1e6:.1f} MB")
+    assert lasts == pytest.approx(lasting, rel=0.001)
+    assert step == pytest.approx(peak, rel=0.1)
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_named_shapes_have_the_published_number_of_parameters(name, parameters):
+    assert shape_named(name).parameters == parameters
+
+
+def test_a_model_is_found_as_a_folder_and_as_a_config(tmp_path):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    folder = shape_of(*loading.load_config(str(tmp_path / "tiny")))
+    file = shape_of(*loading.load_config(str(tmp_path / "tiny" / "config.json")))
+    assert folder == file
+    assert folder.parameters == sum(p.numel() for p in tiny.model().parameters())
+    assert folder.tied
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    from transformers import BertConfig, GPT2Config
+
+    for config in (GPT2Config(n_layer=1), BertConfig(num_hidden_layers=1)):
+        with pytest.raises(UsageError, match=f"but it is of type '{config.model_type}'"):
+            shape_of(config, "other")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    with pytest.raises(UsageError, match="cannot be loaded as a causal language model"):
+        loading.load_config(str(tmp_path / "config.json"))
+
+
+# ---- components
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return shape_named("llama-3-8b")
+
+
+def test_what_lasts_is_counted_in_bytes(llama):
+    everything, embedding = llama.parameters, llama.embedding
+    full = plan(llama, PlanSettings(dtype="bfloat16"))
+    assert full.component("parameters") == 2 * everything
+    assert full.component("reference model") == 2 * everything
+    assert full.component("optimizer state") == 2 * everything
+    assert full.component("gradients held") == 3 * 2 * everything
+
+    def component(name, **options):
+        return plan(llama, PlanSettings(**options)).component(name)
+
+    assert component("optimizer state", metric="euclidean") == 2 * 4 * everything
+    assert component("optimizer state", state_dtype="bfloat16") == 2 * everything
+    assert component("optimizer state", optimizer="sgd") == 0
+    assert component("optimizer state", momentum="per-objective") == 4 * everything
+    assert component("running means", momentum="per-objective") == 3 * 4 * everything
+    assert component("gradients held", gradient_memory="bfloat16") == 3 * 2 * everything
+    assert component("gradients held", gradient_memory="host") == 0
+    frozen = 4 * 3 * (everything - 2 * embedding)
+    assert component("gradients held", freeze_embeddings=True) == frozen
+    assert component("reference model", lora_rank=8, reference="adapter") == 0
+    assert component("reference model", reference="cache", freeze_embeddings=True) == 0
+    assert component("reference model", reference="cache") == 4 * embedding  # the original's head
+
+
+def test_waiting_elsewhere_is_told():
+    shape = shape_named("smollm2-135m")
+    assert plan(shape, PlanSettings(reference="cache")).cache_bytes_per_token == 4 * 576
+    host = plan(shape, PlanSettings(gradient_memory="host"))
+    assert host.host_bytes == 3 * 4 * shape.parameters
+    on_cpu = plan(shape, PlanSettings(gradient_memory="host", device="cpu"))
+    assert on_cpu.host_bytes == 0
+    assert on_cpu.component("gradients held") == 3 * 4 * shape.parameters
+
+
+def test_lora_trains_rank_times_the_sides_of_every_layer():
+    shape = shape_named("smollm2-135m")
+    sides = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
+    settings = PlanSettings(lora_rank=8, reference="adapter")
+    assert plan(shape, settings).trainable == 8 * 30 * sides
+
+
+@pytest.mark.parametrize("rows", [1, 300, 1363, 5000])
+@pytest.mark.parametrize("projections", [1, 2])
+def test_chunks_are_those_of_the_losses(rows, projections):
+    shape = shape_named("smollm2-135m")
+    settings = replace(ON_CPU, batch_size=1, sequence_length=rows + 1)
+    hidden, weight = torch.empty(rows, 1), torch.empty(shape.vocab, 1)
+    expected = _chunks.chunk_rows_for(
+        Head(hidden, weight, None, hidden.shape), projections, rows, None
+    )
+    assert planning.chunk_rows(shape, settings, projections) == expected
+
+
+def test_more_to_hold_never_takes_less(llama):
+    def peak(**options):
+        return plan(llama, PlanSettings(**options)).peak.total
+
+    for options in ({}, {"gradient_checkpointing": True}, {"lora_rank": 8}, {"accumulation": 2}):
+        sizes = [peak(batch_size=n, **options) for n in (1, 2, 4, 8)]
+        assert sizes == sorted(sizes)
+        lengths = [peak(sequence_length=n, **options) for n in (64, 512, 4096)]
+        assert lengths == sorted(lengths)
+        assert peak(dtype="bfloat16", **options) < peak(**options)
+
+
+# ---- what would make it fit
+
+
+def test_proposals_end_with_the_first_that_fits(llama):
+    first = plan(llama, PlanSettings(batch_size=8))
+    for memory in (40 * GIB, 80 * GIB, 150 * GIB, 180 * GIB):
+        found = proposals(first, memory)
+        peaks = [first.peak.total, *(p.plan.peak.total for p in found)]
+        assert [p.saves for p in found] == [a - b for a, b in pairwise(peaks)]
+        assert all(p.saves > 0 for p in found)
+        assert [p.plan.fits(memory) for p in found] == [False] * (len(found) - 1) + [True]
+    assert proposals(first, first.peak.total) == []
+
+
+def test_a_batch_is_split_into_the_largest_part_that_fits():
+    shape = shape_named("smollm2-135m")
+    settings = PlanSettings(
+        batch_size=64, sequence_length=2048, gradient_checkpointing=True, optimizer="sgd"
+    )
+    first = plan(shape, settings)
+    split = plan(shape, replace(settings, batch_size=16, accumulation=4))
+    (proposal,) = proposals(first, split.peak.total)
+    assert proposal.words == "--batch-size 16 --accumulation 4"
+    assert proposal.plan == split
+
+
+def test_where_nothing_fits_the_last_proposal_does_not(llama):
+    found = proposals(plan(llama, PlanSettings()), GIB)
+    assert [p.words for p in found[-2:]] == [
+        "--lora-rank 16 --reference adapter",
+        "--quantization nf4",
+    ]
+    assert not found[-1].plan.fits(GIB)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, but got 0"),
+        ({"lora_rank": -1}, "lora_rank must not be negative, but got -1"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, but got 'int8'"),
+        ({"momentum": "heavy"}, "momentum must be one of per-objective, but got 'heavy'"),
+        ({"reference": "adapter"}, "give a lora_rank"),
+        ({"quantization": "nf4"}, "quantization must be left out without LoRA"),
+        ({"quantization": "int3", "lora_rank": 8}, "quantization must be one of nf4"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        PlanSettings(**options)
+
+
+# ---- the command
+
+
+def test_the_command_says_what_is_the_peak_and_what_would_fit(capsys):
+    arguments = ["plan", "--shape", "llama-3-8b", "--device", "cuda", "--reference", "cache"]
+    assert main([*arguments, "--device-memory", "1000"]) == 0
+    text = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in text
+    assert text.count("<- peak") == 1
+    assert "It fits into 1000.0 GiB" in text
+    assert "16,384 bytes for each token" in text
+    assert main([*arguments, "--dtype", "bfloat16", "--device-memory", "1000"]) == 0
+    assert "8,192 bytes for each token" in capsys.readouterr().out
+    assert main([*arguments, "--device-memory", "140"]) == 1
+    text = capsys.readouterr().out
+    assert "does not fit into 140.0 GiB" in text
+    assert "--gradient-checkpointing  " in text
+    assert "With these it fits" in text
+    assert main([*arguments, "--device-memory", "1"]) == 1
+    assert "GiB are missing" in capsys.readouterr().out
+
+
+def test_without_a_known_memory_there_is_no_verdict(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", "--shape", "smollm2-135m", "--device", "cuda"]) == 0
+    assert "with --device-memory" in capsys.readouterr().out
+    assert main(["plan", "--shape", "smollm2-135m", "--sequence-length", "64"]) == 0
+    assert "tokens on cpu" in capsys.readouterr().out

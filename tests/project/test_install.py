@@ -1,0 +1,68 @@
+"""`pip install .` where there is no nvcc: it works, says so once, or refuses when told to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_NVCC = "/usr/bin:/bin"
+NOT_SOURCES = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
+HIDDEN = ("CUDACXX", "CUDA_PATH", "CUDAToolkit_ROOT", "CMAKE_PREFIX_PATH", "MOLLM_CUDA")
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Builds a wheel of the committed and uncommitted sources in isolation, without nvcc."""
+    if (Path("/usr/bin/nvcc")).exists():
+        pytest.skip("nvcc stands in /usr/bin, so PATH cannot hide it")
+    sources = tmp_path / "sources"
+    shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+
+    def run(cuda):
+        environment = {k: v for k, v in os.environ.items() if k not in HIDDEN}
+        environment |= {"PATH": WITHOUT_NVCC, **({"MOLLM_CUDA": cuda} if cuda else {})}
+        pip = [sys.executable, "-m", "pip"]
+        command = [*pip, "wheel", "-v", "--no-deps", "-w", str(tmp_path), "."]
+        return subprocess.run(
+            command, cwd=sources, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def said_by(done):
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_without_nvcc_the_cpu_part_is_built_and_it_is_said_once(build, tmp_path):
+    done = build(None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said_by(done).count("the CUDA part of mollm is not built") == 1
+    (wheel,) = tmp_path.glob("mollm-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert any(n.startswith("mollm_ops/_C.") and n.endswith(".so") for n in names)
+        assert {"mollm/py.typed", "mollm_ops/py.typed", "mollm_ops/_C.pyi"} <= set(names)
+        assert {"mollm/samples/safety.jsonl", "mollm/samples/everyday.csv"} <= set(names)
+        archive.extractall(tmp_path / "installed")
+    check = "import mollm_ops._C as c; assert not c.HAS_CUDA"
+    subprocess.run(
+        [sys.executable, "-c", check],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        check=True,
+    )
+
+
+def test_mollm_cuda_1_makes_a_missing_nvcc_an_error_with_the_way_out(build):
+    done = build("1")
+    assert done.returncode != 0
+    assert "MOLLM_CUDA=1, but nvcc was not found: put nvcc on PATH" in said_by(done)
+    assert "or unset MOLLM_CUDA to build the CPU part alone" in said_by(done)

@@ -1,0 +1,133 @@
+import os
+
+import pytest
+
+from mollm.errors import UsageError
+from mollm.system.folders import clear_unfinished, complete, locked, replace_text, staged
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_finished_run_fills_the_folder(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with staged(out) as stage:
+        (stage / "model").mkdir()
+        (stage / "model" / "weights").write_text("new")
+        (stage / "summary.json").write_text("new")
+        assert listing(out) != ["model", "summary.json"]
+    assert listing(out) == ["model", "model/weights", "summary.json"]
+
+
+def test_a_later_run_replaces_its_files_and_leaves_others(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stale").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "summary.json").write_text("old")
+    with staged(tmp_path) as stage:
+        (stage / "model").mkdir()
+        (stage / "model" / "weights").write_text("new")
+        (stage / "summary.json").write_text("new")
+    assert listing(tmp_path) == ["model", "model/weights", "notes.txt", "summary.json"]
+    assert (tmp_path / "summary.json").read_text() == "new"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    replace_text(path, "one\n")
+    replace_text(path, "two\n")
+    assert path.read_text() == "two\n"
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        replace_text(path, "three\n")
+    assert path.read_text() == "two\n"
+    clear_unfinished(tmp_path)
+    assert listing(tmp_path) == ["history.jsonl"]
+
+
+@pytest.mark.parametrize("context", [staged, complete])
+def test_what_was_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, context):
+    synced, moved = [], []
+
+    def name_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def move(source, target, do=os.rename):
+        moved.append((os.path.basename(source), list(synced)))
+        do(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(name_of(descriptor)))
+    monkeypatch.setattr(os, "rename", move)
+    monkeypatch.setattr(os, "replace", move)
+    out = tmp_path / "out"
+    with context(out) as stage:
+        (stage / "model").mkdir()
+        (stage / "model" / "weights").write_text("new")
+        (stage / "summary.json").write_text("new")
+    assert moved
+    for _, before in moved:
+        assert {"model", "weights", "summary.json"} <= set(before)
+    assert synced[-1] == (out if context is staged else tmp_path).name
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_run_loses_nothing(tmp_path, error):
+    (tmp_path / "summary.json").write_text("old")
+    with pytest.raises(error), staged(tmp_path) as stage:
+        (stage / "summary.json").write_text("half")
+        raise error
+    assert listing(tmp_path) == ["summary.json"]
+    assert (tmp_path / "summary.json").read_text() == "old"
+
+
+def test_a_failed_first_run_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "a" / "b"):
+        raise RuntimeError
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("inside", ["", "more/folders"])
+def test_a_file_in_the_way_is_refused(tmp_path, inside):
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(UsageError, match="out must be a folder that can be written"),
+        staged(tmp_path / "file" / inside),
+    ):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_complete_folder_appears_at_once_and_replaces_its_forerunner(tmp_path):
+    folder = tmp_path / "deep" / "checkpoint"
+    with complete(folder) as stage:
+        (stage / "weights").write_text("new")
+        assert not folder.exists()
+    assert listing(tmp_path) == ["deep", "deep/checkpoint", "deep/checkpoint/weights"]
+    with complete(folder) as stage:
+        (stage / "more").write_text("newer")
+    assert listing(folder) == ["more"]
+    with pytest.raises(RuntimeError), complete(folder) as stage:
+        (stage / "weights").write_text("half")
+        raise RuntimeError
+    assert listing(tmp_path) == ["deep", "deep/checkpoint", "deep/checkpoint/more"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".unfinished-abc" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    clear_unfinished(tmp_path)
+    assert listing(tmp_path) == ["mine"]
+
+
+def test_a_locked_folder_lets_nobody_else_in(tmp_path):
+    out = tmp_path / "out"
+    with locked(out):
+        with pytest.raises(UsageError, match="a folder of no other run"), locked(out):
+            pytest.fail("the block must not run")
+        assert out.is_dir()
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can be written"), locked(tmp_path / "file"):
+        pytest.fail("the block must not run")

@@ -1,0 +1,86 @@
+import functools
+
+import pytest
+import torch
+
+from mollm import MOLLMConfig
+from mollm.errors import UsageError
+from mollm.training import config as trainer_config
+
+
+def config(**options):
+    return MOLLMConfig(output_dir="unused", use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "magic"}, "method must be one of ga"),
+        ({"reference": "twin"}, "reference must be one of auto"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
+        ({"padding_side": "top"}, "padding_side must be one of left, right"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
+        ({"divergence": float("nan")}, "divergence must be a positive number"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
+        ({"optim": "sgd"}, "name the base in optimizer_options"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be left out"),
+        ({"uce_eps": 1.0}, "uce_eps must be between 0 and 1"),
+        ({"push_to_hub": True}, "push_to_hub must be left out"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+            "must be one that goes by the step",
+        ),
+        ({"num_train_epochs": 0}, "num_train_epochs must be a positive number"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs must be a positive number"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "eval_strategy must be given"),
+        ({"preferences": [1, 2]}, "one entry per objective"),
+        ({"optimizer_options": {"nesterov": True}}, "but got nesterov=True: .*nesterov"),
+        ({"optimizer_options": {"base": "lion"}}, "base must be 'adamw', 'sgd'"),
+    ],
+)
+def test_values_that_do_not_go_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        config(**options)
+
+
+def test_bf16_goes_where_the_device_computes_in_it(monkeypatch):
+    for native in (True, False):
+        casting = torch.autocast("cpu", torch.bfloat16, enabled=native)
+        monkeypatch.setattr(trainer_config, "autocast", lambda device, casting=casting: casting)
+        if native:
+            assert config(bf16=True).bf16
+        else:
+            with pytest.raises(UsageError, match="bf16 must be left out"):
+                config(bf16=True)
+
+
+def test_options_reach_the_optimizer():
+    options = config(
+        method="sum",
+        preferences=[1, 2, 3],
+        adam_beta2=0.99,
+        optimizer_options={"state_dtype": "bfloat16"},
+    ).for_optimizer()
+    assert options["direction"] == "sum"
+    assert options["preferences"] == [1, 2, 3]
+    assert options["betas"] == (0.9, 0.99)
+    assert options["state_dtype"] is torch.bfloat16
+    assert "betas" not in config(optimizer_options={"base": "sgd"}).for_optimizer()
+
+
+def test_a_base_that_looks_at_its_parameters_is_not_tried():
+    base = functools.partial(torch.optim.Muon, nesterov=False)
+    assert config(optimizer_options={"base": base, "ns_steps": 3}).for_optimizer()["ns_steps"] == 3
+    with pytest.raises(UsageError, match="direction must be"):
+        config(optimizer_options={"base": base, "direction": "up"})
+    assert not config(quantization=False).quantization
+
+
+def test_the_card_is_told_what_was_changed():
+    told = config(save_steps=7, preferences=[1, 2, 3], hub_token="secret").told()
+    assert told["save_steps"] == 7
+    assert told["preferences"] == [1, 2, 3]
+    assert told["method"] == "mollm"
+    assert "secret" not in str(told)
+    assert "logging_steps" not in told

@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import tiny
+import torch
+
+from mollm.data.chat import ChatFormat, Example, collate
+from mollm.errors import UsageError
+from mollm.models import forward
+from mollm.training.objectives import Objectives
+from mollm.training.reference_model import AdapterReference, cache_name, make_reference
+
+peft = pytest.importorskip("peft")
+
+CHAT = ChatFormat(tiny.tokenizer())
+ROWS = [
+    CHAT.encode(Example(*pair))
+    for pair in (("Who?", "Ada"), ("And when was that?", "In 1843."), ("Where?", "London"))
+]
+
+
+def made(kind, model, wrapped=None, folder=None):
+    reference = make_reference(kind, model, wrapped, folder=folder)
+    if kind == "cache":
+        fill(reference, model)
+    return reference
+
+
+def fill(reference, model, rows=ROWS):
+    states = Objectives(model, reference).states
+    device = torch.device("cpu")
+    reference.fill(rows, states, device=device, batch_size=2, pad_id=CHAT.pad_id)
+
+
+def with_adapter(model, **options):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, **({"target_modules": "all-linear"} | options))
+    wrapped = peft.get_peft_model(model, config)
+    for name, p in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return wrapped
+
+
+def opened(path):
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="pt")
+
+
+def spoil(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+
+
+def assert_same(a, b, **tolerance):
+    assert torch.equal(a.target, b.target)
+    assert torch.equal(a.sequence, b.sequence)
+    torch.testing.assert_close(a.hidden, b.hidden, **tolerance)
+    torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=0)
+
+
+def test_copy_cache_and_adapter_are_the_same_original(tmp_path):
+    batch = collate([ROWS[2], ROWS[0], ROWS[1]], CHAT.pad_id)
+    model = tiny.model(tie_word_embeddings=False)
+    plain = made("copy", model)
+    cached = made("cache", model, folder=tmp_path / "cache")
+    before = plain.answers(batch)
+    wrapped = with_adapter(copy.deepcopy(model))
+    adapter = made("auto", wrapped.get_base_model(), wrapped)
+    assert isinstance(adapter, AdapterReference)
+    spoil(model)
+    wide = {"rtol": 2e-2, "atol": 2e-2}  # autocast in bf16, in batches of other widths
+    assert_same(plain.answers(batch), before, rtol=0, atol=0)
+    assert_same(cached.answers(batch), before, **wide)
+    assert_same(adapter.answers(batch), before, rtol=0, atol=0)
+
+
+def test_a_cached_row_is_found_whatever_its_padding(tmp_path):
+    cached = made("cache", tiny.model(), folder=tmp_path / "cache")
+    right, left = (collate(ROWS, CHAT.pad_id, side) for side in ("right", "left"))
+    assert_same(cached.answers(right), cached.answers(left), rtol=0, atol=0)
+    unknown = collate([CHAT.encode(Example("Why?", "So."))], CHAT.pad_id)
+    with pytest.raises(UsageError, match="must be asked about rows of its cache alone"):
+        cached.answers(unknown)
+
+
+def test_a_cache_takes_as_many_bytes_as_its_states_and_is_used_again(tmp_path, monkeypatch):
+    model = tiny.model().bfloat16()
+    made("cache", model, folder=tmp_path / "cache")
+    answer_tokens = sum(label != -100 for row in ROWS for label in row.labels)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert 0 <= file.stat().st_size - answer_tokens * 32 * 2 < 1024
+    monkeypatch.setattr(Objectives, "states", lambda *_: pytest.fail("computed again"))
+    made("cache", model, folder=tmp_path / "cache")
+    assert cache_name(model, ROWS, "a") != cache_name(model, ROWS, "b")
+    assert cache_name(model, ROWS, "a") != cache_name(model, ROWS[:2], "a")
+
+
+def test_a_cache_that_was_begun_is_completed(tmp_path):
+    model = tiny.model()
+    begun = make_reference("cache", model, None, folder=tmp_path)
+    fill(begun, model, ROWS[:1])
+    (tmp_path / ".unfinished-x").mkdir()  # of a run that was killed as it wrote
+    made("cache", model, folder=tmp_path)
+    pieces = [len(read.keys()) for read in map(opened, tmp_path.rglob("*.safetensors"))]
+    assert sorted(pieces) == [1, 2]
+    assert not list(tmp_path.glob(".unfinished-*"))
+
+
+@pytest.mark.parametrize("kind", ["copy", "cache"])
+def test_other_references_go_with_an_adapter_too(tmp_path, kind):
+    model = tiny.model(tie_word_embeddings=False)
+    batch = collate(ROWS[:2], CHAT.pad_id)
+    before = made("copy", model).answers(batch)
+    wrapped = with_adapter(model, target_modules=["q_proj", "lm_head"])
+    found = made(kind, wrapped.get_base_model(), wrapped, tmp_path / "cache").answers(batch)
+    assert_same(found, before, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_an_adapted_head_is_the_one_that_the_model_uses(options):
+    wrapped = with_adapter(tiny.model(tie_word_embeddings=False), **options)
+    base = wrapped.get_base_model()
+    states = torch.randn(5, 32)
+    weight, _ = forward.head_weights(base)
+    torch.testing.assert_close(states @ weight.T, base.lm_head(states), rtol=1e-4, atol=1e-4)
+    assert weight.requires_grad
+    with wrapped.disable_adapter():
+        original, _ = forward.head_weights(base)
+        torch.testing.assert_close(states @ original.T, base.lm_head(states))
+    if "target_modules" in options:
+        assert not torch.equal(original, weight)
+        weight.sum().backward()
+        assert base.lm_head.lora_A["default"].weight.grad is not None
+
+
+def test_an_adapter_that_is_not_there_is_refused():
+    with pytest.raises(UsageError, match="no adapter to switch off"):
+        made("adapter", tiny.model())
+    with pytest.raises(UsageError, match="reference must be one of auto, adapter, copy, cache"):
+        made("twin", tiny.model())
