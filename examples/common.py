@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import mollm
+from mollm import CopyReference, Objectives
+from mollm.data import load_records
 from mollm.data.chat import ChatFormat, collate
 from mollm.data.encoding import encode_records
-from mollm.data.records import load_records
 from mollm.data.samplers import PairSampler, RowSampler
 from mollm.models.loading import find_model, load
-from mollm.training.objectives import Objectives
-from mollm.training.reference_model import CopyReference
 
 SAMPLES = Path(mollm.__file__).parent / "samples"
 

@@ -1,4 +1,8 @@
-"""The command line, `mollm COMMAND`, also as `python -m mollm`."""
+"""The command line, `mollm COMMAND`, also as `python -m mollm`.
+
+Neither this module nor one of `mollm.commands` loads Torch before a command runs, so that help,
+versions and typing errors are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from mollm import __version__
-from mollm.commands.demo import add_parser as add_demo
-from mollm.commands.doctor import add_parser as add_doctor
-from mollm.commands.evaluate import add_parser as add_evaluate
-from mollm.commands.plan import add_parser as add_plan
-from mollm.commands.unlearn import add_parser as add_unlearn
+from mollm.commands import demo, doctor, evaluate, plan, unlearn
 from mollm.errors import UsageError
 
+_COMMANDS = (demo, unlearn, evaluate, plan, doctor)
 _EXTRAS = (
     "accelerate",
     "bitsandbytes",
@@ -57,18 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("mollm: stopped; earlier results are as they were.", file=sys.stderr)
+        print("mollm: interrupted; existing results are unchanged.", file=sys.stderr)
         return 130
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mollm", description="Unlearning for language models.")
+    parser = argparse.ArgumentParser(
+        prog="mollm", description="Unlearning for language models.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"mollm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_demo(commands)
-    add_unlearn(commands)
-    add_evaluate(commands)
-    add_plan(commands)
-    add_doctor(commands)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    for added in commands.choices.values():
+        added.allow_abbrev = False
     return parser

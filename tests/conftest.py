@@ -26,6 +26,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture
+def in_float32():
+    """Forward passes compute in the dtype of the weights, whatever the processor can do."""
+    from mollm.models.precision import computing_in
+
+    with computing_in("float32"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -6,12 +6,10 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 from mollm.models import precision
 
 if __name__ == "__main__":
-    precision.autocast = lambda device: torch.autocast("cpu", torch.bfloat16, enabled=False)
     del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    with precision.computing_in("float32"):
+        runpy.run_path(sys.argv[0], run_name="__main__")

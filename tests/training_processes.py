@@ -25,7 +25,6 @@ from mollm.models import forward, loading, precision
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
 ROWS = 8
-AUTOCAST = precision.autocast
 
 SHARDED = {"fsdp": "full_shard", "hsdp": "hybrid_shard"}
 OPTIONS = {
@@ -210,22 +209,16 @@ def unlike(out, layout, key):
 
 def in_bfloat16(out, layout, key):
     """Layers compute in bfloat16; the weights are float32."""
-    compute_in(torch.bfloat16)
-    made = trainer(out, layout, dtype=torch.float32, **OPTIONS[key])
-    made.train()
-    compute_in(None)
+    with precision.computing_in("bfloat16"):
+        made = trainer(out, layout, dtype=torch.float32, **OPTIONS[key])
+        made.train()
     return {**found(made), "dtypes": {str(p.dtype) for p in made._base.parameters()}}
 
 
 def read_in_bfloat16(out, layout, key):
-    """With the real autocast, on a processor with bfloat16."""
-    before = precision._cpu_has_bf16
-    precision._cpu_has_bf16 = lambda: True
-    precision.autocast = processes.autocast = AUTOCAST
-    result = read(out, layout, key)
-    precision._cpu_has_bf16 = before
-    compute_in(None)
-    return result
+    """As on a processor with bfloat16."""
+    with precision.computing_in("bfloat16"):
+        return read(out, layout, key)
 
 
 KINDS = {
@@ -277,13 +270,6 @@ def run_case(folder, case):
         return {"failed": traceback.format_exc()}
 
 
-def compute_in(dtype):
-    """Autocast to a dtype, or none, in this process, whatever its processor does natively."""
-    casting = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
-    for module in (loading, processes):
-        module.autocast = lambda device: casting
-
-
 def _work(rank, world, port, folder, cases):
     local = 2 if world == 4 else world
     os.environ.update(
@@ -297,10 +283,10 @@ def _work(rank, world, port, folder, cases):
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    compute_in(None)
     results = {}
     for case in cases:
-        results[case] = run_case(folder, case)
+        with precision.computing_in("float32"):
+            results[case] = run_case(folder, case)
         if "failed" in results[case]:
             break  # the other processes may be waiting in another place
     torch.save(results, folder / f"{rank}.pt")

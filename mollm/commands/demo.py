@@ -9,6 +9,7 @@ from mollm.demo.settings import DIRECTIONS, DemoSettings
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers of `mollm`."""
     parser = commands.add_parser(
         "demo",
         help="make a chat model forget some capitals and keep the others",
@@ -50,7 +51,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    # Imported here, so that `mollm --help` is quick and works without the extras.
     from mollm.demo.report import table
     from mollm.demo.run import run_demo
 

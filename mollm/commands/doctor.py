@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from mollm.system.doctor import Diagnosis, diagnose
-from mollm_ops import _extension
+if TYPE_CHECKING:
+    from mollm.system.doctor import Diagnosis
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,6 +28,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from mollm.system.doctor import diagnose
+
     found = diagnose()
     if arguments.json:
         print(json.dumps({"well": found.well, **asdict(found)}, indent=1))
@@ -37,7 +40,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def report(found: Diagnosis) -> str:
     """The diagnosis in words."""
-    extension = _extension.extension
+    from mollm_ops._extension import extension
+
     cuda = "without" if extension is None or not extension.HAS_CUDA else "with"
     lines = ["Versions", *_columns(found.versions.items()), "", "Devices"]
     for device in found.devices:

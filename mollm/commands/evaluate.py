@@ -143,7 +143,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    # Imported here, so that `mollm --help` is quick and works without the extras.
     import torch
 
     from mollm.evaluation.benchmarks import find_benchmarks, general_benchmarks

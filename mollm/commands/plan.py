@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
-from mollm.planning import proposals, shapes
-from mollm.planning.memory import MemoryPlan, plan
+from mollm.planning import shapes
 from mollm.planning.settings import (
     BYTES,
     DEVICES,
@@ -23,6 +22,7 @@ from mollm.planning.settings import (
 )
 
 if TYPE_CHECKING:
+    from mollm.planning.memory import MemoryPlan
     from mollm.planning.proposals import Proposal
     from mollm.planning.shapes import Shape
 
@@ -163,18 +163,21 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    # Imported here, so that `mollm --help` is quick and works without the extras.
     import torch
 
-    from mollm.models import precision
+    from mollm.models.precision import compute_dtype
+    from mollm.planning.memory import plan
 
     given = vars(arguments)
     if not given.get("device_memory", 1) > 0:
         raise UsageError(f"device_memory must be positive, but got {arguments.device_memory}.")
     device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    narrow = device == "cuda" or precision.autocast(torch.device("cpu"))._enabled
     settings = PlanSettings(
-        **{"compute_dtype": "bfloat16" if narrow else "float32"}
+        **{
+            "compute_dtype": compute_dtype(torch.device("cpu")).name
+            if device == "cpu"
+            else "bfloat16"
+        }
         | {name: given[name] for name in SETTING_NAMES if name in given}
         | {"device": device}
     )
@@ -239,13 +242,15 @@ def table(plan: MemoryPlan) -> str:
 
 def verdict(plan: MemoryPlan, memory: float | None) -> str:
     """Whether it fits, and else what would make it fit."""
+    from mollm.planning.proposals import proposals
+
     peak = f"\nThe peak is {_gib(plan.peak.total)} GiB, in the stage {plan.peak.name!r}."
     if memory is None:
         return f"{peak} Name the device's memory with --device-memory to see whether that fits."
     if plan.fits(memory):
         spare = _gib(memory - plan.peak.total)
         return f"{peak} It fits into {_gib(memory)} GiB with {spare} GiB to spare."
-    found = proposals.proposals(plan, memory)
+    found = proposals(plan, memory)
     rows = [f"{peak} It does not fit into {_gib(memory)} GiB."]
     if found:
         rows += ["", "What saves memory, each on top of those before it:"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 
 
-_OWN = ("model", *_DATA, "out", "lora", "device")
+OWN_SETTINGS = ("model", *_DATA, "out", "lora", "device")
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -42,9 +42,9 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     settings |= given
     types = _fields()
     for name, value in settings.items():
-        if name not in types and name not in _OWN:
+        if name not in types and name not in OWN_SETTINGS:
             raise UsageError(
-                f"a setting must be one of {', '.join(_OWN)} or a field of MOLLMConfig, but got "
+                f"a setting must be one of {', '.join(OWN_SETTINGS)} or a field of MOLLMConfig, but got "
                 f"{name!r}."
             )
         settings[name] = _typed(name, value, types.get(name))

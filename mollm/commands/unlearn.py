@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.settings_file import _OWN, read_settings
+from mollm.commands.settings_file import OWN_SETTINGS, read_settings
 from mollm.errors import UsageError
-from mollm.planning.run import check_memory
 from mollm.system.folders import UNFINISHED, complete, locked
 
 if TYPE_CHECKING:
@@ -98,7 +97,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
-    # Imported here, so that `mollm --help` is quick and works without the extras.
     from mollm.distributed import processes
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
@@ -154,7 +152,7 @@ def _check_out(out: Path, resume: bool) -> None:
 def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
     from mollm.training.config import MOLLMConfig
 
-    options = {name: value for name, value in settings.items() if name not in _OWN}
+    options = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
     if settings.get("device") == "cpu":
         options["use_cpu"] = True
     elif settings.get("device", "cuda") != "cuda":
@@ -172,6 +170,7 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
 
 
 def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
+    from mollm.planning.run import check_memory
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))

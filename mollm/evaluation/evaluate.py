@@ -14,7 +14,7 @@ from mollm.evaluation.judges import Judge
 from mollm.evaluation.registry import choose, columns_of, obstacle
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
-from mollm.models.precision import in_own_dtype
+from mollm.models.precision import computing_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def evaluate(
     for group, rows in groups.items():
         examiner.check(group, rows, wanted[group])
     of_one_dtype = all(_has_one_dtype(m) for m in (model, original) if m is not None)
-    with in_own_dtype() if of_one_dtype else contextlib.nullcontext():
+    with computing_in("float32") if of_one_dtype else contextlib.nullcontext():
         records = [
             record
             for group, rows in groups.items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mollm.data.chat import IGNORE_INDEX, Batch
 from mollm.models.four_bits import in_four_bits
-from mollm.models.precision import autocast
+from mollm.models.precision import autocast, compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,11 +92,12 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """
     copied = copy.deepcopy(model).requires_grad_(False)
     # A model without weights stands for one on the CPU, see `mollm.distributed.processes.shard`.
-    casting = autocast(torch.device("cpu") if model.device.type == "meta" else model.device)
-    if casting._enabled:
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    dtype = compute_dtype(device).dtype
+    if dtype != torch.float32:
         for module in copied.base_model.modules():
             if isinstance(module, nn.Linear) and not in_four_bits(module.weight):
-                module.weight.data = module.weight.data.to(casting.fast_dtype)
+                module.weight.data = module.weight.data.to(dtype)
     return copied
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from mollm.errors import UsageError
 from mollm.models.forward import hidden_states
 from mollm.models.four_bits import NF4
-from mollm.models.precision import autocast
+from mollm.models.precision import compute_dtype
 from mollm.system.machine import available_memory_gb
 
 if TYPE_CHECKING:
@@ -211,12 +211,11 @@ def _in_four_bits(source: Source, device: torch.device) -> Any:
             "takes a model folder or a hub name."
         )
     importlib.import_module("bitsandbytes")  # transformers would not say how to get it
-    casting = autocast(device)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=NF4,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=casting.fast_dtype if casting._enabled else torch.float32,
+        bnb_4bit_compute_dtype=compute_dtype(device).dtype,
     )
 
 

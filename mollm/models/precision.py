@@ -3,36 +3,96 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 
-_in_own_dtype: ContextVar[bool] = ContextVar("in_own_dtype", default=False)
-"""Whether `autocast` is off."""
+from mollm.errors import UsageError
+from mollm.system.machine import cpu_flags
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+COMPUTE_DTYPES = ("auto", *DTYPES)
+"""Names for `computing_in`."""
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What Linux calls the instructions that multiply bfloat16: on x86, and on Arm."""
+_ISAS_WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+"""Limits on oneDNN under which it emulates bfloat16 without saying so."""
+
+_asked: ContextVar[str] = ContextVar("compute_dtype", default="auto")
+
+
+@dataclass(frozen=True)
+class ComputeDtype:
+    """The dtype of matrix products, and why it is that one."""
+
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The dtype as settings spell it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def compute_dtype(device: torch.device) -> ComputeDtype:
+    """What a forward pass on `device` computes its matrix products in.
+
+    bfloat16 where the device has instructions for it, else float32: a processor that emulates
+    bfloat16 takes three times as long as in float32. `computing_in` overrules it.
+    """
+    asked = _asked.get()
+    if asked != "auto":
+        return ComputeDtype(DTYPES[asked], f"compute_dtype is {asked}")
+    why_not = _no_bf16_on_cpu() if device.type == "cpu" else _no_bf16_on_gpu(device)
+    if why_not is not None:
+        return ComputeDtype(torch.float32, why_not)
+    return ComputeDtype(torch.bfloat16, "the device has instructions for bfloat16")
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 for the matrix products of a forward pass where the device computes in it natively,
-    unless `in_own_dtype`."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    enabled = native and not _in_own_dtype.get()
+    """The context of a forward pass that computes as `compute_dtype` says."""
+    enabled = compute_dtype(device).dtype == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 @contextlib.contextmanager
-def in_own_dtype() -> Iterator[None]:
-    """Inside, forward passes compute in the dtype of the weights."""
-    before = _in_own_dtype.set(True)
+def computing_in(name: str) -> Iterator[None]:
+    """Inside, `name` decides what forward passes compute in.
+
+    Args:
+        name: "auto"; "bfloat16"; or "float32", for products in the dtype of the weights.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if name not in COMPUTE_DTYPES:
+        raise UsageError(
+            f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, but got {name!r}."
+        )
+    before = _asked.set(name)
     try:
         yield
     finally:
-        _in_own_dtype.reset(before)
+        _asked.reset(before)
 
 
-def _cpu_has_bf16() -> bool:
+def _no_bf16_on_cpu() -> str | None:
+    flags = cpu_flags()
+    if not _BF16_FLAGS & flags:
+        return "the processor has no instructions for bfloat16"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(supported()) if supported is not None else False
+    if limit in _ISAS_WITHOUT_BF16 or supported is None or not supported():
+        return f"oneDNN may not use bfloat16{f' (ONEDNN_MAX_CPU_ISA={limit})' if limit else ''}"
+    return None
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+def _no_bf16_on_gpu(device: torch.device) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "the device has no instructions for bfloat16"
+    return None

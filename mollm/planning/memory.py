@@ -42,7 +42,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mollm.planning.settings import _LORA_BYTES, BYTES, PER_OBJECTIVE, PlanSettings
+from mollm.planning.settings import BYTES, LORA_BYTES, PER_OBJECTIVE, PlanSettings
 from mollm.planning.shapes import Shape
 from mollm_ops import _chunks
 
@@ -141,7 +141,7 @@ def _lasting(shape: Shape, settings: PlanSettings) -> dict[str, int]:
     """Components that no stage is without."""
     weights = _model(shape, settings)
     if settings.lora_rank:
-        weights += _trainable(shape, settings) * _LORA_BYTES
+        weights += _trainable(shape, settings) * LORA_BYTES
     return {
         "parameters": weights,
         "reference model": _reference(shape, settings),
@@ -159,7 +159,7 @@ def _model(shape: Shape, settings: PlanSettings) -> int:
 def _reference(shape: Shape, settings: PlanSettings) -> int:
     if settings.reference == "copy" and settings.quantization:
         return _model(shape, settings)
-    if settings.reference == "copy":  # see mollm.models.loading.freeze
+    if settings.reference == "copy":  # see mollm.models.forward.freeze
         cast = shape.num_layers * shape.layer_linear if settings.casts else 0
         rest = shape.parameters - cast
         return cast * settings.operand_bytes + rest * settings.weight_bytes
@@ -406,9 +406,9 @@ def _moments(shape: Shape, settings: PlanSettings, keep: bool) -> Iterator[dict[
 def _adapter_input(shape: Shape, settings: PlanSettings) -> int:
     """Bytes at the end of a layer's forward pass: the MLP's product on its way into an adapter,
     in the model's dtype and in float32, which is that of the adapter."""
-    if not settings.lora_rank or settings.operand_bytes == _LORA_BYTES:
+    if not settings.lora_rank or settings.operand_bytes == LORA_BYTES:
         return 0
-    return settings.tokens * (settings.operand_bytes + _LORA_BYTES) * shape.intermediate
+    return settings.tokens * (settings.operand_bytes + LORA_BYTES) * shape.intermediate
 
 
 def _adapter_gradient(shape: Shape, settings: PlanSettings) -> int:

@@ -72,7 +72,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
     Raises:
         UsageError: A setting is one that no run can have.
     """
-    from mollm.models import precision
+    from mollm.models.precision import compute_dtype
     from mollm.planning.settings import PER_OBJECTIVE, PlanSettings
 
     options = args.optimizer_options
@@ -83,7 +83,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         sequence_length=args.max_length,
         accumulation=args.gradient_accumulation_steps,
         dtype=args.dtype,
-        compute_dtype="bfloat16" if precision.autocast(args.device)._enabled else "float32",
+        compute_dtype=compute_dtype(args.device).name,
         state_dtype=options.get("state_dtype"),
         gradient_memory=options.get("gradient_memory", "as-produced"),
         momentum=momentum if momentum == PER_OBJECTIVE else None,

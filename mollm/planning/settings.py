@@ -31,7 +31,7 @@ METRICS = ("base", "euclidean")
 PER_OBJECTIVE = "per-objective"
 
 
-_LORA_BYTES = 4
+LORA_BYTES = 4
 """peft keeps adapters in float32, whatever the base model's dtype."""
 
 
@@ -127,7 +127,7 @@ class PlanSettings:
     @property
     def gradient_bytes(self) -> int:
         """Of an element of a gradient as autograd makes it."""
-        return _LORA_BYTES if self.lora_rank else self.weight_bytes
+        return LORA_BYTES if self.lora_rank else self.weight_bytes
 
     @property
     def waiting_bytes(self) -> int:

@@ -123,6 +123,17 @@ def device_name(device: torch.device) -> str:
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the processor can do, such as "avx512_bf16", as Linux says; empty if unknown."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    named = (line.partition(":") for line in lines)
+    found = (value for key, _, value in named if key.strip() in ("flags", "Features"))
+    return frozenset(next(found, "").split())
+
+
 def _cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
     try:
         rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)

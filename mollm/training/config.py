@@ -18,7 +18,7 @@ from mollm.errors import UsageError
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4
-from mollm.models.precision import DTYPES, autocast
+from mollm.models.precision import DTYPES, compute_dtype
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.training.reference_model import REFERENCES
 
@@ -190,7 +190,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 "lr_scheduler_type must be one that goes by the step, but got reduce_lr_on_plateau."
             )
-        if self.bf16 and not autocast(self.device)._enabled:
+        if self.bf16 and compute_dtype(self.device).dtype != torch.bfloat16:
             raise UsageError(
                 f"bf16 must be left out where the device does not compute in it natively, but got "
                 f"it on {self.device}."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mollm.distributed.processes import each, placed, rank
 from mollm.distributed.sharding import world_size
 from mollm.errors import UsageError
-from mollm.models.precision import autocast
+from mollm.models.precision import compute_dtype
 
 
 def shard(
@@ -47,10 +47,10 @@ def shard(
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         shape, names = (world_size() // local, local), ("copies", "parts")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    casting = autocast(device)
+    dtype = compute_dtype(device).dtype
     policy = MixedPrecisionPolicy()
-    if casting._enabled:
-        policy = MixedPrecisionPolicy(casting.fast_dtype, reduce_dtype=torch.float32)
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
     kinds = {k for m in module.modules() for k in getattr(m, "_no_split_modules", None) or ()}
     layers = [m for m in module.modules() if type(m).__name__ in kinds]
     if from_first:

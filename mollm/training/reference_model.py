@@ -45,7 +45,7 @@ class Reference(Protocol):
 
 
 class CopyReference(nn.Module):
-    """A frozen copy, see `mollm.models.loading.freeze`."""
+    """A frozen copy, see `mollm.models.forward.freeze`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

@@ -5,8 +5,8 @@ import pytest
 import tiny
 
 import mollm
-from mollm import cli
 from mollm.cli import main
+from mollm.commands import demo
 from mollm.demo import quiz as quiz_module
 from mollm.evaluation.generation import Reply
 from mollm.models import loading
@@ -76,7 +76,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     def missing(arguments):
         raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
 
-    monkeypatch.setattr(cli, "_demo", missing)
+    monkeypatch.setattr(demo, "_demo", missing)
     assert "pip install 'mollm[train,eval]'" in refused(capsys)
 
 
@@ -84,16 +84,16 @@ def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr(demo, "_demo", interrupted)
     assert main(["demo"]) == 130
-    assert "earlier results are as they were" in capsys.readouterr().err
+    assert "existing results are unchanged" in capsys.readouterr().err
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch):
     def broken(arguments):
         raise ValueError("a defect")
 
-    monkeypatch.setattr(cli, "_demo", broken)
+    monkeypatch.setattr(demo, "_demo", broken)
     with pytest.raises(ValueError, match="a defect"):
         main(["demo"])
 

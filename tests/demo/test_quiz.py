@@ -17,15 +17,7 @@ def chat():
     return ChatFormat(tiny.tokenizer())
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """No bf16, so that batches of different shapes agree."""
-    monkeypatch.setattr(
-        quiz_module, "autocast", lambda device: torch.autocast(device.type, enabled=False)
-    )
-
-
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("in_float32")
 def test_answers_do_not_depend_on_the_batch(chat):
     model = tiny.model()
     alone = ask(model, chat, QUESTIONS, batch_size=1, max_new_tokens=8)
@@ -34,7 +26,7 @@ def test_answers_do_not_depend_on_the_batch(chat):
     assert len(together) == len(QUESTIONS)
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("in_float32")
 def test_an_answer_is_what_follows_the_prompt(chat):
     model = tiny.model(seed=3)
     prompt = torch.tensor([chat.encode_prompt(QUESTIONS[0]).ids])

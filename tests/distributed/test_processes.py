@@ -35,10 +35,8 @@ def only(*kinds):
 
 @pytest.fixture(scope="module", autouse=True)
 def in_float32():
-    before = precision.autocast
-    training_processes.compute_in(None)
-    yield
-    precision.autocast = processes.autocast = before
+    with precision.computing_in("float32"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -361,15 +361,14 @@ def test_evaluation_in_training_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_forward_pass_is_in_the_dtype_of_the_weights(monkeypatch):
+def test_the_forward_pass_is_in_the_dtype_of_the_weights():
     """Also where training would autocast: then alone and in company a row scores the same."""
-    monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: True)
-    assert precision.autocast(torch.device("cpu"))._enabled
     model = tiny.model(initializer_range=0.3)
-    alone, together = (
-        evaluate(model, tiny.tokenizer(), make_suite(), batch_size=size, **FAST) for size in (1, 8)
-    )
-    assert precision.autocast(torch.device("cpu"))._enabled
+    with precision.computing_in("bfloat16"):
+        alone, together = (
+            evaluate(model, tiny.tokenizer(), make_suite(), batch_size=size, **FAST)
+            for size in (1, 8)
+        )
     for one, other in zip(alone.records, together.records, strict=True):
         assert one.reply == other.reply
         assert one.scores == pytest.approx(other.scores, rel=1e-4)
@@ -745,16 +744,16 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
         assert words in capsys.readouterr().err
 
 
-def test_a_frozen_copy_of_two_dtypes_is_an_original(monkeypatch):
+def test_a_frozen_copy_of_two_dtypes_is_an_original():
     """Where autocast makes the products of a run, its copy holds their weights in bf16."""
-    monkeypatch.setattr(loading, "_cpu_has_bf16", lambda: True)
     model = tiny.model(initializer_range=0.3)
-    original = forward.freeze(model)
-    assert len({p.dtype for p in original.parameters()}) == 2
     names = ["forget_kl"]
-    found = evaluate(
-        model, tiny.tokenizer(), make_suite(), original=original, names=names, resamples=2
-    )
+    with precision.computing_in("bfloat16"):
+        original = forward.freeze(model)
+        assert len({p.dtype for p in original.parameters()}) == 2
+        found = evaluate(
+            model, tiny.tokenizer(), make_suite(), original=original, names=names, resamples=2
+        )
     assert found.value("forget_kl") == pytest.approx(0, abs=1e-6)
 
 

@@ -25,7 +25,7 @@ PAIRS = [
 
 @pytest.fixture(autouse=True)
 def _own_dtype():
-    with precision.in_own_dtype():
+    with precision.computing_in("float32"):
         yield
 
 

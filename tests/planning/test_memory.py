@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from mollm.cli import main
 from mollm.data.chat import Batch
 from mollm.errors import UsageError
-from mollm.models import forward, loading
+from mollm.models import forward, loading, precision
 from mollm.models.adapters import adapted
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.planning import memory as planning
@@ -88,7 +88,7 @@ def in_four_bits(model):
     with tempfile.TemporaryDirectory() as folder:
         loading.save(model, tiny.tokenizer(), Path(folder))
         quantized, _ = loading.load(
-            loading.find_model(folder), torch.device("cpu"), model.dtype, planning.NF4
+            loading.find_model(folder), torch.device("cpu"), model.dtype, "nf4"
         )
     return quantized
 
@@ -122,12 +122,13 @@ def peak_of(call):
     return peak
 
 
-def measured(settings, sizes, monkeypatch):
+def measured(settings, sizes):
     """Peak bytes of the second step, what lasts included, and the shape of its model."""
-    enabled = settings.compute_dtype == "bfloat16"
-    monkeypatch.setattr(
-        loading, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-    )
+    with precision.computing_in(settings.compute_dtype):
+        return _measured(settings, sizes)
+
+
+def _measured(settings, sizes):
     model, reference, params = made(settings, sizes)
     options = {"state_dtype": getattr(torch, settings.state_dtype)} if settings.state_dtype else {}
     optimizer = Accumulating(
@@ -199,8 +200,8 @@ def measured(settings, sizes, monkeypatch):
         ),
     ],
 )
-def test_the_prediction_is_within_a_tenth_of_what_a_step_allocates(settings, sizes, monkeypatch):
-    lasting, peak, shape = measured(settings, SIZES | sizes, monkeypatch)
+def test_the_prediction_is_within_a_tenth_of_what_a_step_allocates(settings, sizes):
+    lasting, peak, shape = measured(settings, SIZES | sizes)
     predicted = plan(shape, settings)
     lasts = sum(planning._lasting(shape, settings).values()) - planning.OVERHEAD_BYTES["cpu"]
     step = predicted.peak.total - planning.OVERHEAD_BYTES["cpu"] - lasts

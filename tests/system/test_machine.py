@@ -54,8 +54,8 @@ def test_versions_and_device():
 
 
 def test_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
-    package = tmp_path / "mollm"
-    package.mkdir()
+    package = tmp_path / "mollm" / "system"
+    package.mkdir(parents=True)
     monkeypatch.setattr(machine, "__file__", str(package / "machine.py"))
     assert machine.commit() is None
 

@@ -5,7 +5,7 @@ import torch
 
 from mollm import MOLLMConfig
 from mollm.errors import UsageError
-from mollm.training import config as trainer_config
+from mollm.models.precision import computing_in
 
 
 def config(**options):
@@ -44,15 +44,11 @@ def test_values_that_do_not_go_are_refused(options, words):
         config(**options)
 
 
-def test_bf16_goes_where_the_device_computes_in_it(monkeypatch):
-    for native in (True, False):
-        casting = torch.autocast("cpu", torch.bfloat16, enabled=native)
-        monkeypatch.setattr(trainer_config, "autocast", lambda device, casting=casting: casting)
-        if native:
-            assert config(bf16=True).bf16
-        else:
-            with pytest.raises(UsageError, match="bf16 must be left out"):
-                config(bf16=True)
+def test_bf16_goes_where_the_device_computes_in_it():
+    with computing_in("bfloat16"):
+        assert config(bf16=True).bf16
+    with computing_in("float32"), pytest.raises(UsageError, match="bf16 must be left out"):
+        config(bf16=True)
 
 
 def test_options_reach_the_optimizer():

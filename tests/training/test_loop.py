@@ -80,7 +80,7 @@ def test_every_method_forgets_and_records(method, batches):
 )
 def test_the_step_of_a_weighted_sum_is_that_of_one_loss(method, weights, batches):
     model = model_that_knows(*batches).double()
-    with precision.in_own_dtype():
+    with precision.computing_in("float32"):
         reference = CopyReference(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -95,7 +95,7 @@ def test_the_step_of_a_weighted_sum_is_that_of_one_loss(method, weights, batches
         base="sgd",
         **chosen.optimizer_options(),
     )
-    with precision.in_own_dtype():
+    with precision.computing_in("float32"):
         descend(model, reference, optimizer, *batches, forget_loss=chosen.forget_loss)
         objectives = Objectives(by_hand, reference, chosen.forget_loss)
         losses = objectives(forget=batches[0], retain=batches[1])

@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from mollm.methods import unlearning_cross_entropy
-from mollm.models import loading
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CopyReference
 from mollm_ops import uce_loss
@@ -26,10 +25,7 @@ def batch(seed, pad=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    off = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    monkeypatch.setattr(loading, "autocast", lambda device: off)
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from mollm import MOLLMOptimizer
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS
 from mollm.methods.method import OBJECTIVES
-from mollm.models import forward, loading
+from mollm.models import forward
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CopyReference
 from mollm.training.step import accumulate
@@ -16,10 +16,7 @@ FORGET = [CHAT.encode(Example(f"Who wrote book {n}?", "Ada " * (n + 1))) for n i
 RETAIN = [CHAT.encode(Example(f"How many legs has a {n}?", "4" * (n + 1))) for n in range(4)]
 
 
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    off = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    monkeypatch.setattr(loading, "autocast", lambda device: off)
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 
 def gradients(size, method="project", side="right"):

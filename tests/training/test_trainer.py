@@ -11,17 +11,10 @@ from mollm.data.files import sample_path
 from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
-from mollm.models import loading
 from mollm.training import checkpoint
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
-
-
-@pytest.fixture
-def in_float32(monkeypatch):
-    off = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    monkeypatch.setattr(loading, "autocast", lambda device: off)
 
 
 def trainer(out, model=None, *, lora=None, data=(FORGET, RETAIN), evaluate=False, **options):
