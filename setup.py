@@ -17,15 +17,17 @@ class CMakeBuild(build_ext):
     """Configures and builds csrc/ into the folder where setuptools expects the extension.
 
     The environment variable MOLLM_CUDA decides about the CUDA part: unset builds it where nvcc is
-    found, 1 makes a missing nvcc an error, 0 leaves it out. CUDAARCHS names the architectures to
-    build for, as CMake takes them; unset all that are supported.
+    found, 1 makes a missing nvcc an error, 0 leaves it out. MOLLM_CUDA_ARCHS names the
+    architectures to build for, such as "80;90", or "all" that are supported, for a release; unset,
+    those of this machine's devices or, where it has none, the oldest one with PTX.
     """
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / ext.name
+        # Of its own and kept, so that the next installation compiles what has changed.
+        build = ROOT / "build" / f"{ext.name}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
@@ -39,6 +41,7 @@ class CMakeBuild(build_ext):
             f"-DMOLLM_OUTPUT_DIR={target.parent}",
             f"-DMOLLM_OUTPUT_NAME={target.name}",
             f"-DMOLLM_CUDA={os.environ.get('MOLLM_CUDA', 'AUTO')}",
+            f"-DMOLLM_CUDA_ARCHS={os.environ.get('MOLLM_CUDA_ARCHS', '')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

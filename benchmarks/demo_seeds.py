@@ -1,9 +1,9 @@
-"""The demo's experiment over several seeds and directions: the table in the README.
+"""The demo's experiment over several seeds and methods: the table in the README.
 
     python benchmarks/demo_seeds.py
 
-One process loads the model once and asks once per seed; every direction then starts from the
-original weights and from the same batches. A pair of seed and direction that is in the folder
+One process loads the model once and asks once per seed; every method then starts from the
+original weights and from the same batches. A pair of seed and method that is in the folder
 already is not run again, so that the script can be stopped and taken up.
 """
 
@@ -30,25 +30,25 @@ from mollm.models import loading
 from mollm.system import machine
 
 GROUPS = ("forget", "retain", "heldout", "general")
-DIRECTIONS = ("mollm", "project", "sum", "ga", "dual")
+METHODS = ("mollm", "project", "sum", "ga", "dual")
 
 
 def run_seed(
-    model: PreTrainedModel, chat: ChatFormat, seed: int, directions: Sequence[str], folder: Path
+    model: PreTrainedModel, chat: ChatFormat, seed: int, methods: Sequence[str], folder: Path
 ) -> None:
-    """Runs every direction for one seed that has no result yet."""
-    todo = [d for d in directions if not (folder / f"{d}-{seed}.json").exists()]
+    """Runs every method for one seed that has no result yet."""
+    todo = [d for d in methods if not (folder / f"{d}-{seed}.json").exists()]
     if not todo:
         return
     original = {name: value.clone() for name, value in model.state_dict().items()}
     split, before = run.examine(model, chat, [], random.Random(seed), print)
-    for direction in todo:
+    for method in todo:
         model.load_state_dict(original)
-        settings = DemoSettings(seed=seed, direction=direction)
+        settings = DemoSettings(seed=seed, method=method)
         history, seconds = run.train(model, chat, split, settings, print)
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
         row: Row = {
-            "direction": direction,
+            "method": method,
             "seed": seed,
             **{group: after[group].accuracy for group in GROUPS},
             **{f"conflicts {name}": rate for name, rate in conflict_rates(history).items()},
@@ -57,32 +57,32 @@ def run_seed(
             "GB": round(machine.peak_memory_gb(), 2),
         }
         print_table([row], f"seed {seed}")
-        (folder / f"{direction}-{seed}.json").write_text(json.dumps(row))
+        (folder / f"{method}-{seed}.json").write_text(json.dumps(row))
     model.load_state_dict(original)
 
 
 def mean_of(rows: Sequence[Row]) -> Row:
-    """The mean line of one direction."""
-    numbers = [key for key in rows[0] if key not in ("direction", "seed")]
+    """The mean line of one method."""
+    numbers = [key for key in rows[0] if key not in ("method", "seed")]
     means = {key: statistics.mean(row[key] for row in rows) for key in numbers}
-    return {"direction": rows[0]["direction"], "seed": "mean", **means}
+    return {"method": rows[0]["method"], "seed": "mean", **means}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and writes it as JSON under benchmarks/results/<device>/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "seeds")
     options = parser.parse_args(argv)
     options.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     model, tokenizer = loading.load(loading.find_model(None), torch.device("cpu"))
     for seed in options.seeds:
-        run_seed(model, ChatFormat(tokenizer), seed, options.directions, options.folder)
+        run_seed(model, ChatFormat(tokenizer), seed, options.methods, options.folder)
     rows: list[Row] = []
-    for direction in options.directions:
-        paths = [options.folder / f"{direction}-{seed}.json" for seed in options.seeds]
+    for method in options.methods:
+        paths = [options.folder / f"{method}-{seed}.json" for seed in options.seeds]
         mine = [json.loads(path.read_text()) for path in paths]
         rows += [*mine, mean_of(mine)]
     print_table(rows, "accuracy after (before: 1.0), share of conflicting steps, time, peak memory")

@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Else it is 0, or 1 where `plan` finds that it does not fit, `doctor` that something is amiss, or
     `unlearn` that the losses diverge.
     """
+    # Torch's OpenMP lets a thread that waits spin for milliseconds. Where other programs want the
+    # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
+    # small matrix product took a hundred times as long. OpenMP reads this when Torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)

@@ -6,6 +6,9 @@ import os
 from importlib.util import find_spec
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in mollm.cli, before Torch is loaded
+
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mollm.demo.settings import DIRECTIONS, DemoSettings
+from mollm.commands.arguments import add_renamed
+from mollm.demo.settings import METHODS, DemoSettings
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,10 +42,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="countries to forget (default: six, drawn from those that the model knows)",
     )
     parser.add_argument(
-        "--direction",
-        default=default.direction,
-        help=f"one of {', '.join(DIRECTIONS)}; ga is plain gradient ascent",
+        "--method",
+        default=default.method,
+        help=f"one of {', '.join(METHODS)}; ga is plain gradient ascent",
     )
+    add_renamed(parser, "--direction", "--method")
     parser.add_argument("--out", type=Path, default=default.out, help="folder for the results")
     parser.add_argument("--device", default=default.device, help="a Torch device")
     parser.set_defaults(run=_demo)

@@ -244,14 +244,14 @@ def train(
     everyday = [pair for pair, right in zip(score.pairs, score.right, strict=True) if right]
     rng = random.Random(f"batches {settings.seed}")
     sampler = BatchSampler(chat, split, everyday, rng, model.device)
-    say(f"Unlearning in {settings.steps} steps, direction {settings.direction} …")
+    say(f"Unlearning in {settings.steps} steps, method {settings.method} …")
     started = time.perf_counter()
     steps = unlearn(
         model,
         sampler,
         steps=settings.steps,
         lr=settings.lr,
-        method=settings.direction,
+        method=settings.method,
         **options,
     )
     bar = tqdm(steps, total=settings.steps, unit="step", dynamic_ncols=True)
@@ -277,12 +277,12 @@ def _summary(
     }
     return accuracies | {
         "model": label,
-        "direction": settings.direction,
+        "method": settings.method,
         "steps": settings.steps,
         "lr": settings.lr,
         "lr_schedule": "linear to 0",
         "optimizer": "adamw",
-        "preferences": list(find_method(settings.direction).preferences or ()) or None,
+        "preferences": list(find_method(settings.method).preferences or ()) or None,
         "seed": settings.seed,
         "conflict_rate": conflict_rates(history),
         "skipped_steps": sum(not record.changes for record in history),

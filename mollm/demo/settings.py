@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mollm.errors import UsageError
 
-DIRECTIONS = ("mollm", "dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
-"""Methods of `mollm.methods`: the default, rules of MOLLMOptimizer with an AdamW like Torch's, and
-plain gradient ascent as a baseline."""
+METHODS = ("mollm", "dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
+"""Those of `mollm.methods.METHODS` that the demo offers: the default, rules of MOLLMOptimizer with an
+AdamW like Torch's, and plain gradient ascent as a baseline."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class DemoSettings:
     """Decides the split of the countries and the order of training."""
     forget: tuple[str, ...] = ()
     """Countries to forget; without any, six are drawn from those that the model knows."""
-    direction: str = "mollm"
-    """One of DIRECTIONS."""
+    method: str = "mollm"
+    """One of METHODS."""
     out: Path = Path("runs/demo")
     """Folder for the results."""
     device: str = "cpu"
@@ -46,9 +46,9 @@ class DemoSettings:
             raise UsageError(f"lr must be a positive number, but got {self.lr}.")
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, but got {self.seed}.")
-        if self.direction not in DIRECTIONS:
+        if self.method not in METHODS:
             raise UsageError(
-                f"direction must be one of {', '.join(DIRECTIONS)}, but got {self.direction!r}."
+                f"method must be one of {', '.join(METHODS)}, but got {self.method!r}."
             )
 
     def command(self) -> str:

@@ -121,7 +121,7 @@ def test_help_and_module_entry():
         [sys.executable, "-m", "mollm", "demo", "--help"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for option in ("--model", "--steps", "--lr", "--seed", "--forget", "--direction", "--out"):
+    for option in ("--model", "--steps", "--lr", "--seed", "--forget", "--method", "--out"):
         assert option in done.stdout
 
 

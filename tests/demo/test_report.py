@@ -50,7 +50,7 @@ def run():
     summary |= {f"{group}_accuracy_after": 0.5 for group in report.GROUPS}
     history = [record(0), record(1, conflict="kl"), record(2, conflict="kl"), record(3)]
     summary |= {
-        "model": "tiny", "direction": "dual", "steps": 4, "lr": 1e-5, "lr_schedule": "linear to 0",
+        "model": "tiny", "method": "dual", "steps": 4, "lr": 1e-5, "lr_schedule": "linear to 0",
         "optimizer": "adamw", "seed": 7, "conflict_rate": conflict_rates(history),
         "skipped_steps": 0, "questions": dict.fromkeys(report.GROUPS, 2),
         "countries": {"forget": ["Norway"], "retain": ["Peru"], "heldout": ["Chile"]},

@@ -23,7 +23,7 @@ from mollm.models import loading
 SUMMARY_KEYS = {
     *(f"{g}_accuracy_{w}" for g in ("forget", "retain", "heldout", "general")
       for w in ("before", "after")),
-    "steps", "seconds", "conflict_rate", "peak_memory_gb", "seed", "direction", "lr",
+    "steps", "seconds", "conflict_rate", "peak_memory_gb", "seed", "method", "lr",
     "lr_schedule", "model", "countries", "versions", "device", "commit", "command",
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from mollm.errors import UsageError
         ({"lr": 0.0}, r"lr must be a positive number, but got 0\.0"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"direction": "up"}, "direction must be one of mollm, dual"),
+        ({"method": "up"}, "method must be one of mollm, dual"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):
@@ -30,10 +30,10 @@ def test_the_command_line_and_the_settings_have_the_same_defaults():
 
 def test_the_command_makes_the_same_settings():
     settings = DemoSettings(
-        steps=3, lr=3e-6, seed=2, forget=("New Zealand", "Peru"), direction="sum", out=Path("a b")
+        steps=3, lr=3e-6, seed=2, forget=("New Zealand", "Peru"), method="sum", out=Path("a b")
     )
     assert DemoSettings().command() == "mollm demo"
     assert settings.command() == (
-        "mollm demo --steps 3 --lr 3e-06 --seed 2 --forget 'New Zealand,Peru' --direction sum "
+        "mollm demo --steps 3 --lr 3e-06 --seed 2 --forget 'New Zealand,Peru' --method sum "
         "--out 'a b'"
     )
