@@ -26,8 +26,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=(
             "Measures a model on the files that it was unlearned with or on those of TOFU, with "
             "confidence intervals, and writes metrics.json, for each question examples.jsonl, and "
-            "about.json with the settings and versions. The examples.jsonl of a model trained "
-            "without the forget set is what --retain-logs wants."
+            "about.json with the settings and versions. Pass the examples.jsonl of a model trained "
+            "without the forget set as --retain-logs."
         ),
         epilog=(
             "To train such a model, start from what it was before it learnt the data and give all "
@@ -58,12 +58,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--forget",
         default=argparse.SUPPRESS,
         metavar="PATH_OR_HUB_NAME",
-        help="instead of TOFU: what was to be forgotten, as for `mollm unlearn`, perhaps with "
+        help="instead of TOFU: the examples to forget, as for `mollm unlearn`, optionally with "
         "options: '{path: locuslab/TOFU, config: forget10}'",
     )
     for name, purpose in (
-        ("retain", "what was to be retained"),
-        ("holdout", "rows like those to forget that no model was trained on"),
+        ("retain", "examples to retain"),
+        ("holdout", "examples like those to forget that no model was trained on"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -87,7 +87,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--original",
         default=argparse.SUPPRESS,
         metavar="PATH_OR_HUB_NAME",
-        help="the model that unlearning started from, for KL and perplexity",
+        help="the model before unlearning, for KL and perplexity",
     )
     parser.add_argument(
         "--judge",
@@ -115,16 +115,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         default=argparse.SUPPRESS,
         metavar="model_utility,forget_quality,...",
-        help="which to compute (default: all that the inputs allow)",
+        help="metrics to compute (default: all that the inputs allow)",
     )
     parser.add_argument(
         "--limit",
         type=int,
         default=argparse.SUPPRESS,
-        help="rows of each set and of each benchmark (default: all)",
+        help="examples of each set and of each benchmark (default: all)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="rows that go together")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="where replies are cut off")
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per batch")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, help="length at which replies are cut off"
+    )
     parser.add_argument(
         "--resamples", type=int, default=1000, help="resamples of each confidence interval"
     )
@@ -133,7 +135,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
     )
     parser.add_argument(
-        "--dtype", choices=BYTES, default="float32", help="of both models' weights and computation"
+        "--dtype",
+        choices=BYTES,
+        default="float32",
+        help="dtype of both models' weights and computation",
     )
     parser.add_argument(
         "--device",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from mollm.commands.arguments import add_renamed
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
 from mollm.planning import shapes
@@ -67,82 +68,94 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     default = PlanSettings()
     parser.add_argument(
-        "--batch-size",
+        "--per-device-train-batch-size",
+        dest="batch_size",
         type=int,
         default=default.batch_size,
-        help="rows of the forget and of the retain batch that go together",
+        help="examples per micro-batch of each set",
     )
+    add_renamed(parser, "--batch-size", "--per-device-train-batch-size")
     parser.add_argument(
-        "--sequence-length", type=int, default=default.sequence_length, help="tokens of a row"
+        "--max-length",
+        dest="sequence_length",
+        type=int,
+        default=default.sequence_length,
+        help="tokens per example",
     )
+    add_renamed(parser, "--sequence-length", "--max-length")
     parser.add_argument(
-        "--accumulation",
+        "--gradient-accumulation-steps",
+        dest="accumulation",
         type=int,
         default=default.accumulation,
-        help="batches whose gradients add up to one step",
+        help="micro-batches per step",
     )
-    parser.add_argument("--dtype", choices=BYTES, default=default.dtype, help="of the weights")
+    add_renamed(parser, "--accumulation", "--gradient-accumulation-steps")
+    parser.add_argument("--dtype", choices=BYTES, default=default.dtype, help="weight dtype")
     parser.add_argument(
         "--compute-dtype",
         choices=BYTES,
         default=argparse.SUPPRESS,
-        help="of matrix products (default: bfloat16 where the device computes in it natively)",
+        help="dtype of matrix products (default: bfloat16 if the device has instructions for it)",
     )
     parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="the base"
+        "--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="base optimizer"
     )
     parser.add_argument(
         "--state-dtype",
         choices=BYTES,
         default=argparse.SUPPRESS,
-        help="of the optimizer's state (default: that of what trains)",
+        help="optimizer-state dtype (default: that of the trainable parameters)",
     )
     parser.add_argument(
         "--momentum",
         choices=(PER_OBJECTIVE,),
         default=argparse.SUPPRESS,
-        help="a running mean of each objective's gradient in place of the base's momentum",
+        help="an EMA of each objective's gradient in place of the base's momentum",
     )
     parser.add_argument(
         "--metric",
         choices=METRICS,
         default=default.metric,
-        help="of the Gram matrix; euclidean gives AdamW a first moment",
+        help="metric of the Gram matrix; euclidean gives AdamW a first moment",
     )
     parser.add_argument(
         "--gradient-memory",
         choices=GRADIENT_MEMORIES,
         default=default.gradient_memory,
-        help="where gradients wait for the step",
+        help="how the objectives' gradients are kept until the step",
     )
     parser.add_argument(
         "--reference",
         choices=REFERENCES,
         default=default.reference,
-        help="the original model: a frozen copy, the adapter switched off, or a cache of its final "
-        "hidden states on disk",
+        help="reference model: a frozen copy, the model with its adapter disabled, or a cache of "
+        "its final hidden states on disk",
     )
     parser.add_argument(
-        "--lora-rank",
+        "--lora",
+        dest="lora_rank",
         type=int,
         default=default.lora_rank,
-        help="rank of LoRA on all linear layers of the decoder; 0 trains everything",
+        metavar="RANK",
+        help="rank of LoRA on all linear layers of the decoder; 0 for full training",
     )
+    add_renamed(parser, "--lora-rank", "--lora")
     parser.add_argument(
         "--quantization",
         choices=(NF4,),
         default=argparse.SUPPRESS,
-        help="linear layers of the decoder in 4 bits, under LoRA",
+        help="keep the decoder's linear layers in 4 bits (needs --lora)",
     )
     parser.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="compute a layer's activations again in backward",
+        help="recompute each layer's activations in backward",
     )
     parser.add_argument(
         "--freeze-embeddings",
         action="store_true",
-        help="leave token embeddings and head as they are",
+        help="do not train token embeddings and head",
     )
 
 
@@ -151,14 +164,14 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default=argparse.SUPPRESS,
-        help="what trains (default: cuda where there is a GPU, else cpu)",
+        help="device to train on (default: cuda if there is a GPU, else cpu)",
     )
     parser.add_argument(
         "--device-memory",
         type=float,
         default=argparse.SUPPRESS,
         metavar="GIB",
-        help="memory of the device in 2^30 bytes (default: what this machine's has available)",
+        help="device memory in GiB (default: what is available on this machine)",
     )
 
 
@@ -259,8 +272,8 @@ def verdict(plan: MemoryPlan, memory: float | None) -> str:
     if last.fits(memory):
         rows += [f"With these it fits, with {_gib(memory - last.peak.total)} GiB to spare."]
     else:
-        rows += [f"Even so {_gib(last.peak.total - memory)} GiB are missing: it takes a smaller "
-                 "model, shorter rows or a larger device."]  # fmt: skip
+        rows += [f"Still {_gib(last.peak.total - memory)} GiB short: use a smaller model, shorter "
+                 "sequences or a larger device."]  # fmt: skip
     return "\n".join(rows)
 
 

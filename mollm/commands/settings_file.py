@@ -44,8 +44,8 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in types and name not in OWN_SETTINGS:
             raise UsageError(
-                f"a setting must be one of {', '.join(OWN_SETTINGS)} or a field of MOLLMConfig, but got "
-                f"{name!r}."
+                f"a setting must be one of {', '.join(OWN_SETTINGS)} or a field of MOLLMConfig, "
+                f"but got {name!r}."
             )
         settings[name] = _typed(name, value, types.get(name))
     return settings

@@ -10,8 +10,8 @@ from pathlib import Path
 from mollm.errors import UsageError
 
 METHODS = ("mollm", "dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
-"""Those of `mollm.methods.METHODS` that the demo offers: the default, rules of MOLLMOptimizer with an
-AdamW like Torch's, and plain gradient ascent as a baseline."""
+"""Those of `mollm.methods.METHODS` that the demo offers: the default, rules of MOLLMOptimizer with
+an AdamW like Torch's, and plain gradient ascent as a baseline."""
 
 
 @dataclass(frozen=True)

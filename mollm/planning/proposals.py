@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mollm.models.four_bits import NF4
 from mollm.planning.memory import MemoryPlan, plan
-from mollm.planning.settings import GRADIENT_MEMORIES, PlanSettings
+from mollm.planning.settings import GRADIENT_MEMORIES, PlanSettings, flag_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ def _smaller_batch(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSe
     ]
     if tried:
         best = _first_that_fits(now, tried, memory)
-        yield f"--batch-size {best.batch_size} --accumulation {best.accumulation}", best
+        words = (
+            f"{flag_of('batch_size')} {best.batch_size} "
+            f"{flag_of('accumulation')} {best.accumulation}"
+        )
+        yield words, best
 
 
 def _narrow_state(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
@@ -93,7 +97,7 @@ def _cached_reference(now: MemoryPlan, memory: float) -> Iterator[tuple[str, Pla
 def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
     if not now.settings.lora_rank:
         yield (
-            "--lora-rank 16 --reference adapter",
+            "--lora 16 --reference adapter",
             replace(now.settings, lora_rank=16, reference="adapter"),
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
 from mollm.planning.memory import plan
-from mollm.planning.settings import DEVICES, GIB
+from mollm.planning.settings import DEVICES, GIB, flag_of
 from mollm.planning.shapes import shape_of
 
 if TYPE_CHECKING:
@@ -104,6 +104,6 @@ def plan_line(model: str, settings: PlanSettings) -> str:
     for option in fields(settings):
         value = getattr(settings, option.name)
         if value is not None and value is not False:
-            words.append(f"--{option.name.replace('_', '-')}")
+            words.append(flag_of(option.name))
             words += [] if value is True else [str(value)]
     return shlex.join(words)

@@ -156,3 +156,16 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 
 
 SETTING_NAMES = tuple(field.name for field in fields(PlanSettings))
+
+
+def flag_of(name: str) -> str:
+    """The flag of `mollm plan` for a field of PlanSettings, named as `mollm unlearn` names it."""
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+_FLAGS = {
+    "batch_size": "--per-device-train-batch-size",
+    "sequence_length": "--max-length",
+    "accumulation": "--gradient-accumulation-steps",
+    "lora_rank": "--lora",
+}

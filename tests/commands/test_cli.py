@@ -46,7 +46,10 @@ def test_mistakes_are_told_in_one_sentence(capsys, tmp_path):
         (["--model", "/no/config.json"], "not on this machine"),
         (["--shape", "smollm2-135m", "--device-memory", "0"], "device_memory must be positive"),
         (["--shape", "smollm2-135m", "--reference", "adapter"], "give a lora_rank"),
-        (["--shape", "smollm2-135m", "--batch-size", "0"], "batch_size must be at least 1"),
+        (
+            ["--shape", "smollm2-135m", "--per-device-train-batch-size", "0"],
+            "batch_size must be at least 1",
+        ),
     ],
 )
 def test_mistakes_of_a_plan_are_told_in_one_sentence(capsys, arguments, words):
