@@ -124,9 +124,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="examples of each set and of each benchmark (default: all)",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="examples per batch")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=200, help="length at which replies are cut off"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest reply, in tokens")
     parser.add_argument(
         "--resamples", type=int, default=1000, help="resamples of each confidence interval"
     )
@@ -138,7 +136,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=BYTES,
         default="float32",
-        help="dtype of both models' weights and computation",
+        help="dtype of weights and computation",
     )
     parser.add_argument(
         "--device",

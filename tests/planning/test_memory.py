@@ -342,7 +342,7 @@ def test_a_batch_is_split_into_the_largest_part_that_fits():
     first = plan(shape, settings)
     split = plan(shape, replace(settings, batch_size=16, accumulation=4))
     (proposal,) = proposals(first, split.peak.total)
-    assert proposal.words == "--batch-size 16 --accumulation 4"
+    assert proposal.words == "--per-device-train-batch-size 16 --gradient-accumulation-steps 4"
     assert proposal.plan == split
 
 
@@ -398,5 +398,5 @@ def test_without_a_known_memory_there_is_no_verdict(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["plan", "--shape", "smollm2-135m", "--device", "cuda"]) == 0
     assert "with --device-memory" in capsys.readouterr().out
-    assert main(["plan", "--shape", "smollm2-135m", "--sequence-length", "64"]) == 0
+    assert main(["plan", "--shape", "smollm2-135m", "--max-length", "64"]) == 0
     assert "tokens on cpu" in capsys.readouterr().out
