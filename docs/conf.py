@@ -28,6 +28,7 @@ default_role = "py:obj"  # names in docstrings stand in single backticks
 viewcode_follow_imported_members = True
 smartquotes = False
 highlight_language = "none"
+suppress_warnings = ["toc.empty_glob"]  # pages of a guide may be added beside it
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3

@@ -169,7 +169,7 @@ def load_records(
         >>> records = load_records(sample_path("authors-forget.jsonl"), role="forget")
         >>> records[0].prompt
         'Where was the novelist Ilvane Torsk born?'
-        >>> load_records("forget.docx", role="forget")
+        >>> load_records("nowhere/forget.jsonl", role="forget")
         Traceback (most recent call last):
         mollm.errors.UsageError: ...
     """
