@@ -26,9 +26,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 default_role = "py:obj"  # names in docstrings stand in single backticks
 viewcode_follow_imported_members = True
-smartquotes = False
+smartquotes_action = "D"  # dashes, no quotes: docstrings name values such as "mean"
 highlight_language = "none"
-suppress_warnings = ["toc.empty_glob"]  # pages of a guide may be added beside it
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
@@ -69,6 +68,8 @@ def literal_blocks(
             result += ["::", ""]
             literal = True
         result.append(line if literal or line.lstrip().startswith((">>>", "...")) else escaped(line))
+    if what in ("attribute", "data", "property"):
+        result.insert(0, "")  # else napoleon takes what stands before a colon for a type
     lines[:] = result
 
 
