@@ -67,14 +67,15 @@ def literal_blocks(
         elif indented and not in_section and not literal and not lines[number - 1].strip():
             result += ["::", ""]
             literal = True
-        result.append(line if literal or line.lstrip().startswith((">>>", "...")) else escaped(line))
+        code = literal or line.lstrip().startswith((">>>", "..."))
+        result.append(line if code else escaped(line))
     if what in ("attribute", "data", "property"):
         result.insert(0, "")  # else napoleon takes what stands before a colon for a type
     lines[:] = result
 
 
 def escaped(line: str) -> str:
-    """Bars and stars are no markup outside of code: |g| is a norm. Napoleon escapes leading stars."""
+    """Bars and stars are no markup outside of code; those that lead a line are napoleon's."""
     parts = re.split(r"(`[^`]*`|^ *\*+)", line)
     return "".join(p if re.match(r"`| *\*", p) else re.sub(r"([|*])", r"\\\1", p) for p in parts)
 

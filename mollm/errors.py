@@ -12,5 +12,5 @@ class UsageError(ValueError):
         ...     load_records("nothing.jsonl", role="forget")
         ... except UsageError as error:
         ...     print(error)
-        data must be a .jsonl, .json, .csv or .parquet file, a folder or a data set on the hub, but got nothing.jsonl, which is not on this machine.
+        data must be a .jsonl, ... but got nothing.jsonl, which is not on this machine.
     """

@@ -140,7 +140,8 @@ def update_(
 
     Example:
         >>> import torch
-        >>> p, g = torch.tensor([1.0, 1.0]), [[torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]]
+        >>> p = torch.tensor([1.0, 1.0])
+        >>> g = [[torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]]
         >>> targets = Targets([p], first=None, second=None, steps=[torch.tensor(1.0)])
         >>> update_(g, torch.tensor([1.0, 2.0]), targets, SgdStep(lr=0.5), track=True)
         tensor([ 0., -1.], dtype=torch.float64)

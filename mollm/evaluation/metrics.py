@@ -85,7 +85,7 @@ def truth_ratio(correct_nll: float, wrong_nll: ArrayLike) -> float:
     TOFU (arXiv 2401.06121), equation 1.
 
     Example:
-        >>> round(truth_ratio(correct_nll=0.5, wrong_nll=[2.0, 3.0]), 4)  # the right answer is likelier
+        >>> round(truth_ratio(correct_nll=0.5, wrong_nll=[2.0, 3.0]), 4)  # right is likelier
         0.1353
     """
     wrong = float(np.exp(-_finite(wrong_nll, "wrong_nll").mean()))

@@ -69,7 +69,8 @@ class StepReport:
         >>> import torch
         >>> from mollm import MOLLMOptimizer
         >>> x = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer = MOLLMOptimizer([x], lr=0.1, objectives=("a", "b"), direction="sum", base="sgd")
+        >>> names = ("a", "b")
+        >>> optimizer = MOLLMOptimizer([x], objectives=names, direction="sum", base="sgd")
         >>> optimizer.backward({"a": 4 * x[0], "b": x[1] - x[0]})
         >>> optimizer.step()
         >>> optimizer.last_step.conflicts  # the sum descends on a, and increases b
