@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import latex2mathml.converter
@@ -51,7 +52,7 @@ pygments_dark_style = "github-dark"
 
 # ---- docstrings: an indented block is an equation or a listing, and stays as it is
 
-SECTION = re.compile(r"(Args|Returns|Raises|Yields|Example|Examples|Attributes|Note):$")
+SECTION = re.compile(r"(Args|Keyword Args|Returns|Raises|Yields|Example|Examples|Attributes|Note):$")
 
 
 def literal_blocks(
@@ -80,6 +81,22 @@ def escaped(line: str) -> str:
     return "".join(p if re.match(r"`| *\*", p) else re.sub(r"([|*])", r"\\\1", p) for p in parts)
 
 
+# ---- settings: their help texts stand with the fields, and nowhere else
+
+
+def settings(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Lists the fields that a dataclass adds to its base, or gives another default."""
+    if name != "mollm.MOLLMConfig" or not is_dataclass(obj):
+        return
+    lines += ["", "Keyword Args:"]
+    for field in fields(obj):
+        if field.name in obj.__annotations__:
+            default = {} if field.default is MISSING else field.default
+            lines.append(f"    {field.name}: {field.metadata['help']} (default: ``{default!r}``)")
+
+
 # ---- equations as MathML: browsers draw it by themselves, without a script and without a network
 
 
@@ -103,5 +120,6 @@ def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-process-docstring", literal_blocks, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", settings, priority=100)  # both before napoleon
+    app.connect("autodoc-process-docstring", literal_blocks, priority=200)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
