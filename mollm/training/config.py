@@ -81,10 +81,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         UsageError: A value is out of range, or an option does not go with unlearning.
 
     Example:
-        >>> config = MOLLMConfig(output_dir="runs/forget", max_steps=100, report_to="none")
+        >>> config = MOLLMConfig(output_dir="runs/forget", max_steps=100)
         >>> config.method, config.uce_eps, config.reference
         ('mollm', 0.0001, 'auto')
-        >>> MOLLMConfig(output_dir="runs/forget", uce_eps=2, report_to="none")
+        >>> MOLLMConfig(output_dir="runs/forget", uce_eps=2)
         Traceback (most recent call last):
         mollm.errors.UsageError: uce_eps must be between 0 and 1, but got 2.
     """

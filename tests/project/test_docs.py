@@ -76,7 +76,7 @@ def test_the_settings_of_the_memory_page_are_those_of_the_optimizer():
     texts = re.findall(r'`--set "(optimizer_options=.*?)"`', PAGES["guide/memory.md"])
     assert len(texts) == 3
     for text in texts:
-        MOLLMConfig(output_dir="runs", report_to="none", **read_settings({"set": [text]}))
+        MOLLMConfig(output_dir="runs", **read_settings({"set": [text]}))
 
 
 def test_every_public_name_is_in_the_reference():
