@@ -52,7 +52,9 @@ pygments_dark_style = "github-dark"
 
 # ---- docstrings: an indented block is an equation or a listing, and stays as it is
 
-SECTION = re.compile(r"(Args|Keyword Args|Returns|Raises|Yields|Example|Examples|Attributes|Note):$")
+SECTION = re.compile(
+    r"(Args|Keyword Args|Returns|Raises|Yields|Example|Examples|Attributes|Note):$"
+)
 
 
 def literal_blocks(

@@ -81,7 +81,9 @@ def test_the_settings_of_the_memory_page_are_those_of_the_optimizer():
 
 def test_every_public_name_is_in_the_reference():
     shown = set(
-        re.findall(r"^\.\. (?:auto|py:)\w+:: (\S+)", "\n".join(PAGES.values()), flags=re.MULTILINE)
+        re.findall(
+            r"^\.\. (?:auto|py:)\w+:: ([\w.]+)", "\n".join(PAGES.values()), flags=re.MULTILINE
+        )
     )
     for package in PACKAGES:
         module = importlib.import_module(package)
