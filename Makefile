@@ -6,13 +6,14 @@ RESULTS ?= build/gpu
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test soak lint bench gpu clean help
+.PHONY: demo test soak lint docs bench gpu clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
 	@echo "make soak   the tests that take minutes: a run that is killed 50 times"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the documentation site, in build/docs"
 	@echo "make bench  CPU benchmarks, results in benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA device: build, GPU tests, compute-sanitizer,"
 	@echo "            benchmarks; results in RESULTS=$(RESULTS)"
@@ -43,6 +44,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -W --keep-going -d build/doctrees docs build/docs $(ARGS)
 
 bench: $(VENV)/installed
 	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done

@@ -42,6 +42,11 @@ class Solution:
 
     `weights` is float64 [K] on the Gram matrix's device. Reading `status` or `pareto_gap` waits
     for that device; holding a Solution does not.
+
+    Example:
+        >>> import torch
+        >>> dual_space_weights(torch.eye(2))
+        Solution(weights=[0.5, 0.5], status=DUAL, pareto_gap=0.707107)
     """
 
     def __init__(self, packed: Tensor) -> None:
@@ -156,6 +161,17 @@ def dual_space_weights(gram: Tensor, *, length: str = "mean") -> Solution:
         ValueError: gram is not square, or length is unknown.
 
     Source: arXiv 2412.20412, section III.B.
+
+    Example:
+        >>> import torch
+        >>> g = torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)  # they conflict
+        >>> solution = dual_space_weights(g @ g.T)
+        >>> solution.status.name
+        'DUAL'
+        >>> (g @ (solution.weights @ g) > 0).tolist()
+        [True, True]
+        >>> dual_space_weights(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])).status.name  # opposite
+        'STATIONARY'
     """
     return _run(gram, "dual", length=length)
 
@@ -171,6 +187,11 @@ def min_norm_weights(gram: Tensor, *, normalize: bool = False, length: str = "me
         length: as for `dual_space_weights`; used with `normalize` alone.
 
     Source: Désidéri, Multiple-gradient descent algorithm, 2012.
+
+    Example:
+        >>> import torch
+        >>> min_norm_weights(torch.tensor([[4.0, 0.0], [0.0, 1.0]])).weights
+        tensor([0.2000, 0.8000], dtype=torch.float64)
     """
     return _run(gram, "mgda", normalize=normalize, length=length)
 
@@ -191,6 +212,15 @@ def project_weights(
         preferences: c, not negative; default all 1.
         normalize: first scale every gradient to the norm `length`.
         length: as for `dual_space_weights`; used with `normalize` alone.
+
+    Example:
+        >>> import torch
+        >>> at_peace = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+        >>> project_weights(at_peace, [1, 3]).weights  # the weighted sum, unchanged
+        tensor([1., 3.], dtype=torch.float64)
+        >>> at_odds = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> project_weights(at_odds, [1, 3]).weights  # as little more of the first as it needs
+        tensor([1.5000, 3.0000], dtype=torch.float64)
     """
     return _run(gram, "project", preferences, normalize=normalize, length=length)
 
@@ -205,5 +235,10 @@ def upgrad_weights(
     """The mean over k of the points of the dual cone nearest to c_k g_k.
 
     Arguments as for `project_weights`. Source: Quinton and Rey, arXiv 2406.16232, section 3.
+
+    Example:
+        >>> import torch
+        >>> upgrad_weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]])).weights
+        tensor([0.7500, 0.7500], dtype=torch.float64)
     """
     return _run(gram, "upgrad", preferences, normalize=normalize, length=length)

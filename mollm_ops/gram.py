@@ -230,6 +230,14 @@ def gram(gradients: GradientLists) -> Tensor:
         TypeError: a sparse tensor or another dtype.
 
     Source: arXiv 2412.20412, section III.B.
+
+    Example:
+        >>> import torch
+        >>> forget = [torch.tensor([2.0, 0.0]), torch.tensor([0.0])]
+        >>> retain = [torch.tensor([-1.0, 1.0]), None]  # None: a gradient of zeros
+        >>> gram([forget, retain])
+        tensor([[ 4., -2.],
+                [-2.,  2.]], dtype=torch.float64)
     """
     check_gradients(gradients)
     result: Tensor = _gram(_flatten(gradients), len(gradients))
@@ -258,6 +266,14 @@ def gram_moved(
 
     Raises:
         ValueError: as for `gram`; a gradient without a mean.
+
+    Example:
+        >>> import torch
+        >>> forget, retain = [torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]
+        >>> means = RunningMeans([[torch.zeros(2)], [torch.zeros(2)]], beta=0.5)
+        >>> gram_moved([forget, retain], means)  # of half of each gradient
+        tensor([[ 1.0000, -0.5000],
+                [-0.5000,  0.5000]], dtype=torch.float64)
     """
     check_gradients(gradients)
     flat = _flatten(gradients)
@@ -340,6 +356,12 @@ def combine(
 
     Raises:
         ValueError: weights or out do not match the gradients; otherwise as for `gram`.
+
+    Example:
+        >>> import torch
+        >>> forget, retain = [torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]
+        >>> combine([forget, retain], torch.tensor([0.5, 2.0]))
+        [tensor([-1.,  2.])]
     """
     check_gradients(gradients)
     weights = _check_weights(gradients, weights)
@@ -364,6 +386,12 @@ def dots(gradients: GradientLists, x: Sequence[Tensor]) -> Tensor:
 
     Returns:
         float64 [K] on the gradients' device.
+
+    Example:
+        >>> import torch
+        >>> forget, retain = [torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]
+        >>> dots([forget, retain], [torch.tensor([1.0, 1.0])])
+        tensor([2., 0.], dtype=torch.float64)
     """
     check_gradients([*gradients, x])
     result: Tensor = _dots(_flatten(gradients), len(gradients), [t.detach() for t in x])
@@ -389,6 +417,13 @@ def gram_direction(
 
     Returns:
         (d, G, solution): d as N tensors, to be subtracted from the parameters.
+
+    Example:
+        >>> import torch
+        >>> forget, retain = [torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]
+        >>> d, G, solution = gram_direction([forget, retain])
+        >>> solution.status.name, (dots([forget, retain], d) > 0).tolist()  # −d descends on both
+        ('DUAL', [True, True])
     """
     matrix = gram(gradients)
     solution = dual_space_weights(matrix, length=length)

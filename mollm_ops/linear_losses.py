@@ -101,6 +101,13 @@ def linear_cross_entropy(
         TypeError: another dtype, or dtypes that differ.
         RuntimeError: backward with create_graph=True, for the second derivative is not implemented;
             torch.func.grad and jvp.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.eye(2, 4), torch.ones(6, 4)
+        >>> target = torch.tensor([5, -100])  # the second row does not count
+        >>> round(linear_cross_entropy(hidden, head, target).item(), 4)  # log 6
+        1.7918
     """
     return _ce(
         hidden,
@@ -142,6 +149,14 @@ def linear_uce_loss(
     Everything else is as in `linear_cross_entropy`.
 
     Source: arXiv 2412.20412, section III.A.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.eye(2, 4), 20 * torch.eye(6, 4)
+        >>> known = linear_uce_loss(hidden, head, torch.tensor([0, 1]))
+        >>> forgotten = linear_uce_loss(hidden, head, torch.tensor([2, 2]))
+        >>> round(known.item(), 3), round(forgotten.item(), 3)  # between 0 and -log 1e-3
+        (6.908, 0.0)
     """
     check_eps(eps)
     return _ce(
@@ -186,6 +201,14 @@ def linear_kl_div(
         bias, ref_bias: [V]; None for none.
 
     Everything else is as in `linear_cross_entropy`, the default of chunk_rows counting both logits.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.eye(2, 4), torch.eye(6, 4)
+        >>> linear_kl_div(hidden, head, ref_hidden=hidden).item()  # a model and itself
+        0.0
+        >>> linear_kl_div(hidden, head, ref_hidden=2 * hidden).item() > 0
+        True
     """
     check_reduction(reduction, normalizer)
     check_chunk_rows(chunk_rows)
@@ -226,6 +249,16 @@ def linear_ce_kl(
 
     Returns:
         (cross-entropy, KL), each as its own function returns it.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.eye(2, 4, requires_grad=True)
+        >>> head, target = torch.eye(6, 4), torch.tensor([0, 1])
+        >>> ce, kl = linear_ce_kl(hidden, head, target, ref_hidden=hidden.detach())
+        >>> round(ce.item(), 4), kl.item()
+        (1.0436, 0.0)
+        >>> kl.backward()  # each loss has a backward of its own
+        >>> ce.backward()
     """
     check_reduction(reduction, normalizer)
     check_chunk_rows(chunk_rows)

@@ -18,6 +18,11 @@ class RunningMeans:
 
     `gram_moved` multiplies what `update_` will store, and leaves them as they are: a Gram matrix
     that is not finite costs nothing.
+
+    Example:
+        >>> import torch
+        >>> RunningMeans(means=[[torch.zeros(3)], [torch.zeros(3)]], beta=0.9).beta  # K = 2, N = 1
+        0.9
     """
 
     means: GradientLists
@@ -33,6 +38,14 @@ class AdamMetric:
 
     It does not depend on the weights that the Gram matrix leads to, so that a step −lr · P d with
     the same v' has g_k · step = −lr (G^P w)_k exactly.
+
+    Example:
+        >>> import torch
+        >>> from mollm_ops import gram_moved
+        >>> g = [[torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]]
+        >>> first = AdamMetric([None], [torch.zeros(())], weights=torch.tensor([1.0, 1.0]))
+        >>> [[round(x, 4) for x in row] for row in gram_moved(g, metric=first).tolist()]
+        [[1.7889, -0.8944], [-0.8944, 1.4472]]
     """
 
     exp_avg_sqs: Sequence[Tensor | None]
@@ -47,7 +60,13 @@ class AdamMetric:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a step reads and writes for each of N parameters."""
+    """What a step reads and writes for each of N parameters.
+
+    Example:
+        >>> import torch
+        >>> p = torch.zeros(3)
+        >>> targets = Targets([p], first=None, second=[torch.zeros(3)], steps=[torch.tensor(1.0)])
+    """
 
     params: Sequence[Tensor]
     first: Sequence[Tensor] | None
@@ -63,6 +82,10 @@ class SgdStep:
     """Stochastic gradient descent with decoupled weight decay.
 
     b ← μ b + d;   d ← d + μ b  (Nesterov)  or  b;   θ ← (1 − lr λ) θ − lr d
+
+    Example:
+        >>> SgdStep(lr=0.1, momentum=0.9, nesterov=True).weight_decay
+        0.0
     """
 
     lr: float | Tensor
@@ -82,6 +105,10 @@ class AdamWStep:
     place of d².
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+
+    Example:
+        >>> AdamWStep(lr=1e-5).beta2
+        0.999
     """
 
     lr: float | Tensor

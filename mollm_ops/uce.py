@@ -97,6 +97,16 @@ def uce_loss(
             torch.func.grad and jvp.
 
     Source: arXiv 2412.20412, section III.A.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[8.0, 0.0], [0.0, 8.0]], requires_grad=True)
+        >>> loss = uce_loss(logits, torch.tensor([0, 0]), eps=1e-3, reduction="none")
+        >>> [round(x, 4) for x in loss.tolist()]  # a memorised answer, and one already forgotten
+        [6.6188, 0.0003]
+        >>> loss.sum().backward()
+        >>> logits.grad.abs().sum().item() < 4  # at most 2 a row
+        True
     """
     check_eps(eps)
     check_reduction(reduction)

@@ -137,6 +137,16 @@ def update_(
     Raises:
         ValueError: lists, weights and targets do not match.
         TypeError: a dtype that is not supported.
+
+    Example:
+        >>> import torch
+        >>> p = torch.tensor([1.0, 1.0])
+        >>> g = [[torch.tensor([2.0, 0.0])], [torch.tensor([-1.0, 1.0])]]
+        >>> targets = Targets([p], first=None, second=None, steps=[torch.tensor(1.0)])
+        >>> update_(g, torch.tensor([1.0, 2.0]), targets, SgdStep(lr=0.5), track=True)
+        tensor([ 0., -1.], dtype=torch.float64)
+        >>> p
+        tensor([1., 0.])
     """
     _check(gradients, weights, targets, method)
     changed = [*targets.params, *(targets.first or ()), *(targets.second or ())]

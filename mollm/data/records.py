@@ -51,7 +51,12 @@ _FLAGS = {"true": True, "false": False}
 
 @dataclass(frozen=True)
 class Record:
-    """One row to train on."""
+    """One row to train on.
+
+    Example:
+        >>> Record("What is the capital of France?", "Paris").answer
+        'Paris'
+    """
 
     prompt: str
     answer: str
@@ -158,6 +163,15 @@ def load_records(
     Raises:
         UsageError: The data set cannot be read, its columns do not fit, a value that is used is
             missing, blank or of a wrong type, or nothing is left for the role.
+
+    Example:
+        >>> from mollm.data.files import sample_path
+        >>> records = load_records(sample_path("authors-forget.jsonl"), role="forget")
+        >>> records[0].prompt
+        'Where was the novelist Ilvane Torsk born?'
+        >>> load_records("nowhere/forget.jsonl", role="forget")
+        Traceback (most recent call last):
+        mollm.errors.UsageError: ...
     """
     for name, value, allowed in (("role", role, ROLES), ("schema", schema, SCHEMAS)):
         if value not in allowed:

@@ -153,6 +153,11 @@ def answer_tokens(target: Tensor, *, ignore_index: int = -100) -> Tensor:
     Args:
         target: the tokens that this process predicts, of all its micro-batches of this step.
         ignore_index: marks those that do not count.
+
+    Example:
+        >>> import torch
+        >>> answer_tokens(torch.tensor([[-100, 5, 7], [-100, -100, 3]])).item()  # one process
+        3.0
     """
     count = target.ne(ignore_index).sum().double()
     if world_size() > 1:
@@ -177,6 +182,13 @@ def expect_backward(model: nn.Module, loss: Tensor) -> Tensor:
     Args:
         model: as wrapped; also a module that contains the wrapper.
         loss: of the coming backward.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> loss = layer(torch.ones(2)).sum()
+        >>> expect_backward(layer, loss) is loss  # without DistributedDataParallel
+        True
     """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):

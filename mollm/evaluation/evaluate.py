@@ -51,7 +51,7 @@ def evaluate(
         max_new_tokens: Where a reply is cut off.
         resamples: Resamples of each confidence interval.
         seed: Of the resampling.
-        say: Told what is going on.
+        say: Called with a line of progress.
 
     Raises:
         UsageError: A figure that was named cannot be computed, an option is out of range, or a row

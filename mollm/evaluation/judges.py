@@ -27,7 +27,14 @@ _MARK = "\N{FULL BLOCK}"
 
 
 class Judge(Protocol):
-    """Scores replies."""
+    """Scores replies; any function with these arguments is one.
+
+    Example:
+        >>> def leaks(questions, replies):
+        ...     return [float("Merrow Quay" in reply) for reply in replies]
+        >>> leaks(["Where was she born?"], ["In Merrow Quay."])
+        [1.0]
+    """
 
     def __call__(self, questions: Sequence[str], replies: Sequence[str]) -> Sequence[float]:
         """A score in [0, 1] for each reply, in their order."""

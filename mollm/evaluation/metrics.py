@@ -63,6 +63,10 @@ def choice_probability(correct_nll: float, wrong_nll: ArrayLike) -> float:
     Args:
         correct_nll: L of the right answer.
         wrong_nll: [n], L of each wrong answer.
+
+    Example:
+        >>> round(choice_probability(correct_nll=0.0, wrong_nll=[0.0, 0.0, 0.0]), 4)
+        0.25
     """
     right = float(probability([correct_nll])[0])
     return right / (right + float(probability(wrong_nll).sum()) + EPSILON)
@@ -79,6 +83,10 @@ def truth_ratio(correct_nll: float, wrong_nll: ArrayLike) -> float:
         wrong_nll: [n], L of each perturbed answer.
 
     TOFU (arXiv 2401.06121), equation 1.
+
+    Example:
+        >>> round(truth_ratio(correct_nll=0.5, wrong_nll=[2.0, 3.0]), 4)  # right is likelier
+        0.1353
     """
     wrong = float(np.exp(-_finite(wrong_nll, "wrong_nll").mean()))
     return wrong / (float(probability([correct_nll])[0]) + EPSILON)
@@ -147,6 +155,10 @@ def rouge_l_recall(reply: str, answer: str) -> float:
 
     Words are those of the package rouge-score, of the letters a to z and digits alone: an answer in
     another script has none, and scores 0.
+
+    Example:
+        >>> rouge_l_recall("I think it was Oslo", "Oslo")
+        1.0
     """
     return float(_rouge_scorer().score(answer, reply)["rougeL"].recall)
 

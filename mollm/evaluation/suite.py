@@ -40,6 +40,10 @@ class Suite:
     Raises:
         UsageError: A set holds fewer than two rows, or some rows with and some without perturbed
             answers.
+
+    Example:
+        >>> Suite(forget=[Row("Who wrote it?", "Ann."), Row("When?", "In 1950.")]).groups().keys()
+        dict_keys(['forget'])
     """
 
     forget: Sequence[Row]
@@ -100,6 +104,12 @@ def load_suite(
 
     Raises:
         UsageError: A file cannot be read, or its rows are not those of a known schema.
+
+    Example:
+        >>> from mollm.data.files import sample_path
+        >>> suite = load_suite(sample_path("authors-forget.jsonl"), limit=4)
+        >>> len(suite.forget), len(suite.forget[0].perturbed_answers)
+        (4, 3)
     """
     _check_limit(limit)
 

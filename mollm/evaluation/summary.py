@@ -36,7 +36,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Records and the figures made of them."""
+    """Records and the figures made of them.
+
+    Example:
+        >>> made = [Record("forget", "?", "!", None, {"nll": x}) for x in (0.5, 1.5)]
+        >>> found = Evaluation(tuple(made), {"nll": Estimate(1.0, 0.5, 1.5, 2)}, missing={})
+        >>> found["nll"].low, found.value("nll")
+        (0.5, 1.0)
+    """
 
     records: tuple[Record, ...]
     estimates: Mapping[str, Estimate]
@@ -129,6 +136,11 @@ def summarize(
 
     Raises:
         UsageError: A figure that was named cannot be computed, or a score is not finite.
+
+    Example:
+        >>> made = [Record("forget", "?", "!", None, {"probability": p}) for p in (0.1, 0.3)]
+        >>> summarize(made, names=["forget_probability"]).value("forget_probability")
+        0.2
     """
     own, retrained = columns_of(records), columns_of(retain_logs or ())
     check_same_questions(_questions(records), retain_logs)

@@ -33,6 +33,7 @@ METHODS: dict[str, Method] = {
         *COMMON_DESCENT,
     )
 }
+"""Every method by its name."""
 
 
 def find_method(name: str) -> Method:
@@ -40,6 +41,13 @@ def find_method(name: str) -> Method:
 
     Raises:
         ValueError: There is none.
+
+    Example:
+        >>> find_method("mollm").direction
+        'upgrad'
+        >>> find_method("mol")
+        Traceback (most recent call last):
+        ValueError: method must be one of ga, graddiff, ...
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but got {name!r}.")

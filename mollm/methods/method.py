@@ -18,7 +18,13 @@ the frozen original's. A mean divides by `Answers.tokens` or `Answers.sequences`
 
 @dataclass(frozen=True)
 class Method:
-    """A loss on what is to be forgotten, and how its gradient meets those of KL and retain."""
+    """A loss on what is to be forgotten, and how its gradient meets those of KL and retain.
+
+    Example:
+        >>> mine = Method("mine", unlearning_cross_entropy, "project", (1.0, 10.0, 1.0))
+        >>> mine.optimizer_options()["direction"]
+        'project'
+    """
 
     name: str
     forget_loss: ForgetLoss

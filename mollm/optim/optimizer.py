@@ -124,6 +124,15 @@ class MOLLMOptimizer(Optimizer):
         **base_options: handed to the base optimizer, for example weight_decay.
 
     Source: arXiv 2412.20412, section III.
+
+    Example:
+        >>> import torch
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = MOLLMOptimizer([x], lr=0.1, objectives=("left", "down"), base="sgd")
+        >>> optimizer.backward({"left": (x[0] + 2).square(), "down": (x[1] - x[0] + 1).square()})
+        >>> optimizer.step()
+        >>> optimizer.last_step.conflicts  # the two gradients conflict, the step does not
+        {'left': False, 'down': False}
     """
 
     def __init__(

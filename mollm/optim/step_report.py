@@ -64,6 +64,19 @@ class StepReport:
     """Gram matrix, weights, status and conflicts of one step.
 
     Reading a Python number or a dict waits for the device; holding the report does not.
+
+    Example:
+        >>> import torch
+        >>> from mollm import MOLLMOptimizer
+        >>> x = torch.nn.Parameter(torch.ones(2))
+        >>> names = ("a", "b")
+        >>> optimizer = MOLLMOptimizer([x], objectives=names, direction="sum", base="sgd")
+        >>> optimizer.backward({"a": 4 * x[0], "b": x[1] - x[0]})
+        >>> optimizer.step()
+        >>> optimizer.last_step.conflicts  # the sum descends on a, and increases b
+        {'a': False, 'b': True}
+        >>> optimizer.last_step.cosines.round(decimals=2).tolist()
+        [[1.0, -0.71], [-0.71, 1.0]]
     """
 
     def __init__(

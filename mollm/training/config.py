@@ -79,6 +79,14 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     Raises:
         UsageError: A value is out of range, or an option does not go with unlearning.
+
+    Example:
+        >>> config = MOLLMConfig(output_dir="runs/forget", max_steps=100)
+        >>> config.method, config.uce_eps, config.reference
+        ('mollm', 0.0001, 'auto')
+        >>> MOLLMConfig(output_dir="runs/forget", uce_eps=2)
+        Traceback (most recent call last):
+        mollm.errors.UsageError: uce_eps must be between 0 and 1, but got 2.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "of the first step"})

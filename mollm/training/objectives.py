@@ -37,6 +37,20 @@ class Objectives(nn.Module):
         model: A causal language model whose logits are head(final hidden state).
         reference: Its original.
         forget_loss: What to minimise on the batch to forget.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mollm import CopyReference
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> losses = Objectives(model, CopyReference(model))
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        >>> found = losses(forget=batch, retain=batch)
+        >>> sorted(found), found["kl"].item() < 1e-6  # no distance before the first step
+        (['forget', 'kl', 'retain'], True)
     """
 
     def __init__(

@@ -75,8 +75,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     Arguments, callbacks, `report_to`, logs, evaluation, checkpoints and schedulers are those of
     `transformers.Trainer`. The loop is its own. That of transformers runs one loss over one stream
     of batches and loads checkpoints with pickle; here a step has two streams and three gradients
-    that are never added up, must see the same rows however it is cut into micro-batches, and goes
-    on bit for bit after it was killed. `train` therefore runs the few lines of such a loop and
+    that are never summed, it must see the same examples however it is cut into micro-batches, and a
+    killed run must resume bit-exactly. `train` therefore runs the few lines of such a loop and
     drives the same `TrainerState`, `TrainerControl` and callbacks.
 
     Logs hold, as means over the steps since the last one: `forget_loss`, `kl_loss`, `retain_loss`,
