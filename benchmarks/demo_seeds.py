@@ -1,4 +1,4 @@
-"""The demo\'s experiment over several seeds and methods: the tables of docs/demo.md.
+"""The demo's experiment over several seeds and methods: the tables of docs/demo.md.
 
     python benchmarks/demo_seeds.py
 

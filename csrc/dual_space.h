@@ -166,14 +166,15 @@ MOLLM_HD inline Solution empty_solution(Status status) {
   return s;
 }
 
+// The length that the direction is given. Objectives that were dropped are not the first.
 template <class Nnls>
 MOLLM_HD double length_of(int K, const double* G, const Cone& cone, Length length,
                           const Nnls& nnls) {
-  if (length == Length::kFirst) return sqrt(fmax(G[0], 0.0));
+  if (length == Length::kFirst) return cone.norm[0];
   if (length == Length::kMean) {
     double sum = 0;
-    for (int i = 0; i < K * K; ++i) sum += G[i];
-    return sqrt(fmax(sum, 0.0)) / K;
+    for (int i = 0; i < K * K; ++i) sum += G[i] / (K * K);
+    return sqrt(fmax(sum, 0.0));
   }
   double raw[kMaxObjectives][kMaxObjectives], w[kMaxObjectives];
   for (int i = 0; i < cone.n; ++i)
@@ -242,9 +243,11 @@ MOLLM_HD Solution dual_space_solution(int K, const double* G, Length length, con
   if (!open_cone(K, G, nnls, &cone, hull, &s)) return s;
   const bool dual = dual_centre(cone, y);
   if (!dual && (s.pareto_gap <= kStationaryGap || !descends_on_all(cone, hull))) return s;
+  const double tau = length_of(K, G, cone, length, nnls);
+  if (!(tau > 0)) return s;
   s.status = dual ? Status::kDual : Status::kMinNorm;
   const double* centre = dual ? y : hull;
-  write_weights(cone, centre, length_of(K, G, cone, length, nnls) / norm_of(cone, centre), &s);
+  write_weights(cone, centre, tau / norm_of(cone, centre), &s);
   return s;
 }
 
@@ -257,9 +260,11 @@ MOLLM_HD Solution min_norm_solution(int K, const double* G, bool normalize, Leng
   Solution s;
   double y[kMaxObjectives];
   if (!open_cone(K, G, nnls, &cone, y, &s) || s.pareto_gap <= kStationaryGap) return s;
+  const double tau = normalize ? length_of(K, G, cone, length, nnls) : 1;
+  if (!(tau > 0)) return s;
   s.status = Status::kMinNorm;
   if (normalize) {
-    write_weights(cone, y, length_of(K, G, cone, length, nnls), &s);
+    write_weights(cone, y, tau, &s);
     return s;
   }
   double raw[kMaxObjectives][kMaxObjectives];
@@ -297,14 +302,15 @@ MOLLM_HD Solution projected_solution(int K, const double* G, const double* prefe
   Cone cone;
   Solution s;
   double hull[kMaxObjectives], c[kMaxObjectives], y[kMaxObjectives];
-  if (!open_cone(K, G, nnls, &cone, hull, &s)) return s;
+  if (!open_cone(K, G, nnls, &cone, hull, &s) || s.pareto_gap <= kStationaryGap) return s;
+  const double tau = normalize ? length_of(K, G, cone, length, nnls) : 1;
   double size = 0;
   for (int i = 0; i < cone.n; ++i) {
     y[i] = 0;
     c[i] = preferences[cone.index[i]] * (normalize ? 1 : cone.norm[i]);
     size = fmax(size, fabs(c[i]));
   }
-  if (!(size > 0)) return s;
+  if (!(size > 0 && tau > 0)) return s;
   for (int i = 0; i < cone.n; ++i) c[i] /= size;  // as a number near 1, for the certificates
   if (each_alone) {
     for (int k = 0; k < cone.n; ++k) {
@@ -317,7 +323,7 @@ MOLLM_HD Solution projected_solution(int K, const double* G, const double* prefe
   }
   if (norm_of(cone, y) <= kStationaryGap) return s;
   s.status = Status::kRule;
-  write_weights(cone, y, size * (normalize ? length_of(K, G, cone, length, nnls) : 1), &s);
+  write_weights(cone, y, size * tau, &s);
   return s;
 }
 

@@ -39,8 +39,10 @@ struct AdamMetric {
   double beta2 = 0, eps = 0;
 };
 
-// gram[i, j] = sum over all elements of g_i * g_j, [K, K]. The order of the additions depends on
-// the sizes alone: the result is the same, bit for bit, for any number of threads.
+// gram[i, j] = sum over all elements of g_i * g_j, [K, K]. Products of floats are added as floats
+// first; where squares are beyond what a float holds, their chunk is done once more in double. The
+// order of the additions depends on sizes and values alone: the result is the same, bit for bit,
+// for any number of threads.
 void gram_cpu(const TensorLists& gradients, const RunningMeans& means, const AdamMetric& metric,
               double* gram, int threads);
 

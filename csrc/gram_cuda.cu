@@ -4,7 +4,8 @@
 // Work is cut into chunks of one tensor; a persistent grid takes them in a fixed pattern. Products
 // are added in float over one chunk per thread, then in double; block partials are added by the
 // last block in the order of the blocks. No atomics on floating-point numbers: for a given device
-// the result is the same, bit for bit, in every run.
+// the result is the same, bit for bit, in every run. Where squares are beyond what a float holds,
+// the thread that meets them does its part of the chunk once more in double.
 #include "cuda_lists.cuh"
 #include "dual_space.h"
 
@@ -14,6 +15,10 @@ namespace {
 // Few lists are few loads at a time for each thread: more threads must hide their latency.
 constexpr int blocks_per_sm(int lists) { return lists <= 3 ? 4 : 2; }
 static_assert(kThreads >= 1 << kMaxObjectives, "the solver gives every face a thread");
+
+// Below this sum of a thread's squares, floats too small to have a square may be what is missing
+// from it: 2^7 of them, each up to the smallest float 2^-149, are 2^-24 of it or less.
+constexpr float kFaint = 0x1p-100f;
 
 // ---- Gram
 
@@ -34,8 +39,73 @@ __device__ inline void multiply(const float x[][kVector], float* sums) {
         sums[i * (i + 1) / 2 + j] = fmaf(x[i][e], x[j][e], sums[i * (i + 1) / 2 + j]);
 }
 
+// Whether this thread's part of a row, whole vectors of the chunk, is zero.
+__device__ inline bool is_zero(Row row, int64_t begin, int64_t end) {
+#pragma unroll 1
+  for (int64_t at = begin + threadIdx.x * kVector; at < end; at += kThreads * kVector) {
+    const Packet p = fetch(row, at);
+    const uint4 a = p.raw[0], b = p.raw[1];
+    if (a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) return false;
+  }
+  return true;
+}
+
+// Whether floats held all squares of this thread's part of the rows, or there was nothing to hold.
+// Rows are looked up again, one by one: few registers are free here.
+template <int K>
+__device__ inline bool in_range(const float* sums, const DeviceLists& lists,
+                                const DeviceMeans& moving, const Chunk& chunk, int64_t end) {
+  bool finite = true;
+  unsigned faint = 0;
+#pragma unroll
+  for (int p = 0; p < Products<K>::kPairs; ++p) finite &= isfinite(sums[p]);
+#pragma unroll
+  for (int k = 0; k < K; ++k) faint |= unsigned{sums[k * (k + 1) / 2 + k] < kFaint} << k;
+  if (!finite) return false;
+#pragma unroll 1
+  for (int64_t k = 0; faint; ++k, faint >>= 1) {
+    if (!(faint & 1u)) continue;
+    const int64_t at = k * lists.tensors + chunk.tensor;
+    const Row row = row_at(lists.data, lists.dtypes, at);
+    if (!row.data) continue;
+    if (!is_zero(row, chunk.begin, end)) return false;
+    if (moving.data && !is_zero(row_at(moving.data, moving.dtypes, at), chunk.begin, end))
+      return false;
+  }
+  return true;
+}
+
+// In double, one element at a time. Each thread takes kRun neighbours, then those of its next turn.
+template <int K, int kRun>
+__device__ inline void gram_elements(const Row* rows, int64_t begin, int64_t end,
+                                     Products<K>& products) {
+#pragma unroll 1
+  for (int64_t run = begin + threadIdx.x * kRun; run < end; run += kThreads * kRun) {
+#pragma unroll 1
+    for (int64_t at = run; at < run + kRun; ++at) {
+      double x[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) x[k] = rows[k].data ? load_one(rows[k], at) : 0.0;
+#pragma unroll
+      for (int i = 0; i < K; ++i)
+#pragma unroll
+        for (int j = 0; j <= i; ++j) products.total[i * (i + 1) / 2 + j] += x[i] * x[j];
+    }
+  }
+}
+
+// The sums of this thread's part of the chunk's whole vectors, which end at `end`.
+template <int K>
+__device__ inline void add_sums(const float* sums, const DeviceLists& lists, const Row* rows,
+                                const Chunk& chunk, int64_t end, Products<K>& products) {
+  if (!in_range<K>(sums, lists, DeviceMeans(), chunk, end))
+    return gram_elements<K, kVector>(rows, chunk.begin, end, products);
+#pragma unroll
+  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
+}
+
 template <int K, class T>
-__device__ inline void gram_vectors(const Row* rows, const Chunk& chunk, Products<K>& products) {
+__device__ inline void gram_vectors(const DeviceLists& lists, const Row* rows, const Chunk& chunk, Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
   const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kVector * kVector;
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < whole; at += kThreads * kVector) {
@@ -44,13 +114,12 @@ __device__ inline void gram_vectors(const Row* rows, const Chunk& chunk, Product
     for (int k = 0; k < K; ++k) load_vector(static_cast<const T*>(rows[k].data) + at, x[k]);
     multiply<K>(x, sums);
   }
-#pragma unroll
-  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
+  add_sums<K>(sums, lists, rows, chunk, whole, products);
 }
 
 // The same for rows of which some are missing or that differ in dtype.
 template <int K>
-__device__ inline void gram_packets(const Row* rows, const Chunk& chunk, Products<K>& products) {
+__device__ inline void gram_packets(const DeviceLists& lists, const Row* rows, const Chunk& chunk, Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
   const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kVector * kVector;
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < whole; at += kThreads * kVector) {
@@ -62,22 +131,7 @@ __device__ inline void gram_packets(const Row* rows, const Chunk& chunk, Product
     for (int k = 0; k < K; ++k) unpack(g[k], rows[k].dtype, x[k]);
     multiply<K>(x, sums);
   }
-#pragma unroll
-  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
-}
-
-template <int K>
-__device__ inline void gram_elements(const Row* rows, int64_t begin, int64_t end,
-                                     Products<K>& products) {
-  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    double x[K];
-#pragma unroll
-    for (int k = 0; k < K; ++k) x[k] = rows[k].data ? load_one(rows[k], at) : 0.0;
-#pragma unroll
-    for (int i = 0; i < K; ++i)
-#pragma unroll
-      for (int j = 0; j <= i; ++j) products.total[i * (i + 1) / 2 + j] += x[i] * x[j];
-  }
+  add_sums<K>(sums, lists, rows, chunk, whole, products);
 }
 
 // Writes the totals of grid_sums as a symmetric matrix; called by the last block.
@@ -102,61 +156,68 @@ __global__ void __launch_bounds__(kThreads, K <= 6 ? blocks_per_sm(K) : 1)
     const int64_t length = chunk.end - chunk.begin;
     int64_t done = chunk.begin + length / kVector * kVector;
     if (uniform<K>(rows, DType::kBFloat16))
-      gram_vectors<K, __nv_bfloat16>(rows, chunk, products);
+      gram_vectors<K, __nv_bfloat16>(lists, rows, chunk, products);
     else if (uniform<K>(rows, DType::kFloat32))
-      gram_vectors<K, float>(rows, chunk, products);
+      gram_vectors<K, float>(lists, rows, chunk, products);
     else if (uniform<K>(rows, DType::kFloat16))
-      gram_vectors<K, __half>(rows, chunk, products);
+      gram_vectors<K, __half>(lists, rows, chunk, products);
     else if (all_in_packets<K>(rows))
-      gram_packets<K>(rows, chunk, products);
+      gram_packets<K>(lists, rows, chunk, products);
     else
       done = chunk.begin;
-    gram_elements<K>(rows, done, chunk.end, products);
+    gram_elements<K, 1>(rows, done, chunk.end, products);
   }
   if (grid_sums<Products<K>::kPairs>(products.total, work)) write_gram<K>(work, gram);
 }
 
 // ---- Gram of running means, or in Adam's metric
 
-// P of one element: its gradients (or means) are x, its second moment so far v.
+// The root of P of one element: its gradients (or means) are x, its second moment so far v. NaN
+// where v' is beyond S.
 template <int K, class S>
 __device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S correction) {
   S square = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) square += static_cast<S>(metric.weights[k]) * x[k] * x[k];
   const S moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
-  return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps));
+  return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps)) + (moment - moment);
 }
 
+// In double, one element at a time; each thread takes `run` neighbours at a turn.
 template <int K>
 __device__ inline void moved_elements(const Row* rows, const Row* means, Row second,
                                       const DeviceMeans& moving, const DeviceMetric& metric,
                                       double correction, const Chunk& chunk,
-                                      Products<K>& products) {
-  for (int64_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
-    double x[K];
+                                      int run, Products<K>& products) {
+#pragma unroll 1
+  for (int64_t first = chunk.begin + threadIdx.x * run; first < chunk.end; first += kThreads * run) {
+#pragma unroll 1
+    for (int64_t at = first; at < first + run; ++at) {
+      double x[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      x[k] = rows[k].data ? load_one(rows[k], at) : 0.0;
-      if (moving.data && rows[k].data)
-        x[k] = stored(means[k].dtype,
-                      moving.beta * load_one(means[k], at) + (1 - moving.beta) * x[k]);
+      for (int k = 0; k < K; ++k) {
+        x[k] = rows[k].data ? load_one(rows[k], at) : 0.0;
+        if (moving.data && rows[k].data)
+          x[k] = stored(means[k].dtype,
+                        moving.beta * load_one(means[k], at) + (1 - moving.beta) * x[k]);
+      }
+      if (metric.weights) {
+        const double v = second.data ? load_one(second, at) : 0.0;
+        const double scale = metric_scale<K, double>(metric, x, v, correction);
+#pragma unroll
+        for (int k = 0; k < K; ++k) x[k] *= scale;
+      }
+#pragma unroll
+      for (int i = 0; i < K; ++i)
+#pragma unroll
+        for (int j = 0; j <= i; ++j) products.total[i * (i + 1) / 2 + j] += x[i] * x[j];
     }
-    if (metric.weights) {
-      const double scale =
-          metric_scale<K, double>(metric, x, second.data ? load_one(second, at) : 0.0, correction);
-#pragma unroll
-      for (int k = 0; k < K; ++k) x[k] *= scale;
-    }
-#pragma unroll
-    for (int i = 0; i < K; ++i)
-#pragma unroll
-      for (int j = 0; j <= i; ++j) products.total[i * (i + 1) / 2 + j] += x[i] * x[j];
   }
 }
 
+// False where this thread's part is left for moved_elements.
 template <int K>
-__device__ inline void moved_vectors(const Row* rows, const Row* means, Row second,
+__device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, const Row* means, Row second,
                                      const DeviceMeans& moving, const DeviceMetric& metric,
                                      float correction, const Chunk& chunk,
                                      Products<K>& products) {
@@ -191,8 +252,10 @@ __device__ inline void moved_vectors(const Row* rows, const Row* means, Row seco
           sums[i * (i + 1) / 2 + j] = fmaf(scale * y[i], scale * y[j], sums[i * (i + 1) / 2 + j]);
     }
   }
+  if (!in_range<K>(sums, lists, moving, chunk, chunk.end)) return false;
 #pragma unroll
   for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
+  return true;
 }
 
 template <int K>
@@ -207,7 +270,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       means[k] = {nullptr, DType::kFloat32};
-      if (moving.data) means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
+      if (moving.data)
+        means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
     }
     bool packets = all_in_packets<K>(rows) && all_in_packets<K>(means);
     double correction = 1;
@@ -217,12 +281,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       correction = 1 - pow(metric.beta2, static_cast<double>(step) + 1);
       packets &= in_packets(second);
     }
-    Chunk whole = chunk, rest = chunk;
-    whole.end = rest.begin =
-        packets ? chunk.begin + (chunk.end - chunk.begin) / kVector * kVector : chunk.begin;
-    moved_vectors<K>(rows, means, second, moving, metric, static_cast<float>(correction), whole,
-                     products);
-    moved_elements<K>(rows, means, second, moving, metric, correction, rest, products);
+    Chunk part = chunk;
+    part.end = packets ? chunk.begin + (chunk.end - chunk.begin) / kVector * kVector : chunk.begin;
+    bool done = moved_vectors<K>(lists, rows, means, second, moving, metric,
+                                 static_cast<float>(correction), part, products);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn, done = false) {  // what was left, then the odd elements
+      const int run = turn == 0 ? kVector : 1;
+      if (!done)
+        moved_elements<K>(rows, means, second, moving, metric, correction, part, run, products);
+      part = {chunk.tensor, part.end, chunk.end};
+    }
   }
   if (grid_sums<Products<K>::kPairs>(products.total, work)) write_gram<K>(work, gram);
 }

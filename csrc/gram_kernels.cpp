@@ -14,6 +14,10 @@ constexpr int64_t kFlush = 2048;    // float products added before they go into 
 constexpr int kDirectRows = 4;      // up to here all products of a position fit in registers
 constexpr int kTile = 4;
 
+// Below this sum of squares of a chunk, floats too small to have a square may be what is missing
+// from it: 2^16 of them, each up to the smallest normal float 2^-126, are 2^-24 of it.
+constexpr double kFaint = 0x1p-86;
+
 MOLLM_INLINE int triangle(int i, int j) { return i * (i + 1) / 2 + j; }
 
 // ---- Gram, few rows of one dtype: everything in registers.
@@ -128,7 +132,7 @@ static void move_mean(const GramChunk& chunk, int k, int64_t begin, int64_t coun
   convert(stored, chunk.mean_dtypes[k], 0, count, g);
 }
 
-// Scales every row by sqrt(P), P the metric of Adam.
+// Scales every row by sqrt(P), P the metric of Adam; to NaN where v' is beyond S.
 template <class S>
 static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count,
                             S (*row)[kScratch]) {
@@ -142,7 +146,7 @@ static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count
   }
   for (int64_t n = 0; n < count; ++n) {
     const S v = beta2 * second[n] + fresh * sum[n];
-    sum[n] = 1 / sqrt(sqrt(v) * root + eps);
+    sum[n] = 1 / sqrt(sqrt(v) * root + eps) + (v - v);
   }
   for (int k = 0; k < chunk.rows; ++k)
     for (int64_t n = 0; n < count; ++n) row[k][n] *= sum[n];
@@ -184,27 +188,55 @@ static bool uniform(int rows, const DType* dtypes) {
   return true;
 }
 
-static void gram(const GramChunk& chunk, double* partial) {
-  const int rows = chunk.rows;
+static void gram_in_float(const GramChunk& chunk, double* partial) {
   const bool plain = !chunk.means && !chunk.second_weights;
-  if (plain && rows <= kDirectRows && uniform(rows, chunk.dtypes)) {
+  if (plain && chunk.rows <= kDirectRows && uniform(chunk.rows, chunk.dtypes)) {
     switch (chunk.dtypes[0]) {
-      case DType::kFloat32:
-        if (gram_direct<float>(rows, chunk.data, chunk.count, partial)) return;
-        break;
       case DType::kBFloat16:
-        if (gram_direct<bf16>(rows, chunk.data, chunk.count, partial)) return;
+        if (gram_direct<bf16>(chunk.rows, chunk.data, chunk.count, partial)) return;
         break;
       case DType::kFloat16:
-        if (gram_direct<fp16>(rows, chunk.data, chunk.count, partial)) return;
+        if (gram_direct<fp16>(chunk.rows, chunk.data, chunk.count, partial)) return;
         break;
-      case DType::kFloat64: break;
+      default:
+        if (gram_direct<float>(chunk.rows, chunk.data, chunk.count, partial)) return;
     }
   }
-  if (any_double(rows, chunk.dtypes) || (chunk.means && any_double(rows, chunk.mean_dtypes)))
-    gram_scratch<double>(chunk, partial);
-  else
-    gram_scratch<float>(chunk, partial);
+  gram_scratch<float>(chunk, partial);
+}
+
+static bool is_zero(const void* row, DType dtype, int64_t count) {
+  const int64_t bytes = count * (dtype == DType::kFloat32 ? 4 : 2);
+  const char* const p = static_cast<const char*>(row);
+  int64_t n = 0;
+  for (; n + 64 <= bytes; n += 64) {
+    uint64_t words[8], any = 0;
+    std::memcpy(words, p + n, sizeof(words));
+    for (const uint64_t word : words) any |= word;
+    if (any) return false;
+  }
+  for (; n < bytes; ++n)
+    if (p[n]) return false;
+  return true;
+}
+
+// Whether squares were lost below the smallest float, or beyond the largest.
+static bool out_of_range(const GramChunk& chunk, const double* partial) {
+  for (int p = 0; p < chunk.rows * (chunk.rows + 1) / 2; ++p)
+    if (partial[p] - partial[p] != 0) return true;
+  for (int k = 0; k < chunk.rows; ++k) {
+    if (partial[triangle(k, k)] >= kFaint) continue;
+    if (!is_zero(chunk.data[k], chunk.dtypes[k], chunk.count)) return true;
+    if (chunk.means && !is_zero(chunk.means[k], chunk.mean_dtypes[k], chunk.count)) return true;
+  }
+  return false;
+}
+
+static void gram(const GramChunk& chunk, double* partial) {
+  const bool wide = any_double(chunk.rows, chunk.dtypes) ||
+                    (chunk.means && any_double(chunk.rows, chunk.mean_dtypes));
+  if (!wide) gram_in_float(chunk, partial);
+  if (wide || out_of_range(chunk, partial)) gram_scratch<double>(chunk, partial);
 }
 
 // ---- Weighted sum.

@@ -9,7 +9,11 @@ CUDA_CHUNK: int
 
 def cpu_instruction_set() -> str: ...
 
+# Every argument is checked before it is used: ValueError where counts, lengths, codes or null
+# addresses do not fit together. That an address has the memory it stands for is up to the caller.
+
 _List = tuple[Sequence[int], Sequence[int]]  # addresses, dtypes
+_Memory = tuple[int, int]  # address, elements
 
 def gram_cpu(
     data: Sequence[int],
@@ -17,7 +21,7 @@ def gram_cpu(
     counts: Sequence[int],
     means: tuple[_List, float] | None,
     metric: tuple[_List, Sequence[float], Sequence[float], float, float] | None,
-    gram: int,
+    gram: _Memory,
     threads: int,
 ) -> None: ...
 def update_cpu(
@@ -32,93 +36,91 @@ def update_cpu(
     second: _List | None,
     steps: Sequence[int],
     options: Mapping[str, object],
-    changes: int,
+    changes: _Memory | None,
     threads: int,
 ) -> None: ...
 def combine_cpu(
     data: Sequence[int],
     dtypes: Sequence[int],
     counts: Sequence[int],
-    weights: int,
-    out: Sequence[int],
-    out_dtypes: Sequence[int],
+    weights: _Memory,
+    out: _List,
     threads: int,
 ) -> None: ...
 def dots_cpu(
     data: Sequence[int],
     dtypes: Sequence[int],
     counts: Sequence[int],
-    x: Sequence[int],
-    x_dtypes: Sequence[int],
-    dots: int,
+    x: _List,
+    dots: _Memory,
     threads: int,
 ) -> None: ...
 def cuda_grid(lists: int) -> int: ...
 def gram_cuda(
-    table: int,
+    table: _Memory,
     lists: int,
     tensors: int,
     chunks: int,
-    partials: int,
-    arrived: int,
+    partials: _Memory,
+    arrived: _Memory,
     blocks: int,
-    gram: int,
+    gram: _Memory,
     stream: int,
 ) -> None: ...
 def gram_moved_cuda(
-    table: int,
+    table: _Memory,
     lists: int,
     tensors: int,
     chunks: int,
-    means: int,
+    means: _Memory | None,
     beta: float,
-    moments: int,
-    second_weights: int,
+    moments: _Memory | None,
+    second_weights: _Memory | None,
     beta2: float,
     eps: float,
-    partials: int,
-    arrived: int,
+    partials: _Memory,
+    arrived: _Memory,
     blocks: int,
-    gram: int,
+    gram: _Memory,
     stream: int,
 ) -> None: ...
 def update_cuda(
-    table: int,
+    table: _Memory,
     lists: int,
     tensors: int,
     chunks: int,
-    targets: int,
-    weights: int,
-    second_weights: int,
-    means: int,
+    targets: _Memory,
+    weights: _Memory,
+    second_weights: _Memory | None,
+    means: _Memory | None,
     beta: float,
-    proceed: int,
-    lr: int,
+    proceed: _Memory | None,
+    lr: _Memory | None,
     options: Mapping[str, object],
-    partials: int,
-    arrived: int,
+    partials: _Memory,
+    arrived: _Memory,
     blocks: int,
-    changes: int,
+    changes: _Memory | None,
     stream: int,
 ) -> None: ...
 def combine_cuda(
-    table: int,
+    table: _Memory,
     lists: int,
     tensors: int,
     chunks: int,
-    weights: int,
-    out_table: int,
+    weights: _Memory,
+    out_table: _Memory,
     blocks: int,
     stream: int,
 ) -> None: ...
 def solve_cuda(
-    gram: int,
+    gram: _Memory,
     objectives: int,
     rule: int,
-    preferences: int,
+    preferences: _Memory,
     normalize: bool,
     length: int,
-    packed: int,
+    packed: _Memory,
     stream: int,
 ) -> None: ...
 def dual_space_solution(

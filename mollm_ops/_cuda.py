@@ -9,11 +9,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mollm_ops._extension import addresses, dtype_codes, extension
+from mollm_ops._extension import extension, listed, memory
 
 _TABLES = 64  # recent pointer tables kept on the device: a training loop reuses a few of them
 _tables: OrderedDict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
 _captured: list[tuple[Tensor, Tensor]] = []  # what CUDA graphs read whenever they are replayed
+
+
+Memory = tuple[int, int]  # address and number of elements
 
 
 class Slots(Protocol):
@@ -63,15 +66,30 @@ def device_table(entries: list[int], device: torch.device) -> Tensor:
 
 def _lists_table(
     rows: Sequence[Tensor | None], counts: Sequence[int], device: torch.device
-) -> tuple[Tensor, int]:
+) -> tuple[Memory, int]:
     """Table of csrc/bindings.cpp, device_lists, and the number of chunks."""
     assert extension is not None, "the CUDA path implies the extension"
     first_chunk, chunks = [], 0
     for count in counts:
         first_chunk.append(chunks)
         chunks += -(-count // extension.CUDA_CHUNK)
-    entries = [*addresses(rows), *dtype_codes(rows), *counts, *first_chunk]
-    return device_table(entries, device), chunks
+    data, dtypes = listed("gradients", rows, counts, device)
+    return _table([*data, *dtypes, *counts, *first_chunk], device), chunks
+
+
+def _table(entries: list[int], device: torch.device) -> Memory:
+    return memory("table", device_table(entries, device), torch.int64, device)
+
+
+def _list_table(
+    name: str, tensors: Sequence[Tensor | None], counts: Sequence[int], device: torch.device
+) -> list[int]:
+    addresses, dtypes = listed(name, tensors, counts, device)
+    return [*addresses, *dtypes]
+
+
+def _doubles(name: str, tensor: Tensor) -> Memory:
+    return memory(name, tensor, torch.float64, tensor.device)
 
 
 def _device(rows: Sequence[Tensor | None]) -> torch.device:
@@ -88,14 +106,14 @@ def gram(rows: Sequence[Tensor | None], counts: Sequence[int], lists: int) -> Te
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         extension.gram_cuda(
-            table=table.data_ptr(),
+            table=table,
             lists=lists,
             tensors=len(counts),
             chunks=chunks,
-            partials=partials.data_ptr(),
-            arrived=arrived.data_ptr(),
+            partials=_doubles("partials", partials),
+            arrived=memory("arrived", arrived, torch.int32, device),
             blocks=blocks,
-            gram=out.data_ptr(),
+            gram=_doubles("gram", out),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
     return out
@@ -124,31 +142,29 @@ def gram_moved(
         blocks = extension.cuda_grid(held + (moments is not None))
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
-        mean_table = 0
+        mean_table = moment_table = weights = None
         if means is not None:
-            entries = [*addresses(means), *dtype_codes(means)]
-            mean_table = device_table(entries, device).data_ptr()
-        moment_table, weights = 0, None
+            mean_table = _table(_list_table("means", means, counts, device), device)
         if moments is not None:
-            entries = [*addresses(moments.second), *dtype_codes(moments.second)]
-            entries += addresses(moments.steps)
-            moment_table = device_table(entries, device).data_ptr()
-            weights = moments.weights.to(device=device, dtype=torch.float64)
+            entries = _list_table("exp_avg_sqs", moments.second, counts, device)
+            entries += listed("steps", moments.steps, [1] * len(counts), device)[0]
+            moment_table = _table(entries, device)
+            weights = moments.weights.to(device=device, dtype=torch.float64).contiguous()
         extension.gram_moved_cuda(
-            table=table.data_ptr(),
+            table=table,
             lists=lists,
             tensors=len(counts),
             chunks=chunks,
             means=mean_table,
             beta=beta,
             moments=moment_table,
-            second_weights=0 if weights is None else weights.data_ptr(),
+            second_weights=None if weights is None else _doubles("weights", weights),
             beta2=0.0 if moments is None else moments.beta2,
             eps=0.0 if moments is None else moments.eps,
-            partials=partials.data_ptr(),
-            arrived=arrived.data_ptr(),
+            partials=_doubles("partials", partials),
+            arrived=memory("arrived", arrived, torch.int32, device),
             blocks=blocks,
-            gram=out.data_ptr(),
+            gram=_doubles("gram", out),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
     return out
@@ -176,37 +192,38 @@ def update(
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
         entries: list[int] = []
-        for tensors in (slots.params, slots.first or none, slots.second or none):
-            entries += [*addresses(tensors), *dtype_codes(tensors)]
-        entries += addresses(slots.steps)
+        entries += _list_table("params", slots.params, counts, device)
+        entries += _list_table("first", slots.first or none, counts, device)
+        entries += _list_table("second", slots.second or none, counts, device)
+        entries += listed("steps", slots.steps, [1] * len(counts), device)[0]
         lists = len(rows) // len(counts)
         blocks = extension.cuda_grid(lists + 3)  # with parameter and state
         changes = torch.zeros(lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists, blocks, device)
         # These stay referenced until the launch; the stream orders what comes after it.
         w = weights.to(device=device, dtype=torch.float64).contiguous()
-        second = None if second_weights is None else second_weights.to(w)
-        rate = None if lr is None else lr.detach().to(w)
-        mean_table = 0
+        second = None if second_weights is None else second_weights.to(w).contiguous()
+        rate = None if lr is None else lr.detach().to(w).contiguous()
+        mean_table = None
         if means is not None:
-            mean_table = device_table([*addresses(means), *dtype_codes(means)], device).data_ptr()
+            mean_table = _table(_list_table("means", means, counts, device), device)
         extension.update_cuda(
-            table=table.data_ptr(),
+            table=table,
             lists=lists,
             tensors=len(counts),
             chunks=chunks,
-            targets=device_table(entries, device).data_ptr(),
-            weights=w.data_ptr(),
-            second_weights=0 if second is None else second.data_ptr(),
+            targets=_table(entries, device),
+            weights=_doubles("weights", w),
+            second_weights=None if second is None else _doubles("second_weights", second),
             means=mean_table,
             beta=beta,
-            proceed=0 if proceed is None else proceed.data_ptr(),
-            lr=0 if rate is None else rate.data_ptr(),
+            proceed=None if proceed is None else memory("proceed", proceed, torch.bool, device),
+            lr=None if rate is None else _doubles("lr", rate),
             options=options,
-            partials=partials.data_ptr(),
-            arrived=arrived.data_ptr(),
+            partials=_doubles("partials", partials),
+            arrived=memory("arrived", arrived, torch.int32, device),
             blocks=blocks,
-            changes=changes.data_ptr() if track else 0,
+            changes=_doubles("changes", changes) if track else None,
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
     return changes
@@ -221,12 +238,12 @@ def combine(
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
         extension.combine_cuda(
-            table=table.data_ptr(),
+            table=table,
             lists=weights.numel(),
             tensors=len(counts),
             chunks=chunks,
-            weights=weights.data_ptr(),
-            out_table=device_table([*addresses(out), *dtype_codes(out)], device).data_ptr(),
+            weights=_doubles("weights", weights),
+            out_table=_table(_list_table("out", out, counts, device), device),
             blocks=extension.cuda_grid(weights.numel()),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
@@ -249,13 +266,13 @@ def solve(
         c = _device_numbers(tuple(preferences), device)
         packed = torch.empty(len(matrix) + 2, dtype=torch.float64, device=device)
         extension.solve_cuda(
-            gram=matrix.data_ptr(),
+            gram=_doubles("gram", matrix),
             objectives=len(matrix),
             rule=rule,
-            preferences=c.data_ptr(),
+            preferences=_doubles("preferences", c),
             normalize=normalize,
             length=length,
-            packed=packed.data_ptr(),
+            packed=_doubles("packed", packed),
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
     return packed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops import _cuda
+from mollm_ops._checks import check_tensor, refuse_transforms
 from mollm_ops._extension import MAX_OBJECTIVES, extension, has_kernels_for
 from mollm_ops.reference import dual_space as dual_space_reference
 
@@ -81,10 +82,11 @@ class Solution:
 def _solve(
     gram: Tensor, rule: str, preferences: Sequence[float], normalize: bool, length: str
 ) -> Tensor:
+    _check(gram, rule, preferences, length)
     if gram.device.type == "cuda" and len(gram) <= MAX_OBJECTIVES and has_kernels_for(gram.device):
         tau = LENGTHS.index(length)
         return _cuda.solve(gram, RULES.index(rule), preferences, normalize, tau)
-    G = gram.detach().cpu().numpy()
+    G = gram.detach().resolve_neg().cpu().numpy()
     if extension is None or len(G) > MAX_OBJECTIVES:
         verdict = dual_space_reference.solve(
             G,
@@ -111,7 +113,35 @@ def _solve(
 def _(
     gram: Tensor, rule: str, preferences: Sequence[float], normalize: bool, length: str
 ) -> Tensor:
+    _check(gram, rule, preferences, length)
     return gram.new_empty(gram.shape[0] + 2)
+
+
+def _check(gram: Tensor, rule: str, preferences: Sequence[float], length: str) -> None:
+    K = _objectives(gram)
+    if gram.dtype != torch.float64:
+        raise TypeError(f"gram must be float64, but got {gram.dtype}.")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, but got {rule!r}.")
+    if length not in LENGTHS:
+        raise ValueError(f"length must be one of {', '.join(LENGTHS)}, but got {length!r}.")
+    if len(preferences) != K:
+        raise ValueError(
+            f"preferences must have one entry per objective ({K}), but got {len(preferences)}."
+        )
+    if not all(0 <= p < float("inf") for p in preferences):
+        raise ValueError(
+            f"preferences must be finite and not negative, but got {list(preferences)}."
+        )
+
+
+def _objectives(gram: Tensor) -> int:
+    check_tensor("gram", gram)
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+        raise ValueError(f"gram must be a square matrix, but got shape {tuple(gram.shape)}.")
+    if gram.layout != torch.strided:
+        raise TypeError(f"gram must be dense, but got layout {gram.layout}.")
+    return gram.shape[0]
 
 
 def _run(
@@ -122,18 +152,11 @@ def _run(
     normalize: bool = False,
     length: str = "mean",
 ) -> Solution:
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
-        raise ValueError(f"gram must be a square matrix, but got shape {tuple(gram.shape)}.")
+    K = _objectives(gram)
     if not gram.dtype.is_floating_point:
         raise TypeError(f"gram must be of a floating dtype, but got {gram.dtype}.")
-    if length not in LENGTHS:
-        raise ValueError(f"length must be one of {', '.join(LENGTHS)}, but got {length!r}.")
-    K = gram.shape[0]
+    refuse_transforms("the solver", [gram])
     c = [1.0] * K if preferences is None else [float(p) for p in preferences]
-    if len(c) != K:
-        raise ValueError(f"preferences must have one entry per objective ({K}), but got {len(c)}.")
-    if not all(0 <= p < float("inf") for p in c):
-        raise ValueError(f"preferences must be finite and not negative, but got {c}.")
     return Solution(_solve(gram.detach().double(), rule, c, normalize, length))
 
 
@@ -155,7 +178,8 @@ def dual_space_weights(gram: Tensor, *, length: str = "mean") -> Solution:
         gram: [K, K], K ≥ 1; solved in float64. Up to 8 objectives in the compiled solver, more in
             NumPy on the host.
         length: τ = `mean` |(1/K) Σ g_i|, `min-norm` the distance from 0 to the gradients' convex
-            hull (the step vanishes at Pareto-stationary points), `first` |g_1|.
+            hull (the step vanishes at Pareto-stationary points), `first` the norm of the first
+            gradient that takes part. Where τ is 0 the status is STATIONARY.
 
     Raises:
         ValueError: gram is not square, or length is unknown.
@@ -205,7 +229,8 @@ def project_weights(
 ) -> Solution:
     """The point of the dual cone {x : g_i · x ≥ 0 for all i} nearest to Σ_k c_k g_k.
 
-    Nothing changes where the weighted sum harms no objective already.
+    Nothing changes where the weighted sum harms no objective already. At a Pareto-stationary point
+    no direction descends on every objective: Status.STATIONARY, weights 0.
 
     Args:
         gram: [K, K].

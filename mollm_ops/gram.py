@@ -9,14 +9,29 @@ import torch
 from torch import Tensor
 
 from mollm_ops import _cuda
-from mollm_ops._checks import GradientLists, check_dtype, check_gradients, check_means
+from mollm_ops._checks import (
+    GradientLists,
+    check_apart,
+    check_flat,
+    check_gradients,
+    check_list,
+    check_means,
+    check_metric,
+    check_range,
+    check_structure,
+    check_tensor,
+    check_weights,
+    flattened,
+    refuse_transforms,
+    refuse_without_memory,
+)
 from mollm_ops._extension import (
     MAX_OBJECTIVES,
-    addresses,
-    dtype_codes,
+    MAX_ROWS,
     extension,
     has_kernels_for,
     listed,
+    memory,
 )
 from mollm_ops.dual_space import Solution, dual_space_weights
 from mollm_ops.operands import AdamMetric, RunningMeans
@@ -32,7 +47,7 @@ from mollm_ops.reference.gram import (
 
 
 def _contiguous(flat: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in flat]
+    return [None if t is None else t.resolve_neg().contiguous() for t in flat]
 
 
 def _counts(flat: Sequence[Tensor | None], lists: int) -> list[int]:
@@ -47,15 +62,22 @@ def _lists(flat: Sequence[Tensor | None], lists: int) -> list[Sequence[Tensor | 
 
 
 def _has_kernels(device: torch.device, lists: int) -> bool:
-    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_OBJECTIVES)
+    most = MAX_ROWS if device.type == "cpu" else MAX_OBJECTIVES
+    return has_kernels_for(device) and lists <= most
 
 
 def _device(flat: Sequence[Tensor | None]) -> torch.device:
     return next(t.device for t in flat if t is not None)
 
 
+def _where(counts: Sequence[int], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Without those of the parameters that no list has a gradient of, or that are empty."""
+    return [t if count else None for count, t in zip(counts, tensors, strict=True)]
+
+
 @torch.library.custom_op("mollm::gram", mutates_args=())
 def _gram(flat: Sequence[Tensor | None], lists: int) -> Tensor:
+    check_flat(flat, lists)
     device = _device(flat)
     rows = _contiguous(flat)
     if not _has_kernels(device, lists):
@@ -111,23 +133,26 @@ def _gram_cpu(
     metric: AdamMetric | None = None,
 ) -> Tensor:
     assert extension is not None, "_has_kernels implies the extension"
+    device = _device(rows)
+    counts = _counts(rows, lists)
     out = torch.zeros(lists, lists, dtype=torch.float64)
-    means = [] if moving is None else _contiguous([t for ts in moving.means for t in ts])
-    moments = [] if metric is None else _contiguous(metric.exp_avg_sqs)
+    means = [] if moving is None else _contiguous(flattened(moving.means))
+    moments = [] if metric is None else _contiguous(_where(counts, metric.exp_avg_sqs))
+    data, dtypes = listed("gradients", rows, counts, device)
     extension.gram_cpu(
-        data=addresses(rows),
-        dtypes=dtype_codes(rows),
-        counts=_counts(rows, lists),
-        means=moving and (listed(means), moving.beta),
+        data=data,
+        dtypes=dtypes,
+        counts=counts,
+        means=moving and (listed("means", means, counts, device), moving.beta),
         metric=metric
         and (
-            listed(moments),
+            listed("exp_avg_sqs", moments, counts, device),
             [1 - metric.beta2 ** (float(step) + 1) for step in metric.steps],
             metric.weights.tolist(),
             metric.beta2,
             metric.eps,
         ),
-        gram=out.data_ptr(),
+        gram=memory("gram", out, torch.float64, device),
         threads=torch.get_num_threads(),
     )
     return out
@@ -135,11 +160,14 @@ def _gram_cpu(
 
 @_gram.register_fake
 def _(flat: Sequence[Tensor | None], lists: int) -> Tensor:
+    check_flat(flat, lists)
     return torch.empty(lists, lists, dtype=torch.float64, device=_device(flat))
 
 
 @torch.library.custom_op("mollm::combine_", mutates_args=("out",))
 def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
+    _check_combine(flat, weights, out)
+    check_apart([("out", out)], [("gradients", flat), ("weights", [weights])], "gradients")
     lists = weights.numel()
     device = _device(flat)
     rows = _contiguous(flat)
@@ -147,17 +175,18 @@ def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tens
         _combine_without_extension(_lists(rows, lists), weights, out)
         return
     targets = [t.contiguous() for t in out]
+    counts = _counts(rows, lists)
     if device.type == "cuda":
-        _cuda.combine(rows, _counts(rows, lists), weights, targets)
+        _cuda.combine(rows, counts, weights, targets)
     else:
         assert extension is not None, "_has_kernels implies the extension"
+        data, dtypes = listed("gradients", rows, counts, device)
         extension.combine_cpu(
-            data=addresses(rows),
-            dtypes=dtype_codes(rows),
-            counts=_counts(rows, lists),
-            weights=weights.data_ptr(),
-            out=addresses(targets),
-            out_dtypes=dtype_codes(targets),
+            data=data,
+            dtypes=dtypes,
+            counts=counts,
+            weights=memory("weights", weights, torch.float64, device),
+            out=listed("out", targets, counts, device),
             threads=torch.get_num_threads(),
         )
     for to, value in zip(out, targets, strict=True):
@@ -165,10 +194,29 @@ def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tens
             to.copy_(value)
 
 
+@_combine_.register_fake
+def _(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
+    _check_combine(flat, weights, out)
+
+
+def _check_combine(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tensor]) -> None:
+    lists = weights.numel()
+    gradients = check_flat(flat, lists)
+    device = _device(flat)
+    check_weights("weights", weights, lists)
+    if weights.dtype != torch.float64 or weights.device != device:
+        raise TypeError(
+            f"weights must be float64 on {device}, but got {weights.dtype} on {weights.device}."
+        )
+    like = [next((t for t in ts if t is not None), None) for ts in zip(*gradients, strict=True)]
+    check_list("out", out, like, device)
+
+
 @torch.library.custom_op("mollm::dots", mutates_args=())
 def _dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Tensor:
+    _check_dots(flat, lists, x)
     device = _device(flat)
-    if device.type != "cpu" or not has_kernels_for(device):
+    if lists > MAX_ROWS or device.type != "cpu" or not has_kernels_for(device):
         total = torch.zeros(lists, dtype=torch.float64, device=device)
         for tensors in zip(*_lists(flat, lists), x, strict=True):
             for *row, t in slices(tensors):
@@ -179,14 +227,15 @@ def _dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Ten
         return total
     assert extension is not None, "has_kernels_for(cpu) implies the extension"
     rows, column = _contiguous(flat), _contiguous(x)
+    counts = [t.numel() for t in x]
     out = torch.zeros(lists, dtype=torch.float64)
+    data, dtypes = listed("gradients", rows, counts, device)
     extension.dots_cpu(
-        data=addresses(rows),
-        dtypes=dtype_codes(rows),
-        counts=_counts(rows, lists),
-        x=addresses(column),
-        x_dtypes=dtype_codes(column),
-        dots=out.data_ptr(),
+        data=data,
+        dtypes=dtypes,
+        counts=counts,
+        x=listed("x", column, counts, device),
+        dots=memory("dots", out, torch.float64, device),
         threads=torch.get_num_threads(),
     )
     return out
@@ -194,7 +243,14 @@ def _dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Ten
 
 @_dots.register_fake
 def _(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Tensor:
+    _check_dots(flat, lists, x)
     return torch.empty(lists, dtype=torch.float64, device=_device(flat))
+
+
+def _check_dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> None:
+    gradients = check_flat(flat, lists)
+    like = [next((t for t in ts if t is not None), None) for ts in zip(*gradients, strict=True)]
+    check_list("x", x, like, _device(flat))
 
 
 # ---- public functions
@@ -215,8 +271,12 @@ def gram(gradients: GradientLists) -> Tensor:
         G_ij = g_i · g_j = Σ over all parameters and elements of g_i g_j
 
     Every gradient is read once where it lies, without a flattened copy. Products of 32-bit and
-    shorter numbers are added in float32 over at most 2048 elements and in float64 beyond. On the
-    CPU the result is the same, bit for bit, in every run and for every number of threads.
+    shorter numbers are added in float32 over at most 2048 elements and in float64 beyond; where
+    their squares are beyond float32, in float64 alone. On the CPU the result is the same, bit for
+    bit, in every run and for every number of threads.
+
+    The result is a constant to autograd, whether the tensors require grad or not: use
+    `mollm_ops.reference.gram_reference` for a Gram matrix with a derivative.
 
     Args:
         gradients: K lists of N tensors; entry n of every list has the shape of parameter n, or is
@@ -228,6 +288,7 @@ def gram(gradients: GradientLists) -> Tensor:
     Raises:
         ValueError: lists of different lengths, shapes or devices, or no tensor at all.
         TypeError: a sparse tensor or another dtype.
+        RuntimeError: a tensor of one of torch.func's transforms, or of forward-mode autograd.
 
     Source: arXiv 2412.20412, section III.B.
 
@@ -239,7 +300,8 @@ def gram(gradients: GradientLists) -> Tensor:
         tensor([[ 4., -2.],
                 [-2.,  2.]], dtype=torch.float64)
     """
-    check_gradients(gradients)
+    check_structure(gradients)
+    refuse_transforms("gram", flattened(gradients))
     result: Tensor = _gram(_flatten(gradients), len(gradients))
     return result
 
@@ -265,7 +327,8 @@ def gram_moved(
         float64 [K, K] on the gradients' device.
 
     Raises:
-        ValueError: as for `gram`; a gradient without a mean.
+        ValueError: as for `gram`; a gradient without a mean; means or metric that do not match.
+        TypeError: as for `gram`; a tensor without memory: this function cannot be traced.
 
     Example:
         >>> import torch
@@ -277,9 +340,20 @@ def gram_moved(
     """
     check_gradients(gradients)
     flat = _flatten(gradients)
-    if moving is not None:
-        check_means(gradients, moving.means)
     device = _device(flat)
+    if moving is not None:
+        check_means(gradients, moving.means, moving.beta)
+    if metric is not None:
+        check_metric(gradients, metric.exp_avg_sqs, metric.steps, metric.weights)
+        check_range("beta2", metric.beta2, 0, 1)
+        check_range("eps", metric.eps, 0)
+    held = [
+        *flattened(gradients),
+        *(() if moving is None else flattened(moving.means)),
+        *(() if metric is None else (*metric.exp_avg_sqs, *metric.steps, metric.weights)),
+    ]
+    refuse_transforms("gram_moved", held)
+    refuse_without_memory("gram_moved", held)
     if device.type == "cpu" and _has_kernels(device, len(gradients)):
         return _gram_cpu(_contiguous(flat), len(gradients), moving, metric)
     if device.type == "cuda" and _has_kernels(device, len(gradients)):
@@ -288,12 +362,12 @@ def gram_moved(
             rows,
             _counts(rows, len(gradients)),
             len(gradients),
-            None if moving is None else [t for tensors in moving.means for t in tensors],
+            None if moving is None else _contiguous(flattened(moving.means)),
             0.0 if moving is None else moving.beta,
             None
             if metric is None
             else _cuda.Moments(
-                _contiguous(metric.exp_avg_sqs),
+                _contiguous(_where(_counts(rows, len(gradients)), metric.exp_avg_sqs)),
                 metric.steps,
                 metric.weights,
                 metric.beta2,
@@ -305,31 +379,6 @@ def gram_moved(
     if metric is not None:
         gradients = scaled_by_metric_reference(gradients, metric)
     return gram(gradients)
-
-
-def _check_weights(gradients: GradientLists, weights: Tensor) -> Tensor:
-    if weights.shape != (len(gradients),):
-        raise ValueError(
-            f"weights must have one entry per list of gradients ({len(gradients)}), "
-            f"but got shape {tuple(weights.shape)}."
-        )
-    flat = next(t for tensors in gradients for t in tensors if t is not None)
-    return weights.detach().to(device=flat.device, dtype=torch.float64).contiguous()
-
-
-def _check_out(out: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> None:
-    if len(out) != len(like):
-        raise ValueError(f"out must have {len(like)} tensors, but got {len(out)}.")
-    for n, (to, expected) in enumerate(zip(out, like, strict=True)):
-        if expected is None:
-            continue
-        if to is None or to.shape != expected.shape or to.device != expected.device:
-            got = "None" if to is None else f"{tuple(to.shape)} on {to.device}"
-            raise ValueError(
-                f"out[{n}] must have shape {tuple(expected.shape)} on {expected.device}, "
-                f"but got {got}."
-            )
-        check_dtype(f"out[{n}]", to)
 
 
 def combine(
@@ -348,14 +397,16 @@ def combine(
     Args:
         gradients: K lists of N tensors or None, as for `gram`.
         weights: [K], any float dtype.
-        out: N tensors to write to; may be one of the lists. Default: new tensors with the dtype of
-            the first gradient of each parameter.
+        out: N tensors to write to; tensor n may be tensor n of one of the lists, and shares no
+            memory with any other. Default: new tensors with the dtype of the first gradient of
+            each parameter.
 
     Returns:
         N tensors; None where no list has a gradient.
 
     Raises:
-        ValueError: weights or out do not match the gradients; otherwise as for `gram`.
+        ValueError: weights or out do not match the gradients, or out shares memory with itself or
+            with gradients of other parameters; otherwise as for `gram`.
 
     Example:
         >>> import torch
@@ -363,14 +414,20 @@ def combine(
         >>> combine([forget, retain], torch.tensor([0.5, 2.0]))
         [tensor([-1.,  2.])]
     """
-    check_gradients(gradients)
-    weights = _check_weights(gradients, weights)
+    check_structure(gradients)
+    check_weights("weights", weights, len(gradients))
     like = [next((t for t in ts if t is not None), None) for ts in zip(*gradients, strict=True)]
     if out is None:
         out = [None if t is None else torch.empty_like(t) for t in like]
-    _check_out(out, like)
+    elif len(out) != len(like):
+        raise ValueError(f"out must have {len(like)} tensors, but got {len(out)}.")
+    refuse_transforms("combine", [*flattened(gradients), *out, weights])
     keep = [n for n, t in enumerate(like) if t is not None]
-    _combine_(_flatten(gradients, keep), weights, [out[n] for n in keep])
+    for n in keep:
+        check_tensor(f"out[{n}]", out[n])
+    flat = _flatten(gradients, keep)
+    w = weights.detach().to(device=_device(flat), dtype=torch.float64).contiguous()
+    _combine_(flat, w, [out[n] for n in keep])
     return [out[n] if t is not None else None for n, t in enumerate(like)]
 
 
@@ -393,7 +450,10 @@ def dots(gradients: GradientLists, x: Sequence[Tensor]) -> Tensor:
         >>> dots([forget, retain], [torch.tensor([1.0, 1.0])])
         tensor([2., 0.], dtype=torch.float64)
     """
-    check_gradients([*gradients, x])
+    check_structure(gradients)
+    for n, t in enumerate(x):
+        check_tensor(f"x[{n}]", t)
+    refuse_transforms("dots", [*flattened(gradients), *x])
     result: Tensor = _dots(_flatten(gradients), len(gradients), [t.detach() for t in x])
     return result
 

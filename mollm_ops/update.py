@@ -9,23 +9,34 @@ import torch
 from torch import Tensor
 
 from mollm_ops import _cuda
-from mollm_ops._checks import GradientLists, check_dtype, check_gradients, check_means
+from mollm_ops._checks import (
+    GradientLists,
+    Named,
+    check_apart,
+    check_gradients,
+    check_list,
+    check_means,
+    check_range,
+    check_scalar,
+    check_steps,
+    check_weights,
+    flattened,
+    refuse_transforms,
+    refuse_without_memory,
+)
 from mollm_ops._extension import (
     MAX_OBJECTIVES,
-    addresses,
-    dtype_codes,
+    MAX_ROWS,
     extension,
     has_kernels_for,
     listed,
+    memory,
 )
 from mollm_ops.operands import AdamWStep, RunningMeans, SgdStep, Targets
 from mollm_ops.reference.update import update_reference
 
 MAX_LISTS = MAX_OBJECTIVES + 1  # on a GPU; csrc/update.h, kMaxUpdateLists
 METHODS = ("sgd", "adamw")  # the order of csrc/update.h, enum Method
-
-
-# ---- reference: plain Torch, the definition
 
 
 # ---- the extension
@@ -61,37 +72,36 @@ def _update_cpu(
     track: bool,
 ) -> Tensor:
     assert extension is not None, "has_kernels_for(cpu) implies the extension"
+    device = torch.device("cpu")
+    counts = [p.numel() for p in targets.params]
     changes = torch.zeros(len(weights), dtype=torch.float64)
     second = getattr(method, "second_weights", None)
+    data, dtypes = listed("gradients", rows, counts, device)
     extension.update_cpu(
-        data=addresses(rows),
-        dtypes=dtype_codes(rows),
-        counts=[p.numel() for p in targets.params],
+        data=data,
+        dtypes=dtypes,
+        counts=counts,
         weights=weights.tolist(),
         second_weights=None if second is None else second.tolist(),
-        means=moving and (listed(_flat(moving.means)), moving.beta),
-        params=listed(targets.params),
-        first=None if targets.first is None else listed(targets.first),
-        second=None if targets.second is None else listed(targets.second),
-        steps=addresses(targets.steps),
+        means=moving and (listed("means", flattened(moving.means), counts, device), moving.beta),
+        params=listed("params", targets.params, counts, device),
+        first=None if targets.first is None else listed("first", targets.first, counts, device),
+        second=None if targets.second is None else listed("second", targets.second, counts, device),
+        steps=listed("steps", targets.steps, [1] * len(counts), device)[0],
         options=_options(method, rounding_seed),
-        changes=changes.data_ptr() if track else 0,
+        changes=memory("changes", changes, torch.float64, device) if track else None,
         threads=torch.get_num_threads(),
     )
     return changes
 
 
-def _flat(lists: GradientLists) -> list[Tensor | None]:
-    return [t for tensors in lists for t in tensors]
-
-
 def _has_kernels(device: torch.device, lists: int) -> bool:
-    return has_kernels_for(device) and (device.type == "cpu" or lists <= MAX_LISTS)
+    return has_kernels_for(device) and lists <= (MAX_ROWS if device.type == "cpu" else MAX_LISTS)
 
 
 def _dense(targets: Targets) -> bool:
     lists = (targets.params, targets.first or (), targets.second or ())
-    return all(t.is_contiguous() for tensors in lists for t in tensors)
+    return all(t.is_contiguous() and not t.is_neg() for tensors in lists for t in tensors)
 
 
 # ---- public function
@@ -126,7 +136,7 @@ def update_(
         rounding_seed: round every bfloat16 result up or down at random, so that its mean is exact:
             steps far smaller than a bfloat16's spacing are then not lost. The same seed, steps and
             tensors give the same bits on every device.
-        proceed: a scalar on the parameters' device; where it is 0 nothing is written and the
+        proceed: a bool on the parameters' device; where it is False nothing is written and the
             changes are 0. `targets.steps` must not count such a step.
         track: also return what the step did to each objective.
 
@@ -135,8 +145,12 @@ def update_(
         `track`.
 
     Raises:
-        ValueError: lists, weights and targets do not match.
-        TypeError: a dtype that is not supported.
+        ValueError: lists, weights and targets do not match, a number of the method is out of its
+            range, or what is written shares memory with another tensor.
+        TypeError: a dtype that is not supported; a tensor without memory: this function cannot be
+            traced.
+
+        Nothing is written where an error is raised.
 
     Example:
         >>> import torch
@@ -148,12 +162,24 @@ def update_(
         >>> p
         tensor([1., 0.])
     """
-    _check(gradients, weights, targets, method)
+    if not isinstance(method, SgdStep | AdamWStep):
+        raise TypeError(
+            f"method must be an SgdStep or an AdamWStep, but got {type(method).__name__}."
+        )
+    written, read = _memory_of(gradients, weights, targets, method, moving, proceed)
+    tensors = [t for _, group in (*written, *read) for t in group]
+    refuse_transforms("update_", tensors)
+    refuse_without_memory("update_", tensors)
+    _check(gradients, weights, targets, method, proceed)
+    if moving is not None:
+        check_means(gradients, moving.means, moving.beta)
+    if rounding_seed is not None:
+        check_range("rounding_seed", rounding_seed, 0, 2**64)
+    check_apart(written, read)
+    device = targets.params[0].device
     changed = [*targets.params, *(targets.first or ()), *(targets.second or ())]
     if moving is not None:
-        check_means(gradients, moving.means)
-        changed += [t for tensors in moving.means for t in tensors if t is not None]
-    device = changed[0].device
+        changed += [t for t in flattened(moving.means) if t is not None]
     if not _has_kernels(device, len(gradients)) or not _dense(targets):
         if proceed is not None and not proceed.item():
             return torch.zeros_like(weights, dtype=torch.float64) if track else None
@@ -162,7 +188,7 @@ def update_(
         )
         return changes if track else None
     torch.autograd.graph.increment_version(changed)
-    rows = [None if t is None else t.contiguous() for t in _flat(gradients)]
+    rows = [None if t is None else t.resolve_neg().contiguous() for t in flattened(gradients)]
     if device.type == "cuda":
         changes = _cuda.update(
             rows,
@@ -171,7 +197,7 @@ def update_(
             _options(method, rounding_seed),
             lr=method.lr if _on_device(method.lr) else None,
             second_weights=getattr(method, "second_weights", None),
-            means=None if moving is None else _flat(moving.means),
+            means=None if moving is None else flattened(moving.means),
             beta=0.0 if moving is None else moving.beta,
             proceed=proceed,
             track=track,
@@ -184,32 +210,67 @@ def update_(
 
 
 def _check(
-    gradients: GradientLists, weights: Tensor, targets: Targets, method: SgdStep | AdamWStep
+    gradients: GradientLists,
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    proceed: Tensor | None,
 ) -> None:
+    if len(gradients) == 0:
+        raise ValueError("gradients must hold at least one list, but got none.")
     check_gradients([*gradients, targets.params])
-    if weights.shape != (len(gradients),):
-        raise ValueError(
-            f"weights must have one entry per list of gradients ({len(gradients)}), "
-            f"but got shape {tuple(weights.shape)}."
-        )
-    if isinstance(method, AdamWStep) and targets.second is None:
-        raise ValueError("targets.second must hold AdamW's second moments, but got None.")
-    for name in ("first", "second", "steps"):
-        tensors: Sequence[Tensor] | None = getattr(targets, name)
-        if tensors is None:
-            continue
-        if len(tensors) != len(targets.params):
-            raise ValueError(
-                f"targets.{name} must have one tensor per parameter ({len(targets.params)}), "
-                f"but got {len(tensors)}."
-            )
-        for n, (t, p) in enumerate(zip(tensors, targets.params, strict=True)):
-            if t.device != p.device or (name != "steps" and t.shape != p.shape):
-                raise ValueError(
-                    f"targets.{name}[{n}] must have shape {tuple(p.shape)} on {p.device}, but got "
-                    f"{tuple(t.shape)} on {t.device}."
-                )
-            if name != "steps":
-                check_dtype(f"targets.{name}[{n}]", t)
-            elif t.dtype != torch.float32:
-                raise TypeError(f"targets.steps[{n}] must be float32, but got {t.dtype}.")
+    lists, params = len(gradients), targets.params
+    check_weights("weights", weights, lists)
+    device = next(p.device for p in params if p is not None)
+    check_list("targets.params", params, params, device)
+    if proceed is not None:
+        check_scalar("proceed", proceed, torch.bool, device)
+    counted = proceed is None or device.type != "cpu" or bool(proceed)
+    first = 1 if counted and isinstance(method, AdamWStep) else 0
+    check_steps("targets.steps", targets.steps, len(params), device, first)
+    if targets.first is not None:
+        check_list("targets.first", targets.first, params, device)
+    if isinstance(method, SgdStep):
+        if targets.second is not None:
+            raise ValueError("targets.second must be None for SGD, but got a list of tensors.")
+        check_range("momentum", method.momentum, 0, 1)
+    else:
+        if targets.second is None:
+            raise ValueError("targets.second must hold AdamW's second moments, but got None.")
+        check_list("targets.second", targets.second, params, device)
+        check_range("beta1", method.beta1, 0, 1)
+        check_range("beta2", method.beta2, 0, 1)
+        check_range("eps", method.eps, 0)
+        if method.second_weights is not None:
+            check_weights("second_weights", method.second_weights, lists)
+    check_range("weight_decay", method.weight_decay, 0)
+    if not isinstance(method.lr, Tensor):
+        check_range("lr", method.lr, 0)
+    elif method.lr.numel() != 1:
+        raise ValueError(f"lr must be one number, but got shape {tuple(method.lr.shape)}.")
+    elif not method.lr.is_cuda and not method.lr.is_meta:
+        check_range("lr", float(method.lr), 0)
+
+
+def _memory_of(
+    gradients: GradientLists,
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    moving: RunningMeans | None,
+    proceed: Tensor | None,
+) -> tuple[Named, Named]:
+    """What the step writes and what it only reads, by name."""
+    numbers = [weights, method.lr, getattr(method, "second_weights", None), proceed]
+    written = [
+        ("targets.params", targets.params),
+        ("targets.first", targets.first or ()),
+        ("targets.second", targets.second or ()),
+        ("means", () if moving is None else flattened(moving.means)),
+    ]
+    read = [
+        ("gradients", flattened(gradients)),
+        ("targets.steps", targets.steps),
+        ("the step's numbers", [t for t in numbers if isinstance(t, Tensor)]),
+    ]
+    return written, read

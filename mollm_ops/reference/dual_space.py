@@ -73,11 +73,12 @@ def min_norm_point(G: Array) -> tuple[Array, float]:
 
 
 def length_of(G: Array, active: NDArray[np.intp], length: str) -> float:
-    """τ: `mean` |(1/K) Σ g_i|, `first` |g_1|, `min-norm` distance of the hull from 0."""
+    """τ: `mean` |(1/K) Σ g_i|, `first` |g_i| of the first that takes part, `min-norm` distance of
+    the hull from 0."""
     if length == "first":
-        return float(np.sqrt(max(float(G[0, 0]), 0.0)))
+        return float(np.sqrt(G[active[0], active[0]]))
     if length == "mean":
-        return float(np.sqrt(max(float(G.sum()), 0.0))) / len(G)
+        return float(np.sqrt(max(float((G / len(G) ** 2).sum()), 0.0)))
     return min_norm_point(G[np.ix_(active, active)])[1]
 
 
@@ -130,18 +131,20 @@ def solve(
         weights[active] = scale * y / norms
         return Verdict(weights, status, gap)
 
-    tau = length_of(G, active, length)
-
+    tau = length_of(G, active, length) if normalize or rule == "dual" else 1.0
+    stationary = Verdict(zero, STATIONARY, gap)
+    if not tau > 0:
+        return stationary
     if rule == "dual":
         lam = dual_centre(C)
         if lam is not None:
             return verdict(lam, DUAL, tau / _norm(C, lam))
         if gap > STATIONARY_GAP and _descends_on_all(C, hull):
             return verdict(hull, MIN_NORM, tau / _norm(C, hull))
-        return Verdict(zero, STATIONARY, gap)
+        return stationary
+    if gap <= STATIONARY_GAP:
+        return stationary
     if rule == "mgda":
-        if gap <= STATIONARY_GAP:
-            return Verdict(zero, STATIONARY, gap)
         if normalize:
             return verdict(hull, MIN_NORM, tau)
         w, _ = min_norm_point(G[np.ix_(active, active)])
@@ -150,14 +153,14 @@ def solve(
     c = c if normalize else c * norms
     size = float(np.abs(c).max())
     if size == 0:
-        return Verdict(zero, STATIONARY, gap)
+        return stationary
     if rule == "project":
         y = projection(C, c / size)
     else:
         y = np.sum([projection(C, e) for e in np.diag(c / size / K)], axis=0)
     if _norm(C, y) <= STATIONARY_GAP:
-        return Verdict(zero, STATIONARY, gap)
-    return verdict(y, RULE, size * (tau if normalize else 1.0))
+        return stationary
+    return verdict(y, RULE, size * tau)
 
 
 def as_array(gram: Any) -> Array:

@@ -54,7 +54,8 @@ def moved_means_reference(
 def scaled_by_metric_reference(
     gradients: GradientLists, metric: AdamMetric
 ) -> list[list[Tensor | None]]:
-    """√P g_k in float64, whose plain Gram matrix is that of the metric; see `AdamMetric`."""
+    """√P g_k in float64, whose plain Gram matrix is that of the metric; see `AdamMetric`. NaN where
+    v' is not finite."""
     columns = []
     moments = zip(metric.exp_avg_sqs, metric.steps, strict=True)
     for tensors, (v, step) in zip(zip(*gradients, strict=True), moments, strict=True):
@@ -65,7 +66,7 @@ def scaled_by_metric_reference(
             old = torch.zeros_like(square) if v is None else v.double()
             moment = metric.beta2 * old + (1 - metric.beta2) * square
             correction = 1 - metric.beta2 ** (step.double() + 1)
-            P = 1 / ((moment / correction).sqrt() + metric.eps)
+            P = 1 / ((moment / correction).sqrt() + metric.eps) + (moment - moment)
             wide = [None if t is None else P.sqrt() * t for t in wide]
         columns.append(wide)
     return [list(row) for row in zip(*columns, strict=True)]
