@@ -95,6 +95,8 @@ class _Aggregated:
     gradients: Watched
     assumed_scale: Tensor | None
     """What the gradients that wait were divided by before they were solved for."""
+    norm: Tensor | None
+    """|p.grad| as it was left, if a step along running means may have to know."""
 
 
 def _first(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -374,15 +376,22 @@ class MOLLMOptimizer(Optimizer):
             raise
 
     def _put_direction(self, params: list[Tensor]) -> _Aggregated:
-        # Running means meet gradients of one scale, the last one until the step knows better.
-        scale = self._scale if self._means is not None else None
+        scale = self._scale  # the last one, until the step knows better
         if scale is not None:
             self._store.scale(1 / scale)
         solved = self._solve(params)
-        weights = self._effective_weights(solved.solution)
-        weights = torch.where(solved.solution.finite, weights, float("nan"))
-        if scale is not None:
-            weights = weights * scale
+        self._write_direction(params, solved.solution, 1.0 if scale is None else scale)
+        norm = None if scale is None or self._means is None else self._norm_of_grad(params)
+        if not self._needs_gradients_after:
+            self._store.clear()
+        return _Aggregated(solved, Watched(params, self.defaults), scale, norm)
+
+    def _write_direction(
+        self, params: Sequence[Tensor], solution: Solution, factor: float | Tensor
+    ) -> None:
+        """p.grad ← factor · d, NaN where the solution is not finite."""
+        weights = self._effective_weights(solution)
+        weights = torch.where(solution.finite, weights, float("nan")) * factor
         own = self._means is None and self._store.memory == "as-produced"
         in_place = own and not self._needs_gradients_after
         for some, lists in self._store.buckets(params):
@@ -391,9 +400,6 @@ class MOLLMOptimizer(Optimizer):
             out = [_first(tensors) for tensors in zip(*lists, strict=True)] if in_place else None
             for p, d in zip(some, combine(rows, each, out=out), strict=True):
                 p.grad = None if d is None else placed_like(d.to(p.dtype), p)
-        if not self._needs_gradients_after:
-            self._store.clear()
-        return _Aggregated(solved, Watched(params, self.defaults), scale)
 
     @property
     def _needs_gradients_after(self) -> bool:
@@ -633,21 +639,33 @@ class MOLLMOptimizer(Optimizer):
         solved, gradients = left.solved, left.gradients
         touched, scale = gradients.touched, gradients.scale if gradients.unscaled else None
         waiting = all(name in self._store for name in self.objectives)
-        if scale is not None or left.assumed_scale is not None:
-            one = torch.ones((), dtype=torch.float64)
-            found = one if scale is None else scale
-            assumed = one.to(found.device) if left.assumed_scale is None else left.assumed_scale
-            self._store.scale(assumed / found)
-            self._scale = scale
-            factor = (assumed / found).to(solved.matrix.device)
-            solved = replace(solved, matrix=solved.matrix * factor**2)
         self.param_groups = self.base.param_groups
+        scaled = scale is not None or left.assumed_scale is not None
+        if scaled:
+            solved = self._in_own_scale(left, scale, touched)
         if not isinstance(self.base, FusedBase):
             return self._step_of_another_base(solved, touched)
-        if waiting and scale is not None and not touched:
+        if waiting and scaled and not touched:
             # In the scale of the losses themselves, which the metric has to be taken in.
             return self._step_along_gradients(self._touched(strays=True))
         return self._step_along_grad(solved, gradients.present(), touched, waiting)
+
+    def _in_own_scale(self, left: _Aggregated, scale: Tensor | None, touched: bool) -> _Solved:
+        """Brings the gradients that wait to the scale of the losses, now that it is known."""
+        one = torch.ones((), dtype=torch.float64, device=left.solved.matrix.device)
+        found = one if scale is None else scale.to(one.device)
+        assumed = one if left.assumed_scale is None else left.assumed_scale.to(one.device)
+        self._store.scale(assumed / found)
+        self._scale = scale
+        if self._means is not None and left.norm is not None and bool(found != assumed):
+            # Running means met gradients of another scale: once more, and as long as it was cut.
+            norm = self._norm_of_grad(left.gradients.present())
+            params = self._touched(strays=True)
+            solved = self._solve(params)
+            clip = norm * found / left.norm if touched else 1.0
+            self._write_direction(params, solved.solution, clip)
+            return solved
+        return replace(left.solved, matrix=left.solved.matrix * (assumed / found) ** 2)
 
     def _step_along_grad(
         self, solved: _Solved, params: list[Tensor], touched: bool, waiting: bool
@@ -662,7 +680,8 @@ class MOLLMOptimizer(Optimizer):
             solved = self._solve(params, clip)
             solved = replace(solved, solution=solved.solution.refused_unless(clip.isfinite()))
             fresh = pad(solved.solution.weights * clip, (1, 0))
-            weights = torch.where(uniform, fresh, weights)
+            if len(params) == len(self._touched(strays=True)):
+                weights = torch.where(uniform, fresh, weights)
             second = second * clip**2
         elif touched:
             solved = self._holdable(
@@ -704,7 +723,11 @@ class MOLLMOptimizer(Optimizer):
         w = solution.weights
         square, along, before = products[0, 0], products[0, 1:] @ w, w @ products[1:, 1:] @ w
         clip = torch.where(before > 0, (square / before).sqrt(), 1.0)
-        return clip, along >= (1 - 1e-6) * (square * before).sqrt()
+        dtypes = {t.dtype for p in params if (t := p.grad) is not None}
+        rounding = max(torch.finfo(t).eps for t in dtypes)
+        if self._store.memory == "bfloat16":
+            rounding = torch.finfo(torch.bfloat16).eps
+        return clip, along >= (1 - 1e-6 - rounding**2) * (square * before).sqrt()
 
     def _norm_of_grad(self, params: Sequence[Tensor]) -> Tensor:
         parts = _Parts()
