@@ -310,7 +310,7 @@ class FusedBase(Optimizer, ABC):
         if "step" in entry or self.second_name:
             steps = check_step(entry.get("step"), n)
             fitted["step"] = torch.tensor(steps, dtype=torch.float32, device=p.device)
-        return fitted
+        return {name: fitted[name] for name in entry if name in fitted}
 
     def restore_dtypes(self, fitted: dict[str, Any]) -> None:
         """Undoes the cast to the parameters' dtype with which Torch loads a state."""
