@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace mollm {
 
 constexpr int kMaxRows = 64;  // K at most; the optimizer's callers stay far below
@@ -31,6 +33,7 @@ struct RunningMeans {
 
 // The diagonal metric of Adam in which gram multiplies, sum_e P_e g_i,e g_j,e:
 //     v' = beta2 v + (1 - beta2) sum_k weights_k g_k^2,  P = 1 / (sqrt(v' / correction) + eps)
+// Where v's dtype cannot hold v', P is NaN: the Gram matrix then says that the step must be skipped.
 struct AdamMetric {
   const void* const* second = nullptr;   // v, [N]; null for zeros
   const DType* dtypes = nullptr;         // [N]
@@ -38,6 +41,17 @@ struct AdamMetric {
   const double* weights = nullptr;       // [K]; null: no metric
   double beta2 = 0, eps = 0;
 };
+
+// The largest v' that may be stored: update may round it a little differently than gram does, or up.
+MOLLM_HD static inline double largest_moment(DType dtype) {
+  constexpr double kMargin = 1 - 0x1p-20;
+  switch (dtype) {
+    case DType::kFloat64: return 0x1.fffffffffffffp1023 * kMargin;
+    case DType::kFloat16: return 65504 * kMargin;
+    case DType::kBFloat16: return 0x1.fep127 * kMargin;
+    default: return 0x1.fffffep127 * kMargin;
+  }
+}
 
 // gram[i, j] = sum over all elements of g_i * g_j, [K, K]. Products of floats are added as floats
 // first; where squares are beyond what a float holds, their chunk is done once more in double. The

@@ -172,15 +172,17 @@ __global__ void __launch_bounds__(kThreads, K <= 6 ? blocks_per_sm(K) : 1)
 
 // ---- Gram of running means, or in Adam's metric
 
-// The root of P of one element: its gradients (or means) are x, its second moment so far v. NaN
-// where v' is beyond S.
+// sqrt(P) of one element: its gradients (or means) are x, its second moment so far v. NaN where the
+// coming second moment is more than `largest`.
 template <int K, class S>
-__device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S correction) {
+__device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S correction,
+                                 S largest) {
   S square = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) square += static_cast<S>(metric.weights[k]) * x[k] * x[k];
   const S moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
-  return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps)) + (moment - moment);
+  if (!(moment <= largest)) return static_cast<S>(NAN);
+  return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps));
 }
 
 // In double, one element at a time; each thread takes `run` neighbours at a turn.
@@ -203,7 +205,8 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
       }
       if (metric.weights) {
         const double v = second.data ? load_one(second, at) : 0.0;
-        const double scale = metric_scale<K, double>(metric, x, v, correction);
+        const double largest = largest_moment(second.data ? second.dtype : DType::kFloat64);
+        const double scale = metric_scale<K, double>(metric, x, v, correction, largest);
 #pragma unroll
         for (int k = 0; k < K; ++k) x[k] *= scale;
       }
@@ -222,6 +225,8 @@ __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, 
                                      float correction, const Chunk& chunk,
                                      Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
+  const float largest = static_cast<float>(
+      fmin(largest_moment(second.dtype), largest_moment(DType::kFloat32)));
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
     float x[K][kVector];
 #pragma unroll
@@ -244,7 +249,8 @@ __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, 
       float y[K];
 #pragma unroll
       for (int k = 0; k < K; ++k) y[k] = x[k][e];
-      const float scale = metric.weights ? metric_scale<K, float>(metric, y, v[e], correction) : 1;
+      const float scale =
+          metric.weights ? metric_scale<K, float>(metric, y, v[e], correction, largest) : 1;
 #pragma unroll
       for (int i = 0; i < K; ++i)
 #pragma unroll

@@ -132,13 +132,16 @@ static void move_mean(const GramChunk& chunk, int k, int64_t begin, int64_t coun
   convert(stored, chunk.mean_dtypes[k], 0, count, g);
 }
 
-// Scales every row by sqrt(P), P the metric of Adam; to NaN where v' is beyond S.
+// Scales every row by sqrt(P), P the metric of Adam; by NaN where v' cannot be stored.
 template <class S>
 static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count,
                             S (*row)[kScratch]) {
   alignas(64) S sum[kScratch] = {}, second[kScratch] = {};
   const S beta2 = static_cast<S>(chunk.beta2), fresh = static_cast<S>(1 - chunk.beta2);
   const S root = static_cast<S>(1 / sqrt(chunk.correction)), eps = static_cast<S>(chunk.eps);
+  const DType computed = std::is_same_v<S, double> ? DType::kFloat64 : DType::kFloat32;
+  const DType kept = chunk.second ? chunk.second_dtype : computed;
+  const S largest = static_cast<S>(fmin(largest_moment(kept), largest_moment(computed)));
   if (chunk.second) convert(chunk.second, chunk.second_dtype, begin, count, second);
   for (int k = 0; k < chunk.rows; ++k) {
     const S weight = static_cast<S>(chunk.second_weights[k]);
@@ -146,7 +149,7 @@ static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count
   }
   for (int64_t n = 0; n < count; ++n) {
     const S v = beta2 * second[n] + fresh * sum[n];
-    sum[n] = 1 / sqrt(sqrt(v) * root + eps) + (v - v);
+    sum[n] = v <= largest ? 1 / sqrt(sqrt(v) * root + eps) : static_cast<S>(NAN);
   }
   for (int k = 0; k < chunk.rows; ++k)
     for (int64_t n = 0; n < count; ++n) row[k][n] *= sum[n];

@@ -62,6 +62,13 @@ class Solution:
         """Whether the Gram matrix was finite, as a scalar on its device."""
         return self._packed[-2] != int(Status.NON_FINITE)
 
+    def refused_unless(self, fine: Tensor) -> Solution:
+        """The same where `fine`, a scalar on the same device, holds; NON_FINITE elsewhere."""
+        refused = torch.zeros_like(self._packed)
+        refused[-2:] = self._packed[-2:]
+        refused[-2].fill_(int(Status.NON_FINITE))
+        return Solution(torch.where(fine, self._packed, refused))
+
     @property
     def status(self) -> Status:
         return Status(int(self._packed[-2]))

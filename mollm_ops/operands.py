@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mollm_ops._checks import GradientLists
+
+
+def largest_moment(dtype: torch.dtype) -> float:
+    """The largest number that a state of that dtype may be given: its maximum, less what kernels
+    that round in another order may differ by. As csrc/gram.h, largest_moment."""
+    return torch.finfo(dtype).max * (1 - 2.0**-20)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,11 @@ class AdamMetric:
         v' = β₂ v + (1 − β₂) Σ_k c_k g_k²,   P = 1 / (√(v' / (1 − β₂^t)) + ε)
 
     It does not depend on the weights that the Gram matrix leads to, so that a step −lr · P d with
-    the same v' has g_k · step = −lr (G^P w)_k exactly.
+    the same v' has g_k · step = −lr (G^P w)_k exactly. v is read as it is stored, and v' is used
+    before it is rounded to the dtype of v, here as in the step.
+
+    Where the dtype of v cannot hold v', or the sum overflows, P is NaN, and so is the Gram matrix.
+    Parameters of other β₂ or ε have a metric, and a Gram matrix, of their own: these add up.
 
     Example:
         >>> import torch

@@ -92,24 +92,31 @@ def metric_adamw_step(
     rule: Callable[[Tensor], Tensor],
     state: State,
     *,
-    lr: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    """v ← β₂ v + (1 − β₂) Σ_k c_k² g_k²,  c = rule(I),  P = 1 / (√v̂ + ε),  w = rule(g_i · P g_j),
-    θ ← θ − lr P Σ_k w_k g_k."""
-    K = len(gradients)
+    lr: float | list[float],
+    beta2: float | list[float],
+    eps: float | list[float],
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """v ← β₂ v + (1 − β₂) Σ_k c_k² g_k²,  c = rule(I),  P = r / (√v̂ + ε),  w = rule(g_i · P g_j),
+    θ ← θ − lr P Σ_k w_k g_k  with r = lr_n / lr and lr = max_n lr_n; lr_n, β₂ and ε are one number
+    or one for each parameter n. With `clip` s, s g_k takes the place of g_k in v and in the sum.
+
+    Returns G and w."""
+    K, N = len(gradients), len(theta)
+    lrs, betas, epses = (x if isinstance(x, list) else [x] * N for x in (lr, beta2, eps))
     c = rule(torch.eye(K, dtype=torch.float64))
     if state.t == 0:
         state.v = [torch.zeros_like(t) for t in gradients[0]]
     state.t += 1
     P = []
-    for n in range(len(theta)):
-        terms = (c[k] ** 2 * g[n] ** 2 for k, g in enumerate(gradients))
+    for n, (r, b, e) in enumerate(zip(lrs, betas, epses, strict=True)):
+        terms = (c[k] ** 2 * (clip * g[n]) ** 2 for k, g in enumerate(gradients))
         square = sum(terms, torch.zeros_like(theta[n]))
-        state.v[n] = beta2 * state.v[n] + (1 - beta2) * square
-        P.append(1 / ((state.v[n] / (1 - beta2**state.t)).sqrt() + eps))
+        state.v[n] = b * state.v[n] + (1 - b) * square
+        P.append(r / max(lrs) / ((state.v[n] / (1 - b**state.t)).sqrt() + e))
     scaled = [[p.sqrt() * t for p, t in zip(P, g, strict=True)] for g in gradients]
-    w = rule(gram_reference(scaled))
+    G = gram_reference(scaled)
+    w = rule(G)
     for n, p in enumerate(theta):
-        p -= lr * P[n] * sum(w[k] * gradients[k][n] for k in range(K))
+        p -= max(lrs) * P[n] * clip * sum(w[k] * gradients[k][n] for k in range(K))
+    return G, w

@@ -6,8 +6,9 @@ checkpoints and tools find what they expect.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +16,35 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mollm.distributed.sharding import common_seed, local, sharding_of
-from mollm_ops.operands import AdamMetric, AdamWStep, RunningMeans, SgdStep, Targets
+from mollm.errors import UsageError
+from mollm.optim.groups import columns_of, columns_of_means
+from mollm.optim.saved_state import (
+    check_entry,
+    check_narrowing,
+    check_same_algorithm,
+    check_step,
+)
+from mollm_ops.operands import (
+    AdamMetric,
+    AdamWStep,
+    RunningMeans,
+    SgdStep,
+    Targets,
+    largest_moment,
+)
+from mollm_ops.reference import overflows
 from mollm_ops.update import update_
 
-_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _check_number(name: str, value: Any, what: str = "") -> None:
+    if isinstance(value, Tensor) and value.is_cuda:
+        return  # the host would have to wait for it
+    if not float(value) >= 0:
+        raise ValueError(f"{what}{name} must not be negative, but got {value}.")
+    if float(value) == math.inf:
+        raise ValueError(f"{what}{name} must be finite, but got {value}.")
 
 
 class FusedBase(Optimizer, ABC):
@@ -31,21 +57,46 @@ class FusedBase(Optimizer, ABC):
     """
 
     first_name: ClassVar[str]
+    second_name: ClassVar[str | None] = None
     _keep_first = True
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        lr, decay, dtype = (defaults[k] for k in ("lr", "weight_decay", "state_dtype"))
-        if not lr >= 0:
-            raise ValueError(f"Invalid learning rate: lr must not be negative, but got {lr}.")
-        if not decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, but got {decay}.")
-        if dtype not in _STATE_DTYPES:
+        seed = common_seed() if defaults["stochastic_rounding"] else torch.initial_seed()
+        # "fused" makes Torch keep `step` on the parameter's device when a state is loaded.
+        defaults = {**defaults, "fused": True, "rounding_seed": seed}
+        self.check_group(defaults)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_keep_first": self._keep_first}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any Torch optimizer; options that are out of range are refused first."""
+        options = {**self.defaults, **param_group}
+        self.check_group(options)
+        super().add_param_group({**param_group, "state_dtype": options["state_dtype"]})
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuses options that no step can be made with; a dtype given by name becomes one.
+
+        Raises:
+            ValueError: it says which option.
+        """
+        _check_number("lr", group["lr"], "Invalid learning rate: ")
+        _check_number("weight_decay", group["weight_decay"])
+        dtype = group["state_dtype"]
+        if isinstance(dtype, str):
+            dtype = _STATE_DTYPES.get(dtype.removeprefix("torch."), dtype)
+        if dtype not in (None, *_STATE_DTYPES.values()):
             raise ValueError(
                 f"state_dtype must be torch.float32, torch.bfloat16 or None, but got {dtype}."
             )
-        # "fused" makes Torch keep `step` on the parameter's device when a state is loaded.
-        seed = common_seed() if defaults["stochastic_rounding"] else torch.initial_seed()
-        super().__init__(params, {**defaults, "fused": True, "rounding_seed": seed})
+        group["state_dtype"] = dtype
+        self._check_own_options(group)
+
+    @abstractmethod
+    def _check_own_options(self, group: dict[str, Any]) -> None:
+        """`check_group`, for the options that not every base has."""
 
     def drop_first(self) -> None:
         """Keep no momentum of the combined gradient: the caller has its own."""
@@ -68,16 +119,20 @@ class FusedBase(Optimizer, ABC):
                 state[name] = torch.zeros_like(p, dtype=group["state_dtype"] or p.dtype)
         return state
 
-    def make_state(self) -> None:
-        """The state of every parameter, where there is none yet."""
+    def make_state(self, params: Sequence[Tensor] | None = None) -> None:
+        """The state of these parameters, or of all, if they have none yet."""
+        some = None if params is None else set(params)
         for group in self.param_groups:
             for p in group["params"]:
-                self._state_of(p, group)
+                if some is None or p in some:
+                    self._state_of(p, group)
 
-    def metric(self, params: Sequence[Tensor], weights: Tensor) -> AdamMetric:
-        """Adam's metric at the coming step; for bases that keep a second moment."""
-        group = self.param_groups[0]
-        states = [self._state_of(p, group) for p in params]
+    def metric(
+        self, params: Sequence[Tensor], group: dict[str, Any], weights: Tensor
+    ) -> AdamMetric:
+        """Adam's metric at the coming step, for parameters of one group, or of several that have
+        the same β₂ and ε; for bases that keep a second moment."""
+        states = [self.state[p] for p in params]
         return AdamMetric(
             [local(state["exp_avg_sq"]) for state in states],
             [state["step"] for state in states],
@@ -85,6 +140,70 @@ class FusedBase(Optimizer, ABC):
             group["betas"][1],
             group["eps"],
         )
+
+    def kept_dtypes(self) -> set[torch.dtype]:
+        """Those that state of the combined gradient is kept in."""
+        return {
+            group["state_dtype"] or p.dtype
+            for group in self.param_groups
+            if self._slots(group)
+            for p in group["params"]
+        }
+
+    def largest_direction(self) -> float:
+        """The largest |d| of which no number of steps makes any state overflow; infinity where
+        none is kept."""
+        limits = [math.inf]
+        for group in self.param_groups:
+            if not self._slots(group):
+                continue
+            for dtype in {group["state_dtype"] or p.dtype for p in group["params"]}:
+                limits.append(self._largest_direction(group, largest_moment(dtype)))
+        return min(limits)
+
+    @abstractmethod
+    def _largest_direction(self, group: dict[str, Any], largest: float) -> float:
+        """`largest_direction` for a group whose state holds numbers up to `largest`."""
+
+    def overflows(
+        self,
+        params: Sequence[Tensor],
+        gradients: Sequence[Sequence[Tensor | None]],
+        weights: Tensor,
+        moving: RunningMeans | None = None,
+    ) -> Tensor:
+        """Whether `step_along` would leave a state that its dtype cannot hold; reads everything
+        once more. A scalar on the parameters' device."""
+        over = torch.zeros((), dtype=torch.bool, device=weights.device)
+        for _, group, columns, targets in self._targets(params):
+            over |= overflows(
+                columns_of(gradients, columns),
+                weights,
+                targets,
+                self._method(group, None),
+                moving=columns_of_means(moving, columns),
+            )
+        return over
+
+    def _targets(
+        self, params: Sequence[Tensor]
+    ) -> list[tuple[int, dict[str, Any], list[int], Targets]]:
+        """Number, options, columns and targets of every group that has some of the parameters."""
+        at = {p: n for n, p in enumerate(params)}
+        found = []
+        for number, group in enumerate(self.param_groups):
+            mine = [p for p in group["params"] if p in at]
+            if not mine:
+                continue
+            states = [self._state_of(p, group) for p in mine]
+            first, second = (
+                [local(state[name]) for state in states] if name in self._slots(group) else None
+                for name in (self.first_name, "exp_avg_sq")
+            )
+            steps = [state["step"] for state in states]
+            targets = Targets([local(p) for p in mine], first, second, steps)
+            found.append((number, group, [at[p] for p in mine], targets))
+        return found
 
     @torch.no_grad()
     def step_along(
@@ -110,30 +229,20 @@ class FusedBase(Optimizer, ABC):
             g_k · Δθ over all parameters' parts on this process, [K], or None without `track`.
         """
         changes: Tensor | None = None
-        at = {p: n for n, p in enumerate(params)}
-        for number, group in enumerate(self.param_groups):
-            mine = [p for p in group["params"] if p in at]
-            if not mine:
-                continue
-            columns = [at[p] for p in mine]
-            columns_of = {p: n for n, p in enumerate(group["params"])}
-            states = [self._state_of(p, group) for p in mine]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1.0 if proceed is None else proceed.float())
-            first, second = (
-                [local(state[name]) for state in states] if name in self._slots(group) else None
-                for name in (self.first_name, "exp_avg_sq")
-            )
+        for number, group, columns, targets in self._targets(params):
+            torch._foreach_add_(list(targets.steps), 1.0 if proceed is None else proceed.float())
             seed = None
             if group["stochastic_rounding"]:  # another one for every group, bucket and shard
-                place = (sharding_of(mine[0]).part << 48) + (number << 32) + columns_of[mine[0]]
+                first = params[columns[0]]
+                column = next(n for n, p in enumerate(group["params"]) if p is first)
+                place = (sharding_of(first).part << 48) + (number << 32) + column
                 seed = (group["rounding_seed"] + place) % (1 << 63)
             part = update_(
-                [[tensors[n] for n in columns] for tensors in gradients],
+                columns_of(gradients, columns),
                 weights,
-                Targets([local(p) for p in mine], first, second, steps),
+                targets,
                 self._method(group, second_weights),
-                moving=moving and _columns(moving, columns),
+                moving=columns_of_means(moving, columns),
                 rounding_seed=seed,
                 proceed=proceed,
                 track=track,
@@ -142,25 +251,84 @@ class FusedBase(Optimizer, ABC):
                 changes = part if changes is None else changes + part
         return changes
 
-    def restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+    # ---- a saved state
+
+    def fitted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A saved state as this optimizer can load it; also that of Torch's own AdamW or SGD.
+
+        Options that it lacks are taken from this optimizer's groups, state that is of no use here
+        is left out.
+
+        Raises:
+            UsageError: it is of another algorithm or of other parameters.
+            ValueError: an option in it is out of range.
+        """
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [
+            len(g["params"]) for g in self.param_groups
+        ]:
+            return dict(state_dict)  # Torch refuses it, and names the difference
+        groups, entries = [], dict(state_dict["state"])
+        numbers = {p: n for n, p in enumerate(q for g in self.param_groups for q in g["params"])}
+        for saved, mine in zip(saved_groups, self.param_groups, strict=True):
+            self._check_same_kind(saved)
+            group = {**{k: v for k, v in mine.items() if k != "params"}, **saved, "fused": True}
+            self.check_group(group)
+            groups.append(group)
+            for key, p in zip(saved["params"], mine["params"], strict=True):
+                if entries.get(key):
+                    entries[key] = self._fitted_entry(entries[key], numbers[p], p, group)
+        return {**state_dict, "state": entries, "param_groups": groups}
+
+    @abstractmethod
+    def _check_same_kind(self, group: dict[str, Any]) -> None:
+        """Refuses a saved group that is of another algorithm."""
+
+    def _fitted_entry(
+        self, entry: dict[str, Any], n: int, p: Tensor, group: dict[str, Any]
+    ) -> dict[str, Any]:
+        names = (self.first_name, "exp_avg_sq") if self.second_name else (self.first_name,)
+        unknown = sorted(set(entry) - {"step", *names})
+        if unknown:
+            raise UsageError(
+                f"the state to load has {', '.join(unknown)} for parameter {n}, which base "
+                f"{type(self).__name__} does not keep: pass the optimizer that made it as base."
+            )
+        fitted: dict[str, Any] = {}
+        for name in self._slots(group):
+            value = entry.get(name)
+            if value is None:
+                if self.second_name:
+                    raise UsageError(
+                        f"the state to load has no {name} for parameter {n}: it was saved with "
+                        "other settings of metric or momentum, so load it with the same."
+                    )
+                continue
+            check_entry(name, value, n, p)
+            check_narrowing(name, value, n, group["state_dtype"] or p.dtype)
+            fitted[name] = value
+        if "step" in entry or self.second_name:
+            steps = check_step(entry.get("step"), n)
+            fitted["step"] = torch.tensor(steps, dtype=torch.float32, device=p.device)
+        return {name: fitted[name] for name in entry if name in fitted}
+
+    def restore_dtypes(self, fitted: dict[str, Any]) -> None:
         """Undoes the cast to the parameters' dtype with which Torch loads a state."""
-        saved = state_dict["state"]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params, strict=True):
+        saved = fitted["state"]
+        keys = [key for group in fitted["param_groups"] for key in group["params"]]
+        owners = [(p, group) for group in self.param_groups for p in group["params"]]
+        for key, (p, group) in zip(keys, owners, strict=True):
+            dtype = group["state_dtype"] or p.dtype
             for name, value in saved.get(key, {}).items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
-
-
-def _columns(moving: RunningMeans, columns: Sequence[int]) -> RunningMeans:
-    return RunningMeans([[row[n] for n in columns] for row in moving.means], moving.beta)
+                if isinstance(value, Tensor) and name != "step":
+                    self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
 
 
 class AdamW(FusedBase):
     """AdamW, see `mollm_ops.update.AdamWStep`; options as `torch.optim.AdamW` where it has them."""
 
     first_name = "exp_avg"
+    second_name = "exp_avg_sq"
 
     def __init__(
         self,
@@ -173,10 +341,6 @@ class AdamW(FusedBase):
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), but got {betas}.")
-        if not eps >= 0:
-            raise ValueError(f"eps must not be negative, but got {eps}.")
         super().__init__(
             params,
             {
@@ -188,6 +352,22 @@ class AdamW(FusedBase):
                 "stochastic_rounding": stochastic_rounding,
             },
         )
+
+    def _check_own_options(self, group: dict[str, Any]) -> None:
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be in [0, 1), but got {group['betas']}.")
+        _check_number("eps", group["eps"])
+
+    def _check_same_kind(self, group: dict[str, Any]) -> None:
+        if not {"betas", "eps"} <= set(group):
+            raise UsageError(
+                "the state to load is not that of an AdamW: its groups have no betas and eps."
+            )
+        check_same_algorithm(group, "adamw")
+
+    def _largest_direction(self, group: dict[str, Any], largest: float) -> float:
+        # v and m are weighted means of d² and d, and d² must not overflow itself.
+        return math.sqrt(largest)
 
     def _slots(self, group: dict[str, Any]) -> list[str]:
         return ["exp_avg", "exp_avg_sq"] if self._keep_first else ["exp_avg_sq"]
@@ -219,10 +399,6 @@ class SGD(FusedBase):
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), but got {momentum}.")
-        if nesterov and momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0, but got 0.")
         super().__init__(
             params,
             {
@@ -234,6 +410,22 @@ class SGD(FusedBase):
                 "stochastic_rounding": stochastic_rounding,
             },
         )
+
+    def _check_own_options(self, group: dict[str, Any]) -> None:
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must be in [0, 1), but got {group['momentum']}.")
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("nesterov needs a momentum above 0, but got 0.")
+
+    def _check_same_kind(self, group: dict[str, Any]) -> None:
+        if "momentum" not in group:
+            raise UsageError(
+                "the state to load is not that of an SGD: its groups have no momentum."
+            )
+        check_same_algorithm(group, "sgd")
+
+    def _largest_direction(self, group: dict[str, Any], largest: float) -> float:
+        return (1 - float(group["momentum"])) * largest  # |b| ≤ |d| (1 + μ + μ² + …)
 
     def _slots(self, group: dict[str, Any]) -> list[str]:
         return ["momentum_buffer"] if self._keep_first and group["momentum"] else []

@@ -25,7 +25,9 @@ class GradientStore:
 
     def __init__(self, objectives: Sequence[str], memory: str = "as-produced") -> None:
         if memory not in MEMORIES:
-            raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, but got {memory!r}.")
+            raise ValueError(
+                f"gradient_memory must be one of {', '.join(MEMORIES)}, but got {memory!r}."
+            )
         self.objectives = tuple(objectives)
         self.memory = memory
         self.bucket_bytes = _BUCKET_BYTES
@@ -56,11 +58,18 @@ class GradientStore:
             How many there were.
 
         Raises:
+            TypeError: a gradient is sparse.
             RuntimeError: a gradient was written over that of another objective.
         """
+        sparse = [n for n, p in enumerate(params) if p.grad is not None and p.grad.is_sparse]
         found = {p: g for p in params if (g := local_gradient(p)) is not None}
         for p in found:
             p.grad = None
+        if sparse and name is not None:
+            raise TypeError(
+                f"objective {name!r} wrote a sparse gradient to parameter {sparse[0]}, but only "
+                "dense ones can be combined: make the embedding with sparse=False."
+            )
         if name is not None and found:
             taken = {p: self._away(g) for p, g in found.items()}
             self._refuse_reused_memory(name, taken)
@@ -76,6 +85,13 @@ class GradientStore:
                         f"over those of {other!r}: make DistributedDataParallel with "
                         "gradient_as_bucket_view=False."
                     )
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies every gradient by a scalar; one in float16 becomes float32, lest it vanish."""
+        for held in self._held.values():
+            for p, g in held.items():
+                wide = g.float() if g.dtype == torch.float16 else g
+                held[p] = wide.mul_(factor.to(device=g.device, dtype=wide.dtype))
 
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mollm.distributed.sharding import Lists, local
+from mollm.errors import UsageError
+from mollm.optim.saved_state import check_entry
 from mollm_ops.operands import RunningMeans
 
 
@@ -52,7 +54,7 @@ class ObjectiveMeans:
         return result
 
     def count(self, proceed: Tensor | None) -> None:
-        """One step more, where it was made."""
+        """One more step, if it was taken."""
         self._steps = self._steps + (1 if proceed is None else proceed)
 
     def state_dict(self, params: Sequence[Tensor]) -> dict[str, Any]:
@@ -60,6 +62,28 @@ class ObjectiveMeans:
         at = {p: n for n, p in enumerate(params)}
         held = {name: {at[p]: m for p, m in means.items()} for name, means in self._held.items()}
         return {"steps": float(self._steps), "held": held}
+
+    def check_state(
+        self, state: dict[str, Any] | None, objectives: Sequence[str], params: Sequence[Tensor]
+    ) -> None:
+        """Refuses a state that is not of these objectives and parameters.
+
+        Raises:
+            UsageError: it says which entry is wrong.
+        """
+        for name, means in (state or {"held": {}})["held"].items():
+            if name not in objectives:
+                raise UsageError(
+                    f"the state holds means of objective {name!r}, but the optimizer's objectives "
+                    f"are {', '.join(objectives)}: load it into one that has the same."
+                )
+            for n, mean in means.items():
+                if not 0 <= int(n) < len(params):
+                    raise UsageError(
+                        f"the state holds a mean of parameter {n}, but the optimizer has "
+                        f"{len(params)} parameters: load it into one of the same model."
+                    )
+                check_entry(f"the mean of objective {name!r}", mean, int(n), params[int(n)])
 
     def load_state_dict(self, state: dict[str, Any] | None, params: Sequence[Tensor]) -> None:
         """Takes the means over; without a state they start anew."""
@@ -71,10 +95,18 @@ class ObjectiveMeans:
         }
 
 
-def moved(moving: RunningMeans, lists: Lists) -> Lists:
-    """Moves the means on by themselves, without a fused step, and returns them."""
+def next_means(moving: RunningMeans, lists: Lists, weights: Tensor) -> tuple[Lists, Tensor]:
+    """Σ_k w_k (β m_k + (1 − β) g_k) as 2 K lists and their weights, for `mollm_ops.combine`."""
+    both = torch.cat([weights * moving.beta, weights * (1 - moving.beta)])
+    return [*(list(means) for means in moving.means), *lists], both
+
+
+def moved(moving: RunningMeans, lists: Lists, proceed: Tensor | None = None) -> Lists:
+    """Moves the means on by themselves, without a fused step and unless `proceed` is 0, and
+    returns them."""
     for means, tensors in zip(moving.means, lists, strict=True):
         for mean, g in zip(means, tensors, strict=True):
             if mean is not None and g is not None:
-                mean.lerp_(g.to(mean.dtype), 1 - moving.beta)
+                new = mean.lerp(g.to(mean.dtype), 1 - moving.beta)
+                mean.copy_(new if proceed is None else torch.where(proceed, new, mean))
     return [list(means) for means in moving.means]

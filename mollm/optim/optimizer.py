@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -23,14 +26,17 @@ from mollm.distributed.sharding import (
     refuse_unlike_copies,
     world_size,
 )
+from mollm.errors import UsageError
 from mollm.optim.bases import SGD, AdamW, FusedBase
 from mollm.optim.directions import make_rule
 from mollm.optim.gradients import GradientStore
-from mollm.optim.means import ObjectiveMeans, moved
+from mollm.optim.groups import alike, columns_of, columns_of_means
+from mollm.optim.means import ObjectiveMeans, moved, next_means
+from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
 from mollm_ops import Solution, Status, combine, dots, gram
 from mollm_ops.gram import gram_moved
-from mollm_ops.operands import AdamMetric, RunningMeans
+from mollm_ops.operands import RunningMeans, largest_moment
 
 PER_OBJECTIVE = "per-objective"
 
@@ -70,6 +76,29 @@ class _Parts:
         return torch.stack(each).sum(0)
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """The Gram matrix of the gradients that wait, and what the rule made of it."""
+
+    matrix: Tensor
+    solution: Solution
+    """Of the rule, refused if the optimizer's state could not hold the step along it."""
+    overflows: bool = False
+    """Whether it was refused for that, if the host knows."""
+
+
+@dataclass(frozen=True)
+class _Aggregated:
+    """What aggregate() left for step()."""
+
+    solved: _Solved
+    gradients: Watched
+    assumed_scale: Tensor | None
+    """What the gradients that wait were divided by before they were solved for."""
+    norm: Tensor | None
+    """|p.grad| as it was left, if a step along running means may have to know."""
+
+
 def _first(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return next((t for t in tensors if t is not None), None)
 
@@ -86,7 +115,17 @@ class MOLLMOptimizer(Optimizer):
 
     After `step()` the objectives are empty again, and `p.grad` is None; with another base it holds
     d until `zero_grad()`. Call `aggregate()` before `step()` to have d in `p.grad`, for gradient
-    clipping or a `GradScaler`.
+    clipping or a `GradScaler`: what multiplies all of `p.grad` by one number then multiplies every
+    gradient by it, second moments included. So the scale of a GradScaler makes no difference, and
+    clipping shortens a step of AdamW no more than in Torch. Any other change to `p.grad` changes
+    the direction alone. A `p.grad` set to None keeps its parameter out of the step; where none is
+    left, as after `model.zero_grad()`, `step()` raises.
+
+    Parameter groups: each may have its own learning rate, β₂, ε, weight decay and state_dtype.
+
+    A step that fails before it has written anything, in a hook for example, leaves parameters,
+    state and counters as they were. One that is interrupted later leaves them half written: the
+    optimizer then warns, and refuses to step or to be saved until `load_state_dict()`.
 
     Several processes: under DistributedDataParallel and FSDP2 every process solves the same K × K
     problem and updates its own part of the parameters; see `mollm.distributed.sharding`.
@@ -109,14 +148,18 @@ class MOLLMOptimizer(Optimizer):
             objective's gradient, takes Gram matrix and direction from those, and turns the base's
             own momentum off. It costs K gradients of state.
         mean_beta: β of those means.
-        metric: "base" takes the Gram matrix in the metric P of the base's preconditioner, so that
-            the certificate holds for the update really applied (before weight decay):
-            g_k · Δθ = −lr g_k · P d < 0. With "adamw" P = 1/(√v̂ + ε), v is the running mean of
-            Σ_k c_k² g_k² (c: the rule's weights for orthonormal gradients), and there is no first
-            moment; with other bases P = 1. "euclidean": P = 1, and "adamw" is Torch's.
+        metric: "base" takes the Gram matrix in the metric P of the update, so that the certificate
+            holds for the update that is applied (before weight decay):
+            g_k · Δθ = −lr g_k · P d < 0, lr being the largest learning rate of all groups and
+            r = lr_group / lr. With "adamw"
+            P = r / (√v̂ + ε), v is the running mean of Σ_k c_k² g_k² (c: the rule's weights for
+            orthonormal gradients), β₂ and ε are the group's, and there is no first moment; with
+            other bases P = r. "euclidean": P = 1, and "adamw" is Torch's.
         gradient_memory: where gradients wait for the step: "as-produced"; "bfloat16", rounded;
             "host", in pinned host memory.
-        on_nonfinite: "skip" leaves weights and state as they are, counts the step in
+        on_nonfinite: what to do if a gradient is not finite, or so large that the state after the
+            step would not be (in AdamW an element above 1.8e19, or about 8000 with a state in
+            float16). "skip" leaves weights and state as they are, counts the step in
             `skipped_steps` and warns once; "raise" raises FloatingPointError, and has to wait for
             the device in every step.
         track_conflicts: measure g_k · Δθ for the update really applied. With the bases "adamw" and
@@ -179,14 +222,16 @@ class MOLLMOptimizer(Optimizer):
         self._means = ObjectiveMeans(mean_beta) if momentum == PER_OBJECTIVE else None
         self._skips = SkipCounter()
         self._open: str | None = None
-        self._solution: Solution | None = None  # of the gradient that now stands in p.grad
-        self._gram: Tensor | None = None
+        self._aggregated: _Aggregated | None = None
+        self._scale: Tensor | None = None  # of the GradScaler at the last step
+        self._interrupted = False
         self._stale = False  # p.grad holds what a step has used up
         self._unchecked_steps = 2  # one more than the first: KL has no gradient there
         self._last_step: StepReport | None = None
         if momentum is not None and not isinstance(momentum, str):
             base_options["momentum"] = momentum
         self.base = _make_base(base, params, lr, base_options)
+        self.metric = metric
         preconditioned = metric == "base" and isinstance(self.base, AdamW)
         self._second_weights = self._unopposed_weights().square() if preconditioned else None
         if isinstance(self.base, FusedBase) and (preconditioned or self._means):
@@ -204,14 +249,26 @@ class MOLLMOptimizer(Optimizer):
         self.state = self.base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if "param_groups" in self.__dict__ and self.param_groups is self.base.param_groups:
-            self.base.add_param_group(param_group)
-            refuse_partitioned(self._parameters())
+        """Adds parameters, also between two steps; their state starts from zero.
+
+        Raises:
+            RuntimeError: between `aggregate()` and `step()`.
+        """
+        if "param_groups" not in self.__dict__ or self.param_groups is not self.base.param_groups:
+            if self.__dict__.get("_aggregated") is not None:
+                raise RuntimeError(
+                    "add_param_group() was called between aggregate() and step(): call it before "
+                    "the backward."
+                )
+            return  # Optimizer.__init__ hands in the groups that the base has
+        params = param_group["params"]
+        refuse_partitioned([params] if isinstance(params, Tensor) else (params := list(params)))
+        self.base.add_param_group({**param_group, "params": params})
 
     # ---- gradients in
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return [p for group in self.base.param_groups for p in group["params"]]
 
     def _check_name(self, name: str) -> None:
         if name not in self.objectives:
@@ -247,23 +304,28 @@ class MOLLMOptimizer(Optimizer):
             )
 
     def _lend(self, name: str) -> None:
+        self._refuse_interrupted()
         if self._open is not None:
             raise RuntimeError(f"objective {name!r} was opened inside objective {self._open!r}.")
-        if self._solution is not None:
+        if self._aggregated is not None:
             raise RuntimeError(
                 f"objective {name!r} was opened after aggregate(): call step() or zero_grad() "
                 "first."
             )
-        params = self._parameters()
-        for n, p in enumerate(params):
-            if p.grad is not None and not self._stale:
+        self._refuse_strays()
+        self._store.lend(name, self._parameters())
+        self._stale = False
+        self._open = name
+
+    def _refuse_strays(self) -> None:
+        if self._stale:
+            return
+        for n, p in enumerate(self._parameters()):
+            if p.grad is not None:
                 raise RuntimeError(
                     f"parameter {n} has a gradient of no objective: call zero_grad(), or run that "
                     "backward() inside `with optimizer.objective(name)`."
                 )
-        self._store.lend(name, params)
-        self._stale = False
-        self._open = name
 
     def backward(self, losses: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
         """Backward of every objective's loss, when all their graphs are alive.
@@ -297,65 +359,79 @@ class MOLLMOptimizer(Optimizer):
         """Solves for the direction and puts d = Σ_k w_k g_k into `p.grad`; `step()` then uses it.
 
         `step()` does without. Call it in between to clip d or before a GradScaler looks at the
-        gradients. Where the Gram matrix is not finite, `p.grad` becomes NaN, so that a GradScaler
-        lowers its scale.
+        gradients. If the Gram matrix is not finite, `p.grad` becomes NaN, so that a GradScaler
+        lowers its scale. A second call before `step()` changes nothing. If it raises, every
+        objective's gradient is dropped.
 
         Raises:
-            RuntimeError: an objective has no gradient; the optimizer steps in AdamW's metric along
-                running means, whose second moment needs these means and the gradients too.
+            RuntimeError: an objective has no gradient, or a parameter one of no objective; the
+                optimizer steps in AdamW's metric along running means, whose second moment needs
+                these means and the gradients too.
         """
+        self._refuse_interrupted()
+        if self._aggregated is not None:
+            return
         if self._means is not None and self._second_weights is not None:
             raise RuntimeError(
                 "aggregate() does not go with momentum='per-objective' in AdamW's metric: call "
                 "step() alone, or pass metric='euclidean'."
             )
         params = self._touched()
-        solution = self._solve(params)
+        try:
+            self._aggregated = self._put_direction(params)
+            self.param_groups = [*self.base.param_groups, self._aggregated.gradients.group]
+        except BaseException:
+            self._drop_gradients()
+            raise
+
+    def _put_direction(self, params: list[Tensor]) -> _Aggregated:
+        scale = self._scale  # the last one, until the step knows better
+        if scale is not None:
+            self._store.scale(1 / scale)
+        solved = self._solve(params)
+        self._write_direction(params, solved.solution, 1.0 if scale is None else scale)
+        norm = None if scale is None or self._means is None else self._norm_of_grad(params)
+        if not self._needs_gradients_after:
+            self._store.clear()
+        return _Aggregated(solved, Watched(params, self.defaults), scale, norm)
+
+    def _write_direction(
+        self, params: Sequence[Tensor], solution: Solution, factor: float | Tensor
+    ) -> None:
+        """p.grad ← factor · d, NaN where the solution is not finite."""
         weights = self._effective_weights(solution)
-        if self._means is None:
-            weights = torch.where(solution.finite, weights, float("nan"))
-        elif not solution.finite:
-            for p in params:
-                p.grad = torch.full_like(p, float("nan"))
-            return
+        weights = torch.where(solution.finite, weights, float("nan")) * factor
         own = self._means is None and self._store.memory == "as-produced"
         in_place = own and not self._needs_gradients_after
         for some, lists in self._store.buckets(params):
             moving = self._moving(some, lists)
-            rows = lists if moving is None else moved(moving, lists)
+            rows, each = (lists, weights) if moving is None else next_means(moving, lists, weights)
             out = [_first(tensors) for tensors in zip(*lists, strict=True)] if in_place else None
-            for p, d in zip(some, combine(rows, weights, out=out), strict=True):
+            for p, d in zip(some, combine(rows, each, out=out), strict=True):
                 p.grad = None if d is None else placed_like(d.to(p.dtype), p)
-        if self._means is not None:
-            self._means.count(None)
-        if not self._needs_gradients_after:
-            self._store.clear()
 
     @property
     def _needs_gradients_after(self) -> bool:
         """Whether a step along `p.grad` reads the objectives' gradients as well."""
-        return self.track_conflicts or self._second_weights is not None
+        means = self._means is not None
+        return self.track_conflicts or means or self._second_weights is not None
 
-    def _touched(self) -> list[Tensor]:
+    def _touched(self, *, strays: bool = False) -> list[Tensor]:
+        """The parameters with gradients that wait; `strays` allows for a p.grad besides."""
         missing = [name for name in self.objectives if name not in self._store]
         if missing:
             raise RuntimeError(
                 f"objective {missing[0]!r} has no gradient: run its backward() inside "
                 f"`with optimizer.objective({missing[0]!r})` before step()."
             )
+        if not strays:
+            self._refuse_strays()
         return self._store.touched(self._parameters())
 
     def _moving(self, params: Sequence[Tensor], lists: Lists) -> RunningMeans | None:
         if self._means is None:
             return None
         return self._means.moving(self.objectives, params, lists)
-
-    def _metric(self, params: Sequence[Tensor]) -> AdamMetric | None:
-        second = self._second_weights_on(params[0].device)
-        if second is None:
-            return None
-        assert isinstance(self.base, AdamW), "other bases have no metric of their own"
-        return self.base.metric(params, second)
 
     def _second_weights_on(self, device: torch.device) -> Tensor | None:
         """c² of AdamW's second moment Σ_k c_k² g_k²; its gradients are bias-corrected means."""
@@ -368,29 +444,112 @@ class MOLLMOptimizer(Optimizer):
         for some, lists in self._store.buckets(params):
             yield from by_sharding(some, lists)
 
-    def _solve(self, params: Sequence[Tensor]) -> Solution:
-        parts = _Parts()
+    def _grams(
+        self, params: Sequence[Tensor], lists: Lists, clip: Tensor | None
+    ) -> Iterator[tuple[float | Tensor, Tensor]]:
+        """Gram matrices of these parameters, each with the learning rate that it counts with."""
+        moving = self._moving(params, lists)
+        second = self._second_weights_on(params[0].device)
+        if second is None:
+            groups = self.base.param_groups if self.metric == "base" else [{"params": params}]
+            some = alike(params, groups, lambda group: ())
+        else:
+            assert isinstance(self.base, AdamW), "other bases have no metric of their own"
+            self.base.make_state(params)
+            some = alike(params, self.base.param_groups, lambda g: (g["betas"][1], g["eps"]))
+            second = second if clip is None else second * clip**2
+        for rate, group, columns in some:
+            rows, means, metric = lists, moving, None
+            if len(columns) < len(params):
+                rows, means = columns_of(lists, columns), columns_of_means(moving, columns)
+            if second is not None:
+                assert isinstance(self.base, AdamW), "other bases have no metric of their own"
+                metric = self.base.metric([params[n] for n in columns], group, second)
+            plain = means is None and metric is None
+            yield rate, gram(rows) if plain else gram_moved(rows, means, metric)
+
+    def _solve(self, params: Sequence[Tensor], clip: Tensor | None = None) -> _Solved:
+        """Solves for the gradients that wait.
+
+        Args:
+            params: those that have any.
+            clip: what `p.grad` was multiplied by; the second moment counts gradients so.
+        """
+        parts, squares = _Parts(), _Parts()
         for sharding, some, lists in self._pieces(params):
-            moving, metric = self._moving(some, lists), self._metric(some)
-            plain = moving is None and metric is None
-            parts.add(sharding, gram(lists) if plain else gram_moved(lists, moving, metric))
+            for rate, part in self._grams(some, lists, clip):
+                one = isinstance(rate, float) and rate == 1
+                parts.add(sharding, part if one else part * rate)
+                squares.add(sharding, part.diagonal())
         if self._unchecked_steps and Sharding() in parts.sums:
             self._unchecked_steps -= 1
             if world_size() > 1:
                 refuse_unlike_copies(self._plain_parts().sums[Sharding()], self.objectives)
-        total = parts.total(Sharding.total_gram)
+        total, square = parts.total(Sharding.total_gram), squares.total(Sharding.total)
         if self._means is not None:
-            total = total / self._means.correction(total.device) ** 2
-        self._gram = total
-        self._solution = self.rule(total)
-        return self._solution
+            correction = self._means.correction(total.device) ** 2
+            total, square = total / correction, square / correction
+        solved = _Solved(total, self.rule(total))
+        if self._second_weights is not None:
+            return solved  # where v would overflow, the metric and so the Gram matrix is NaN
+        weights = solved.solution.weights
+        return self._holdable(
+            solved, (weights.abs() * square.sqrt()).sum(), lambda: self._overflow(params, solved)
+        )
+
+    def _largest_direction(self) -> float:
+        """The largest |d| that can do no harm to the base's state."""
+        if isinstance(self.base, FusedBase):
+            return self.base.largest_direction()
+        dtypes = {torch.promote_types(torch.float32, p.dtype) for p in self._parameters()}
+        return min(math.sqrt(largest_moment(dtype)) for dtype in dtypes)
+
+    def _holdable(self, solved: _Solved, norm: Tensor, overflow: Callable[[], Tensor]) -> _Solved:
+        """Refuses a step along a d that the base's state could not hold.
+
+        Args:
+            norm: at least |d|.
+            overflow: counts the places where the state would overflow. It reads everything once
+                more, so that it is called only where the norm leaves room for doubt.
+        """
+        limit = self._largest_direction()
+        if limit == math.inf:
+            return solved
+        fits = norm <= limit
+        if isinstance(self.base, FusedBase):
+            narrow = norm.is_cuda and torch.float16 in self.base.kept_dtypes()
+            doubtful = not norm.is_cuda and bool(solved.solution.finite) and not fits
+            if narrow or doubtful:
+                fits = overflow() == 0
+        solution = solved.solution.refused_unless(fits)
+        known = not norm.is_cuda and bool(solved.solution.finite) and not fits
+        return replace(solved, solution=solution, overflows=known)
+
+    def _overflow(self, params: Sequence[Tensor], solved: _Solved) -> Tensor:
+        assert isinstance(self.base, FusedBase), "other bases' state is not known"
+        weights = self._effective_weights(solved.solution)
+        parts = _Parts()
+        for sharding, some, lists in self._pieces(params):
+            over = self.base.overflows(some, lists, weights, self._moving(some, lists))
+            parts.add(sharding, over.double())
+        return parts.total(Sharding.total)
 
     def _plain_parts(self) -> _Parts:
         """Gram matrices of the bare gradients: one odd gradient spoils AdamW's metric for all."""
         parts = _Parts()
-        for sharding, _, lists in self._pieces(self._touched()):
+        for sharding, _, lists in self._pieces(self._touched(strays=True)):
             parts.add(sharding, gram(lists))
         return parts
+
+    def _non_finite_elements(self) -> Tensor:
+        """How many each objective's gradient has, [K]."""
+        parts = _Parts()
+        for sharding, _, lists in self._pieces(self._touched(strays=True)):
+            some = [[(~t.isfinite()).sum() for t in row if t is not None] for row in lists]
+            counts = [torch.stack(c).sum() if c else torch.zeros(()) for c in some]
+            device = max((c.device for c in counts), key=str)
+            parts.add(sharding, torch.stack([c.to(device) for c in counts]).double())
+        return parts.total(Sharding.total)
 
     def _effective_weights(self, solution: Solution) -> Tensor:
         """Weights on gradients, or on running means before their bias correction."""
@@ -408,112 +567,252 @@ class MOLLMOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update by the base optimizer along d.
 
-        Without any objective's gradient and at learning rate 0 it makes the base's state and does
-        nothing else: so torch.distributed.checkpoint prepares an optimizer for loading.
+        With no objective's gradient and learning rate 0 it only makes the base's state;
+        torch.distributed.checkpoint relies on this before loading. With gradients, a step at
+        learning rate 0 is a step like any other: moments move, weights do not.
 
         Args:
             closure: runs the objectives' backwards and returns a loss.
 
         Raises:
-            RuntimeError: an objective has no gradient.
-            FloatingPointError: the Gram matrix is not finite and on_nonfinite="raise"; weights,
-                state and gradients stay as they were.
+            RuntimeError: an objective has no gradient, or a parameter one of no objective; no
+                `p.grad` is left of aggregate(); an earlier step was interrupted.
+            ValueError: an option of a parameter group is out of range.
+            FloatingPointError: the Gram matrix or the state after the step is not finite and
+                on_nonfinite="raise"; weights, state and gradients stay as they were.
         """
+        self._refuse_interrupted()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if isinstance(self.base, FusedBase):
+            for group in self.base.param_groups:
+                self.base.check_group(group)
         if self._only_prepares():
             self._make_state()
             return loss
-        fused = isinstance(self.base, FusedBase)
-        aggregated = self._solution is not None
-        if not aggregated and fused:
-            self._solve(self._touched())
-        elif not aggregated:
+        if self._aggregated is None and not isinstance(self.base, FusedBase):
             self.aggregate()
-        solution, matrix = self._solution, self._gram
-        assert solution is not None, "the gradients are solved for"
-        assert matrix is not None, "the gradients are solved for"
-        changes = None
-        if self._refused(solution, matrix, waits=not fused):
-            changes = None
-        elif aggregated and fused:
-            changes = self._step_along_grad(solution)
-        elif fused:
-            changes = self._step_along_gradients(solution)
+        if self._aggregated is None:
+            solved, changes = self._step_along_gradients(self._touched())
         else:
-            changes = self._step_of_another_base()
-        self._last_step = StepReport(self.objectives, matrix, solution, changes)
+            self._refuse_lost_direction(self._aggregated)
+            try:
+                solved, changes = self._step_after_aggregate(self._aggregated)
+            except BaseException:
+                self._drop_gradients()
+                raise
+        self._last_step = StepReport(self.objectives, solved.matrix, solved.solution, changes)
         self._forget_gradients()
         return loss
 
-    def _step_along_gradients(self, solution: Solution) -> Tensor | None:
+    def _step_along_gradients(self, params: Sequence[Tensor]) -> tuple[_Solved, Tensor | None]:
+        """A step along the gradients that wait, which never writes d."""
         base = self.base
         assert isinstance(base, FusedBase), "other bases step along p.grad"
-        weights = self._effective_weights(solution)
-        proceed = solution.finite if weights.is_cuda else None
+        solved = self._solve(params)
+        if self._refused(solved):
+            return solved, None
+        weights = self._effective_weights(solved.solution)
+        proceed = solved.solution.finite if weights.is_cuda else None
         parts = _Parts()
-        for sharding, some, lists in self._pieces(self._touched()):
-            part = base.step_along(
-                some,
-                lists,
-                weights,
-                moving=self._moving(some, lists),
-                second_weights=self._second_weights_on(weights.device),
-                proceed=proceed,
-                track=self.track_conflicts,
-            )
-            if part is not None:
-                parts.add(sharding, part)
-        if self._means is not None:
-            self._means.count(proceed)
-        return parts.total(Sharding.total) if self.track_conflicts else None
+        base.make_state(params)
+        with self._writing():
+            for sharding, some, lists in self._pieces(params):
+                part = base.step_along(
+                    some,
+                    lists,
+                    weights,
+                    moving=self._moving(some, lists),
+                    second_weights=self._second_weights_on(weights.device),
+                    proceed=proceed,
+                    track=self.track_conflicts,
+                )
+                if part is not None:
+                    parts.add(sharding, part)
+            if self._means is not None:
+                self._means.count(proceed)
+        return solved, parts.total(Sharding.total) if self.track_conflicts else None
 
-    def _step_along_grad(self, solution: Solution) -> Tensor | None:
+    def _refuse_lost_direction(self, left: _Aggregated) -> None:
+        if not left.gradients.present():
+            raise RuntimeError(
+                "no parameter has a gradient any more since aggregate(), as after "
+                "model.zero_grad(): clip or unscale between aggregate() and step(), and call "
+                "optimizer.zero_grad() to start over."
+            )
+
+    def _step_after_aggregate(self, left: _Aggregated) -> tuple[_Solved, Tensor | None]:
         """A step along p.grad as aggregate() left it, or the caller changed it since."""
+        solved, gradients = left.solved, left.gradients
+        touched, scale = gradients.touched, gradients.scale if gradients.unscaled else None
+        waiting = all(name in self._store for name in self.objectives)
+        self.param_groups = self.base.param_groups
+        scaled = scale is not None or left.assumed_scale is not None
+        if scaled:
+            solved = self._in_own_scale(left, scale, touched)
+        if not isinstance(self.base, FusedBase):
+            return self._step_of_another_base(solved, touched)
+        if waiting and scaled and not touched:
+            # In the scale of the losses themselves, which the metric has to be taken in.
+            return self._step_along_gradients(self._touched(strays=True))
+        return self._step_along_grad(solved, gradients.present(), touched, waiting)
+
+    def _in_own_scale(self, left: _Aggregated, scale: Tensor | None, touched: bool) -> _Solved:
+        """Brings the gradients that wait to the scale of the losses, now that it is known."""
+        one = torch.ones((), dtype=torch.float64, device=left.solved.matrix.device)
+        found = one if scale is None else scale.to(one.device)
+        assumed = one if left.assumed_scale is None else left.assumed_scale.to(one.device)
+        self._store.scale(assumed / found)
+        self._scale = scale
+        if self._means is not None and left.norm is not None and bool(found != assumed):
+            # Running means met gradients of another scale: once more, and as long as it was cut.
+            norm = self._norm_of_grad(left.gradients.present())
+            params = self._touched(strays=True)
+            solved = self._solve(params)
+            clip = norm * found / left.norm if touched else 1.0
+            self._write_direction(params, solved.solution, clip)
+            return solved
+        return replace(left.solved, matrix=left.solved.matrix * (assumed / found) ** 2)
+
+    def _step_along_grad(
+        self, solved: _Solved, params: list[Tensor], touched: bool, waiting: bool
+    ) -> tuple[_Solved, Tensor | None]:
         base = self.base
         assert isinstance(base, FusedBase), "other bases step by themselves"
-        params = [p for p in self._parameters() if p.grad is not None]
-        reads = self._needs_gradients_after
-        weights = solution.weights.new_zeros(1 + reads * len(self.objectives))
+        weights = solved.solution.weights.new_zeros(1 + waiting * len(self.objectives))
         weights[0] = 1
         second = self._second_weights_on(weights.device)
-        proceed = solution.finite if weights.is_cuda else None
-        parts = _Parts()
-        pieces = self._pieces(params) if reads else by_sharding(params, [])
-        for sharding, some, lists in pieces:
-            d = [local_gradient(p) for p in some]
-            part = base.step_along(
-                some,
-                [d, *lists],
-                weights,
-                second_weights=None if second is None else pad(second, (1, 0)),
-                proceed=proceed,
-                track=self.track_conflicts,
+        if touched and second is not None:
+            clip, uniform = self._clip(params, solved.solution)
+            solved = self._solve(params, clip)
+            solved = replace(solved, solution=solved.solution.refused_unless(clip.isfinite()))
+            fresh = pad(solved.solution.weights * clip, (1, 0))
+            if len(params) == len(self._touched(strays=True)):
+                weights = torch.where(uniform, fresh, weights)
+            second = second * clip**2
+        elif touched:
+            solved = self._holdable(
+                solved, self._norm_of_grad(params), lambda: self._overflow_of_grad(params)
             )
-            if part is not None:
-                parts.add(sharding, part[1:])
-        return parts.total(Sharding.total) if self.track_conflicts else None
+        if self._refused(solved):
+            return solved, None
+        proceed = solved.solution.finite if weights.is_cuda else None
+        parts = _Parts()
+        base.make_state(params)
+        with self._writing():
+            pieces = self._pieces(params) if waiting else by_sharding(params, [])
+            for sharding, some, lists in pieces:
+                part = base.step_along(
+                    some,
+                    [[local_gradient(p) for p in some], *lists],
+                    weights,
+                    second_weights=None if second is None else pad(second, (1, 0)),
+                    proceed=proceed,
+                    track=self.track_conflicts,
+                )
+                if part is not None:
+                    parts.add(sharding, part[1:])
+            if self._means is not None:
+                for _, some, lists in self._pieces(params):
+                    moving = self._moving(some, lists)
+                    assert moving is not None, "there are means"
+                    moved(moving, lists, proceed)
+                self._means.count(proceed)
+        return solved, parts.total(Sharding.total) if self.track_conflicts else None
 
-    def _step_of_another_base(self) -> Tensor | None:
-        """Runs the base optimizer; g_k · Δθ of what it did, [K]."""
-        if not self.track_conflicts:
+    def _clip(self, params: Sequence[Tensor], solution: Solution) -> tuple[Tensor, Tensor]:
+        """By what p.grad was multiplied since it was Σ_k w_k g_k, |p.grad| / |Σ_k w_k g_k|, and
+        whether all of it was."""
+        parts = _Parts()
+        for sharding, some, lists in self._pieces(params):
+            parts.add(sharding, gram([[local_gradient(p) for p in some], *lists]))
+        products = parts.total(Sharding.total_gram)
+        w = solution.weights
+        square, along, before = products[0, 0], products[0, 1:] @ w, w @ products[1:, 1:] @ w
+        clip = torch.where(before > 0, (square / before).sqrt(), 1.0)
+        dtypes = {t.dtype for p in params if (t := p.grad) is not None}
+        rounding = max(torch.finfo(t).eps for t in dtypes)
+        if self._store.memory == "bfloat16":
+            rounding = torch.finfo(torch.bfloat16).eps
+        return clip, along >= (1 - 1e-6 - rounding**2) * (square * before).sqrt()
+
+    def _norm_of_grad(self, params: Sequence[Tensor]) -> Tensor:
+        parts = _Parts()
+        for sharding, some, _ in by_sharding(params, []):
+            parts.add(sharding, gram([[local_gradient(p) for p in some]]))
+        return parts.total(Sharding.total_gram)[0, 0].sqrt()
+
+    def _overflow_of_grad(self, params: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.base, FusedBase), "other bases' state is not known"
+        parts = _Parts()
+        for sharding, some, _ in by_sharding(params, []):
+            rows = [[local_gradient(p) for p in some]]
+            one = torch.ones(1, dtype=torch.float64, device=params[0].device)
+            parts.add(sharding, self.base.overflows(some, rows, one).double())
+        return parts.total(Sharding.total)
+
+    def _step_of_another_base(
+        self, solved: _Solved, touched: bool
+    ) -> tuple[_Solved, Tensor | None]:
+        """Runs the base optimizer; also g_k · Δθ of what it did, [K]."""
+        if touched:
+            params = [p for p in self._parameters() if p.grad is not None]
+            zero = torch.zeros((), device=params[0].device)
+            solved = self._holdable(solved, self._norm_of_grad(params), lambda: zero)
+        if self._refused(solved):
+            return solved, None
+        before = self._dots_with_parameters() if self.track_conflicts else None
+        with self._writing():
             self.base.step()
-            return None
-        before = self._dots_with_parameters()
-        self.base.step()
-        return self._dots_with_parameters() - before
+            if self._means is not None:
+                for _, some, lists in self._pieces(self._touched(strays=True)):
+                    moving = self._moving(some, lists)
+                    assert moving is not None, "there are means"
+                    moved(moving, lists, None)
+                self._means.count(None)
+        return solved, None if before is None else self._dots_with_parameters() - before
 
     def _dots_with_parameters(self) -> Tensor:
         parts = _Parts()
-        for sharding, some, lists in self._pieces(self._touched()):
+        for sharding, some, lists in self._pieces(self._touched(strays=True)):
             parts.add(sharding, dots(lists, [local(p) for p in some]))
         return parts.total(Sharding.total)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Weights and state change inside: where that is broken off, they are half written."""
+        before = self._versions()
+        try:
+            yield
+        except BaseException:
+            if self._versions() != before:
+                self._interrupted = True
+                warnings.warn(
+                    "an optimizer step was interrupted while it wrote: weights and optimizer state "
+                    "are void, load both from a checkpoint.",
+                    stacklevel=5,
+                )
+            raise
+
+    def _versions(self) -> dict[int, int]:
+        """How often Torch has seen each parameter and its state change."""
+        tensors: list[Tensor] = self._parameters()
+        for p in self._parameters():
+            tensors += [t for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+        return {id(t): local(t)._version for t in tensors}
+
+    def _refuse_interrupted(self) -> None:
+        if self._interrupted:
+            raise RuntimeError(
+                "an optimizer step was interrupted while it wrote, so that weights and optimizer "
+                "state are void: load both from a checkpoint, the state with load_state_dict()."
+            )
+
     def _only_prepares(self) -> bool:
-        empty = self._solution is None and not any(n in self._store for n in self.objectives)
-        return empty and all(float(group["lr"]) == 0 for group in self.param_groups)
+        empty = self._aggregated is None and not any(n in self._store for n in self.objectives)
+        return empty and all(float(group["lr"]) == 0 for group in self.base.param_groups)
 
     def _make_state(self) -> None:
         if isinstance(self.base, FusedBase):
@@ -521,38 +820,47 @@ class MOLLMOptimizer(Optimizer):
         else:
             self.base.step()
 
-    def _refused(self, solution: Solution, matrix: Tensor, *, waits: bool) -> bool:
+    def _refused(self, solved: _Solved) -> bool:
         """Whether the step must not be made, as far as that is known without waiting."""
-        if matrix.is_cuda and not waits and self.on_nonfinite == "skip":
-            self._skips.add(solution.finite)
+        waits = not isinstance(self.base, FusedBase) or self.on_nonfinite == "raise"
+        if solved.matrix.is_cuda and not waits:
+            self._skips.add(solved.solution.finite)
             return False
-        if solution.status is not Status.NON_FINITE:
+        if solved.solution.status is not Status.NON_FINITE:
             return False
-        self._refuse_nonfinite(matrix)
-        return True
-
-    def _refuse_nonfinite(self, matrix: Tensor) -> None:
-        if self._second_weights is not None:
-            matrix = self._plain_parts().total(Sharding.total_gram)
-        finite = torch.isfinite(matrix.diagonal()).tolist()
-        names = [name for name, ok in zip(self.objectives, finite, strict=True) if not ok]
-        what = f"the gradient of {', '.join(names)}" if names else "the Gram matrix or its rule"
+        what = self._what_is_not_finite(solved)
+        for p in self._parameters():
+            p.grad = None
         if self.on_nonfinite == "raise":
-            self._solution = None
-            for p in self._parameters():
-                p.grad = None
+            self._aggregated = None
             raise FloatingPointError(
                 f"{what} is not finite; weights and optimizer state are unchanged: call "
                 "zero_grad() and go on with the next batch, or pass on_nonfinite='skip'."
             )
         self._skips.count(what)
-        for p in self._parameters():
-            p.grad = None
+        return True
+
+    def _what_is_not_finite(self, solved: _Solved) -> str:
+        if not all(name in self._store for name in self.objectives):
+            return "the direction, or the optimizer's state after a step along it,"
+        counts = self._non_finite_elements().tolist()
+        names = [name for name, n in zip(self.objectives, counts, strict=True) if n]
+        if names:
+            return f"the gradient of {', '.join(names)}"
+        if solved.overflows or not bool(solved.matrix.isfinite().all()):
+            return "the optimizer's state after a step along gradients this large"
+        return "the Gram matrix or its rule"
 
     def _forget_gradients(self) -> None:
         self._store.clear()
-        self._solution = self._gram = None
+        self._aggregated = None
+        self.param_groups = self.base.param_groups
         self._stale = True
+
+    def _drop_gradients(self) -> None:
+        self._forget_gradients()
+        for p in self._parameters():
+            p.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Empties every objective, and p.grad as any Torch optimizer does."""
@@ -581,29 +889,77 @@ class MOLLMOptimizer(Optimizer):
         """The base optimizer's state, the objectives' means, and the number of skipped steps.
 
         Gradients are not part of it: save between `step()` and the next backward.
+
+        Raises:
+            RuntimeError: a step was interrupted while it wrote.
         """
+        self._refuse_interrupted()
         mine: dict[str, Any] = {"skipped_steps": self.skipped_steps}
         if self._means is not None:
             mine["means"] = self._means.state_dict(self._parameters())
-        return {**super().state_dict(), "mollm": mine}
+        if self._scale is not None:
+            mine["grad_scale"] = float(self._scale)
+        groups, self.param_groups = self.param_groups, self.base.param_groups
+        try:
+            return {**super().state_dict(), "mollm": mine}
+        finally:
+            self.param_groups = groups
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict()` was taken; also reads the base optimizer's own."""
+        """Continues where `state_dict()` was taken; also reads the base optimizer's own.
+
+        "adamw" reads the state of `torch.optim.AdamW`, and "sgd" that of `torch.optim.SGD`, if
+        they were made with options that the bases have; in AdamW's metric the first moment is left
+        out, since the algorithm has none. Everything is checked before anything is changed.
+
+        Raises:
+            UsageError: the state is of another algorithm, other objectives or other parameters.
+            ValueError: the groups do not match, or an option is out of range.
+        """
         plain = {k: v for k, v in state_dict.items() if k != "mollm"}
+        mine = state_dict.get("mollm", {})
+        if self._means is not None:
+            self._means.check_state(mine.get("means"), self.objectives, self._parameters())
+        elif "means" in mine:
+            raise UsageError(
+                "the state to load has a running mean of each objective's gradient: load it with "
+                "momentum='per-objective'."
+            )
+        if isinstance(self.base, FusedBase):
+            plain = self.base.fitted(plain)
+        self._forget_gradients()
         super().load_state_dict(plain)
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._share_state_with_base()
         if isinstance(self.base, FusedBase):
             self.base.restore_dtypes(plain)
-        mine = state_dict.get("mollm", {})
         self._skips = SkipCounter(mine.get("skipped_steps", 0))
+        scale = mine.get("grad_scale")
+        self._scale = None if scale is None else torch.tensor(scale, dtype=torch.float64)
         if self._means is not None:
             self._means.load_state_dict(mine.get("means"), self._parameters())
+        self._interrupted = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler wraps `step` of this very object; a copy gets its own from the class.
-        left = ("_optimizer_", "_zero_grad_profile_name", "step", "_opt_called")
-        return {k: v for k, v in self.__dict__.items() if not k.startswith(left)}
+        state = _copied_attributes(self)
+        # Torch's own __getstate__ loses what a base keeps in other attributes.
+        state["base"] = type(self.base), _copied_attributes(self.base)
+        return {**state, "param_groups": self.base.param_groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state.get("base"), tuple):
+            kind, attributes = state["base"]
+            base = kind.__new__(kind)
+            base.__setstate__(attributes)
+            state = {**state, "base": base}
+        super().__setstate__(state)
 
     def __repr__(self) -> str:
         return f"MOLLMOptimizer(objectives={self.objectives}, rule={self.rule}, base={self.base})"
+
+
+def _copied_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What a copy takes over. A scheduler wraps `step` of this very object; a copy gets its own
+    from the class."""
+    left = ("_optimizer_", "_zero_grad_profile_name", "step", "_opt_called")
+    return {k: v for k, v in optimizer.__dict__.items() if not k.startswith(left)}

@@ -17,7 +17,7 @@ from mollm_ops.reference.losses import (
     reduce_rows,
     uce_loss_reference,
 )
-from mollm_ops.reference.update import update_reference
+from mollm_ops.reference.update import overflows, update_reference
 
 __all__ = [
     "ce_rows_reference",
@@ -29,6 +29,7 @@ __all__ = [
     "linear_kl_div_reference",
     "linear_uce_loss_reference",
     "moved_means_reference",
+    "overflows",
     "project",
     "reduce_rows",
     "scaled_by_metric_reference",

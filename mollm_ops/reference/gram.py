@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mollm_ops._checks import GradientLists
-from mollm_ops.operands import AdamMetric, RunningMeans
+from mollm_ops.operands import AdamMetric, RunningMeans, largest_moment
 
 _CHUNK = 1 << 22  # elements that the plain-Torch versions hold in float64 at a time
 
@@ -65,8 +66,12 @@ def scaled_by_metric_reference(
             square = sum((c * t * t for c, t in present), torch.zeros_like(present[0][1]))
             old = torch.zeros_like(square) if v is None else v.double()
             moment = metric.beta2 * old + (1 - metric.beta2) * square
+            stored = [t.dtype for t in (*tensors, v) if t is not None]
+            computed = functools.reduce(torch.promote_types, stored, torch.float32)
+            kept = computed if v is None else v.dtype
+            fits = (square <= largest_moment(computed)) & (moment <= largest_moment(kept))
             correction = 1 - metric.beta2 ** (step.double() + 1)
-            P = 1 / ((moment / correction).sqrt() + metric.eps) + (moment - moment)
+            P = torch.where(fits, 1 / ((moment / correction).sqrt() + metric.eps), torch.nan)
             wide = [None if t is None else P.sqrt() * t for t in wide]
         columns.append(wide)
     return [list(row) for row in zip(*columns, strict=True)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops._checks import GradientLists
-from mollm_ops.operands import AdamWStep, RunningMeans, SgdStep, Targets
+from mollm_ops.operands import AdamWStep, RunningMeans, SgdStep, Targets, largest_moment
 from mollm_ops.reference.gram import moved_means_reference
 
 
@@ -59,32 +59,15 @@ def update_reference(
     for n, (x, t, *g) in enumerate(zip(targets.params, targets.steps, *used_rows, strict=True)):
         m = None if targets.first is None else targets.first[n]
         v = None if targets.second is None else targets.second[n]
-        used = [u for u in (x, m, v, *g) if u is not None]
-        wide = torch.promote_types(torch.float32, _widest(used))
-        terms = [(w, u.to(wide)) for w, u in zip(weights.to(wide), g, strict=True) if u is not None]
-        d = sum((w * u for w, u in terms), torch.zeros_like(x, dtype=wide))
-        if isinstance(method, SgdStep):
-            b = None if m is None else method.momentum * m.to(wide) + d
-            new = {"first": b}
-            if b is not None:
-                d = d + method.momentum * b if method.nesterov else b
-            lr, divisor = rate, torch.ones((), dtype=wide, device=x.device)
-        else:
-            assert v is not None, "AdamW keeps a second moment"
+        d, new = _next_state(g, weights, x, m, v, method)
+        wide = d.dtype
+        lr: float | Tensor = rate
+        divisor: float | Tensor = 1.0
+        if isinstance(method, AdamWStep):
             step = t.double()
-            square = d * d
-            if method.second_weights is not None:
-                pairs = zip(method.second_weights.tolist(), g, strict=True)
-                some = [c * u.to(wide) ** 2 for c, u in pairs if u is not None]
-                square = sum(some, torch.zeros_like(d))
-            moment = method.beta2 * v.to(wide) + (1 - method.beta2) * square
-            lr = rate
-            if m is not None:
-                d = method.beta1 * m.to(wide) + (1 - method.beta1) * d
-                lr = rate / (1 - method.beta1**step)
-            new = {"first": None if m is None else d, "second": moment}
+            lr = rate if m is None else rate / (1 - method.beta1**step)
             root = (1 / (1 - method.beta2**step).sqrt()).to(wide)
-            divisor = moment.sqrt() * root + method.eps
+            divisor = new["second"].sqrt() * root + method.eps
         new["param"] = (1 - rate * method.weight_decay) * x.to(wide) - lr * (d / divisor)
         before = x.to(wide, copy=True)
         for salt, (name, to) in enumerate({"param": x, "first": m, "second": v}.items()):
@@ -100,6 +83,59 @@ def update_reference(
             if u is not None:
                 changes[k] += (u.double() * moved).sum()
     return changes
+
+
+def _next_state(
+    g: Sequence[Tensor | None],
+    weights: Tensor,
+    x: Tensor,
+    m: Tensor | None,
+    v: Tensor | None,
+    method: SgdStep | AdamWStep,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What one parameter steps along, and its next state, neither rounded."""
+    wide = torch.promote_types(torch.float32, _widest([u for u in (x, m, v, *g) if u is not None]))
+    terms = [(w, u.to(wide)) for w, u in zip(weights.to(wide), g, strict=True) if u is not None]
+    d = sum((w * u for w, u in terms), torch.zeros_like(x, dtype=wide))
+    new: dict[str, Tensor] = {}
+    if isinstance(method, SgdStep):
+        if m is not None:
+            new["first"] = b = method.momentum * m.to(wide) + d
+            d = d + method.momentum * b if method.nesterov else b
+        return d, new
+    assert v is not None, "AdamW keeps a second moment"
+    square = d * d
+    if method.second_weights is not None:
+        pairs = zip(method.second_weights.to(wide), g, strict=True)
+        square = sum((c * u.to(wide) ** 2 for c, u in pairs if u is not None), torch.zeros_like(d))
+    new["second"] = method.beta2 * v.to(wide) + (1 - method.beta2) * square
+    if m is not None:
+        new["first"] = d = method.beta1 * m.to(wide) + (1 - method.beta1) * d
+    return d, new
+
+
+def overflows(
+    gradients: GradientLists,
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    *,
+    moving: RunningMeans | None = None,
+) -> Tensor:
+    """Whether the step would leave a state that its dtype cannot hold, as a scalar on the device.
+
+    Reads everything that the step reads, in plain Torch, and writes nothing.
+    """
+    over = torch.zeros((), dtype=torch.bool, device=weights.device)
+    rows = gradients if moving is None else moved_means_reference(gradients, moving)
+    for n, (x, *g) in enumerate(zip(targets.params, *rows, strict=True)):
+        m = None if targets.first is None else targets.first[n]
+        v = None if targets.second is None else targets.second[n]
+        _, new = _next_state(g, weights, x, m, v, method)
+        for to, value in ((m, new.get("first")), (v, new.get("second"))):
+            if to is not None and value is not None:
+                over |= ~(value.abs() <= largest_moment(to.dtype)).all()
+    return over
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:

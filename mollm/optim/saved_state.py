@@ -1,0 +1,93 @@
+"""A saved optimizer state, held against the parameters that it is to be loaded for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mollm.distributed.sharding import is_sharded, local
+from mollm.errors import UsageError
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_OTHER_ALGORITHMS = {
+    "amsgrad": (False, "amsgrad"),
+    "maximize": (False, "maximize"),
+    "dampening": (0, "dampening"),
+}
+
+
+def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
+    """Refuses what is no state of parameter n.
+
+    Raises:
+        UsageError: it is not a tensor of a float dtype, or not of the shape and sharding of p.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(
+            f"{what} of parameter {n} must be a tensor of a float dtype, but the state to load has "
+            f"{got}."
+        )
+    if value.shape != p.shape or local(value).shape != local(p).shape:
+        raise UsageError(
+            f"{what} of parameter {n} must have shape {tuple(p.shape)}, but the state to load has "
+            f"{tuple(value.shape)}: it is of another model, or of other parameters."
+        )
+    if is_sharded(value) != is_sharded(p):
+        raise UsageError(
+            f"{what} of parameter {n} must be sharded as the parameter is, but in the state to "
+            "load it is not: use torch.distributed.checkpoint.state_dict."
+        )
+
+
+def check_step(value: Any, n: int) -> float:
+    """The number of steps behind a parameter.
+
+    Raises:
+        UsageError: it is no such number.
+    """
+    number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    steps = float(value) if number else -1.0
+    if not (0 <= steps < float("inf")):
+        raise UsageError(f"step of parameter {n} must be a number from 0 up, but got {value!r}.")
+    return steps
+
+
+def check_narrowing(what: str, value: Tensor, n: int, dtype: torch.dtype) -> None:
+    """Refuses a state that overflows in the dtype that it is to have.
+
+    Raises:
+        UsageError: it does.
+    """
+    mine = local(value)
+    if torch.finfo(dtype).max >= torch.finfo(mine.dtype).max or not mine.numel():
+        return
+    if mine.isfinite().all() and not mine.to(dtype).isfinite().all():
+        raise UsageError(
+            f"{what} of parameter {n} overflows in {dtype}: choose a wider state_dtype, such as "
+            "torch.float32."
+        )
+
+
+def check_same_algorithm(group: dict[str, Any], base: str) -> None:
+    """Refuses options of Torch's own AdamW, Adam and SGD that the fused bases do not have.
+
+    Raises:
+        UsageError: one of them is on.
+    """
+    for name, (off, told) in _OTHER_ALGORITHMS.items():
+        if group.get(name, off) != off:
+            raise UsageError(
+                f"the state to load was made with {told}={group[name]}, which base {base!r} does "
+                "not have: pass base=torch.optim.AdamW or torch.optim.SGD."
+            )
+    coupled = not group.get("decoupled_weight_decay", True) or "dampening" in group
+    if coupled and group.get("weight_decay", 0) != 0:
+        raise UsageError(
+            f"the state to load was made with weight_decay={group['weight_decay']} added to the "
+            f"gradient, but that of base {base!r} is decoupled: set it to 0 in the state, or pass "
+            "the optimizer that made it as base."
+        )
