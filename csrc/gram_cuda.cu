@@ -172,16 +172,33 @@ __global__ void __launch_bounds__(kThreads, K <= 6 ? blocks_per_sm(K) : 1)
 
 // ---- Gram of running means, or in Adam's metric
 
+// The largest sum of squares and the largest second moment that the step can compute and store.
+struct Largest {
+  double square, moment;
+};
+
+template <int K>
+__device__ inline Largest largest_of(const Row* rows, const Row& second) {
+  DType computed = second.data ? second.dtype : DType::kFloat32;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    if (rows[k].data && rows[k].dtype == DType::kFloat64) computed = DType::kFloat64;
+  if (computed != DType::kFloat64) computed = DType::kFloat32;
+  const double square = largest_moment(computed);
+  return {square, second.data ? fmin(square, largest_moment(second.dtype)) : square};
+}
+
 // sqrt(P) of one element: its gradients (or means) are x, its second moment so far v. NaN where the
-// coming second moment is more than `largest`.
+// step could not compute or store the coming second moment.
 template <int K, class S>
 __device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S correction,
-                                 S largest) {
+                                 const Largest& largest) {
   S square = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) square += static_cast<S>(metric.weights[k]) * x[k] * x[k];
   const S moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
-  if (!(moment <= largest)) return static_cast<S>(NAN);
+  if (!(square <= static_cast<S>(largest.square) && moment <= static_cast<S>(largest.moment)))
+    return static_cast<S>(NAN);
   return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps));
 }
 
@@ -191,6 +208,7 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
                                       const DeviceMeans& moving, const DeviceMetric& metric,
                                       double correction, const Chunk& chunk,
                                       int run, Products<K>& products) {
+  const Largest largest = largest_of<K>(rows, second);
 #pragma unroll 1
   for (int64_t first = chunk.begin + threadIdx.x * run; first < chunk.end; first += kThreads * run) {
 #pragma unroll 1
@@ -205,7 +223,6 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
       }
       if (metric.weights) {
         const double v = second.data ? load_one(second, at) : 0.0;
-        const double largest = largest_moment(second.data ? second.dtype : DType::kFloat64);
         const double scale = metric_scale<K, double>(metric, x, v, correction, largest);
 #pragma unroll
         for (int k = 0; k < K; ++k) x[k] *= scale;
@@ -225,8 +242,7 @@ __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, 
                                      float correction, const Chunk& chunk,
                                      Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
-  const float largest = static_cast<float>(
-      fmin(largest_moment(second.dtype), largest_moment(DType::kFloat32)));
+  const Largest largest = largest_of<K>(rows, second);
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
     float x[K][kVector];
 #pragma unroll

@@ -132,6 +132,12 @@ static void move_mean(const GramChunk& chunk, int k, int64_t begin, int64_t coun
   convert(stored, chunk.mean_dtypes[k], 0, count, g);
 }
 
+static bool in_double(const GramChunk& chunk) {
+  return any_double(chunk.rows, chunk.dtypes) ||
+         (chunk.means && any_double(chunk.rows, chunk.mean_dtypes)) ||
+         (chunk.second && chunk.second_dtype == DType::kFloat64);
+}
+
 // Scales every row by sqrt(P), P the metric of Adam; by NaN where v' cannot be stored.
 template <class S>
 static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count,
@@ -139,9 +145,11 @@ static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count
   alignas(64) S sum[kScratch] = {}, second[kScratch] = {};
   const S beta2 = static_cast<S>(chunk.beta2), fresh = static_cast<S>(1 - chunk.beta2);
   const S root = static_cast<S>(1 / sqrt(chunk.correction)), eps = static_cast<S>(chunk.eps);
-  const DType computed = std::is_same_v<S, double> ? DType::kFloat64 : DType::kFloat32;
+  // Of the step, which computes in float also where this does in double for its range.
+  const DType computed = in_double(chunk) ? DType::kFloat64 : DType::kFloat32;
   const DType kept = chunk.second ? chunk.second_dtype : computed;
   const S largest = static_cast<S>(fmin(largest_moment(kept), largest_moment(computed)));
+  const S largest_square = static_cast<S>(largest_moment(computed));
   if (chunk.second) convert(chunk.second, chunk.second_dtype, begin, count, second);
   for (int k = 0; k < chunk.rows; ++k) {
     const S weight = static_cast<S>(chunk.second_weights[k]);
@@ -149,7 +157,8 @@ static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count
   }
   for (int64_t n = 0; n < count; ++n) {
     const S v = beta2 * second[n] + fresh * sum[n];
-    sum[n] = v <= largest ? 1 / sqrt(sqrt(v) * root + eps) : static_cast<S>(NAN);
+    const bool fits = sum[n] <= largest_square && v <= largest;
+    sum[n] = fits ? 1 / sqrt(sqrt(v) * root + eps) : static_cast<S>(NAN);
   }
   for (int k = 0; k < chunk.rows; ++k)
     for (int64_t n = 0; n < count; ++n) row[k][n] *= sum[n];
@@ -236,8 +245,7 @@ static bool out_of_range(const GramChunk& chunk, const double* partial) {
 }
 
 static void gram(const GramChunk& chunk, double* partial) {
-  const bool wide = any_double(chunk.rows, chunk.dtypes) ||
-                    (chunk.means && any_double(chunk.rows, chunk.mean_dtypes));
+  const bool wide = in_double(chunk);
   if (!wide) gram_in_float(chunk, partial);
   if (wide || out_of_range(chunk, partial)) gram_scratch<double>(chunk, partial);
 }
