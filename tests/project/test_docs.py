@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 
 import pytest
@@ -114,3 +115,9 @@ def test_the_notebook_runs(tmp_path):
     ).execute()
     texts = ["".join(str(o) for o in c.outputs) for c in notebook.cells if c.cell_type == "code"]
     assert "'forget': 0.0" in texts[3]
+
+
+def test_the_picture_is_what_its_script_draws():
+    script = DOCS / "figures/draw_cone.py"
+    drawn = runpy.run_path(str(script))["draw"]()
+    assert drawn == script.with_name("direction.svg").read_text(encoding="utf-8")
