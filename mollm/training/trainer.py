@@ -309,8 +309,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         adapter = {} if self._wrapped is None else adapter_settings(self._wrapped)
         return {
             "version": machine.versions().get("mollm"),
-            "model": self._fingerprint,
             "dtype": str(self._base.dtype).removeprefix("torch."),
+            "model": self._fingerprint,
             "adapter": None if self._wrapped is None else "LoRA",
             **{f"adapter {name}": value for name, value in adapter.items()},
             "forget data": self._data.facts["forget"]["sha256"],

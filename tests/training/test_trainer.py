@@ -332,7 +332,6 @@ def test_eps_is_that_of_the_unlearning_cross_entropy(tmp_path, in_float32):
 
     # Of a token with probability p: -log(1 - (1 - eps) p); a random model's p is small.
     assert first(uce_eps=0.5) == pytest.approx(0.5 * first(uce_eps=1e-9), rel=2e-3)
-    assert first(uce_eps=0.5, method="ga") == first(method="ga")
 
 
 def test_embeddings_and_head_stay_unless_they_are_to_train(tmp_path):
@@ -375,14 +374,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path):
             made.train(resume_from_checkpoint=True)
         assert all(torch.equal(before[name], value) for name, value in weights(made).items())
 
-    refused("the same model", tiny.model(seed=5, tie_word_embeddings=False))
-    refused("the same adapter", lora={})
-    refused("the same forget data", data=(FORGET[:9], RETAIN))
-    refused("the same method", method="sum")
-    refused("the same dtype", tiny.model(tie_word_embeddings=False).bfloat16())
-    refused("the same freeze_embeddings", freeze_embeddings=False)
-    refused("the same optimizer", optimizer_options={"base": "sgd"})
-    refused("was adamw", optimizer_options={"base": functools.partial(torch.optim.SGD)})
+    refused("model was", tiny.model(seed=5, tie_word_embeddings=False))
+    refused("adapter was not there and is now LoRA", lora={})
+    refused("forget data was", data=(FORGET[:9], RETAIN))
+    refused("method was mollm and is now sum", method="sum")
+    refused("dtype was float32 and is now bfloat16", tiny.model(tie_word_embeddings=False).bfloat16())
+    refused("freeze_embeddings was True", freeze_embeddings=False)
+    refused("optimizer base was not there and is now sgd", optimizer_options={"base": "sgd"})
+    refused("optimizer base was not there", optimizer_options={"base": functools.partial(torch.optim.SGD)})
     state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
     state.write_text(state.read_text()[:-20])
     refused("must be a whole checkpoint, but it is damaged")
