@@ -1,4 +1,4 @@
-"""Dropout is off while a model unlearns: a step compares two models, and noise has no part in it."""
+"""Dropout is off while a model unlearns: a step compares two models, without noise."""
 
 from __future__ import annotations
 

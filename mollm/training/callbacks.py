@@ -101,7 +101,9 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     def refuse_weights(self, names: Sequence[str]) -> None:
         """Weights of these names are not finite."""
         step = len(self._history)
-        self._stop(f"weights must be finite, but after step {step} {named(names)} are not: {_WAY_OUT}")
+        self._stop(
+            f"weights must be finite, but after step {step} {named(names)} are not: {_WAY_OUT}"
+        )
 
     def _stop(self, reason: str | None, control: TrainerControl | None = None) -> None:
         if reason is None:

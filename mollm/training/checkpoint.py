@@ -133,9 +133,7 @@ def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> N
         tensor.copy_(placed(saved[name], tensor))
 
 
-def _refuse_others(
-    folder: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]
-) -> None:
+def _refuse_others(folder: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Refuses weights that are not, one for one, those of the model."""
     unlike = [
         name

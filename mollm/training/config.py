@@ -251,7 +251,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be a positive number, but got {getattr(self, name)}.")
+                raise UsageError(
+                    f"{name} must be a positive number, but got {getattr(self, name)}."
+                )
         for name in _NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{name} must not be negative, but got {getattr(self, name)}.")
@@ -283,14 +285,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                     f"{getattr(self, name)}: give the base's own options in optimizer_options."
                 )
         options = self.for_optimizer()
-        per_objective = options.get("momentum") == PER_OBJECTIVE
-        if self.max_grad_norm > 0 and per_objective and options.get("metric") != "euclidean":
-            if base == "adamw":
-                raise UsageError(
-                    "max_grad_norm must be 0 with momentum 'per-objective' in AdamW's metric, but "
-                    f"got {self.max_grad_norm}: leave it out, or add metric: euclidean to "
-                    "optimizer_options."
-                )
+        means = base == "adamw" and options.get("momentum") == PER_OBJECTIVE
+        if self.max_grad_norm > 0 and means and options.get("metric") != "euclidean":
+            raise UsageError(
+                "max_grad_norm must be 0 with momentum 'per-objective' in AdamW's metric, but got "
+                f"{self.max_grad_norm}: leave it out, or add metric: euclidean to "
+                "optimizer_options."
+            )
 
     def _refuse_unknown_reports(self) -> None:
         from transformers.integrations.integration_utils import (

@@ -114,7 +114,12 @@ def _changed(changes: Sequence[Mapping[str, Any]]) -> list[str]:
         _table(
             ("from step", "setting", "before", "from then on"),
             [
-                (c["step"] + 1, _code(c["setting"]), _code(public(c["was"])), _code(public(c["is"])))
+                (
+                    c["step"] + 1,
+                    _code(c["setting"]),
+                    _code(public(c["was"])),
+                    _code(public(c["is"])),
+                )
                 for c in changes
             ],
         ),

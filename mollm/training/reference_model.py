@@ -213,7 +213,8 @@ class CachedReference(nn.Module):
         for path in sorted(self._folder.glob(f"*/{_STATES}")):
             try:
                 with safe_open(str(path), framework="pt") as file:
-                    shapes = [file.get_slice(key).get_shape() for key in file.keys()]
+                    keys = list(file.keys())
+                    shapes = [file.get_slice(key).get_shape() for key in keys]
                     whole = (file.metadata() or {}).get(_MODEL, "") == self._of
                     whole &= all(len(shape) == 2 and shape[1] == self._width for shape in shapes)
             except (OSError, SafetensorError):

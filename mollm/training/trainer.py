@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    PreTrainedModel,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -32,27 +30,24 @@ from mollm.data.encoding import encode_records
 from mollm.data.samplers import PairSampler, RowSampler
 from mollm.data.sets import read_data, records_of, role_of
 from mollm.distributed import processes
+from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
-from mollm.models import forward, four_bits, loading
+from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
     adapter_settings,
     adapter_told,
     check_adapter,
     checkpoint_activations,
-    given,
     merged,
     named,
     not_finite,
     trained_tensors,
-    uncompiled,
 )
-from mollm.models.precision import DTYPES
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
 from mollm.system.folders import (
-    check_space,
     check_writable,
     clear_unfinished,
     complete,
@@ -61,15 +56,23 @@ from mollm.system.folders import (
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar
 from mollm.training.config import NOT_TOLD, MOLLMConfig
+from mollm.training.given_model import (
+    check_without_weights,
+    loaded,
+    refuse_four_bits,
+    refuse_kept_parts,
+    taken,
+)
 from mollm.training.history import StepRecord, means_of, record_of, write_history
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
+from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings
 from mollm.training.step import accumulate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mollm.data.sets import Data
 
@@ -78,11 +81,6 @@ logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
 _TRAINING = "training"
 _OF_THE_BEST = ("metric_for_best_model", "greater_is_better")
-_NOT_COMPILED = "The model was given compiled; its step is not."
-_ITS_ADAPTER = (
-    "The model was given with an adapter, which trains; the original is the model with that "
-    "adapter as it was given."
-)
 _DECISIONS = tuple(
     f"should_{what}" for what in ("training_stop", "epoch_stop", "save", "evaluate", "log")
 )
@@ -164,7 +162,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 f"args must be a mollm.MOLLMConfig, but got {type(args).__name__}: MOLLMConfig "
                 "takes the fields of TrainingArguments, and a few more."
             )
-        model, self._wrapped, notes = _taken(model, peft_config, args)
+        model, self._wrapped, notes = taken(model, peft_config, args)
         if self._wrapped is None:
             args.refuse_four_bits_without(peft_config)
         if not eval_dataset and args.eval_strategy != "no":
@@ -174,6 +172,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             )
         # Of a model that is cut into parts, the first process alone reads the weights.
         from_first = args.sharding is not None and isinstance(model, str)
+        watch()
         as_given = self._wrapped is not None
         data = forget_dataset, retain_dataset, eval_dataset
         with processes.agreeing():
@@ -189,8 +188,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 forward.freeze_embeddings(self._base)
             if not any(p.requires_grad for p in self._base.parameters()):
                 raise UsageError(
-                    "a model must have weights that train, but all of this one are frozen: unfreeze "
-                    "some, or give peft_config."
+                    "a model must have weights that train, but all of this one are frozen: "
+                    "unfreeze some, or give peft_config."
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
@@ -204,7 +203,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 with_adapter=as_given,
                 of=self._fingerprint,
             )
-            _refuse_kept_parts(reference, args)
+            refuse_kept_parts(reference, args)
         self._objectives = Objectives(self._base, reference, args.forget_loss)
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
@@ -280,10 +279,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._base: PreTrainedModel
         if isinstance(model, str):
             assert source is not None, "a model by name has a source"
-            _check_without_weights(source, args, peft_config)
-            self._base = _loaded(source, config, args, device)
+            check_without_weights(source, args, peft_config)
+            self._base = loaded(source, config, args, device)
         else:
-            _refuse_four_bits(model, args)
+            refuse_four_bits(model, args)
             self._base = model.to(device)
         broken = not_finite(dict(self._base.named_parameters()))
         if broken:
@@ -384,6 +383,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             UsageError: There is no such checkpoint, or it is of another model, of other data or of
                 another method or optimizer, or damaged; the model has not been changed then.
         """
+        with blaming_the_dead():
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         before: dict[str, Any] = {}
         with processes.agreeing():
             found = self._find_checkpoint(resume_from_checkpoint)
@@ -432,7 +435,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             rows = self.args.num_train_epochs * len(self._data.rows["forget"])
             steps = math.ceil(rows / self.args.rows_per_step)
         self.create_scheduler(num_training_steps=steps)
-        self._groups = [_options_of(group) for group in self.optimizer.param_groups]
+        self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
         self.history.clear()
         self._changes.clear()
@@ -486,7 +489,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self, forget: list[Tokens], retain: list[Tokens]
     ) -> Iterator[tuple[Batch, Batch]]:
         """This process's share of a step's rows, so many at a time as the device takes."""
-        rank, world, size = processes.rank(), self.args.world_size, self.args.per_device_train_batch_size
+        rank, world, size = (
+            processes.rank(),
+            self.args.world_size,
+            self.args.per_device_train_batch_size,
+        )
         for start in range(0, size * self.args.gradient_accumulation_steps, size):
             some = slice(start, start + size)
             yield self._batch(forget[rank::world][some]), self._batch(retain[rank::world][some])
@@ -635,7 +642,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         training = {
             "optimizer": processes.gathered(self.optimizer.state_dict()),
             "groups": self._groups,
-            "scheduler": _scheduler_state(self.lr_scheduler),
+            "scheduler": scheduler_state(self.lr_scheduler),
             "sampler": self._sampler.state_dict(),
             "history": [asdict(record) for record in self.history],
             "changes": self._changes,
@@ -687,7 +694,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.optimizer.load_state_dict(processes.placed_state(state["optimizer"], params))
             self._take_options(state["groups"])
-            _take_schedule(self.lr_scheduler, state["scheduler"], self.optimizer)
+            take_schedule(self.lr_scheduler, state["scheduler"], self.optimizer)
             checkpoint.load_weights(self._base, self._wrapped, folder)
             self.history[:] = history
             self._changes[:] = state["changes"]
@@ -699,14 +706,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _take_options(self, before: Sequence[Mapping[str, Any]]) -> None:
         """Options of the optimizer that are others now than when the checkpoint's run began."""
-        for group, then, now in zip(
-            self.optimizer.param_groups, before, self._groups, strict=True
-        ):
+        for group, then, now in zip(self.optimizer.param_groups, before, self._groups, strict=True):
             group.update({name: now[name] for name in now if then.get(name) != now[name]})
 
     def _note_changes(self, before: Mapping[str, Any]) -> None:
         now = self._free_settings
-        unlike = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+        unlike = [
+            name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)
+        ]
         for name in unlike:
             if name not in NOT_TOLD:
                 change = {"step": self.state.global_step, "setting": name}
@@ -775,62 +782,6 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         )
 
 
-def _taken(model: Any, peft_config: Any | None, args: MOLLMConfig) -> tuple[Any, Any, list[str]]:
-    """The model as it is used, its wrapper where it was given with an adapter, and notes."""
-    if isinstance(model, str | Path):
-        return str(model), None, []
-    model, compiled = uncompiled(model)
-    notes = [_NOT_COMPILED] if compiled else []
-    if hasattr(model, "get_base_model"):
-        if peft_config is not None:
-            raise UsageError(
-                "peft_config must be left out for a model that has an adapter: its adapter trains; "
-                "or merge that first, with `merge_and_unload` of peft."
-            )
-        if args.sharding is not None:
-            raise UsageError(
-                f"fsdp must be left out for a PeftModel, but got {args.sharding}: give the model "
-                "and peft_config, or let each process hold a copy."
-            )
-        return given(model).get_base_model(), model, [*notes, _ITS_ADAPTER]
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(
-            "model must be a name, a folder or a causal language model of transformers, but got "
-            f"{type(model).__name__}."
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UsageError(
-            "a model must not hold an adapter of its own: give it as a peft.PeftModel, or merge "
-            "the adapter."
-        )
-    return model, None, notes
-
-
-def _check_without_weights(source: loading.Source, args: MOLLMConfig, config: Any | None) -> None:
-    """What a model on the meta device tells: whether the adapter fits, and the checkpoints."""
-    if config is None and args.save_strategy == SaveStrategy.NO:
-        return
-    model = loading.load_without_weights(source, DTYPES[args.dtype])
-    if config is not None:
-        adapted(model, config)
-    elif args.freeze_embeddings:
-        forward.freeze_embeddings(model)
-    if args.save_strategy != SaveStrategy.NO and processes.rank() == 0:
-        size = DTYPES[args.dtype].itemsize
-        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        written = trains if config is not None else sum(p.numel() for p in model.parameters())
-        check_space(Path(args.output_dir), (written + trains) * size, "the weights of a checkpoint")
-
-
-def _refuse_kept_parts(reference: Any, args: MOLLMConfig) -> None:
-    original = getattr(reference, "original", None)
-    if args.sharding is not None and original is not None and original.keeps_copies:
-        raise UsageError(
-            f"fsdp must be left out where an adapter trains biases too, but got {args.sharding}: "
-            "set bias to none, or let each process hold a copy."
-        )
-
-
 def _refuse_broken(names: Sequence[str]) -> None:
     if names:
         raise UsageError(
@@ -844,59 +795,6 @@ def _hash_of(rows: Sequence[Tokens]) -> str:
     for row in rows:
         digest.update(json.dumps([row.ids, row.labels]).encode())
     return digest.hexdigest()
-
-
-def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that a checkpoint holds; the rate is that of the schedule."""
-    left = ("params", "lr", "initial_lr", "rounding_seed")
-    return {n: v for n, v in group.items() if n not in left and not isinstance(v, Tensor)}
-
-
-def _scheduler_state(scheduler: Any) -> dict[str, Any]:
-    state: dict[str, Any] = scheduler.state_dict()
-    return {name: value for name, value in state.items() if name != "lr_lambdas"}
-
-
-def _take_schedule(scheduler: Any, state: Mapping[str, Any], optimizer: Any) -> None:
-    """Sets a schedule to the step that a checkpoint reached, at the rates of this run's settings."""
-    if not isinstance(scheduler, LambdaLR):
-        scheduler.load_state_dict(dict(state))
-        return
-    scheduler.last_epoch = step = int(state["last_epoch"])
-    scheduler._step_count = int(state["_step_count"])
-    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    scheduler._last_lr = [base * factor(step) for base, factor in rates]
-    for group, base, rate in zip(
-        optimizer.param_groups, scheduler.base_lrs, scheduler._last_lr, strict=True
-    ):
-        group["initial_lr"], group["lr"] = base, rate
-
-
-def _loaded(
-    source: loading.Source, config: Any, args: MOLLMConfig, device: torch.device
-) -> PreTrainedModel:
-    if args.sharding is not None and getattr(config, "quantization_config", None):
-        raise UsageError(
-            f"fsdp must be left out for a model whose weights are quantized, but got "
-            f"{args.sharding} for {source.label}: let each process hold a copy."
-        )
-    dtype = DTYPES[args.dtype]
-    if args.sharding is not None and processes.rank() > 0:
-        return loading.load_without_weights(source, dtype)
-    return loading.load(source, device, dtype, args.quantization)[0]
-
-
-def _refuse_four_bits(model: PreTrainedModel, args: MOLLMConfig) -> None:
-    if args.quantization:
-        raise UsageError(
-            f"quantization must be left out for a model that is given as a module, but got "
-            f"{args.quantization}: load that in 4 bits, or give its name."
-        )
-    if args.sharding is not None and any(map(four_bits.in_four_bits, model.parameters())):
-        raise UsageError(
-            f"fsdp must be left out for a model in 4 bits, but got {args.sharding}: let each "
-            "process hold a copy."
-        )
 
 
 def _metric_of(args: MOLLMConfig) -> str | None:

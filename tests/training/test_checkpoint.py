@@ -118,7 +118,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
             checkpoint.check(tmp_path, about)
     checkpoint.describe(tmp_path, about)
     checkpoint.check(tmp_path, about | {"version": "2"})
-    with pytest.raises(UsageError, match="cannot resume from .*: forget data was b and is now c"):
+    with pytest.raises(UsageError, match=r"cannot resume from .*: forget data was b and is now c"):
         checkpoint.check(tmp_path, about | {"forget data": "c"})
     (tmp_path / "mollm.json").write_text('{"format": 99, "version": "3"}')
     with pytest.raises(UsageError, match=r"of format 3, but it is of format 99: .*\(3\)"):

@@ -19,7 +19,10 @@ def config(**options):
         ({"reference": "twin"}, "reference must be one of auto"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
         ({"padding_side": "top"}, "padding_side must be one of left, right"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number from 1"),
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size must be a whole number from 1",
+        ),
         ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
         ({"divergence": float("nan")}, "divergence must be a finite number"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
