@@ -130,8 +130,8 @@ def watch() -> None:
     global _watch
     if world_size() == 1 or _watch is not None:
         return
-    store = dist.distributed_c10d._get_default_store().clone()
-    _watch = Watch(store, dist.get_rank(), world_size())
+    store: Any = dist.distributed_c10d._get_default_store()
+    _watch = Watch(store.clone(), dist.get_rank(), world_size())
     atexit.register(_leave)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -236,6 +237,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _refuse_unusable_numbers(self) -> None:
         """Texts that are numbers become such; NaN, infinity and what is out of range is refused."""
+        self.optimizer_options = _numbers(self.optimizer_options or {})
+        self.preferences = _numbers(self.preferences)
         for f in fields(self):
             value = getattr(self, f.name)
             kinds = [k for k in (float, int) if isinstance(f.default, k)]
@@ -387,6 +390,18 @@ def _one_of(name: str, value: str, allowed: Any) -> None:
     if value not in allowed:
         hint = did_you_mean(str(value), allowed)
         raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}{hint}")
+
+
+def _numbers(value: Any) -> Any:
+    """Texts that are numbers as such: to YAML, 1e-5 is a text, for want of a point."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_numbers(item) for item in value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _refuse_not_finite(name: str, value: Any) -> None:

@@ -683,6 +683,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             history = [StepRecord(**record) for record in state["history"]]
             if len(history) != reached.global_step:
                 raise ValueError(f"{len(history)} of {reached.global_step} steps are recorded")
+            if not (isinstance(state["random"], list) and state["random"]):
+                raise ValueError("no random numbers are in it")
             if not_finite(serialization.tensors_of(state["optimizer"])):
                 raise ValueError("the optimizer's state is not finite")
             if reached.global_step > self.state.max_steps:
