@@ -29,6 +29,7 @@ from mollm.distributed import processes
 from mollm.errors import UsageError
 from mollm.methods import Answers, answers_of, sequences_of
 from mollm.models.adapters import Original
+from mollm.models.dropout import without_dropout
 from mollm.models.forward import freeze, head_weights, in_evaluation_mode
 from mollm.system.folders import clear_unfinished, complete, remove
 
@@ -61,6 +62,7 @@ class CopyReference(nn.Module):
     @torch.no_grad()
     def answers(self, batch: Batch) -> Answers:
         """From a forward pass of the copy."""
+        without_dropout(self.model, training=False)  # train() of what holds it reaches it
         return answers_of(self.model, batch)
 
 
@@ -173,12 +175,12 @@ class CachedReference(nn.Module):
             batch_size: Rows that pass through the model together.
             pad_id: The id that fills a batch.
         """
+        distinct = {_key(zip(row.ids, row.labels, strict=True)): row for row in rows}
         with processes.agreeing():
             if processes.rank() == 0:
                 clear_unfinished(self._folder)
-                self._remove_damaged()
+                self._remove_damaged(distinct)
         self._open()
-        distinct = {_key(zip(row.ids, row.labels, strict=True)): row for row in rows}
         missing = [row for key, row in distinct.items() if key not in self._files]
         processes.wait()  # all have seen the same
         piece: dict[str, Tensor] = {}
@@ -206,25 +208,32 @@ class CachedReference(nn.Module):
         with complete(self._folder / next(iter(piece))) as stage:
             save_file(dict(piece), stage / _STATES, metadata={_MODEL: self._of})
 
-    def _remove_damaged(self) -> None:
-        """Takes out what was cut short, or is of another model; it is computed again."""
-        from safetensors import SafetensorError, safe_open
-
+    def _remove_damaged(self, rows: Mapping[str, Tokens]) -> None:
+        """Takes out what was cut short, or is of another model or other rows, to be made again."""
         for path in sorted(self._folder.glob(f"*/{_STATES}")):
-            try:
-                with safe_open(str(path), framework="pt") as file:
-                    keys = list(file.keys())
-                    shapes = [file.get_slice(key).get_shape() for key in keys]
-                    whole = (file.metadata() or {}).get(_MODEL, "") == self._of
-                    whole &= all(len(shape) == 2 and shape[1] == self._width for shape in shapes)
-            except (OSError, SafetensorError):
-                whole = False
-            if not whole:
+            if not self._is_whole(path, rows):
                 logger.warning(
                     f"the cached states in {path.parent} are damaged or of another model: they "
                     "are computed again."
                 )
                 remove(path.parent)
+
+    def _is_whole(self, path: Path, rows: Mapping[str, Tokens]) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                if (file.metadata() or {}).get(_MODEL, "") != self._of:
+                    return False
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+        except (OSError, SafetensorError):
+            return False
+        expected = {
+            key: (sum(label != IGNORE_INDEX for label in row.labels[1:]), self._width)
+            for key, row in rows.items()
+            if key in shapes
+        }
+        return expected == shapes
 
     def _open(self) -> None:
         from safetensors import safe_open
