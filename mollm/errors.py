@@ -1,5 +1,10 @@
 """Errors that a user can put right."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UsageError(ValueError):
     """A mistake in what was asked for, described in one sentence that names the way out.
@@ -14,3 +19,9 @@ class UsageError(ValueError):
         ...     print(error)
         data must be a .jsonl, ... but got nothing.jsonl, which is not on this machine.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """How a sentence about an unknown name ends: with the known one that is close, or a stop."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else "."

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mollm.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
+from mollm.errors import UsageError, did_you_mean
 
 _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 
@@ -20,7 +16,16 @@ _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 OWN_SETTINGS = ("model", *_DATA, "out", "lora", "device")
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+_LONGEST = 255
+"""Bytes of a file's name."""
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "options by name",
+}
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,20 +50,43 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in types and name not in OWN_SETTINGS:
             raise UsageError(
                 f"a setting must be one of {', '.join(OWN_SETTINGS)} or a field of MOLLMConfig, "
-                f"but got {name!r}."
+                f"but got {name!r}{did_you_mean(str(name), (*OWN_SETTINGS, *types))}"
             )
-        settings[name] = _typed(name, value, types.get(name))
+        settings[name] = (
+            _own(name, value) if name in OWN_SETTINGS else _typed(name, value, types[name])
+        )
     return settings
+
+
+def _own(name: str, value: Any) -> Any:
+    """The value of a setting that is no field of MOLLMConfig."""
+    if value is None or name == "lora":
+        return value
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(path, str) and any(len(part.encode()) > _LONGEST for part in path.split("/")):
+        raise UsageError(
+            f"{name} must be a name that a file can have, but got one of {len(path)} characters: "
+            f"{path[:40]}..."
+        )
+    if name in _DATA and isinstance(value, Mapping | list):
+        return value
+    if not isinstance(value, str):
+        kind = "a path, a name or options by name" if name in _DATA else "a text"
+        raise UsageError(f"{name} must be {kind}, but got {value!r}: put it in quotes.")
+    return value
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError) as error:  # no home; a null byte, no UTF-8
         raise UsageError(f"config must be a YAML file that can be read, but got {path}.") from error
     settings = _parse(text, str(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, but it does not.")
+    for name in settings:
+        if not isinstance(name, str):
+            raise UsageError(f"{path} must name settings by texts, but got {name!r}: quote it.")
     return settings
 
 
@@ -67,7 +95,7 @@ def _parse(text: str, name: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{name} must be valid YAML, but it is not: {reason}.") from error
 
@@ -81,19 +109,33 @@ def _fields() -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, declared: Any) -> Any:
-    """The value of a field that is to be a bool, an int or a float; any other as it is."""
+    """The value of a field as its declared type has it, as far as YAML reads it as another."""
     united = get_origin(declared) in (Union, UnionType)
     kinds = set(get_args(declared) if united else (declared,))
-    if type(value) in kinds or (value is None and NoneType in kinds):
+    kinds = {get_origin(kind) or kind for kind in kinds}
+    optional, kinds = NoneType in kinds, kinds - {NoneType}
+    if Any in kinds or type(value) in kinds or (value is None and optional):
         return value
-    kind = next(iter(kinds - {NoneType}))
-    if len(kinds - {NoneType}) > 1 or kind not in _KINDS:
-        return value
+    if isinstance(value, bool) and bool not in kinds:
+        if value is False and optional:  # to YAML, no is false
+            return None
+        if value is False and str in kinds:
+            return "no"
+        raise UsageError(f"{name} must be {_described(kinds)}, but got {value!r}: quote a text.")
     try:  # to YAML, 1e-5 is a text, for want of a point
-        if kind is not bool and type(value) in (str, int, float):
+        if bool not in kinds and type(value) in (str, int, float):
             number = float(value)
-            if kind is float or number.is_integer():
-                return kind(number)
+            if float in kinds:
+                return number
+            if int in kinds and number.is_integer():
+                return int(number)
     except ValueError:
         pass
-    raise UsageError(f"{name} must be {_KINDS[kind]}, but got {value!r}.")
+    if str in kinds and not isinstance(value, Mapping | list):
+        return str(value)
+    raise UsageError(f"{name} must be {_described(kinds)}, but got {value!r}.")
+
+
+def _described(kinds: Collection[type]) -> str:
+    words = [word for kind, word in _KINDS.items() if kind in kinds]
+    return " or ".join(words) or "of another kind"

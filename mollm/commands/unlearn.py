@@ -8,12 +8,13 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mollm.commands.settings_file import OWN_SETTINGS, read_settings
-from mollm.errors import UsageError
-from mollm.system.folders import UNFINISHED, complete, locked
+from mollm.errors import UsageError, did_you_mean
+from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
 
 if TYPE_CHECKING:
     from mollm.training.config import MOLLMConfig
@@ -98,17 +99,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _unlearn(arguments: argparse.Namespace) -> int:
     from mollm.distributed import processes
+    from mollm.distributed.watch import blaming_the_dead
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     resume = given.pop("resume", False)
     settings = read_settings(given)
-    out = Path(settings.pop("out", "runs/unlearn"))
+    out = Path(settings.pop("out", None) or "runs/unlearn").expanduser()
     _require(settings)
     args = _arguments(settings, out)  # the processes know of each other from here on
     try:
         with contextlib.ExitStack() as held:
+            held.enter_context(blaming_the_dead())
             with processes.agreeing():
                 if processes.rank() == 0:
+                    check_writable(out)
                     _check_out(out, resume)
                     held.enter_context(locked(out))
             status = _run(_trainer(settings, args), settings, out, resume)
@@ -117,9 +121,6 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         raise
     processes.stop()
     return status
-
-
-# ---- settings
 
 
 # ---- the run
@@ -170,12 +171,20 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
 
 
 def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
+    from mollm.distributed import processes
+    from mollm.models import loading
+    from mollm.models.precision import DTYPES
     from mollm.planning.run import check_memory
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))
     args.refuse_four_bits_without(adapter)
     check_memory(settings["model"], args, adapter)
+    with processes.agreeing():
+        if processes.rank() == 0:
+            size = loading.count_parameters(loading.find_model(settings["model"]))
+            needed = size * DTYPES[args.dtype].itemsize
+            check_space(Path(args.output_dir), needed, "the weights of the model")
     evaluated = {
         name: settings[f"eval_{name}"]
         for name in ("forget", "retain")
@@ -204,9 +213,16 @@ def _adapter(lora: Any) -> Any:
             task_type="CAUSAL_LM",
         )
     except (AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        known = [f.name for f in fields(LoraConfig)]
+        unknown = (
+            [str(name) for name in lora if name not in known] if isinstance(lora, dict) else []
+        )
+        if unknown:
+            reason = f"it has no {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+        else:
+            reason = " ".join(str(error).split()).rstrip(".") + "."
         raise UsageError(
-            f"lora must be a rank or options of peft.LoraConfig, but got {lora!r}: {reason}."
+            f"lora must be a rank or options of peft.LoraConfig, but got {lora!r}: {reason}"
         ) from error
 
 
@@ -223,7 +239,8 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
     if trainer.stopped_because is not None:
         found = checkpoint.checkpoints(out)
         last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
-        tell(f"Stopped early, and wrote no model; {last}.")
+        tell(f"Failed: {trainer.stopped_because}")
+        tell(f"Stopped early, and wrote no model; {last}{_skips(trainer)}.")
         return _STOPPED
     with processes.on_the_first(complete(out / _MODEL)) as folder:
         trainer.export(folder or out)
@@ -231,7 +248,21 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
             (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
     tell(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
     tell(f"Next: {evaluate_line(settings, out)}")
+    if _skips(trainer):
+        tell(f"Mind that the run made less than it was asked for{_skips(trainer)}.")
     return 0
+
+
+def _skips(trainer: MOLLMTrainer) -> str:
+    from mollm.training.history import skipped_in
+
+    skipped = skipped_in(trainer.history)
+    if not skipped:
+        return ""
+    return (
+        f"; {skipped} of {len(trainer.history)} steps were skipped, because a gradient was not "
+        "finite"
+    )
 
 
 def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
@@ -262,4 +293,4 @@ def summary(trainer: MOLLMTrainer) -> str:
     if evaluated:
         shown = {k: v for k, v in evaluated[-1].items() if k.endswith("_loss")}
         rows.append("   ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    return f"\n{len(history)} steps\n" + "\n".join(rows)
+    return f"\n{len(history)} steps{_skips(trainer)}\n" + "\n".join(rows)

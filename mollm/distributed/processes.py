@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mollm.distributed.sharding import is_sharded, world_size
+from mollm.distributed.watch import unwatch
 from mollm.errors import UsageError
 
 Item = TypeVar("Item")
@@ -43,6 +44,7 @@ def wait() -> None:
 
 def stop() -> None:
     """Takes leave of the other processes."""
+    unwatch()
     if world_size() > 1:
         dist.destroy_process_group()
 
@@ -83,13 +85,17 @@ def agreeing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_the_first(context: contextlib.AbstractContextManager[Item]) -> Iterator[Item | None]:
-    """Enters a context on the first process; the others get None, and all go on together."""
-    if rank() == 0:
-        with context as value:
-            yield value
-    else:
-        yield None
-    wait()
+    """Enters a context on the first process; the others get None, and all go on together.
+
+    Raises:
+        UsageError: one was raised inside, or by the context, here or on another process.
+    """
+    with agreeing():
+        if rank() == 0:
+            with context as value:
+                yield value
+        else:
+            yield None
 
 
 def total(values: Tensor) -> Tensor:

@@ -2,63 +2,337 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from mollm.distributed import processes
-from mollm.errors import UsageError
+from mollm.errors import UsageError, did_you_mean
 from mollm.models import forward, four_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")
+_TASKS = (None, "CAUSAL_LM")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+FIXED_FIELDS = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "modules_to_save",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_rslora",
+    }
+)
+"""Fields of a LoraConfig that a resumed run must have as they were."""
+FREE_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
+"""Fields that have no part in what an adapter computes; any other must be left at its default."""
+
+
+# ---- an adapter of one's own
 
 
 def adapted(model: PreTrainedModel, config: Any) -> Any:
     """The model with a new adapter, in the wrapper of `peft`.
 
     Raises:
-        UsageError: It is not LoRA, or would change a head in a way that the losses cannot follow.
+        UsageError: It is not LoRA, names parts that the model lacks, or would change embeddings or
+            head in a way that the losses and an export cannot follow.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    check_adapter(config)
+    _refuse_unknown_names(model, config)
+    config = copy.deepcopy(config)
+    if model.device.type == "meta":
+        config.init_lora_weights = True  # what it begins with comes from the first process
+    _let_gradients_through_four_bits(model)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UsageError(
+            f"the adapter does not suit {type(model).__name__}: {reason}: change peft_config."
+        ) from error
+    _refuse_heads_out_of_reach(model, config)
+    return wrapped
+
+
+def given(model: Any) -> Any:
+    """A `peft.PeftModel` that the user hands over; its adapter is what trains.
+
+    Raises:
+        UsageError: The adapter is not LoRA, not the only one, or was loaded for inference.
+    """
+    if len(model.peft_config) != 1:
+        raise UsageError(
+            f"a PeftModel must have one adapter, but got {', '.join(model.peft_config)}: delete "
+            "the others, or merge them."
+        )
+    (config,) = model.peft_config.values()
+    check_adapter(config, of_given_model=True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            "the adapter of a PeftModel must be loaded with is_trainable=True, but nothing in it "
+            "trains."
+        )
+    _let_gradients_through_four_bits(model)
+    _refuse_heads_out_of_reach(model.get_base_model(), config)
+    return model
+
+
+def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
+    """Says what can be said about an adapter before there is a model.
+
+    Raises:
+        UsageError: It is not LoRA, or a variant of it that training cannot follow.
+    """
+    from peft import LoraConfig
 
     if not isinstance(config, LoraConfig) or config.use_dora:
         raise UsageError(
             f"peft_config must be a LoraConfig without DoRA, but got {type(config).__name__}."
         )
+    for f in fields(config):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        value = getattr(config, f.name)
+        if f.name not in FIXED_FIELDS | FREE_FIELDS and value and value != default:
+            raise UsageError(
+                f"{f.name} is not supported in a LoraConfig, but got {value!r}: leave it out."
+            )
+    if config.task_type not in _TASKS:
+        raise UsageError(f"task_type must be CAUSAL_LM, but got {config.task_type}.")
+    if of_given_model:
+        return
+    if config.inference_mode:
+        raise UsageError("inference_mode must be False for an adapter that trains, but got True.")
     if config.init_lora_weights not in _BEGINNINGS:
         raise UsageError(
             f"init_lora_weights must be one of {', '.join(map(str, _BEGINNINGS))}, for others "
             "change the weights that the original is made of, or need data, but got "
             f"{config.init_lora_weights!r}."
         )
-    config = copy.deepcopy(config)
-    if model.device.type == "meta":
-        config.init_lora_weights = True  # what it begins with comes from the first process
-    _let_gradients_through_four_bits(model)
-    tied = model.config.tie_word_embeddings
-    wrapped = get_peft_model(model, config)
-    layer = forward.head(model)
-    has_delta = hasattr(layer, "get_delta_weight")
-    if has_delta and config.lora_dropout > 0:
+
+
+def _refuse_unknown_names(model: PreTrainedModel, config: Any) -> None:
+    """peft passes over names that nothing has, as long as another one fits."""
+    names = [name for name, _ in model.named_modules() if name]
+    parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+
+    def refuse(field: str, name: str) -> None:
         raise UsageError(
-            f"lora_dropout must be 0 where the head is adapted, but got {config.lora_dropout}: "
-            "leave the head out of target_modules, or the dropout."
+            f"{field} must name modules of the model, but {type(model).__name__} has none called "
+            f"{name!r}{did_you_mean(name.rpartition('.')[2], parts)}"
         )
-    if tied and (has_delta or hasattr(layer, "modules_to_save")):
+
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        asked = getattr(config, field) or ()
+        if isinstance(asked, str):
+            if asked != "all-linear" and not _fits_any(asked, names):
+                refuse(field, asked)
+            continue
+        for name in sorted(asked):
+            if not any(found == name or found.endswith(f".{name}") for found in names):
+                refuse(field, name)
+    for field in _PATTERNS:
+        for name in getattr(config, field) or ():
+            if not _fits_any(rf"(.*\.)?({name})", names):
+                refuse(field, name)
+    layers = config.layers_to_transform
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for layer in [layers] if isinstance(layers, int) else layers or ():
+        if count is not None and not 0 <= layer < count:
+            raise UsageError(
+                f"layers_to_transform must be numbers of the {count} layers, from 0, but got "
+                f"{layer}."
+            )
+
+
+def _fits_any(pattern: str, names: Iterable[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise UsageError(
+            f"an adapter must name modules by valid patterns, but got {pattern!r}: {error}."
+        ) from error
+
+
+def _refuse_heads_out_of_reach(model: PreTrainedModel, config: Any) -> None:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    has_delta = hasattr(head, "get_delta_weight")
+    if has_delta and (config.lora_dropout > 0 or config.lora_bias):
+        name = "lora_dropout" if config.lora_dropout > 0 else "lora_bias"
+        raise UsageError(
+            f"{name} must be {'0' if config.lora_dropout > 0 else 'False'} where the head is "
+            f"adapted, but got {getattr(config, name)}: leave the head out of target_modules, or "
+            "that option."
+        )
+    tied = model.config.get_text_config().tie_word_embeddings
+    changed = has_delta or any(
+        hasattr(layer, name)
+        for layer in (head, embeddings)
+        for name in ("modules_to_save", "lora_embedding_A")
+    )
+    if tied and changed:
         raise UsageError(
             "an adapter must leave the head alone where it shares its matrix with the embeddings, "
-            f"but got target_modules {config.target_modules} and modules_to_save "
-            f"{config.modules_to_save}: take it out."
+            f"and the embeddings too, but got target_modules {config.target_modules} and "
+            f"modules_to_save {config.modules_to_save}: take it out."
         )
-    return wrapped
 
 
-def _let_gradients_through_four_bits(model: PreTrainedModel) -> None:
+def adapter_settings(wrapped: Any) -> dict[str, Any]:
+    """The fields that a resumed run must have as they were, as plain values for JSON."""
+    (config,) = wrapped.peft_config.values()
+    return {name: _plain(getattr(config, name, None)) for name in sorted(FIXED_FIELDS)}
+
+
+def adapter_told(wrapped: Any) -> dict[str, Any]:
+    """The fields that differ from those of a LoraConfig by itself, for a model card."""
+    from peft import LoraConfig
+
+    usual = LoraConfig()
+    told = {"adapter": "LoRA"}
+    for name, value in adapter_settings(wrapped).items():
+        if name in ("r", "lora_alpha") or value != _plain(getattr(usual, name, None)):
+            told[f"adapter {name}"] = value
+    return told
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return json.loads(json.dumps(value, default=str))
+
+
+# ---- the model as it was
+
+
+class Original:
+    """The model that an adapted one was when this was made, for a reference.
+
+    Of a new adapter, that is the model with the adapter switched off. What trains outside of it and
+    so stays on, biases with `bias` "all" or "lora_only", is kept: a copy of those tensors and no
+    others. Of a model that was given with its adapter, what trains is kept, and the adapter stays
+    on.
+
+    Args:
+        wrapped: A `peft.PeftModel` that has not been trained since.
+        with_adapter: Whether its adapter is part of the original.
+    """
+
+    def __init__(self, wrapped: Any, *, with_adapter: bool = False) -> None:
+        self.wrapped = wrapped
+        self.with_adapter = with_adapter
+        inside = set() if with_adapter else {id(p) for p in _adapter_parameters(wrapped)}
+        self._kept = [
+            (p, p.detach().clone())
+            for p in wrapped.parameters()
+            if p.requires_grad and id(p) not in inside
+        ]
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether tensors of the original are kept."""
+        return bool(self._kept)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, the model computes what the original does."""
+        trained = [p.detach().clone() for p, _ in self._kept]
+        asked = [(p, p.requires_grad) for p in self.wrapped.parameters()]
+        off = contextlib.nullcontext() if self.with_adapter else self.wrapped.disable_adapter()
+        with off:
+            # FSDP2 learns in its first forward, which may be this one, what is to train.
+            for p, trains in asked:
+                p.requires_grad_(trains)
+            try:
+                self._put(kept for _, kept in self._kept)
+                yield
+            finally:
+                self._put(trained)
+
+    def _put(self, values: Iterable[Tensor]) -> None:
+        for (p, _), value in zip(self._kept, values, strict=True):
+            p.data.copy_(value)  # of `data`, so that a graph that leads to p stays valid
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """What a tensor that was read inside `restored` held there, also outside of it."""
+        for p, kept in self._kept:
+            if tensor.data_ptr() == p.data_ptr() and tensor.shape == p.shape:
+                return kept
+        return tensor.detach()
+
+
+def _adapter_parameters(wrapped: Any) -> Iterator[nn.Parameter]:
+    """What is of no account while the adapter is switched off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for module in wrapped.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            for name in module.adapter_layer_names:
+                with contextlib.suppress(AttributeError):
+                    part: Any = module
+                    for step in name.split("."):
+                        part = getattr(part, step)
+                    yield from part.parameters()
+
+
+def adapter_tensors(wrapped: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What trains of an adapted model, by the names that peft gives it in a file.
+
+    Args:
+        wrapped: The model in its wrapper.
+        trained: Its parameters that train, by name.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        wrapped, state_dict=dict(trained), save_embedding_layers=False
+    )
+    inside = {id(p) for p in _adapter_parameters(wrapped)}
+    outside = {n for n, p in wrapped.named_parameters() if n in trained and id(p) not in inside}
+    # It looks for biases where they were before layers were wrapped.
+    return tensors | {name: trained[name] for name in sorted(outside)}
+
+
+# ---- what else a model is made to be
+
+
+def _let_gradients_through_four_bits(model: nn.Module) -> None:
     """On some processors bitsandbytes packs matrices for inference, where gradients end silently.
 
     It does so in the first forward pass in evaluation mode, and for good.
@@ -67,6 +341,25 @@ def _let_gradients_through_four_bits(model: PreTrainedModel) -> None:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
         layer.state_dict()  # unpacks
+
+
+def uncompiled(model: Any) -> tuple[Any, bool]:
+    """The model without what `torch.compile` wrapped around it and its parts, and whether it did.
+
+    A step runs other methods than the one that was compiled, and names of weights in files must not
+    begin with `_orig_mod`.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    found = False
+    while isinstance(model, OptimizedModule):
+        model, found = model._orig_mod, True
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, OptimizedModule):
+                setattr(module, name, child._orig_mod)
+                found = True
+    return model, found
 
 
 def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | None) -> None:
@@ -110,7 +403,32 @@ def merged(model: PreTrainedModel, wrapped: Any | None, *, parts: bool) -> PreTr
         from peft import get_peft_model
 
         config = copy.deepcopy(wrapped.peft_config[wrapped.active_adapter])
-        holder = get_peft_model(whole, config, low_cpu_mem_usage=True)
+        config.inference_mode = False
+        name = wrapped.active_adapter
+        holder = get_peft_model(whole, config, adapter_name=name, low_cpu_mem_usage=True)
     whole.load_state_dict(tensors, strict=False, assign=True)  # strict: a tied head has no tensor
     whole.tie_weights()
     return whole if holder is None else holder.merge_and_unload()
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold NaN or infinity; of parts, in this process's part."""
+    from mollm.distributed.sharding import local
+
+    return [
+        name
+        for name, t in tensors.items()
+        if t.is_floating_point() and not t.is_meta and not bool(torch.isfinite(local(t)).all())
+    ]
+
+
+def trained_tensors(model: PreTrainedModel, wrapped: Any | None) -> dict[str, Tensor]:
+    """What a run changes, by name: the parameters that train."""
+    owner = model if wrapped is None else wrapped
+    return {name: p for name, p in owner.named_parameters() if p.requires_grad}
+
+
+def named(names: Collection[str]) -> str:
+    """A few names as a text: the first, and how many more."""
+    first, *others = names
+    return first if not others else f"{first} and {len(others)} more"

@@ -29,10 +29,15 @@ def head_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The matrix [V, H] and the bias [V] of the head, as they are in use at the moment.
 
     Of a head that `peft` adapts by LoRA, the matrix is W + s B A, with a graph to A and B; of one
-    it trains as a whole (`modules_to_save`), the copy that trains. Inside `disable_adapter()` both
-    are the original W.
+    it trains as a whole (`modules_to_save`), the copy that trains; of one of which rows train
+    (`trainable_token_indices`), W with those rows. Inside `disable_adapter()` all are the original
+    W.
     """
     layer: Any = head(model)
+    if hasattr(layer, "token_adapter"):  # rows of it train, or of the embeddings that it shares
+        tokens = layer.token_adapter
+        active = [] if tokens.disable_adapters else tokens.active_adapters
+        return tokens.get_merged_weights(active), getattr(tokens.base_layer, "bias", None)
     if not hasattr(layer, "get_delta_weight"):
         return layer.weight, layer.bias
     base = layer.base_layer

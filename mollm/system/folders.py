@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from mollm.errors import UsageError
 
 UNFINISHED = ".unfinished-"
 """Begins the names of what is not whole yet."""
+_PROBE_BYTES = 4096
+_SHOWN = 200
 
 
 @contextlib.contextmanager
@@ -26,16 +29,14 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: `out` cannot be made or written; found out before the block runs.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made: list[Path] = []
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _remove_empty(made)
-        raise UsageError(
-            f"out must be a folder that can be written, but got {out}: {error.strerror}; "
-            "choose another one with --out."
-        ) from error
+        raise _refused(out, error) from error
     try:
         yield stage
         _sync_all(stage)
@@ -59,7 +60,7 @@ def _move_into(stage: Path, out: Path) -> None:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             folder.rmdir()
 
 
@@ -70,11 +71,15 @@ def complete(folder: Path) -> Iterator[Path]:
     What was written is on the disk before it gets its name: a process that is killed, or a machine
     that loses power, leaves `folder` whole or not there. Where the block raises, nothing is left.
     A folder of that name that is there already is replaced.
+
+    Raises:
+        UsageError: There is no room, or `folder` cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
-    inner = stage / folder.name  # the outer folder is for this user's eyes alone
+    stage: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+        inner = stage / folder.name  # the outer folder is for this user's eyes alone
         inner.mkdir()
         yield inner
         _sync_all(inner)
@@ -82,16 +87,101 @@ def complete(folder: Path) -> Iterator[Path]:
             remove(folder)
         os.rename(inner, folder)
         _sync(folder.parent)
+    except OSError as error:
+        raise _not_written(folder, error) from error
+    except Exception as error:
+        if "os error" in str(error) or "I/O error" in str(error):  # as safetensors has it
+            raise _not_written(folder, error) from error
+        raise
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file that holds either what it held before or all of the text."""
+    """Writes a file that holds either what it held before or all of the text.
+
+    Raises:
+        UsageError: There is no room, or it cannot be written.
+    """
     part = path.with_name(f"{UNFINISHED}{path.name}")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        _sync(part)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise _not_written(path, error) from error
+
+
+def check_writable(out: Path) -> None:
+    """Says before a long computation that its results could not be written.
+
+    Tries what will be done at the end: a folder is made, a file is written, and both are removed.
+
+    Raises:
+        UsageError: `out` cannot be made, or not be written to.
+    """
+    made: list[Path] = []
+    try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=out) as probe:
+            probe.write(b"\0" * _PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise _refused(out, error) from error
+    finally:
+        _remove_empty(made)
+
+
+def check_space(out: Path, needed: int, what: str) -> None:
+    """Says before a long computation that its results would not fit on the disk.
+
+    Args:
+        out: A folder, which need not exist yet.
+        needed: Bytes.
+        what: What takes them, in words.
+
+    Raises:
+        UsageError: Less is free.
+    """
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UsageError(
+            f"{what} take about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free in "
+            f"{out}: free some, or choose another folder with --out."
+        )
+
+
+def public_name(name: str) -> str:
+    """A name for others to read: of a path on this machine, its last part alone."""
+    text = str(name)
+    local = text.startswith(("/", "~", "./", "../", "\\")) or text[1:3] in (":\\", ":/")
+    if not local and text.count("/") < 2:  # a name on the hub has one
+        return text
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1].lstrip("~") or "a local folder"
+
+
+def _not_written(path: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return UsageError(
+        f"{path} cannot be written: {reason.rstrip('.')}; free some space or change its "
+        "permissions, then go on from the last checkpoint with --resume."
+    )
+
+
+def _refused(out: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or str(error)
+    text = str(out)
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return UsageError(
+        f"out must be a folder that can be written, but got {shown}: {reason}; "
+        "choose another one with --out."
+    )
 
 
 def remove(folder: Path) -> None:
@@ -117,16 +207,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: Another process is in it, or it cannot be made.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _remove_empty(made)
-        raise UsageError(
-            f"out must be a folder that can be written, but got {folder}: {error.strerror}; "
-            "choose another one with --out."
-        ) from error
+        raise _refused(folder, error) from error
     try:
         _lock(descriptor, folder)
         yield

@@ -11,21 +11,25 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from mollm.distributed import processes
 from mollm.methods.method import OBJECTIVES
+from mollm.models.adapters import named
 from mollm.training.config import MOLLMConfig
 from mollm.training.history import StepRecord
 from mollm_ops import Status
 
 _SKIPS = 10
+_WAY_OUT = "lower the learning rate, or give retaining a larger preference."
 
 logger = logging.getLogger(__name__)
 
 
 class DivergenceStop(TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose model falls apart.
+    """Ends a run whose model falls apart, and says at the end whether it is one to keep.
 
-    It stops where a loss is not finite, where KL exceeds `divergence` nats, where the retain
-    loss has risen by as much since the first step, or where ten steps in a row had to be skipped
-    because a gradient was not finite.
+    It stops where a loss is not finite, in a step or an evaluation, where KL exceeds `divergence`
+    nats, where the retain loss has risen by as much since the first step, or where ten steps in a
+    row had to be skipped because a gradient was not finite. A run that ends fails all the same
+    where that holds of its last step, where all of its steps were skipped, and where weights are
+    not finite.
 
     Args:
         history: The records of all steps, which the trainer adds to.
@@ -33,43 +37,107 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, history: Sequence[StepRecord]) -> None:
         self._history = history
+        self._runs = False
+        self.first = 0
+        """The steps that were made before this start of the run."""
         self.reason: str | None = None
-        """Why the run was stopped, in a sentence."""
+        """Why the run is no success, in a sentence."""
 
     def on_train_begin(
         self, args: MOLLMConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.reason = None
+        self._runs = True
+
+    def on_train_end(
+        self, args: MOLLMConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._runs = False
 
     def on_step_end(
         self, args: MOLLMConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.reason = self._found(args.divergence)
-        if self.reason is not None:
-            if processes.rank() == 0:
-                logger.warning(self.reason)
+        last = self._history[-1].losses
+        reason = self._found(last, len(self._history), args.divergence) or self._skips_in_a_row()
+        self._stop(reason, control)
+
+    def on_evaluate(
+        self,
+        args: MOLLMConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not self._runs:
+            return
+        for name, value in (metrics or {}).items():
+            if name.endswith("_loss") and not math.isfinite(value):
+                step = len(self._history)
+                reason = f"{name} must be finite, but after step {step} it is {value}: {_WAY_OUT}"
+                self._stop(reason, control)
+                return
+
+    def at_the_end(
+        self, losses: dict[str, float] | None, broken: Sequence[str], bound: float
+    ) -> None:
+        """Looks at what the last step has left.
+
+        Args:
+            losses: After the last step, if there was one.
+            broken: Names of the weights that are not finite.
+            bound: `divergence` of the settings.
+        """
+        mine = self._history[self.first :]
+        if mine and all(r.status == Status.NON_FINITE.name for r in mine):
+            self._stop(
+                f"gradients must be finite, but all {len(mine)} steps were skipped: {_WAY_OUT}"
+            )
+        elif broken:
+            self.refuse_weights(broken)
+        elif losses is not None:
+            self._stop(self._found(losses, len(self._history) + 1, bound))
+
+    def refuse_weights(self, names: Sequence[str]) -> None:
+        """Weights of these names are not finite."""
+        step = len(self._history)
+        self._stop(
+            f"weights must be finite, but after step {step} {named(names)} are not: {_WAY_OUT}"
+        )
+
+    def _stop(self, reason: str | None, control: TrainerControl | None = None) -> None:
+        if reason is None:
+            return
+        self.reason = reason
+        if processes.rank() == 0:
+            logger.warning(reason)
+        if control is not None:
             control.should_training_stop = True
 
-    def _found(self, bound: float) -> str | None:
-        first, last = self._history[0].losses, self._history[-1].losses
-        step = len(self._history)
-        out = "lower the learning rate, or give retaining a larger preference."
+    def _found(self, losses: dict[str, float], step: int, bound: float) -> str | None:
+        """What is wrong with the losses before a step, from 1."""
+        first = self._history[0].losses
         for name in OBJECTIVES:
-            if not math.isfinite(last[name]):
+            if not math.isfinite(losses[name]):
                 return (
-                    f"the {name} loss must be finite, but in step {step} it is {last[name]}: {out}"
+                    f"the {name} loss must be finite, but in step {step} it is {losses[name]}: "
+                    f"{_WAY_OUT}"
                 )
-        for name, grown in (("kl", last["kl"]), ("retain", last["retain"] - first["retain"])):
-            if grown > bound:
+        rises = {"kl": losses["kl"], "retain": losses["retain"] - first["retain"]}
+        for name, risen in rises.items():
+            if risen > bound:
                 return (
                     f"the {name} loss must not grow by more than {bound:g} nats, but by step "
-                    f"{step} it has grown by {grown:.1f}: {out}"
+                    f"{step} it has grown by {risen:.1f}: {_WAY_OUT}"
                 )
+        return None
+
+    def _skips_in_a_row(self) -> str | None:
         recent = self._history[-_SKIPS:]
         if len(recent) == _SKIPS and all(r.status == Status.NON_FINITE.name for r in recent):
             return (
-                f"gradients must be finite, but up to step {step} {_SKIPS} steps were skipped in a "
-                f"row: {out}"
+                f"gradients must be finite, but up to step {len(self._history)} {_SKIPS} steps "
+                f"were skipped in a row: {_WAY_OUT}"
             )
         return None
 

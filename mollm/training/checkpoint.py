@@ -6,6 +6,7 @@ goes all at once; so the last one that has a name is good, whenever a run was ki
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -16,22 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mollm.distributed.processes import gathered, placed
 from mollm.errors import UsageError
+from mollm.models.adapters import adapter_tensors, named, not_finite, trained_tensors
 from mollm.models.forward import own_tensors
 from mollm.system import folders
+from mollm.system.folders import public_name
 from mollm.training.serialization import load_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "checkpoint-"
-_FORMAT = 2
+_FORMAT = 3
 _ABOUT = "mollm.json"
+_SETTINGS = "settings"
+_OF_EVERY_RUN = ("format", "version", _SETTINGS)
 _WEIGHTS = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
 _SAMPLED = 1024
+_OF_AN_ADAPTER = ("lora_", "modules_to_save", "token_adapter.trainable_tokens")
 
 
 # ---- random numbers
@@ -70,16 +77,32 @@ def save_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path | Non
         folder: Where to, on the first process; where processes hold parts of the model the others
             must call it too, with None.
     """
+    write_weights(model, wrapped, whole_weights(model, wrapped), folder)
+
+
+def whole_weights(model: PreTrainedModel, wrapped: Any | None) -> dict[str, Tensor]:
+    """What `write_weights` writes; of parts, on the first process. All processes must call it."""
+    own = own_tensors(model) if wrapped is None else trained_tensors(model, wrapped)
+    weights: dict[str, Tensor] = gathered({name: t.detach() for name, t in own.items()})
+    return weights
+
+
+def write_weights(
+    model: PreTrainedModel, wrapped: Any | None, weights: Mapping[str, Tensor], folder: Path | None
+) -> None:
+    """Writes `whole_weights` on the first process; the others have no folder."""
     from safetensors.torch import save_file
 
-    own = own_tensors(model)
-    if wrapped is not None:
-        own = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    weights = gathered({name: t.detach() for name, t in own.items()})
     if folder is None:
         return
     if wrapped is not None:
-        wrapped.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        config = copy.deepcopy(wrapped.peft_config[wrapped.active_adapter])
+        config.inference_mode = True
+        config.base_model_name_or_path = public_name(model.name_or_path)
+        config.save_pretrained(str(folder))
+        adapter = adapter_tensors(wrapped, weights)
+        tensors = {name: t.contiguous() for name, t in adapter.items()}
+        save_file(tensors, folder / _ADAPTER, metadata={"format": "pt"})
         return
     # By the module's own names, and tied weights once: read back, each finds its place.
     tensors = {name: t.contiguous() for name, t in weights.items()}
@@ -97,41 +120,54 @@ def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> N
         UsageError: The weights are those of another model, or damaged.
     """
     if wrapped is not None:
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import set_peft_model_state_dict
 
-        mine = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        adapter = {
-            name: placed(tensor, mine[name]) if name in mine else tensor
-            for name, tensor in load_file(folder / _ADAPTER).items()
-        }
-        result: Any = set_peft_model_state_dict(wrapped, adapter)
-        if result.unexpected_keys:
-            raise _other_model(folder)
+        mine = adapter_tensors(wrapped, trained_tensors(model, wrapped))
+        saved = load_file(folder / _ADAPTER)
+        _refuse_others(folder, mine, saved)
+        set_peft_model_state_dict(wrapped, {n: placed(t, mine[n]) for n, t in saved.items()})
         return
     own, saved = own_tensors(model), load_file(folder / _WEIGHTS)
-    if {name: t.shape for name, t in own.items()} != {n: t.shape for n, t in saved.items()}:
-        raise _other_model(folder)
+    _refuse_others(folder, own, saved)
     for name, tensor in own.items():
         tensor.copy_(placed(saved[name], tensor))
 
 
-def _other_model(folder: Path) -> UsageError:
-    return UsageError(
-        f"{folder} must be a checkpoint of this model and adapter, but it is of another: name the "
-        "model it was made with, or train without --resume in another folder."
-    )
+def _refuse_others(folder: Path, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are not, one for one, those of the model."""
+    unlike = [
+        name
+        for name in sorted({*own, *saved})
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    ]
+    if unlike:
+        what = "is missing" if unlike[0] not in saved else "does not fit"
+        raise UsageError(
+            f"{folder} must be a checkpoint of this model and adapter, but {unlike[0]} {what}: "
+            "name the model it was made with, resume from the checkpoint before, or train without "
+            "--resume in another folder."
+        )
+    broken = not_finite(saved)
+    if broken:
+        raise UsageError(
+            f"{folder} must hold finite weights, but {named(broken)} are not: remove it, and "
+            "resume from the checkpoint before."
+        )
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, *, with_adapter: bool = False) -> str:
     """A hash of a model's shape, and of 1024 values of each of its weights.
 
-    Read from the original: adapters, which begin at random, do not count.
+    Args:
+        model: The original.
+        with_adapter: Whether an adapter counts. A new one does not, which begins at random.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(own_tensors(model).items()):
-        if "lora_" in name or "modules_to_save" in name:
+        if not with_adapter and any(part in name for part in _OF_AN_ADAPTER):
             continue
-        name = name.replace(".base_layer", "").replace(".original_module", "")
+        for wrapper in (".token_adapter", ".base_layer", ".original_module"):
+            name = name.replace(wrapper, "")
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().flatten()
         some = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
@@ -142,43 +178,61 @@ def fingerprint(model: PreTrainedModel) -> str:
 # ---- the folders of a run
 
 
-def describe(folder: Path, about: Mapping[str, Any]) -> None:
-    """Writes what a checkpoint is of; `about` is compared by `check`."""
-    text = json.dumps({"format": _FORMAT, **about}, indent=2)
-    (folder / _ABOUT).write_text(text, encoding="utf-8")
+def describe(
+    folder: Path, about: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes what a checkpoint is of.
+
+    Args:
+        folder: The checkpoint.
+        about: What a run that resumes from it must agree with, see `check`.
+        settings: What such a run may change.
+    """
+    told = {"format": _FORMAT, **about, _SETTINGS: dict(settings or {})}
+    (folder / _ABOUT).write_text(json.dumps(told, indent=2), encoding="utf-8")
 
 
-def check(folder: Path, about: Mapping[str, Any]) -> None:
+def check(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses a checkpoint that is not of this run.
 
     Args:
         folder: The checkpoint.
         about: What it must be of, by the words with which to say so.
 
+    Returns:
+        The settings that it was made with and that may be others now.
+
     Raises:
         UsageError: It is of another format, or one of the values differs.
     """
     try:
-        found = dict(json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        settings = found.get(_SETTINGS, {})
+        about = json.loads(json.dumps(dict(about)))  # tuples are lists there
+        if not isinstance(settings, dict):
+            raise TypeError("settings are a dict")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{folder} must be a checkpoint of mollm, but it is not.") from error
     if found.get("format") != _FORMAT:
         raise UsageError(
             f"{folder} must be a checkpoint of format {_FORMAT}, but it is of format "
-            f"{found.get('format')}: go on with the version of mollm that wrote it "
+            f"{found.get('format')}: resume with the version of mollm that wrote it "
             f"({found.get('version', 'unknown')})."
         )
-    for name, value in about.items():
-        if name != "version" and found.get(name) != value:
+    for name in dict.fromkeys((*about, *found)):
+        if name in _OF_EVERY_RUN:
+            continue
+        now, was = about.get(name), found.get(name)
+        if now != was:
             raise UsageError(
-                f"{folder} must be a checkpoint of the same {name}, but that is {_short(value)} "
-                f"now and was {_short(found.get(name))}: change it back, or train without "
-                "--resume in another folder."
+                f"cannot resume from {folder}: {name} was {_short(was)} and is now {_short(now)}: "
+                "restore it, or train without --resume in another folder."
             )
+    return settings
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "not there" if value is None else str(value)
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -14,13 +16,14 @@ from torch import nn
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from mollm.errors import UsageError
+from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4
 from mollm.models.precision import DTYPES, compute_dtype
-from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.optim.optimizer import PER_OBJECTIVE, MOLLMOptimizer
 from mollm.training.reference_model import REFERENCES
+from mollm.training.setting_roles import UNSUPPORTED, plain
 
 _SIDES = ("left", "right")
 _SHARDINGS = ("full_shard", "hybrid_shard")
@@ -34,8 +37,10 @@ _TELLING = (
     "freeze_embeddings",
     "seed",
 )
-_NOT_TOLD = (
+NOT_TOLD = (
     "output_dir",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
     "disable_tqdm",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
@@ -44,24 +49,18 @@ _NOT_TOLD = (
     "run_name",
     "use_cpu",
 )
+"""What readers of a model card need not know."""
 _PLAIN = (bool, int, float, str, list, dict)
-_NOT_FOR_THIS = {
-    "auto_find_batch_size": "choose per_device_train_batch_size, with `mollm plan`",
-    "bf16_full_eval": "an evaluation computes as a step does",
-    "deepspeed": "its ZeRO is not proven with MOLLMOptimizer; fsdp takes its place",
-    "enable_jit_checkpoint": "choose save_steps",
-    "fsdp_config": "fsdp alone says how a model is cut into parts",
-    "fp16": "matrix products are in bfloat16 where the device computes in it natively",
-    "fp16_full_eval": "an evaluation computes as a step does",
-    "ignore_data_skip": "a run goes on with the rows that come next",
-    "label_smoothing_factor": "the losses are fixed by the method",
-    "neftune_noise_alpha": "the losses are fixed by the method",
-    "optim": "name the base in optimizer_options",
-    "push_to_hub": "upload the exported model, with `hf upload`",
-    "save_only_model": "every checkpoint can be resumed from",
-    "torch_compile": "the step is not compiled",
-    "use_liger_kernel": "the losses of mollm take its place",
-}
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+)
+_POSITIVE = ("learning_rate", "divergence")
+_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
+_BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+_OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 @dataclass
@@ -146,6 +145,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self._refuse_other_options()
         self._refuse_launchers()
+        self._refuse_unusable_numbers()
         self.sharding = _sharding(self.fsdp)
         # Accelerate, which transformers would hand it on to, is not to wrap the model.
         self.fsdp = None
@@ -164,8 +164,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
-        if not 0 < self.uce_eps < 1:
-            raise UsageError(f"uce_eps must be between 0 and 1, but got {self.uce_eps}.")
         self.quantization = self.quantization or None
         if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))
@@ -174,18 +172,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                     f"quantization must be left out where processes hold parts of the model, but "
                     f"got {self.quantization} with {self.sharding}: give each a copy."
                 )
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "max_length",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, but got {getattr(self, name)}.")
-        for name in ("learning_rate", "divergence"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{name} must be a positive number, but got {value}.")
         epochs = self.num_train_epochs
         if self.max_steps <= 0 and not (math.isfinite(epochs) and epochs > 0):
             raise UsageError(
@@ -194,10 +180,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
         if self.save_strategy == SaveStrategy.BEST and self.eval_strategy == IntervalStrategy.NO:
             raise UsageError("eval_strategy must be given for the save_strategy best, but got no.")
-        if self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        if self.lr_scheduler_type in _BY_A_METRIC:
             raise UsageError(
-                "lr_scheduler_type must be one that goes by the step, but got reduce_lr_on_plateau."
+                "lr_scheduler_type must be one that goes by the step, but got "
+                f"{SchedulerType(self.lr_scheduler_type).value}."
             )
+        self._refuse_without_effect()
+        self._refuse_unknown_reports()
         if self.bf16 and compute_dtype(self.device).dtype != torch.bfloat16:
             raise UsageError(
                 f"bf16 must be left out where the device does not compute in it natively, but got "
@@ -243,13 +232,97 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _refuse_other_options(self) -> None:
         defaults = {
-            f.name: f.default for f in fields(TrainingArguments) if f.default is not MISSING
+            f.name: f.default if f.default_factory is MISSING else f.default_factory()
+            for f in fields(self)
         }
-        for name, instead in _NOT_FOR_THIS.items():
+        for name, instead in UNSUPPORTED.items():
             value = getattr(self, name, None)
-            if name in defaults and value != defaults[name] and value:
+            # None and False say what the default says, where that is no more than these.
+            if name in defaults and value != defaults[name] and (value or defaults[name]):
                 raise UsageError(
                     f"{name} must be left out of a MOLLMConfig, but got {value}: {instead}."
+                )
+
+    def _refuse_unusable_numbers(self) -> None:
+        """Texts that are numbers become such; NaN, infinity and what is out of range is refused."""
+        self.optimizer_options = _numbers(self.optimizer_options or {})
+        self.preferences = _numbers(self.preferences)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kinds = [k for k in (float, int) if isinstance(f.default, k)]
+            if kinds and isinstance(value, str) and not isinstance(f.default, bool):
+                try:
+                    setattr(self, f.name, kinds[0](value))
+                except ValueError:
+                    raise UsageError(f"{f.name} must be a number, but got {value!r}.") from None
+            _refuse_not_finite(f.name, getattr(self, f.name))
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise UsageError(
+                    f"{name} must be a positive number, but got {getattr(self, name)}."
+                )
+        for name in _NOT_NEGATIVE:
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} must not be negative, but got {getattr(self, name)}.")
+        if not 0 < self.uce_eps < 1:
+            raise UsageError(f"uce_eps must be between 0 and 1, but got {self.uce_eps}.")
+        decay = self.optimizer_options.get("weight_decay", self.weight_decay)
+        if isinstance(decay, int | float) and self.learning_rate * decay >= 1:
+            raise UsageError(
+                f"weight_decay must be less than 1 / learning_rate, {1 / self.learning_rate:g}, or "
+                f"a step would turn weights around, but got {decay:g}."
+            )
+
+    def _refuse_without_effect(self) -> None:
+        """Says what would be ignored otherwise."""
+        defaults = {f.name: f.default for f in fields(self)}
+        if (
+            self.uce_eps != defaults["uce_eps"]
+            and self.chosen_method.forget_loss is not unlearning_cross_entropy
+        ):
+            raise UsageError(
+                f"uce_eps must be left out with the method {self.method}, which does not use it, "
+                f"but got {self.uce_eps}."
+            )
+        base = self.optimizer_options.get("base", "adamw")
+        for name in _OF_ADAMW:
+            if base != "adamw" and getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"{name} must be left out with a base that is not adamw, but got "
+                    f"{getattr(self, name)}: give the base's own options in optimizer_options."
+                )
+        options = self.for_optimizer()
+        means = base == "adamw" and options.get("momentum") == PER_OBJECTIVE
+        if self.max_grad_norm > 0 and means and options.get("metric") != "euclidean":
+            raise UsageError(
+                "max_grad_norm must be 0 with momentum 'per-objective' in AdamW's metric, but got "
+                f"{self.max_grad_norm}: leave it out, or add metric: euclidean to "
+                "optimizer_options."
+            )
+
+    def _refuse_unknown_reports(self) -> None:
+        from transformers.integrations.integration_utils import (
+            INTEGRATION_TO_CALLBACK,
+            get_available_reporting_integrations,
+        )
+
+        asked = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in asked:
+            if name in ("all", "none"):
+                continue
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UsageError(
+                    f"report_to must be none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}, "
+                    f"but got {name!r}{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
+                )
+            if name not in get_available_reporting_integrations():
+                raise UsageError(
+                    f"report_to must name what is installed, but the package of {name} is not: "
+                    "install it, or leave it out."
                 )
 
     @property
@@ -279,9 +352,23 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for f in fields(self):
             value = getattr(self, f.name)
             changed = value and isinstance(value, _PLAIN) and value != f.default
-            if changed and f.name not in (*_NOT_TOLD, *told):
+            if changed and f.name not in (*NOT_TOLD, *told):
                 told[f.name] = value
-        return {name: getattr(value, "value", value) for name, value in told.items()}
+        return {name: plain(value) for name, value in told.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values, for loggers, which write them as JSON."""
+        return {name: plain(value) for name, value in super().to_dict().items()}
+
+    def all_settings(self) -> dict[str, Any]:
+        """All settings by name, and what follows from several of them, in the words of a run."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return settings | {
+            "data_seed": seed,
+            "fsdp": self.sharding,
+            "rows_per_step": self.rows_per_step,
+        }
 
     def for_optimizer(self) -> dict[str, Any]:
         """Keyword arguments for MOLLMOptimizer, but for parameters and objectives."""
@@ -309,4 +396,28 @@ def _sharding(fsdp: Any) -> str | None:
 
 def _one_of(name: str, value: str, allowed: Any) -> None:
     if value not in allowed:
-        raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
+        hint = did_you_mean(str(value), allowed)
+        raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}{hint}")
+
+
+def _numbers(value: Any) -> Any:
+    """Texts that are numbers as such: to YAML, 1e-5 is a text, for want of a point."""
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_numbers(item) for item in value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _refuse_not_finite(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} must be a finite number, but got {value}.")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_not_finite(f"{name} {key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_not_finite(name, item)

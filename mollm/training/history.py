@@ -12,6 +12,7 @@ from typing import Any
 from mollm.methods.method import OBJECTIVES
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.folders import replace_text
+from mollm_ops import Status
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ def means_of(records: Sequence[StepRecord]) -> dict[str, float]:
         means[f"cosine_{a}_{b}"] = mean(record.cosines[f"{a}·{b}"] for record in records)
     means["pareto_gap"] = mean(record.pareto_gap for record in records)
     return means
+
+
+def skipped_in(records: Iterable[StepRecord]) -> int:
+    """How many steps were skipped because a gradient was not finite."""
+    return sum(record.status == Status.NON_FINITE.name for record in records)
 
 
 def write_history(history: Iterable[StepRecord], path: Path) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mollm.methods.method import OBJECTIVES
-from mollm.training.history import StepRecord
+from mollm.system.folders import public_name
+from mollm.training.history import StepRecord, skipped_in
 
 _ROWS = 20
+_ACTS = re.compile(r"[\\`*_{}\[\]#|~!]|(?<=\w)://|^[-+>=]")
+_PLAIN = re.compile(r"[^`|<>&\\]*")
+_PATHS = re.compile(r"(?<![\w:/.<])(?:~|/[^\s/,;:'\"]+)(?:/[^\s/,;:'\"]+)+")
 
 
 def model_card(
@@ -20,8 +27,13 @@ def model_card(
     history: Sequence[StepRecord],
     versions: Mapping[str, str],
     notes: Sequence[str] = (),
+    changes: Sequence[Mapping[str, Any]] = (),
+    failure: str | None = None,
 ) -> str:
     """Markdown with a header that the Hugging Face hub reads.
+
+    Whatever is given here shows as the text that it is: neither Markdown nor HTML in it acts. Of
+    paths on this machine the last part is shown alone.
 
     Args:
         base_model: What unlearning started from.
@@ -30,24 +42,38 @@ def model_card(
         history: A record for every step; some twenty of them are shown.
         versions: Of the packages.
         notes: Sentences for the reader.
+        changes: Settings that changed where the run was resumed: `step`, `setting`, `was`, `is`.
+        failure: Why the run is no success.
     """
+    base_model = public_name(base_model)
+    sentences = [*notes]
+    if failure is not None:
+        sentences.insert(0, f"This run failed: {failure}")
+    skipped = skipped_in(history)
+    if skipped:
+        sentences.append(
+            f"{skipped} of {len(history)} steps were skipped, because a gradient was not finite."
+        )
     parts = [
-        # A JSON text is one of YAML too, whatever stands in it.
-        f"---\nlibrary_name: transformers\nbase_model: {json.dumps(base_model)}\n"
+        f"---\nlibrary_name: transformers\nbase_model: {_header(base_model)}\n"
         "tags:\n- unlearning\n- mollm\n---",
-        f"# {base_model}, after unlearning",
+        f"# {_text(base_model)}, after unlearning",
         "Made with mollm ([arXiv 2412.20412](https://arxiv.org/abs/2412.20412)): gradients of a "
         "loss on what is to be forgotten, of the KL divergence to the original and of the "
         "cross-entropy on what is to be retained, combined by the method named below. What the "
         "model no longer says may still be in its weights.",
-        *notes,
+        *map(_text, sentences),
         "## Data",
         _table(
             ("set", "source", "rows", "SHA-256 of its contents"),
-            [(name, d["source"], d["rows"], f"`{d['sha256']}`") for name, d in data.items()],
+            [
+                (_text(name), _text(public(d["source"])), d["rows"], _code(d["sha256"]))
+                for name, d in data.items()
+            ],
         ),
         "## Settings",
-        _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in settings.items()]),
+        _table(("setting", "value"), [(_code(k), _code(public(v))) for k, v in settings.items()]),
+        *_changed(changes),
         "## Weights",
         f"{len(history)} steps; losses before each, and the weights of the three gradients. All "
         "steps are in `history.jsonl`.",
@@ -63,7 +89,7 @@ def model_card(
             ],
         ),
         "## Versions",
-        _table(("package", "version"), list(versions.items())),
+        _table(("package", "version"), [(_text(k), _text(v)) for k, v in versions.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -76,8 +102,53 @@ def _some(history: Sequence[StepRecord]) -> list[StepRecord]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split("\n"))
+def _changed(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not changes:
+        return []
+    return [
+        "These settings are those of the last steps. The run was resumed with other ones than it "
+        "had before:",
+        _table(
+            ("from step", "setting", "before", "from then on"),
+            [
+                (
+                    c["step"] + 1,
+                    _code(c["setting"]),
+                    _code(public(c["was"])),
+                    _code(public(c["is"])),
+                )
+                for c in changes
+            ],
+        ),
+    ]
+
+
+def public(value: Any) -> Any:
+    """A value without the folders of this machine, which name its user."""
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    return public_name(value) if isinstance(value, str | Path) else value
+
+
+def _header(name: str) -> str:
+    """A JSON text, which is one of YAML too, whatever stands in it, and of no HTML."""
+    return json.dumps(name).replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _text(value: Any) -> str:
+    """A text in which no Markdown and no HTML acts, on one line."""
+    line = " ".join(_PATHS.sub(lambda found: public_name(found[0]), str(value)).split())
+    return _ACTS.sub(r"\\\g<0>", html.escape(line, quote=False))
+
+
+def _code(value: Any) -> str:
+    """The same in the type of code."""
+    line = " ".join(str(value).split())
+    if not line or not _PLAIN.fullmatch(line):
+        return f"<code>{_text(line)}</code>" if line else ""
+    return f"`{line}`"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens
 from mollm.distributed.sharding import answer_tokens
 from mollm.methods import ForgetLoss, Totals, answers_of, unlearning_cross_entropy
+from mollm.models.dropout import without_dropout
 from mollm.models.forward import answer_states, in_evaluation_mode
 from mollm.training.reference_model import Reference
 from mollm_ops import linear_ce_kl
@@ -32,6 +33,8 @@ class Objectives(nn.Module):
         retain   cross-entropy on the batch to retain, from the same forward
 
     Losses read hidden states of answer tokens alone; no tensor [tokens, V] exists at any time.
+    The model computes without dropout, whatever mode it is in, and is left in that mode: at the
+    first step model and original are the same, and so KL and its gradient are zero.
 
     Args:
         model: A causal language model whose logits are head(final hidden state).
@@ -81,6 +84,7 @@ class Objectives(nn.Module):
                 whole. Else each loss is the mean over the answer tokens of all processes' batches,
                 for an engine that averages gradients over processes.
         """
+        without_dropout(self.model, training=torch.is_grad_enabled())
         losses: dict[str, Tensor] = {}
         if forget is not None:
             losses["forget"] = self._forget(_batch(forget), totals and totals[0])

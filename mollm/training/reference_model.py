@@ -1,6 +1,7 @@
 """The original model, as a training step asks for it: final hidden states, and a head.
 
-    adapter   the model itself with its adapter switched off: no memory, a forward pass
+    adapter   the model itself with its adapter switched off: no memory, a forward pass; of biases
+              that train besides, and of an adapter that the model was given with, a copy is kept
     copy      a frozen copy: a second model, a forward pass
     cache     final hidden states, computed once and kept on disk: no memory, no forward pass
 
@@ -14,7 +15,9 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,8 +28,10 @@ from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.distributed import processes
 from mollm.errors import UsageError
 from mollm.methods import Answers, answers_of, sequences_of
+from mollm.models.adapters import Original
+from mollm.models.dropout import without_dropout
 from mollm.models.forward import freeze, head_weights, in_evaluation_mode
-from mollm.system.folders import clear_unfinished, complete
+from mollm.system.folders import clear_unfinished, complete, remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +40,9 @@ REFERENCES = ("auto", "adapter", "copy", "cache")
 
 _SHARD_BYTES = 256 << 20
 _STATES = "states.safetensors"
+_MODEL = "model"
+
+logger = logging.getLogger(__name__)
 
 
 class Reference(Protocol):
@@ -54,25 +62,33 @@ class CopyReference(nn.Module):
     @torch.no_grad()
     def answers(self, batch: Batch) -> Answers:
         """From a forward pass of the copy."""
+        without_dropout(self.model, training=False)  # train() of what holds it reaches it
         return answers_of(self.model, batch)
 
 
 class AdapterReference:
-    """The model without its adapter.
+    """The model without its adapter, or with it as it was, see `mollm.models.adapters.Original`.
 
     Args:
-        wrapped: a `peft.PeftModel`.
+        wrapped: a `peft.PeftModel` that has not been trained since it is to be the reference.
+        with_adapter: Whether its adapter, as it is now, is part of the reference model.
     """
 
-    def __init__(self, wrapped: Any) -> None:
-        self.wrapped = wrapped
+    def __init__(self, wrapped: Any, *, with_adapter: bool = False) -> None:
+        self.original = Original(wrapped, with_adapter=with_adapter)
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> Answers:
-        """From a forward pass with the adapter switched off."""
-        model = self.wrapped.get_base_model()
-        with _switched_off(self.wrapped), in_evaluation_mode(model):
-            return answers_of(model, batch)
+        """From a forward pass with the adapter switched off, or as it was."""
+        model = self.original.wrapped.get_base_model()
+        with self.original.restored(), in_evaluation_mode(model):
+            answers = answers_of(model, batch)
+            weight, bias = answers.weight, answers.bias
+            return replace(
+                answers,
+                weight=self.original.tensor(weight),
+                bias=None if bias is None else self.original.tensor(bias),
+            )
 
 
 class CachedReference(nn.Module):
@@ -85,22 +101,25 @@ class CachedReference(nn.Module):
     Args:
         folder: Where the states are, or will be.
         model: The original, whose head is used.
-        wrapped: The same in the wrapper of `peft`, if it has one; its adapter is switched off.
+        original: The same as it is without what an adapter changes, if it has one.
+        of: What identifies the model; pieces that other models wrote are computed anew.
     """
 
     weight: Tensor | None
     """Of a head that trains, as it was: [V, H]; any other is read where it stands."""
     bias: Tensor | None
 
-    def __init__(self, folder: Path, model: PreTrainedModel, wrapped: Any | None) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, original: Original | None, *, of: str = ""
+    ) -> None:
         super().__init__()
         self._folder = folder
-        self._without_adapter: Callable[[], contextlib.AbstractContextManager[Any]] = lambda: (
-            contextlib.nullcontext() if wrapped is None else _switched_off(wrapped)
-        )
+        self._of = of
+        self._original = original
         self._read_head: Callable[[], tuple[Tensor, Tensor | None]] = lambda: head_weights(model)
         weight, bias = head_weights(model)
-        trains = wrapped is None and weight.requires_grad
+        self._width = weight.shape[1]
+        trains = original is None and weight.requires_grad
         for name, tensor in (("weight", weight), ("bias", bias)):
             kept = tensor.detach().clone() if trains and tensor is not None else None
             self.register_buffer(name, kept, persistent=False)
@@ -121,9 +140,13 @@ class CachedReference(nn.Module):
     def _head(self) -> tuple[Tensor, Tensor | None]:
         if self.weight is not None:
             return self.weight, self.bias
-        with self._without_adapter():
+        if self._original is None:
             weight, bias = self._read_head()
-        return weight.detach(), None if bias is None else bias.detach()
+            return weight.detach(), None if bias is None else bias.detach()
+        with self._original.restored():
+            weight, bias = self._read_head()
+            kept = self._original.tensor
+            return kept(weight), None if bias is None else kept(bias)
 
     def _states(self, key: str) -> Tensor:
         if key not in self._files:
@@ -152,16 +175,18 @@ class CachedReference(nn.Module):
             batch_size: Rows that pass through the model together.
             pad_id: The id that fills a batch.
         """
-        if processes.rank() == 0:
-            clear_unfinished(self._folder)
-        self._open()
         distinct = {_key(zip(row.ids, row.labels, strict=True)): row for row in rows}
+        with processes.agreeing():
+            if processes.rank() == 0:
+                clear_unfinished(self._folder)
+                self._remove_damaged(distinct)
+        self._open()
         missing = [row for key, row in distinct.items() if key not in self._files]
         processes.wait()  # all have seen the same
         piece: dict[str, Tensor] = {}
         cuts = range(0, len(missing), batch_size)
         batches = [missing[start : start + batch_size] for start in cuts]
-        with self._without_adapter():
+        with contextlib.nullcontext() if self._original is None else self._original.restored():
             for some, mine in processes.shares(batches):
                 batch = collate(some, pad_id)
                 found = states(batch.to(device)).cpu()
@@ -181,7 +206,34 @@ class CachedReference(nn.Module):
         from safetensors.torch import save_file
 
         with complete(self._folder / next(iter(piece))) as stage:
-            save_file(dict(piece), stage / _STATES)
+            save_file(dict(piece), stage / _STATES, metadata={_MODEL: self._of})
+
+    def _remove_damaged(self, rows: Mapping[str, Tokens]) -> None:
+        """Takes out what was cut short, or is of another model or other rows, to be made again."""
+        for path in sorted(self._folder.glob(f"*/{_STATES}")):
+            if not self._is_whole(path, rows):
+                logger.warning(
+                    f"the cached states in {path.parent} are damaged or of another model: they "
+                    "are computed again."
+                )
+                remove(path.parent)
+
+    def _is_whole(self, path: Path, rows: Mapping[str, Tokens]) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                if (file.metadata() or {}).get(_MODEL, "") != self._of:
+                    return False
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+        except (OSError, SafetensorError):
+            return False
+        expected = {
+            key: (sum(label != IGNORE_INDEX for label in row.labels[1:]), self._width)
+            for key, row in rows.items()
+            if key in shapes
+        }
+        return expected == shapes
 
     def _open(self) -> None:
         from safetensors import safe_open
@@ -193,7 +245,13 @@ class CachedReference(nn.Module):
 
 
 def make_reference(
-    kind: str, model: PreTrainedModel, wrapped: Any | None, *, folder: Path
+    kind: str,
+    model: PreTrainedModel,
+    wrapped: Any | None,
+    *,
+    folder: Path,
+    with_adapter: bool = False,
+    of: str = "",
 ) -> Reference:
     """The original of a model that has not been trained yet.
 
@@ -202,6 +260,8 @@ def make_reference(
         model: The model, without the wrapper of `peft`.
         wrapped: The same in its wrapper, if it has one.
         folder: Where a cache is, or will be once it is filled.
+        with_adapter: Whether the adapter, as it is now, is part of the original.
+        of: What identifies the model of a cache.
 
     Raises:
         UsageError: There is no such kind, or there is no adapter to switch off.
@@ -214,20 +274,12 @@ def make_reference(
             "'adapter': name a LoRA rank, or choose another reference."
         )
     if kind == "copy" or (kind == "auto" and wrapped is None):
-        return CopyReference(model if wrapped is None else _without_adapter(wrapped))
+        plain = wrapped is None or with_adapter
+        return CopyReference(model if plain else _without_adapter(wrapped))
     if kind == "cache":
-        return CachedReference(folder, model, wrapped)
-    return AdapterReference(wrapped)
-
-
-@contextlib.contextmanager
-def _switched_off(wrapped: Any) -> Iterator[None]:
-    asked = [(p, p.requires_grad) for p in wrapped.parameters()]
-    with wrapped.disable_adapter():
-        # FSDP2 learns in its first forward, which may be this one, what is to train.
-        for p, trains in asked:
-            p.requires_grad_(trains)
-        yield
+        original = None if wrapped is None else Original(wrapped, with_adapter=with_adapter)
+        return CachedReference(folder, model, original, of=of)
+    return AdapterReference(wrapped, with_adapter=with_adapter)
 
 
 def _without_adapter(wrapped: Any) -> PreTrainedModel:

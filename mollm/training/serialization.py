@@ -10,9 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mollm.errors import UsageError
+
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,  # deep nesting too
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 def save_tree(tree: Any, folder: Path, name: str) -> None:
@@ -46,6 +58,18 @@ def load_tree(folder: Path, name: str) -> Any:
         return _decode(plain, load_file(folder / f"{name}.safetensors"))
 
 
+def tensors_of(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a tree, by where they are in it."""
+    if isinstance(tree, Tensor):
+        return {"": tree}
+    items: Any = ()
+    if isinstance(tree, Mapping):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    return {f"{at}.{name}": t for at, part in items for name, t in tensors_of(part).items()}
+
+
 def load_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of a checkpoint, on the CPU.
 
@@ -62,14 +86,13 @@ def load_file(path: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def told_as_damage(folder: Path) -> Iterator[None]:
     """What goes wrong inside while a checkpoint is read becomes a UsageError."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+    except _DAMAGE as error:
+        told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(told.split())[:300].rstrip(".") or type(error).__name__
         raise UsageError(
             f"{folder} must be a whole checkpoint, but it is damaged: {reason}: remove it, and go "
             "on from the one before."

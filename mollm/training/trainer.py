@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,21 +30,45 @@ from mollm.data.encoding import encode_records
 from mollm.data.samplers import PairSampler, RowSampler
 from mollm.data.sets import read_data, records_of, role_of
 from mollm.distributed import processes
+from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
-from mollm.models import forward, four_bits, loading
-from mollm.models.adapters import adapted, checkpoint_activations, merged
-from mollm.models.precision import DTYPES
+from mollm.models import forward, loading
+from mollm.models.adapters import (
+    adapted,
+    adapter_settings,
+    adapter_told,
+    check_adapter,
+    checkpoint_activations,
+    merged,
+    named,
+    not_finite,
+    trained_tensors,
+)
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
-from mollm.system.folders import clear_unfinished, complete, replace_text
+from mollm.system.folders import (
+    check_writable,
+    clear_unfinished,
+    complete,
+    replace_text,
+)
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar
-from mollm.training.config import MOLLMConfig
+from mollm.training.config import NOT_TOLD, MOLLMConfig
+from mollm.training.given_model import (
+    check_without_weights,
+    loaded,
+    refuse_four_bits,
+    refuse_kept_parts,
+    taken,
+)
 from mollm.training.history import StepRecord, means_of, record_of, write_history
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
+from mollm.training.schedule import options_of, scheduler_state, take_schedule
+from mollm.training.setting_roles import fixed_settings, free_settings
 from mollm.training.step import accumulate
 
 if TYPE_CHECKING:
@@ -54,6 +80,7 @@ logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
 _TRAINING = "training"
+_OF_THE_BEST = ("metric_for_best_model", "greater_is_better")
 _DECISIONS = tuple(
     f"should_{what}" for what in ("training_stop", "epoch_stop", "save", "evaluate", "log")
 )
@@ -93,7 +120,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     run can be resumed with another number of processes.
 
     Args:
-        model: A model folder, a .gguf file, a hub name, or a causal language model.
+        model: A model folder, a .gguf file, a hub name, or a causal language model. Of a
+            `peft.PeftModel` the adapter trains, and the original is the model with that adapter as
+            it is given; what `torch.compile` made runs as it was before.
         args: A MOLLMConfig.
         forget_dataset: What to forget: a path or hub name, keyword arguments of
             `mollm.data.load_records` by name (`path` for its source), a list of
@@ -104,6 +133,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: More callbacks.
         peft_config: A `peft.LoraConfig`, to train an adapter in place of the weights; with
             `quantization` in `args`, or a model in 4 bits given as a module, that is QLoRA.
+            Dropout is off in every model, but for `lora_dropout`.
 
     Raises:
         UsageError: Anything about the data, the model or the output folder that the user can put
@@ -117,7 +147,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         args: MOLLMConfig,
         *,
         forget_dataset: Data,
@@ -127,7 +157,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
     ) -> None:
-        args.refuse_four_bits_without(peft_config)
+        if not isinstance(args, MOLLMConfig):
+            raise UsageError(
+                f"args must be a mollm.MOLLMConfig, but got {type(args).__name__}: MOLLMConfig "
+                "takes the fields of TrainingArguments, and a few more."
+            )
+        model, self._wrapped, notes = taken(model, peft_config, args)
+        if self._wrapped is None:
+            args.refuse_four_bits_without(peft_config)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -135,23 +172,38 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             )
         # Of a model that is cut into parts, the first process alone reads the weights.
         from_first = args.sharding is not None and isinstance(model, str)
+        watch()
+        as_given = self._wrapped is not None
+        data = forget_dataset, retain_dataset, eval_dataset
         with processes.agreeing():
-            tokenizer = self._prepare(
-                model, args, processing_class, (forget_dataset, retain_dataset, eval_dataset)
-            )
+            tokenizer = self._prepare(model, args, processing_class, data, peft_config, notes)
         read = not (from_first and processes.rank())
-        prints = processes.each(checkpoint.fingerprint(self._base) if read else None)
-        self._fingerprint = prints[0 if from_first else processes.rank()]
+        mine = checkpoint.fingerprint(self._base, with_adapter=as_given) if read else None
+        self._fingerprint = processes.each(mine)[0 if from_first else processes.rank()]
         with processes.agreeing():
             set_seed(args.seed)  # an adapter begins at random
-            self._wrapped = None if peft_config is None else adapted(self._base, peft_config)
+            if peft_config is not None:
+                self._wrapped = adapted(self._base, peft_config)
             if self._wrapped is None and args.freeze_embeddings:
                 forward.freeze_embeddings(self._base)
+            if not any(p.requires_grad for p in self._base.parameters()):
+                raise UsageError(
+                    "a model must have weights that train, but all of this one are frozen: "
+                    "unfreeze some, or give peft_config."
+                )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
-            reference = make_reference(args.reference, self._base, self._wrapped, folder=folder)
+            reference = make_reference(
+                args.reference,
+                self._base,
+                self._wrapped,
+                folder=folder,
+                with_adapter=as_given,
+                of=self._fingerprint,
+            )
+            refuse_kept_parts(reference, args)
         self._objectives = Objectives(self._base, reference, args.forget_loss)
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
@@ -159,6 +211,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.history: list[StepRecord] = []
         """A record of every step."""
         self._divergence = DivergenceStop(self.history)
+        self._changes: list[dict[str, Any]] = []  # of settings, where the run was resumed
+        self._last_rows: tuple[list[Tokens], list[Tokens]] | None = None
         super().__init__(
             model=self._wrapped or self._base,
             args=args,
@@ -191,8 +245,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         args: MOLLMConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         data: tuple[Data, Data, Mapping[str, Data] | None],
+        peft_config: Any | None,
+        notes: Sequence[str],
     ) -> PreTrainedTokenizerBase:
         """Reads the data and then loads the model; returns the tokenizer."""
+        if peft_config is not None:
+            check_adapter(peft_config)
+        if processes.rank() == 0:
+            check_writable(Path(args.output_dir))
         source = loading.find_model(model) if isinstance(model, str) else None
         if tokenizer is None:
             if source is None:
@@ -209,7 +269,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._data = read_data(*data, self._chat, args.max_length)
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
-        self.notes = self._data.notes
+        self.notes = (*self._data.notes, *notes)
         """What the user should know about the data."""
         for note in self.notes:
             if processes.rank() == 0:
@@ -219,10 +279,17 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._base: PreTrainedModel
         if isinstance(model, str):
             assert source is not None, "a model by name has a source"
-            self._base = _loaded(source, config, args, device)
+            check_without_weights(source, args, peft_config)
+            self._base = loaded(source, config, args, device)
         else:
-            _refuse_four_bits(model, args)
+            refuse_four_bits(model, args)
             self._base = model.to(device)
+        broken = not_finite(dict(self._base.named_parameters()))
+        if broken:
+            raise UsageError(
+                f"the model must have finite weights, but {named(broken)} are not: it was trained "
+                "at too high a rate, or its files are damaged."
+            )
         return tokenizer
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
@@ -236,26 +303,29 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint must agree with, to be resumed from."""
-        adapter = None
-        if self._wrapped is not None:
-            config = self._wrapped.peft_config[self._wrapped.active_adapter]
-            adapter = (
-                f"LoRA of rank {config.r} and alpha {config.lora_alpha} on "
-                f"{sorted(config.target_modules)}"
-            )
-        base = self.args.for_optimizer().get("base", "adamw")
-        base = getattr(base, "func", base)  # of a functools.partial
+        fixed = fixed_settings(self.args.all_settings(), self.args.for_optimizer())
+        del fixed["dtype"]  # of the model as it is, below
+        adapter = {} if self._wrapped is None else adapter_settings(self._wrapped)
         return {
             "version": machine.versions().get("mollm"),
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "model": self._fingerprint,
-            "adapter": adapter,
-            "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
-            "optimizer": base if isinstance(base, str) else getattr(base, "__name__", repr(base)),
+            "adapter": None if self._wrapped is None else "LoRA",
+            **{f"adapter {name}": value for name, value in adapter.items()},
             "forget data": self._data.facts["forget"]["sha256"],
             "retain data": self._data.facts["retain"]["sha256"],
-            "method": self.args.method,
+            "forget data as tokens": _hash_of(self._data.rows["forget"]),
+            "retain data as tokens": _hash_of(self._data.rows["retain"]),
+            "objectives": list(OBJECTIVES),
+            **fixed,
+            "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
         }
+
+    @property
+    def _free_settings(self) -> dict[str, Any]:
+        """What a run that resumes may change."""
+        evaluated = {f"{n} data": f["sha256"] for n, f in self._data.facts.items() if " " in n}
+        return free_settings(self.args.all_settings()) | evaluated
 
     def _refuse_unlike_processes(self) -> None:
         first, *others = processes.each(self.about)
@@ -267,7 +337,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def stopped_because(self) -> str | None:
-        """Why the last run was stopped early, if its losses diverged."""
+        """Why the last run is no success: its losses diverged, or its weights are not finite."""
         return self._divergence.reason
 
     def create_optimizer(self, model: Any = None) -> MOLLMOptimizer:
@@ -313,13 +383,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             UsageError: There is no such checkpoint, or it is of another model, of other data or of
                 another method or optimizer, or damaged; the model has not been changed then.
         """
+        with blaming_the_dead():
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+        before: dict[str, Any] = {}
         with processes.agreeing():
             found = self._find_checkpoint(resume_from_checkpoint)
+            if found is not None:
+                before = checkpoint.check(found, self.about)
         self._begin()
         if found is not None:
-            self._resume(found)
+            self._resume(found, before)
+        self._divergence.first = len(self.history)
         self.is_in_train = True
-        self._base.train()
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._tell("on_train_begin")
@@ -358,8 +435,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             rows = self.args.num_train_epochs * len(self._data.rows["forget"])
             steps = math.ceil(rows / self.args.rows_per_step)
         self.create_scheduler(num_training_steps=steps)
+        self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
         self.history.clear()
+        self._changes.clear()
+        self._last_rows = None
         self._logged = 0
         set_seed(self.args.seed + processes.rank())  # each draws its own dropout
         if processes.rank() == 0:
@@ -379,15 +459,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_step_begin")
         forget, retain = next(self._sampler)  # of all processes
         totals = totals_of(forget), totals_of(retain)
-        mine = [rows[processes.rank() :: args.world_size] for rows in (forget, retain)]
+        self._last_rows = forget, retain
         optimizer.zero_grad()
         parts: list[Tensor] = []
-        for number in range(args.gradient_accumulation_steps):
+        for number, batches in enumerate(self._micro_batches(forget, retain)):
             if number:
                 self._tell("on_substep_end")
-            start = number * args.per_device_train_batch_size
-            some = slice(start, start + args.per_device_train_batch_size)
-            batches = (self._batch(rows[some]) for rows in mine)
             last = number == args.gradient_accumulation_steps - 1
             part = accumulate(self._objectives, optimizer, *batches, totals=totals, last=last)
             parts.append(torch.stack(list(part.values())))
@@ -407,6 +484,19 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         drawn = self.state.global_step * args.rows_per_step
         self.state.epoch = drawn / len(self._data.rows["forget"])
         self._tell("on_step_end")
+
+    def _micro_batches(
+        self, forget: list[Tokens], retain: list[Tokens]
+    ) -> Iterator[tuple[Batch, Batch]]:
+        """This process's share of a step's rows, so many at a time as the device takes."""
+        rank, world, size = (
+            processes.rank(),
+            self.args.world_size,
+            self.args.per_device_train_batch_size,
+        )
+        for start in range(0, size * self.args.gradient_accumulation_steps, size):
+            some = slice(start, start + size)
+            yield self._batch(forget[rank::world][some]), self._batch(retain[rank::world][some])
 
     def _log_evaluate_save(self) -> None:
         if self.control.should_log and self._logged < len(self.history):
@@ -436,14 +526,37 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
-        if processes.rank() == 0:
-            write_history(self.history, self._folder / "history.jsonl")
-            self.create_model_card()
+        if self.stopped_because is None:
+            self._divergence.at_the_end(self._losses_now(), self._broken(), self.args.divergence)
+        with processes.agreeing():
+            if processes.rank() == 0:
+                write_history(self.history, self._folder / "history.jsonl")
+                self.create_model_card()
         self._tell("on_train_end")
         self.is_in_train = False
         total = [sum(record.losses.values()) for record in self.history]
         loss = sum(total) / max(1, len(total))
         return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
+
+    @torch.no_grad()
+    def _losses_now(self) -> dict[str, float] | None:
+        """The losses after the last step, on its own rows, if there was one."""
+        if self._last_rows is None:
+            return None
+        forget, retain = self._last_rows
+        totals = totals_of(forget), totals_of(retain)
+        parts = []
+        with forward.in_evaluation_mode(self._base):
+            for batches in self._micro_batches(forget, retain):
+                part = self._objectives(*batches, totals=totals)
+                parts.append(torch.stack([part[name] for name in OBJECTIVES]))
+        losses = processes.total(torch.stack(parts).double().sum(0))
+        return dict(zip(OBJECTIVES, losses.tolist(), strict=True))
+
+    def _broken(self) -> list[str]:
+        """Names of the weights that are not finite, on any process."""
+        mine = not_finite(trained_tensors(self._base, self._wrapped))
+        return list(dict.fromkeys(name for names in processes.each(mine) for name in names))
 
     # ---- evaluation
 
@@ -506,7 +619,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             return False
         _check_metric(name, metrics)
         value, best = metrics[name], self.state.best_metric
-        better = best is None or (value > best if self.args.greater_is_better else value < best)
+        better = math.isfinite(value) and (
+            best is None or (value > best if self.args.greater_is_better else value < best)
+        )
         if better:
             self.state.best_metric = value
             self.state.best_global_step = self.state.global_step
@@ -515,27 +630,35 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     # ---- checkpoints; nothing is ever read with pickle
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
+        broken = self._broken()
+        if broken:
+            self._divergence.refuse_weights(broken)
+            self.control.should_training_stop = True
+            return
         folder = self._folder / f"{checkpoint.PREFIX}{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder)
-        with processes.on_the_first(complete(folder)) as stage:
-            checkpoint.save_weights(self._base, self._wrapped, stage)
-            training = {
-                "optimizer": processes.gathered(self.optimizer.state_dict()),
-                "scheduler": self.lr_scheduler.state_dict(),
-                "sampler": self._sampler.state_dict(),
-                "history": [asdict(record) for record in self.history],
-                "logged": self._logged,
-                "random": processes.each(checkpoint.random_state()),
-            }
-            if stage is not None:
-                self.processing_class.save_pretrained(stage)
-                serialization.save_tree(training, stage, _TRAINING)
-                self.state.save_to_json(str(stage / _STATE))
-                checkpoint.describe(stage, self.about)
-        if processes.rank() == 0:
-            best = self.state.best_model_checkpoint
-            checkpoint.keep_last(self._folder, self.args.save_total_limit, best)
+        weights = checkpoint.whole_weights(self._base, self._wrapped)
+        training = {
+            "optimizer": processes.gathered(self.optimizer.state_dict()),
+            "groups": self._groups,
+            "scheduler": scheduler_state(self.lr_scheduler),
+            "sampler": self._sampler.state_dict(),
+            "history": [asdict(record) for record in self.history],
+            "changes": self._changes,
+            "logged": self._logged,
+            "random": processes.each(checkpoint.random_state()),
+        }
+        with processes.agreeing():
+            if processes.rank() == 0:
+                with complete(folder) as stage:
+                    checkpoint.write_weights(self._base, self._wrapped, weights, stage)
+                    self.processing_class.save_pretrained(stage)
+                    serialization.save_tree(training, stage, _TRAINING)
+                    self.state.save_to_json(str(stage / _STATE))
+                    checkpoint.describe(stage, self.about, self._free_settings)
+                best = self.state.best_model_checkpoint
+                checkpoint.keep_last(self._folder, self.args.save_total_limit, best)
 
     def _find_checkpoint(self, asked: str | bool | None) -> Path | None:
         if not asked:
@@ -549,49 +672,93 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             folder = found[-1]
         else:
-            folder = Path(asked)
-        checkpoint.check(folder, self.about)
+            folder = Path(asked).expanduser()
         return folder
 
-    def _resume(self, folder: Path) -> None:
-        with processes.agreeing():
+    def _resume(self, folder: Path, before: Mapping[str, Any]) -> None:
+        """Takes over a checkpoint; nothing is changed before all of it has been looked at."""
+        with processes.agreeing(), serialization.told_as_damage(folder):
             state = serialization.load_tree(folder, _TRAINING)
-            with serialization.told_as_damage(folder):
-                reached = TrainerState.load_from_json(str(folder / _STATE))
+            reached = TrainerState.load_from_json(str(folder / _STATE))
+            history = [StepRecord(**record) for record in state["history"]]
+            if len(history) != reached.global_step:
+                raise ValueError(f"{len(history)} of {reached.global_step} steps are recorded")
+            if not (isinstance(state["random"], list) and state["random"]):
+                raise ValueError("no random numbers are in it")
+            if not_finite(serialization.tensors_of(state["optimizer"])):
+                raise ValueError("the optimizer's state is not finite")
+            if reached.global_step > self.state.max_steps:
+                raise UsageError(
+                    f"max_steps must be at least the {reached.global_step} steps of {folder}, but "
+                    f"got {self.state.max_steps}."
+                )
+            self._sampler.load_state_dict(state["sampler"])
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.optimizer.load_state_dict(processes.placed_state(state["optimizer"], params))
+            self._take_options(state["groups"])
+            take_schedule(self.lr_scheduler, state["scheduler"], self.optimizer)
             checkpoint.load_weights(self._base, self._wrapped, folder)
-        self._sampler.load_state_dict(state["sampler"])
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.optimizer.load_state_dict(processes.placed_state(state["optimizer"], params))
-        self.lr_scheduler.load_state_dict(state["scheduler"])
-        self.history[:] = [StepRecord(**record) for record in state["history"]]
-        self._logged = state["logged"]
-        self._take_state(reached, self.state.max_steps)
-        if processes.rank() < len(state["random"]):
-            checkpoint.set_random_state(state["random"][processes.rank()])
+            self.history[:] = history
+            self._changes[:] = state["changes"]
+            self._logged = state["logged"]
+            self._take_state(reached, self.state.max_steps)
+            if processes.rank() < len(state["random"]):
+                checkpoint.set_random_state(state["random"][processes.rank()])
+        self._note_changes(before)
+
+    def _take_options(self, before: Sequence[Mapping[str, Any]]) -> None:
+        """Options of the optimizer that are others now than when the checkpoint's run began."""
+        for group, then, now in zip(self.optimizer.param_groups, before, self._groups, strict=True):
+            group.update({name: now[name] for name in now if then.get(name) != now[name]})
+
+    def _note_changes(self, before: Mapping[str, Any]) -> None:
+        now = self._free_settings
+        unlike = [
+            name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)
+        ]
+        for name in unlike:
+            if name not in NOT_TOLD:
+                change = {"step": self.state.global_step, "setting": name}
+                change |= {"was": before.get(name), "is": now.get(name)}
+                self._changes.append(change)
+                if processes.rank() == 0:
+                    logger.warning(
+                        f"resumed at step {self.state.global_step} with {name} {now.get(name)}, "
+                        f"which was {before.get(name)}."
+                    )
+        if any(name in _OF_THE_BEST or name.endswith(" data") for name in unlike):
+            # Metrics of before are of something else.
+            self.state.best_metric = self.state.best_global_step = None
+            self.state.best_model_checkpoint = None
 
     # ---- what is left
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the model, or its adapter, and the tokenizer, for `from_pretrained`."""
-        folder = Path(output_dir or self.args.output_dir)
-        first = processes.rank() == 0
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(self._base, self._wrapped, folder if first else None)
-        if first:
-            self.processing_class.save_pretrained(folder)
-        processes.wait()
+        folder = Path(output_dir or self.args.output_dir).expanduser()
+        broken = self._broken()
+        weights = checkpoint.whole_weights(self._base, self._wrapped)
+        with processes.agreeing():
+            _refuse_broken(broken)
+            if processes.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_weights(self._base, self._wrapped, weights, folder)
+                self.processing_class.save_pretrained(folder)
 
     def export(self, output_dir: str | Path) -> None:
         """Writes the whole model as safetensors, an adapter merged into it, and the tokenizer.
 
         The trainer's own model stays as it is; to merge takes the memory of a second one. All
         processes must call it, and the first one writes.
+
+        Raises:
+            UsageError: A weight is not finite; nothing is written.
         """
         model = merged(self._base, self._wrapped, parts=self.args.sharding is not None)
-        if model is not None:
-            loading.save(model, self.processing_class, Path(output_dir))
-        processes.wait()
+        with processes.agreeing():
+            if model is not None:
+                _refuse_broken(not_finite(model.state_dict()))
+                loading.save(model, self.processing_class, Path(output_dir).expanduser())
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Writes README.md into `output_dir`, see `mollm.training.model_card`."""
@@ -601,10 +768,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """Data with hashes, settings, and the weights of every step, as Markdown."""
         return model_card(
             base_model=self._base.name_or_path or type(self._base).__name__,
+            changes=self._changes,
+            failure=self.stopped_because,
             data=self._data.facts,
             settings={
                 **self.args.told(),
-                "adapter": self.about["adapter"],
+                **({} if self._wrapped is None else adapter_told(self._wrapped)),
                 "steps": self.state.global_step,
             },
             history=self.history,
@@ -615,31 +784,19 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         )
 
 
-def _loaded(
-    source: loading.Source, config: Any, args: MOLLMConfig, device: torch.device
-) -> PreTrainedModel:
-    if args.sharding is not None and getattr(config, "quantization_config", None):
+def _refuse_broken(names: Sequence[str]) -> None:
+    if names:
         raise UsageError(
-            f"fsdp must be left out for a model whose weights are quantized, but got "
-            f"{args.sharding} for {source.label}: let each process hold a copy."
+            f"a model must have finite weights to be written, but {named(names)} are not: go back "
+            "to the last checkpoint, with a lower learning rate."
         )
-    dtype = DTYPES[args.dtype]
-    if args.sharding is not None and processes.rank() > 0:
-        return loading.load_without_weights(source, dtype)
-    return loading.load(source, device, dtype, args.quantization)[0]
 
 
-def _refuse_four_bits(model: PreTrainedModel, args: MOLLMConfig) -> None:
-    if args.quantization:
-        raise UsageError(
-            f"quantization must be left out for a model that is given as a module, but got "
-            f"{args.quantization}: load that in 4 bits, or give its name."
-        )
-    if args.sharding is not None and any(map(four_bits.in_four_bits, model.parameters())):
-        raise UsageError(
-            f"fsdp must be left out for a model in 4 bits, but got {args.sharding}: let each "
-            "process hold a copy."
-        )
+def _hash_of(rows: Sequence[Tokens]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.ids, row.labels]).encode())
+    return digest.hexdigest()
 
 
 def _metric_of(args: MOLLMConfig) -> str | None:

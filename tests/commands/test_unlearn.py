@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,62 @@ def test_flags_go_before_the_file_and_texts_become_numbers(tmp_path):
         read_settings({"set": ["learning_rate=fast"]})
 
 
+def test_yaml_that_reads_no_as_false_and_a_path_with_a_home(tmp_path, monkeypatch):
+    settings = read_settings(
+        {"set": ["save_strategy=no", "eval_strategy=off", "quantization=no", "report_to=none"]}
+    )
+    assert settings["save_strategy"] == settings["eval_strategy"] == "no"
+    assert settings["quantization"] is None
+    assert settings["report_to"] == "none"
+    assert read_settings({"set": ["freeze_embeddings=no"]})["freeze_embeddings"] is False
+    assert read_settings({"set": ["run_name=7"]})["run_name"] == "7"
+    with pytest.raises(UsageError, match="must name settings by texts, but got False"):
+        (tmp_path / "run.yaml").write_text("no: 3\n")
+        read_settings({"config": tmp_path / "run.yaml"})
+
+
+def test_a_folder_may_be_in_the_home(tmp_path, saved, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(saved)
+    config = settings_file(
+        tmp_path, model="~/tiny", out="~/runs/x", max_steps=1, save_strategy="no"
+    )
+    assert main(["unlearn", "--config", config]) == 0
+    assert (tmp_path / "runs/x/model/config.json").is_file()
+    assert not (saved / "~").exists()
+
+
+def test_skipped_steps_stand_in_the_summary_the_card_and_the_last_line(
+    tmp_path, saved, capsys, monkeypatch
+):
+    from mollm.training import trainer
+
+    record_of = trainer.record_of
+
+    def every_other(step, *rest):
+        record = record_of(step, *rest)
+        return record if step % 2 else replace(record, status="NON_FINITE")
+
+    monkeypatch.setattr(trainer, "record_of", every_other)
+    assert main(["unlearn", "--config", settings_file(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = "2 of 4 steps were skipped, because a gradient was not finite"
+    assert any(line.startswith("4 steps; ") and words in line for line in lines)
+    assert words in lines[-1]
+    assert words in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_that_leaves_weights_that_are_not_finite_fails(tmp_path, saved, capsys, monkeypatch):
+    from mollm.training.trainer import MOLLMTrainer
+
+    monkeypatch.setattr(MOLLMTrainer, "_broken", lambda self: ["model.norm.weight"])
+    assert main(["unlearn", "--config", settings_file(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "Failed: weights must be finite" in out
+    assert "wrote no model; there is no checkpoint" in out
+    assert not (tmp_path / "out" / "model").exists()
+
+
 def without_field(folder):
     (folder / "bad.jsonl").write_text('{"question": "Who?", "answer": "Ada"}\n{"question": "?"}\n')
     return str(folder / "bad.jsonl")
@@ -196,6 +253,30 @@ def empty(folder):
         (lambda _: {"speed": 3}, "a field of MOLLMConfig, but got 'speed'"),
         (lambda _: {"device": "abacus"}, "device must be cpu or cuda"),
         (lambda _: {"load_best_model_at_end": True}, "the settings do not go together"),
+        (lambda _: {"lerning_rate": 3}, "'lerning_rate'; did you mean learning_rate?"),
+        (lambda _: {"method": "molm"}, "but got 'molm'; did you mean mollm?"),
+        (lambda _: {"report_to": "tensorbord"}, "did you mean tensorboard?"),
+        (lambda _: {"lora": {"r": 4, "target_modules": ["q_projj"]}}, "did you mean q_proj?"),
+        (lambda _: {"lora": {"r": 4, "modules_to_save": ["nope"]}}, "has none called 'nope'"),
+        (lambda _: {"lora": {"rank": 4}}, "it has no 'rank'"),
+        (lambda _: {"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        (lambda _: {"weight_decay": -1}, "weight_decay must not be negative"),
+        (lambda _: {"weight_decay": 1e30}, "weight_decay must be less than 1 / learning_rate"),
+        (lambda _: {"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number"),
+        (lambda _: {"optimizer_options": {"weight_decay": float("inf")}}, "must be a finite"),
+        (
+            lambda _: {"max_grad_norm": 1, "optimizer_options": {"momentum": "per-objective"}},
+            "max_grad_norm must be 0 with momentum 'per-objective'",
+        ),
+        (lambda _: {"dataloader_num_workers": 4}, "dataloader_num_workers must be left out"),
+        (lambda _: {"method": "npo", "uce_eps": 0.1}, "uce_eps must be left out with the method"),
+        (lambda _: {"model": "m" * 300}, "model must be a name that a file can have"),
+        (lambda _: {"out": "o" * 300}, "out must be a name that a file can have"),
+        (lambda _: {"retain": {"path": "r" * 300}}, "retain must be a name that a file can have"),
+        (lambda _: {"out": "/proc/x/y"}, "out must be a folder that can be written"),
+        (lambda _: {"model": False}, "model must be a text, but got False"),
+        (lambda _: {"method": True}, "method must be a text, but got True"),
+        (lambda _: {"optimizer_options": 3}, "optimizer_options must be options by name"),
     ],
 )
 def test_mistakes_are_one_sentence_before_a_model_is_loaded(
@@ -289,7 +370,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, capsys):
     loading.save(tiny.model(seed=3), tiny.tokenizer(), saved)
     before = sorted(str(path) for path in (tmp_path / "out").rglob("*"))
     assert main(["unlearn", "--config", settings_file(tmp_path), "--resume"]) == 2
-    assert "must be a checkpoint of the same model" in capsys.readouterr().err
+    assert "cannot resume from" in capsys.readouterr().err
     assert before == sorted(str(path) for path in (tmp_path / "out").rglob("*"))
 
 

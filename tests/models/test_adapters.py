@@ -3,7 +3,7 @@ import tiny
 import torch
 
 from mollm.errors import UsageError
-from mollm.models.adapters import adapted, checkpoint_activations, merged
+from mollm.models.adapters import adapted, checkpoint_activations, given, merged
 
 peft = pytest.importorskip("peft")
 
@@ -47,3 +47,41 @@ def test_checkpointed_activations_let_gradients_reach_an_adapter():
     model.train()(IDS).logits.sum().backward()
     trained = [p for name, p in model.named_parameters() if "lora_" in name]
     assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ["q_proj", "v_porj"]}, r"none called 'v_porj'; did you mean v_proj\?"),
+        ({"target_modules": "(.*q_porj"}, "by valid patterns"),
+        ({"target_modules": ".*q_porj"}, "target_modules must name modules"),
+        ({"modules_to_save": ["norms"]}, "modules_to_save must name modules"),
+        ({"exclude_modules": ["up_porj"]}, "exclude_modules must name modules"),
+        ({"rank_pattern": {"q_porj": 2}}, "rank_pattern must name modules"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]},
+            "of the 2 layers, from 0, but got 7",
+        ),
+        ({"target_modules": ["norm"]}, "the adapter does not suit LlamaForCausalLM"),
+        ({"use_qalora": True}, "use_qalora is not supported"),
+        ({"inference_mode": True}, "inference_mode must be False"),
+        ({"task_type": "SEQ_CLS"}, "task_type must be CAUSAL_LM"),
+        ({"modules_to_save": ["embed_tokens"]}, "must leave the head alone"),
+        ({"target_modules": ["embed_tokens"]}, "must leave the head alone"),
+    ],
+)
+def test_adapters_that_peft_refuses_or_takes_in_part_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        adapted(tiny.model(), config(**options))
+
+
+def test_peft_models_that_cannot_train_are_refused():
+    wrapped = peft.get_peft_model(tiny.model(), config(target_modules=["q_proj"]))
+    assert given(wrapped) is wrapped
+    wrapped.add_adapter("second", config(target_modules=["v_proj"]))
+    with pytest.raises(UsageError, match="must have one adapter, but got default, second"):
+        given(wrapped)
+    wrapped.delete_adapter("second")
+    wrapped.requires_grad_(False)
+    with pytest.raises(UsageError, match="must be loaded with is_trainable=True"):
+        given(wrapped)

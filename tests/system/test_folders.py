@@ -3,7 +3,16 @@ import os
 import pytest
 
 from mollm.errors import UsageError
-from mollm.system.folders import clear_unfinished, complete, locked, replace_text, staged
+from mollm.system.folders import (
+    check_space,
+    check_writable,
+    clear_unfinished,
+    complete,
+    locked,
+    public_name,
+    replace_text,
+    staged,
+)
 
 
 def listing(folder):
@@ -40,7 +49,7 @@ def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
     replace_text(path, "two\n")
     assert path.read_text() == "two\n"
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UsageError, match=r"history\.jsonl cannot be written: no space left; free"):
         replace_text(path, "three\n")
     assert path.read_text() == "two\n"
     clear_unfinished(tmp_path)
@@ -131,3 +140,50 @@ def test_a_locked_folder_lets_nobody_else_in(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="can be written"), locked(tmp_path / "file"):
         pytest.fail("the block must not run")
+
+
+def test_a_folder_that_can_be_written_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "deep" / "out")
+    assert listing(tmp_path) == []
+    check_space(tmp_path / "not there yet", 1, "the model")
+    with pytest.raises(UsageError, match=r"the model take about 1000.* GB, but only .* are free"):
+        check_space(tmp_path, 10**21, "the model")
+
+
+@pytest.mark.parametrize("name", ["/proc/x", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("use", [check_writable, lambda out: locked(out).__enter__()])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, name, use):
+    with pytest.raises(UsageError, match="out must be a folder that can be written, but got"):
+        use(tmp_path / name)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: (os error 28)")]
+)
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path, error):
+    with complete(tmp_path / "last") as stage:
+        (stage / "weights").write_text("good")
+    with (
+        pytest.raises(UsageError, match=r"last cannot be written: .*from the last checkpoint"),
+        complete(tmp_path / "last") as stage,
+    ):
+        (stage / "weights").write_text("half")
+        raise error
+    assert listing(tmp_path) == ["last", "last/weights"]
+    assert (tmp_path / "last" / "weights").read_text() == "good"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("owner/model", "owner/model"),
+        ("/home/ada/my model/", "my model"),
+        ("~/data/x.jsonl", "x.jsonl"),
+        ("runs/today/model", "model"),
+        ("C:\\Users\\ada\\model", "model"),
+        ("/", "a local folder"),
+    ],
+)
+def test_a_name_for_others_has_no_folders(name, told):
+    assert public_name(name) == told

@@ -19,9 +19,12 @@ def config(**options):
         ({"reference": "twin"}, "reference must be one of auto"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
         ({"padding_side": "top"}, "padding_side must be one of left, right"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size must be a whole number from 1",
+        ),
         ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
-        ({"divergence": float("nan")}, "divergence must be a positive number"),
+        ({"divergence": float("nan")}, "divergence must be a finite number"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
         ({"optim": "sgd"}, "name the base in optimizer_options"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be left out"),
@@ -32,7 +35,7 @@ def config(**options):
             "must be one that goes by the step",
         ),
         ({"num_train_epochs": 0}, "num_train_epochs must be a positive number"),
-        ({"num_train_epochs": float("inf")}, "num_train_epochs must be a positive number"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs must be a finite number"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "eval_strategy must be given"),
         ({"preferences": [1, 2]}, "one entry per objective"),
         ({"optimizer_options": {"nesterov": True}}, "but got nesterov=True: .*nesterov"),
@@ -74,7 +77,7 @@ def test_a_base_that_looks_at_its_parameters_is_not_tried():
 
 
 def test_the_card_is_told_what_was_changed():
-    told = config(save_steps=7, preferences=[1, 2, 3], hub_token="secret").told()
+    told = config(save_steps=7, preferences=[1, 2, 3], run_name="secret").told()
     assert told["save_steps"] == 7
     assert told["preferences"] == [1, 2, 3]
     assert told["method"] == "mollm"

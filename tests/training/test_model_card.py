@@ -1,3 +1,6 @@
+import re
+from dataclasses import replace
+
 import yaml
 
 from mollm.methods.method import OBJECTIVES
@@ -19,6 +22,65 @@ def card(base_model="owner/model", source="forget.jsonl", steps=3):
         versions={"torch": "2"},
         notes=["2 of 7 prompts were shortened."],
     )
+
+
+HOSTILE = "<script>alert(1)</script> ![x](http://evil.example) `*a*` | b\n# c"
+
+
+def test_nothing_in_a_card_acts():
+    text = model_card(
+        base_model=HOSTILE,
+        data={HOSTILE: {"source": HOSTILE, "rows": 7, "sha256": HOSTILE}},
+        settings={HOSTILE: HOSTILE},
+        history=[],
+        versions={HOSTILE: HOSTILE},
+        notes=[HOSTILE],
+        changes=[{"step": 2, "setting": HOSTILE, "was": HOSTILE, "is": [HOSTILE]}],
+        failure=HOSTILE,
+    )
+    assert "<script" not in text
+    body = text.split("---", 2)[2]
+    assert "![" not in body
+    assert "](http://evil" not in body
+    assert "http://evil" not in body
+    assert "\n# c" not in body
+    for heading in ("Data", "Versions"):
+        columns = {len(re.findall(r"(?<!\\)\|", row)) for row in rows(text, heading)}
+        assert len(columns) == 1
+
+
+def test_no_folder_of_the_machine_is_in_a_card():
+    path = "/home/ada lovelace/data/x.jsonl"
+    text = model_card(
+        base_model="/home/ada/models/tiny",
+        data={"forget": {"source": path, "rows": 7, "sha256": "abc"}},
+        settings={"logging_dir": path, "options": {"deep": [path, "~/y/z"]}},
+        history=[],
+        versions={},
+        notes=["see /home/ada/notes/n.txt and ~/y/w.txt."],
+        changes=[{"step": 2, "setting": "logging_dir", "was": path, "is": None}],
+    )
+    assert "/home" not in text
+    assert "ada" not in text
+    assert "~/" not in text
+    for name in ("tiny", "x.jsonl", "n.txt", "w.txt"):
+        assert name in text
+
+
+def test_skipped_steps_changes_and_failures_are_told():
+    skipped = [replace(record(step), status="NON_FINITE" if step else "DUAL") for step in range(3)]
+    text = model_card(
+        base_model="m",
+        data={},
+        settings={"lr": 1},
+        history=skipped,
+        versions={},
+        changes=[{"step": 2, "setting": "lr", "was": 2, "is": 1}],
+        failure="it fell apart.",
+    )
+    assert "2 of 3 steps were skipped, because a gradient was not finite." in text
+    assert "This run failed: it fell apart." in text
+    assert "| 3 | `lr` | `2` | `1` |" in text
 
 
 def header(text):

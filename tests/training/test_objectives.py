@@ -76,3 +76,16 @@ def test_every_loss_trains_the_model_and_none_its_original(pair):
         loss.backward(retain_graph=True)
         assert all(p.grad is not None for p in model.parameters())
         assert all(p.grad is None and not p.requires_grad for p in reference.parameters())
+
+
+def test_a_model_in_training_mode_has_no_dropout_in_its_losses():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    noise = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **noise)).train()
+    objectives = Objectives(model, CopyReference(model)).train()
+    losses = objectives(retain=batch(1))
+    assert abs(float(losses["kl"])) < 1e-6
+    (gradient,) = torch.autograd.grad(losses["kl"], model.transformer.h[0].attn.c_attn.weight)
+    assert float(gradient.abs().max()) < 1e-6

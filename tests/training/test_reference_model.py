@@ -109,6 +109,46 @@ def test_a_cache_that_was_begun_is_completed(tmp_path):
     assert not list(tmp_path.glob(".unfinished-*"))
 
 
+@pytest.mark.parametrize("how", ["cut short", "of another model", "of other rows", "narrower"])
+def test_a_cache_that_cannot_be_trusted_is_computed_again(tmp_path, how, caplog):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny.model()
+    batch = collate(ROWS, CHAT.pad_id)
+    expected = made("cache", model, folder=tmp_path).answers(batch)
+    (path,) = tmp_path.rglob("*.safetensors")
+    states = load_file(path)
+    if how == "cut short":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif how == "of another model":
+        save_file({name: t + 1 for name, t in states.items()}, path, metadata={"model": "other"})
+    elif how == "of other rows":
+        save_file({name: t[:1].clone() for name, t in states.items()}, path)
+    else:
+        save_file({name: t[:, :7].clone() for name, t in states.items()}, path)
+    assert_same(made("cache", model, folder=tmp_path).answers(batch), expected)
+    assert "are damaged or of another model: they are computed again" in caplog.text
+
+
+def test_an_adapter_that_was_given_is_the_reference_as_it_was_given(tmp_path):
+    model = tiny.model(tie_word_embeddings=False, attention_bias=True)
+    wrapped = with_adapter(model, target_modules=["q_proj", "lm_head"], bias="all")
+    batch = collate(ROWS[:2], CHAT.pad_id)
+    expected = made("copy", model).answers(batch)
+    references = [AdapterReference(wrapped, with_adapter=True)]
+    cached = make_reference("cache", model, wrapped, folder=tmp_path, with_adapter=True)
+    fill(cached, model)
+    references.append(cached)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in trained.values():
+            p.add_(0.3 * torch.randn_like(p))
+    after = {name: p.detach().clone() for name, p in trained.items()}
+    for reference in references:
+        assert_same(reference.answers(batch), expected, rtol=2e-2, atol=2e-2)
+    assert all(torch.equal(p, after[name]) for name, p in trained.items())
+
+
 @pytest.mark.parametrize("kind", ["copy", "cache"])
 def test_other_references_go_with_an_adapter_too(tmp_path, kind):
     model = tiny.model(tie_word_embeddings=False)

@@ -11,6 +11,7 @@ from mollm.data.files import sample_path
 from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
+from mollm.models import loading
 from mollm.training import checkpoint
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
@@ -332,7 +333,6 @@ def test_eps_is_that_of_the_unlearning_cross_entropy(tmp_path, in_float32):
 
     # Of a token with probability p: -log(1 - (1 - eps) p); a random model's p is small.
     assert first(uce_eps=0.5) == pytest.approx(0.5 * first(uce_eps=1e-9), rel=2e-3)
-    assert first(uce_eps=0.5, method="ga") == first(method="ga")
 
 
 def test_embeddings_and_head_stay_unless_they_are_to_train(tmp_path):
@@ -375,14 +375,19 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path):
             made.train(resume_from_checkpoint=True)
         assert all(torch.equal(before[name], value) for name, value in weights(made).items())
 
-    refused("the same model", tiny.model(seed=5, tie_word_embeddings=False))
-    refused("the same adapter", lora={})
-    refused("the same forget data", data=(FORGET[:9], RETAIN))
-    refused("the same method", method="sum")
-    refused("the same dtype", tiny.model(tie_word_embeddings=False).bfloat16())
-    refused("the same freeze_embeddings", freeze_embeddings=False)
-    refused("the same optimizer", optimizer_options={"base": "sgd"})
-    refused("was adamw", optimizer_options={"base": functools.partial(torch.optim.SGD)})
+    refused("model was", tiny.model(seed=5, tie_word_embeddings=False))
+    refused("adapter was not there and is now LoRA", lora={})
+    refused("forget data was", data=(FORGET[:9], RETAIN))
+    refused("method was mollm and is now sum", method="sum")
+    refused(
+        "dtype was float32 and is now bfloat16", tiny.model(tie_word_embeddings=False).bfloat16()
+    )
+    refused("freeze_embeddings was True", freeze_embeddings=False)
+    refused("optimizer base was not there and is now sgd", optimizer_options={"base": "sgd"})
+    refused(
+        "optimizer base was not there",
+        optimizer_options={"base": functools.partial(torch.optim.SGD)},
+    )
     state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
     state.write_text(state.read_text()[:-20])
     refused("must be a whole checkpoint, but it is damaged")
@@ -401,3 +406,400 @@ def test_a_tokenizer_without_template_and_an_overlap_are_noted(tmp_path):
     )
     assert any("has no chat template" in note for note in made.notes)
     assert "2 of 10 forget rows are also retain rows." in made.notes
+
+
+# ---- a run that resumes with other settings
+
+SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+def test_what_may_change_on_resuming_takes_effect_and_is_told(tmp_path):
+    trained(tmp_path, lr_scheduler_type="constant", weight_decay=0.2, **SAVING)
+    changed = {
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.3,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-3,
+        "uce_eps": 0.5,
+        "preferences": [1, 2, 3],
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "optimizer_options": {"gradient_memory": "bfloat16"},
+    }
+    made = trainer(tmp_path, **(SAVING | changed))
+    made.train(resume_from_checkpoint=True)
+    assert [record.lr for record in made.history] == [1e-2, 1e-2, 5e-4, 2.5e-4]
+    groups = made.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.9, 0.9) and group["eps"] == 1e-3 for group in groups)
+    assert made.optimizer.rule.preferences == (1, 2, 3)
+    assert made.history[2].losses["forget"] < 0.6 * made.history[1].losses["forget"]
+    assert [log["step"] for log in made.state.log_history] == [2, 3, 4]
+    assert checkpoint.checkpoints(tmp_path)[-1].name == "checkpoint-4"
+    card = (tmp_path / "README.md").read_text()
+    for line in (
+        "| `learning_rate` | `0.001` |",
+        "| 3 | `learning_rate` | `0.01` | `0.001` |",
+        "| 3 | `weight_decay` | `0.2` | `0.3` |",
+        "| 3 | `uce_eps` | `0.0001` | `0.5` |",
+    ):
+        assert line in card
+    again = trainer(tmp_path, **(SAVING | changed | {"max_steps": 5}))
+    again.train(resume_from_checkpoint=True)
+    assert "| 3 | `learning_rate` | `0.01` | `0.001` |" in again.model_card()  # remembered
+
+
+def test_a_resumed_schedule_is_that_of_the_settings_from_the_start(tmp_path):
+    """The same rates as those of a run that had these settings all along."""
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 2, "learning_rate": 3e-3}
+    whole = trained(tmp_path / "whole", max_steps=6, **schedule)
+    trained(tmp_path / "cut", **SAVING)
+    made = trainer(tmp_path / "cut", **(SAVING | schedule | {"max_steps": 6}))
+    made.train(resume_from_checkpoint=True)
+    assert [r.lr for r in made.history[2:]] == [r.lr for r in whole.history[2:]]
+
+
+def test_micro_batches_may_change_on_resuming_and_rows_of_a_step_not(tmp_path):
+    trained(tmp_path, **SAVING)
+    eight = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 3}
+    trainer(tmp_path, **(SAVING | eight)).train(resume_from_checkpoint=True)
+    made = trainer(tmp_path, **(SAVING | {"per_device_train_batch_size": 2}))
+    with pytest.raises(UsageError, match="rows_per_step was 4 and is now 2"):
+        made.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seed": 1}, "(data_)?seed was 42 and is now 1"),
+        ({"data_seed": 5}, "data_seed was 42 and is now 5"),
+        ({"optimizer_options": {"momentum": "per-objective"}}, "optimizer momentum was not there"),
+        ({"optimizer_options": {"metric": "euclidean"}}, "optimizer metric was"),
+        ({"optimizer_options": {"state_dtype": "bfloat16"}}, "optimizer state_dtype was not there"),
+        ({"max_steps": 1}, "max_steps must be at least the 2 steps"),
+        ({"max_length": 60, "data": (FORGET, [Record("Who? " * 30, "Ada")])}, "retain data was"),
+    ],
+)
+def test_what_may_not_change_on_resuming_is_refused(tmp_path, changed, words):
+    trained(tmp_path, **SAVING)
+    made = trainer(tmp_path, **(SAVING | changed))
+    with pytest.raises(UsageError, match=words):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_a_prompt_that_is_cut_elsewhere_is_other_data(tmp_path):
+    long = [Record(f"{n} " * 40, "Ada") for n in range(4)]
+    trained(tmp_path, data=(FORGET, long), max_length=100, **SAVING)
+    made = trainer(tmp_path, data=(FORGET, long), max_length=64, **SAVING)
+    with pytest.raises(UsageError, match="retain data as tokens was"):
+        made.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"r": 8}, "adapter r was 4 and is now 8"),
+        ({"lora_alpha": 99}, "adapter lora_alpha was 8 and is now 99"),
+        ({"use_rslora": True}, "adapter use_rslora was False and is now True"),
+        ({"lora_dropout": 0.1}, "adapter lora_dropout was 0.0 and is now 0.1"),
+        ({"target_modules": ["q_proj"]}, "adapter target_modules was"),
+        ({"rank_pattern": {"q_proj": 2}}, "adapter rank_pattern was"),
+    ],
+)
+def test_another_adapter_is_refused_on_resuming(tmp_path, changed, words):
+    trained(tmp_path, lora={}, **SAVING)
+    made = trainer(tmp_path, lora=changed, **SAVING)
+    with pytest.raises(UsageError, match=words):
+        made.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_a_checkpoint_of_an_adapter_without_one_of_its_tensors_is_refused(tmp_path, bias):
+    from safetensors.torch import load_file, save_file
+
+    options = {"lora": {"bias": bias, "target_modules": ["q_proj"]}} | SAVING
+    model = functools.partial(tiny.model, tie_word_embeddings=False, attention_bias=True)
+    first = trained(tmp_path, model(), **options)
+    path = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
+    saved = load_file(path)
+    assert len(saved) == sum(p.requires_grad for p in first._base.parameters())
+    same = trainer(tmp_path, model(), **(options | {"max_steps": 3}))
+    same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same.history[:2] == first.history
+    for name in saved:
+        save_file({n: t for n, t in saved.items() if n != name}, path)
+        with pytest.raises(UsageError, match="is missing: name the model"):
+            trainer(tmp_path, model(), **options).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+            )
+    save_file(saved | {name: torch.full_like(saved[name], float("nan"))}, path)
+    with pytest.raises(UsageError, match="must hold finite weights"):
+        trainer(tmp_path, model(), **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: {"dict": []},
+        lambda plain: [],
+        lambda plain: {"dict": [p for p in plain["dict"] if p[0] != "groups"]},
+        lambda plain: {"dict": [p if p[0] != "history" else [p[0], []] for p in plain["dict"]]},
+        lambda plain: {"dict": [p if p[0] != "optimizer" else [p[0], 7] for p in plain["dict"]]},
+        lambda plain: {
+            "dict": [p if p[0] != "random" else [p[0], {"dict": []}] for p in plain["dict"]]
+        },
+    ],
+)
+def test_a_state_that_nobody_wrote_is_refused_and_nothing_changes(tmp_path, change):
+    trained(tmp_path, **SAVING)
+    path = tmp_path / "checkpoint-2" / "training.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    made = trainer(tmp_path, **SAVING)
+    before = weights(made)
+    with pytest.raises(UsageError, match="must be a whole checkpoint, but it is damaged: "):
+        made.train(resume_from_checkpoint=True)
+    assert all(torch.equal(before[name], value) for name, value in weights(made).items())
+
+
+def test_another_metric_for_the_best_checkpoint_begins_anew(tmp_path):
+    options = {"evaluate": True, "metric_for_best_model": "loss", "load_best_model_at_end": True}
+    options |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    trained(tmp_path, max_steps=2, **options)
+    made = trainer(tmp_path, **(options | {"metric_for_best_model": "kl_loss", "max_steps": 4}))
+    made.train(resume_from_checkpoint=True)
+    assert made.state.best_global_step > 2
+
+
+# ---- models that are given
+
+
+def test_a_peft_model_trains_its_adapter_and_is_its_own_original(tmp_path, in_float32):
+    peft = pytest.importorskip("peft")
+    config = adapter(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+    def wrapped():
+        model = tiny.model(tie_word_embeddings=False)
+        torch.manual_seed(5)
+        return peft.get_peft_model(model, config)
+
+    said = wrapped().merge_and_unload()
+    made = trainer(tmp_path / "a", wrapped(), max_steps=1)
+    assert any("was given with an adapter" in note for note in made.notes)
+    before = weights(made)
+    made.train()
+    assert made.history[0].losses["kl"] == pytest.approx(0, abs=1e-7)
+    changed = {n for n, value in weights(made).items() if not torch.equal(value, before[n])}
+    assert {n for n in before if "lora_" in n} == changed
+    kl = {}
+    for kind in ("auto", "copy", "cache"):
+        one = trained(tmp_path / kind, wrapped(), reference=kind, **SGD)
+        kl[kind] = one.history[-1].losses["kl"]
+    merged = trained(tmp_path / "m", said, lora={"target_modules": ["q_proj"]}, max_steps=1)
+    assert made.history[0].losses["retain"] == pytest.approx(merged.history[0].losses["retain"])
+    assert kl["copy"] == pytest.approx(kl["auto"], rel=1e-4)
+    assert kl["cache"] == pytest.approx(kl["auto"], rel=1e-4)
+    with pytest.raises(UsageError, match="peft_config must be left out"):
+        trainer(tmp_path / "b", wrapped(), lora={})
+
+
+def test_a_compiled_model_leaves_no_name_of_it_in_a_file(tmp_path):
+    from safetensors.torch import load_file
+
+    model = tiny.model(tie_word_embeddings=False)
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    compiled = torch.compile(model, backend="eager")
+    made = trained(tmp_path / "run", compiled, max_steps=1, save_strategy="steps", save_steps=1)
+    made.export(tmp_path / "model")
+    for folder in ("run/checkpoint-1", "model"):
+        names = load_file(tmp_path / folder / "model.safetensors")
+        assert set(names) == set(tiny.model(tie_word_embeddings=False).state_dict())
+    assert any("compiled" in note for note in made.notes)
+
+
+def test_what_is_no_model_and_what_are_no_settings_is_said(tmp_path):
+    from transformers import TrainingArguments
+
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(UsageError, match=r"must be a mollm\.MOLLMConfig, but got TrainingArg"):
+        MOLLMTrainer(tiny.model(), plain, forget_dataset=FORGET, retain_dataset=RETAIN)
+    with pytest.raises(UsageError, match="causal language model of transformers, but got Linear"):
+        trainer(tmp_path, torch.nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="all of this one are frozen"):
+        trainer(tmp_path, tiny.model().requires_grad_(False))
+    broken = tiny.model()
+    broken.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(UsageError, match=r"finite weights, but model\.norm\.weight are not"):
+        trainer(tmp_path, broken)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+def test_rows_of_embeddings_train_and_are_exported(tmp_path, in_float32, tied, part):
+    from transformers import AutoModelForCausalLM
+
+    indices = {part: [5, 66, 67]}
+    if tied and part == "embed_tokens":
+        indices = indices[part]
+    elif tied:
+        pytest.skip("the head has no matrix of its own")
+    lora = {"target_modules": ["q_proj"], "trainable_token_indices": indices}
+    kl = []
+    for kind in ("adapter", "copy", "cache"):
+        model = tiny.model(tie_word_embeddings=tied)
+        made = trained(tmp_path / kind, model, lora=lora, reference=kind, **SGD)
+        kl.append(made.history[-1].losses["kl"])
+    assert kl == pytest.approx([kl[0]] * 3, rel=1e-3)
+    made.export(tmp_path / "model")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(60, 70)[None]
+    expected = made._base.eval()(input_ids=ids).logits
+    torch.testing.assert_close(read(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train_leave_the_original_as_it_was(tmp_path, in_float32, bias):
+    kl, lora = [], {"target_modules": ["q_proj", "v_proj"], "bias": bias}
+    for kind in ("adapter", "copy", "cache"):
+        model = tiny.model(tie_word_embeddings=False, attention_bias=True)
+        made = trained(tmp_path / kind, model, lora=lora, reference=kind, **SGD)
+        assert any(float(p.abs().max()) for n, p in weights(made).items() if n[-4:] == "bias")
+        kl.append(made.history[-1].losses["kl"])
+    assert kl[0] > 1e-6
+    assert kl == pytest.approx([kl[0]] * 3, rel=1e-3)
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("checkpoints", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_first_step_has_no_kl_whatever_dropout_a_model_has(tmp_path, named, checkpoints):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=259,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        dropout=0.5,
+        attention_dropout=0.5,
+        layerdrop=0.5,
+    )
+    model = OPTForCausalLM(config).train()
+    if named:
+        loading.save(model, tiny.tokenizer(), tmp_path / "opt")
+        model = str(tmp_path / "opt")
+    made = trained(tmp_path / "run", model, max_steps=1, reference="copy", **checkpoints)
+    assert made.history[0].norms["kl"] < 1e-6 * made.history[0].norms["retain"]
+    assert abs(made.history[0].losses["kl"]) < 1e-6
+
+
+# ---- the end of a run
+
+
+def test_weights_that_are_not_finite_are_no_success_and_nowhere_written(tmp_path):
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 4:
+                model.model.norm.weight.data[1] = float("inf")
+
+    made = trainer(tmp_path / "run", save_strategy="steps", save_steps=2)
+    made.add_callback(Breaks())
+    made.train()
+    assert "after step 4 model.norm.weight are not" in made.stopped_because
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert "This run failed: weights must be finite" in (tmp_path / "run/README.md").read_text()
+    for write in (made.export, made.save_model):
+        with pytest.raises(UsageError, match=r"finite weights to be written, but model\.norm"):
+            write(str(tmp_path / "model"))
+    assert not list((tmp_path).glob("model/*.safetensors"))
+
+
+def test_a_run_whose_steps_are_all_skipped_is_no_success(tmp_path, monkeypatch):
+    made = trainer(tmp_path, max_steps=3)
+    create = made.create_optimizer
+
+    def with_a_broken_state(*args):
+        optimizer = create(*args)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.register_hook(lambda g: g * float("nan"))
+        return optimizer
+
+    monkeypatch.setattr(made, "create_optimizer", with_a_broken_state)
+    made.train()
+    assert "all 3 steps were skipped" in made.stopped_because
+    assert "3 of 3 steps were skipped" in made.model_card()
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
+    made = trainer(
+        tmp_path,
+        evaluate=True,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    monkeypatch.setattr(made, "_evaluate", lambda role, rows: {role: float("nan")})
+    made.train()
+    assert made.state.best_global_step is None
+    assert made.state.global_step == 1
+    assert "eval_forget_loss must be finite, but after step 1" in made.stopped_because
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+def test_the_last_step_is_looked_at_too(tmp_path):
+    made = trained(tmp_path, max_steps=1, learning_rate=300.0)
+    assert made.stopped_because is not None
+
+
+# ---- disks
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_told_in_a_sentence(tmp_path, monkeypatch):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    class Fills(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                monkeypatch.setattr(checkpoint, "write_weights", full)
+
+    made.add_callback(Fills())
+    with pytest.raises(UsageError, match="cannot be written: No space left on device; free some"):
+        made.train()
+    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["checkpoint-1", "checkpoint-2"]
+    assert not list(tmp_path.glob(".unfinished-*"))
+    monkeypatch.undo()
+    trainer(tmp_path, save_strategy="no").train(resume_from_checkpoint=True)
+
+
+def test_folders_that_cannot_be_written_are_found_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("too late"))
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    for out in ("/proc/nowhere", str(tmp_path / ("x" * 300)), str(tmp_path / "tiny/config.json/x")):
+        with pytest.raises(UsageError, match="out must be a folder that can be written"):
+            trainer(out, str(tmp_path / "tiny"))
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match="the weights of a checkpoint take about"):
+        trainer(tmp_path / "out", str(tmp_path / "tiny"), save_strategy="steps")
+
+
+def test_adapters_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("too late"))
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    with pytest.raises(UsageError, match=r"none called 'q_porj'; did you mean q_proj\?"):
+        trainer(tmp_path / "out", str(tmp_path / "tiny"), lora={"target_modules": ["q_porj"]})
