@@ -57,7 +57,13 @@ def gram_kernel(
         mask = present[:, None] & (at < count)[None, :]
         x = tl.load(rows[:, None] + at[None, :], mask=mask, other=0.0)
         x = x.to(EXACT)
-        total += tl.sum(x[:, None, :] * x[None, :, :], 2).to(tl.float64)
+        # Rows whose squares a float cannot hold are scaled by a power of two first.
+        largest = tl.max(tl.abs(x), 1)
+        scale = tl.where(largest < 1e-10, 2.0**80, tl.where(largest > 1e10, 2.0**-70, 1.0))
+        x *= scale.to(EXACT)[:, None]
+        back = 1.0 / scale.to(tl.float64)
+        products = tl.sum(x[:, None, :] * x[None, :, :], 2).to(tl.float64)
+        total += products * (back[:, None] * back[None, :])
     i = tl.arange(0, ROWS)
     here = partials + tl.program_id(0) * ROWS * ROWS
     tl.store(here + i[:, None] * ROWS + i[None, :], total)

@@ -37,6 +37,15 @@ def test_against_float64(K, count, dtype, missing):
     torch.testing.assert_close(out, expected, rtol=eps, atol=single)
 
 
+@pytest.mark.parametrize("sizes", [(1e-25, 1e-25), (1e20, 1e20), (1e-25, 1e20, 1.0)], ids=str)
+def test_any_size_that_a_float_has(sizes):
+    g = [size * torch.randn(2049) for size in sizes]
+    exact = gram_reference([[t] for t in g])
+    norms = exact.diagonal().sqrt()
+    error = (gram_triton(g) - exact) / (norms[:, None] * norms)
+    assert float(error.abs().max()) <= 2e-7
+
+
 def test_a_row_of_weight_zero_may_be_infinite():
     out = torch.empty(300)
     g = [torch.ones(300), torch.full((300,), float("inf"))]
