@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from mollm.errors import UsageError
+from mollm.system.parsing import parse_yaml, read_text
 
 if TYPE_CHECKING:
     pass
@@ -38,7 +39,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"set must be NAME=VALUE, but got {text!r}.")
-        settings[name] = _parse(value, f"the value of {name}")
+        settings[name] = parse_yaml(value, f"the value of {name}")
     settings |= given
     types = _fields()
     for name, value in settings.items():
@@ -52,24 +53,10 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config must be a YAML file that can be read, but got {path}.") from error
-    settings = _parse(text, str(path))
+    settings = parse_yaml(read_text(path), str(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, but it does not.")
     return settings
-
-
-def _parse(text: str, name: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{name} must be valid YAML, but it is not: {reason}.") from error
 
 
 def _fields() -> dict[str, Any]:

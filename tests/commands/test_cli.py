@@ -1,12 +1,13 @@
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import tiny
 
 import mollm
-from mollm import cli
 from mollm.cli import main
+from mollm.commands import demo
 from mollm.demo import quiz as quiz_module
 from mollm.evaluation.generation import Reply
 from mollm.models import loading
@@ -76,7 +77,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     def missing(arguments):
         raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
 
-    monkeypatch.setattr(cli, "_demo", missing)
+    monkeypatch.setattr(demo, "_demo", missing)
     assert "pip install 'mollm[train,eval]'" in refused(capsys)
 
 
@@ -84,17 +85,27 @@ def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_demo", interrupted)
+    monkeypatch.setattr(demo, "_demo", interrupted)
     assert main(["demo"]) == 130
     assert "earlier results are as they were" in capsys.readouterr().err
 
 
-def test_our_own_mistakes_are_not_hidden(monkeypatch):
+@pytest.mark.parametrize("error", [ValueError("a\ndefect"), ModuleNotFoundError("x", name="x")])
+def test_a_defect_is_told_in_one_sentence_with_its_log(capsys, monkeypatch, tmp_path, error):
     def broken(arguments):
-        raise ValueError("a defect")
+        raise error
 
-    monkeypatch.setattr(cli, "_demo", broken)
-    with pytest.raises(ValueError, match="a defect"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "_demo", broken)
+    assert main(["demo"]) == 70
+    captured = capsys.readouterr()
+    (log,) = tmp_path.glob("mollm-*.log")
+    assert captured.err.startswith("mollm: this is a defect")
+    assert captured.err.endswith(f"please report it with {log}.\n")
+    assert len(captured.err.splitlines()) == 1
+    assert "in broken" in log.read_text()
+    monkeypatch.setenv("MOLLM_TRACEBACK", "1")
+    with pytest.raises(type(error)):
         main(["demo"])
 
 
