@@ -53,7 +53,7 @@ TEMPLATES = (
     "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(200) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ 'a' * 10000000000 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'x'.center(9999999999) }}",
+    "{{ 'a' * 10000000000 }}", "{{ 10 ** (10 ** 10) }}", "{{ 'x'.center(9999999999) }}",
     "{{ '%9999999999d' % 1 }}", "{{ lipsum(n=100000000) }}", "{{ messages * 1000000000 }}",
     "{% set ns = namespace(s='aaaaaaaaaa') %}{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}"
     "{% endfor %}{{ ns.s }}",

@@ -6,6 +6,7 @@ import os
 import resource
 import select
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def _run(task: Callable[[], object], out: int, more_bytes: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # they may lead elsewhere
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
