@@ -4,16 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 RESULTS ?= build/gpu
 BIN := $(VENV)/bin
+LOCKS := train train+eval test
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test soak lint docs bench gpu clean help
+.PHONY: demo test soak lint docs bench gpu lock audit clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
-	@echo "make soak   the tests that take minutes: a run that is killed 50 times"
+	@echo "make soak   the tests that take minutes: runs that are killed, hundreds of broken files"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation site, in build/docs"
+	@echo "make lock   requirements/*.lock: every package with its hashes"
+	@echo "make audit  known vulnerabilities (asks a public database) and licences"
 	@echo "make bench  CPU benchmarks, results in benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA device: build, GPU tests, compute-sanitizer,"
 	@echo "            benchmarks; results in RESULTS=$(RESULTS)"
@@ -47,6 +50,26 @@ lint: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -d build/doctrees docs build/docs $(ARGS)
+# For Python 3.11 on Linux x86-64. Torch from PyPI names the Triton that it wants itself.
+lock: $(VENV)/installed
+	$(BIN)/python -m pip install uv
+	mkdir -p requirements
+	grep -v '^triton' constraints.txt > requirements/constraints
+	for set in $(LOCKS); do \
+	  $(BIN)/uv pip compile -q pyproject.toml $$(echo $$set | sed 's/^/--extra /; s/+/ --extra /g') \
+	    --python-version 3.11 --python-platform x86_64-manylinux_2_28 -c requirements/constraints \
+	    --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
+	    -o requirements/$${set##*+}.lock || exit 1; \
+	done
+	rm requirements/constraints
+
+# Asks a service on the internet, so it is no part of `make soak`.
+audit:
+	$(BIN)/python -m pip install pip-audit pip-licenses
+	$(BIN)/pip-licenses --from=mixed --order=license
+	for lock in requirements/*.lock; do \
+	  $(BIN)/pip-audit --require-hashes --disable-pip -r $$lock || exit 1; \
+	done
 
 bench: $(VENV)/installed
 	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done

@@ -34,12 +34,15 @@ _EXTRAS = (
     "yaml",
 )
 
+_DEFECT = 70
+"""The exit status that sysexits.h calls EX_SOFTWARE."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 2 after a mistake of the user's.
 
     Else it is 0, or 1 where `plan` finds that it does not fit, `doctor` that something is amiss, or
-    `unlearn` that the losses diverge.
+    `unlearn` that the losses diverge, 130 after an interrupt, and 70 after what nobody foresaw.
     """
     # Torch's OpenMP lets a thread that waits spin for milliseconds. Where other programs want the
     # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
-            raise
+            return _report_defect(error)
         extras = "train,qlora" if error.name == "bitsandbytes" else "train,eval"
         print(
             f"mollm: this command needs the package {error.name}: pip install 'mollm[{extras}]'.",
@@ -64,7 +67,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mollm: interrupted; existing results are unchanged.", file=sys.stderr)
         return 130
+    except SystemExit:
+        raise
+    except BaseException as error:  # also a panic in a package that is written in Rust
+        return _report_defect(error)
     return status
+
+
+def _report_defect(error: BaseException) -> int:
+    """Tells of what nobody foresaw in a sentence, with the traceback in a file of its own.
+
+    With MOLLM_TRACEBACK in the environment the error goes on, and is shown as Python shows it.
+    """
+    import tempfile
+    import traceback
+
+    if os.environ.get("MOLLM_TRACEBACK"):
+        raise error
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="mollm-", suffix=".log", encoding="utf-8", errors="replace", delete=False
+    ) as log:
+        log.write(f"mollm {__version__} {sys.argv[1:]}\n\n")
+        traceback.print_exception(error, file=log)
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
+    print(
+        f"mollm: this is a defect of mollm or of a package that it uses ({what}): please report it "
+        f"with {log.name}.",
+        file=sys.stderr,
+    )
+    return _DEFECT
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
 from mollm.planning.settings import BYTES
+from mollm.system.parsing import parse_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -269,12 +270,4 @@ def _suite(given: Mapping[str, Any]) -> Suite:
 
 def _data(text: str) -> Any:
     """A path or name, or a mapping with a path and options."""
-    import yaml
-
-    if not text.startswith("{"):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"data must be a path or a mapping in YAML: {reason}.") from None
+    return parse_yaml(text, "data") if text.startswith("{") else text

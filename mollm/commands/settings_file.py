@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mollm.errors import UsageError, did_you_mean
+from mollm.system.parsing import parse_yaml, read_text, user_path
 
 _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 
@@ -43,7 +44,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"set must be NAME=VALUE, but got {text!r}.")
-        settings[name] = _parse(value, f"the value of {name}")
+        settings[name] = parse_yaml(value, f"the value of {name}")
     settings |= given
     types = _fields()
     for name, value in settings.items():
@@ -77,27 +78,13 @@ def _own(name: str, value: Any) -> Any:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, RuntimeError, ValueError) as error:  # no home; a null byte, no UTF-8
-        raise UsageError(f"config must be a YAML file that can be read, but got {path}.") from error
-    settings = _parse(text, str(path))
+    settings = parse_yaml(read_text(user_path(path)), str(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, but it does not.")
     for name in settings:
         if not isinstance(name, str):
             raise UsageError(f"{path} must name settings by texts, but got {name!r}: quote it.")
     return settings
-
-
-def _parse(text: str, name: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{name} must be valid YAML, but it is not: {reason}.") from error
 
 
 def _fields() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mollm.data.files import Table, Unit, listed, read_table, shown
+from mollm.data.files import read_table
+from mollm.data.table import Table, Unit, listed, shown
 from mollm.errors import UsageError
 
 if TYPE_CHECKING:

@@ -141,7 +141,11 @@ def _load(
 
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            name,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=None,  # whatever its config says, which may be code on the hub
         )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except ModuleNotFoundError:

