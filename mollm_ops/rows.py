@@ -90,7 +90,8 @@ def _check(logits: Tensor, ref_logits: Tensor | None, target: Tensor, *losses: R
     """All that the kernels rely on when they take a pointer."""
     R, wide = logits.shape[0], wide_dtype(logits.dtype)
     narrow = (torch.bfloat16, torch.float16) if logits.dtype == torch.float32 else ()
-    wanted = [("target", target, (R,), (torch.int64,))]
+    wanted: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = []
+    wanted.append(("target", target, (R,), (torch.int64,)))
     if ref_logits is not None:
         wanted.append(("ref_logits", ref_logits, tuple(logits.shape), (logits.dtype,)))
     for to in losses:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mollm.errors import UsageError
-from mollm.models.forward import hidden_states
 from mollm.models.four_bits import NF4
+from mollm.models.logits import check_logits
 from mollm.models.precision import autocast
 from mollm.system.machine import available_memory_gb
 
@@ -151,10 +151,18 @@ def load_config(name: str) -> tuple[Any, str]:
             config = AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-            return config, source.label
-    source = find_model(name)
+    else:
+        source = find_model(name)
+        config = _config(source)
+    _refuse_encoder(config, source)
+    return config, source.label
+
+
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
+
     with _told_as_usage_error(source):
-        return _from_hub(AutoConfig, source), source.label
+        return _from_hub(AutoConfig, source)
 
 
 def load(
@@ -187,8 +195,9 @@ def load(
     if source.gguf_file and hasattr(transformers, "GgufConfig"):
         # Older releases always dequantize and have no such option.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if not source.gguf_file:
+    if not source.gguf_file:  # that has one kind of model
         _refuse_pickle(source)
+        _refuse_encoder(_config(source), source)
         options["use_safetensors"] = True
     if quantization is not None:
         options |= {"quantization_config": _in_four_bits(source, device), "device_map": device}
@@ -198,7 +207,8 @@ def load(
     _refuse_missing(report["missing_keys"], source)
     model = (model if quantization else model.to(device)).eval()
     model.name_or_path = source.label
-    _check_head(model, source)
+    check_logits(model)
+    _warn_of_unused(report["unexpected_keys"], model, source)
     return model, tokenizer
 
 
@@ -226,12 +236,12 @@ def load_without_weights(source: Source, dtype: torch.dtype = torch.float32) -> 
     Raises:
         UsageError: There is none, or it is of no causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with _told_as_usage_error(source):
-        config = _from_hub(AutoConfig, source)
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    config = _config(source)
+    _refuse_encoder(config, source)
+    with _told_as_usage_error(source), torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model: PreTrainedModel = made.eval()
     model.name_or_path = source.label
     return model
@@ -256,6 +266,27 @@ def _refuse_missing(names: Iterable[str], source: Source) -> None:
             f"the model {source.label} must have all of its weights, but {len(missing)} are "
             f"missing, such as {missing[0]}: is it a causal language model, and are its files "
             "whole?"
+        )
+
+
+def _warn_of_unused(names: Iterable[str], model: PreTrainedModel, source: Source) -> None:
+    """transformers leaves out weights that its class has no place for: a tower, a second head."""
+    unused = sorted(names)
+    if unused:
+        warnings.warn(
+            f"{len(unused)} weights of {source.label}, such as {unused[0]}, have no place in "
+            f"{type(model).__name__} and were left out: what they do is lost in the model that is "
+            "written.",
+            stacklevel=3,
+        )
+
+
+def _refuse_encoder(config: Any, source: Source) -> None:
+    """transformers would load the decoder alone, and the encoder would be lost."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"the model {source.label} must be a causal language model, but it is an "
+            f"encoder-decoder ({config.model_type}): choose another model."
         )
 
 
@@ -305,23 +336,6 @@ def _without_loading_bar() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _check_head(model: PreTrainedModel, source: Source) -> None:
-    """The losses compute logits as head(final hidden state); some models do more than that."""
-    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
-    mask = torch.ones_like(ids)
-    layer = model.get_output_embeddings()
-    fits = isinstance(layer, nn.Linear)
-    if fits:
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        fits = torch.allclose(layer(hidden_states(model, ids, mask)), logits, rtol=1e-3, atol=1e-3)
-    if not fits:
-        raise UsageError(
-            f"the model {source.label} scales, caps or transforms its logits after the head, which "
-            "the losses do not support: choose another one with --model."
-        )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

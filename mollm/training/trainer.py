@@ -32,6 +32,7 @@ from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
 from mollm.models import forward, four_bits, loading
 from mollm.models.adapters import adapted, checkpoint_activations, merged
+from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.models.precision import DTYPES
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
@@ -140,6 +141,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 model, args, processing_class, (forget_dataset, retain_dataset, eval_dataset)
             )
         read = not (from_first and processes.rank())
+        found = processes.each(logit_transform(self._base) if read else None)
+        set_logit_transform(self._base, found[0 if from_first else processes.rank()])
         prints = processes.each(checkpoint.fingerprint(self._base) if read else None)
         self._fingerprint = prints[0 if from_first else processes.rank()]
         with processes.agreeing():
@@ -223,6 +226,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         else:
             _refuse_four_bits(model, args)
             self._base = model.to(device)
+            check_logits(self._base)
         return tokenizer
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
