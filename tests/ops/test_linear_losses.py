@@ -451,7 +451,7 @@ TRANSFORMS = [
 @pytest.mark.parametrize("loss", LOSSES)
 def test_transformed_logits_are_as_exact_as_plain_torch_s(loss, dtype, options, chunk_rows):
     hidden, weight, target, ref_hidden = case(12, 33, 301, dtype, scale=2.0)
-    options = dict(options)
+    transform = LogitTransform(options.get("logit_scale", 1.0), options.get("softcap"))
     ours = loss_and_gradients(
         lambda h, w: loss(h, w, target, ref_hidden, chunk_rows=chunk_rows, **options),
         [hidden, weight],
@@ -461,7 +461,7 @@ def test_transformed_logits_are_as_exact_as_plain_torch_s(loss, dtype, options, 
         [hidden.double(), weight.double()],
     )
     theirs = loss_and_gradients(
-        lambda h, w: plain(loss, h, w, target, ref_hidden, LogitTransform(**options)),
+        lambda h, w: plain(loss, h, w, target, ref_hidden, transform),
         [hidden, weight],
     )
     for name, a, b, exact in zip(["L", "dh", "dW"], ours, theirs, truth, strict=True):
@@ -505,6 +505,7 @@ def test_the_reference_has_the_models_transform_unless_it_has_its_own(loss):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_transformed_logits_compile_without_a_break(loss, reduction):
+    torch.compiler.reset()
     hidden, weight, target, ref_hidden = case()
     own = leaves(hidden, weight)
     f = partial(loss, reduction=reduction, logit_scale=0.5, softcap=4.0)
@@ -539,9 +540,10 @@ def test_small_gradients_of_float16_keep_their_digits():
                     [hidden, weight],
                 )
                 for a, exact in zip(ours[1:], truth[1:], strict=True):
-                    best = (scale * exact).half().double()
-                    off = float((a.double() - best).norm() / best.norm())
-                    assert off <= 3e-3, (loss.__name__, scale, none)
+                    exact = scale * exact
+                    off = float((a.double() - exact).norm() / exact.norm())
+                    best = float((exact.half().double() - exact).norm() / exact.norm())
+                    assert off <= 1.01 * best + 2e-3, (loss.__name__, scale, none)
 
 
 def test_a_zero_upstream_gradient_of_float16_is_zero():
@@ -573,7 +575,7 @@ def test_nan_in_the_reference_is_nan_in_loss_and_gradients(loss, dtype):
     hidden, weight, target, ref_hidden = case(dtype=dtype, ignored=0)
     ref_hidden[3] = torch.nan
     value, d_hidden, d_weight = loss_and_gradients(
-        lambda h, w: loss(h, w, target, ref_hidden, weight.clone()), [hidden, weight]
+        lambda h, w: loss(h, w, target, ref_hidden, ref_weight=weight.clone()), [hidden, weight]
     )
     assert value.isnan()
     assert d_hidden[3].isnan().all()
