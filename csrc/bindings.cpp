@@ -497,6 +497,8 @@ void bind_dual_space(py::module_& m) {
       py::arg("length"));
 }
 
+using LogitMapTuple = std::pair<double, double>;  // (scale, cap)
+
 // (scale, its stride, losses, gradient, its stride); None for a loss that is not asked for
 using RowLossTuple = std::tuple<std::uintptr_t, int64_t, std::uintptr_t, std::uintptr_t, int64_t>;
 
@@ -533,7 +535,7 @@ void bind_rows(py::module_& m) {
       [](int64_t rows, int64_t vocab, int dtype, int gradient_dtype, std::uintptr_t logits,
          int64_t stride, std::uintptr_t reference, int64_t reference_stride, std::uintptr_t target,
          double eps, const std::optional<RowLossTuple>& ce, const std::optional<RowLossTuple>& kl,
-         int threads) {
+         const LogitMapTuple& map, const LogitMapTuple& reference_map, int threads) {
         const LogitRows all = {rows,
                                vocab,
                                code(dtype, DType::kFloat16, "dtype"),
@@ -542,7 +544,9 @@ void bind_rows(py::module_& m) {
                                stride,
                                reinterpret_cast<const void*>(reference),
                                reference_stride,
-                               reinterpret_cast<const int64_t*>(target)};
+                               reinterpret_cast<const int64_t*>(target),
+                               {map.first, map.second},
+                               {reference_map.first, reference_map.second}};
         const RowLoss to_ce = row_loss_of(ce, rows, vocab, "ce");
         const RowLoss to_kl = row_loss_of(kl, rows, vocab, "kl");
         check_rows(all, to_ce, to_kl);
@@ -552,7 +556,8 @@ void bind_rows(py::module_& m) {
       },
       py::arg("rows"), py::arg("vocab"), py::arg("dtype"), py::arg("gradient_dtype"),
       py::arg("logits"), py::arg("stride"), py::arg("reference"), py::arg("reference_stride"),
-      py::arg("target"), py::arg("eps"), py::arg("ce"), py::arg("kl"), py::arg("threads"));
+      py::arg("target"), py::arg("eps"), py::arg("ce"), py::arg("kl"), py::arg("map"),
+      py::arg("reference_map"), py::arg("threads"));
 }
 
 }  // namespace

@@ -17,6 +17,13 @@ struct RowLoss {
   int64_t gradient_stride;
 };
 
+// From the outputs z0 of a head to logits: z = cap tanh(scale z0 / cap), or scale z0 without a cap.
+// Gradients are with respect to z0.
+struct LogitMap {
+  double scale = 1;  // > 0
+  double cap = 0;    // > 0; 0 for none
+};
+
 struct LogitRows {
   int64_t rows, vocab;
   DType dtype;              // of both logits
@@ -26,6 +33,7 @@ struct LogitRows {
   const void* reference;    // [rows, vocab]; null where kl is not asked for
   int64_t reference_stride;
   const int64_t* target;    // [rows]; negative: loss and gradient 0; vocab or more: loss NaN
+  LogitMap map, reference_map;
 };
 
 // A gradient may lie in the memory of either row of logits, from its first byte: rows are read

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include <string>
+#include <vector>
 
 #include "parallel.h"
 #include "rows_kernels.h"
@@ -20,6 +21,16 @@ const RowKernels* choose_kernels() {
   return &baseline::row_kernels;
 }
 
+// A thread's own, kept for its next row.
+void* scratch_of(const LogitRows& rows) {
+  if (rows.map.cap <= 0 && rows.reference_map.cap <= 0) return nullptr;
+  static thread_local std::vector<double> scratch;
+  const size_t floats = static_cast<size_t>(kScratchRows * rows.vocab);
+  const size_t doubles = rows.dtype == DType::kFloat64 ? floats : (floats + 1) / 2;
+  if (scratch.size() < doubles) scratch.resize(doubles);
+  return scratch.data();
+}
+
 }  // namespace
 
 void rows_cpu(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl,
@@ -27,7 +38,7 @@ void rows_cpu(const LogitRows& rows, double eps, const RowLoss& ce, const RowLos
   static const RowKernels* const kernels = choose_kernels();
   const int64_t useful = 1 + rows.rows * rows.vocab / kWorthAThread;
   parallel_for(rows.rows, static_cast<int>(std::min<int64_t>(threads, useful)),
-               [&](int64_t r) { kernels->row(rows, eps, ce, kl, r); });
+               [&](int64_t r) { kernels->row(rows, eps, ce, kl, r, scratch_of(rows)); });
 }
 
 }  // namespace mollm

@@ -2,6 +2,10 @@
 //
 // A row is swept three times: its maximum, the sum of its exponentials, its gradient. Only the
 // first sweep comes from memory; a row of 128256 floats stays in a core's L2 for the others.
+//
+// Of capped logits the sweep that sums keeps, in a scratch row, what the gradient needs: no
+// hyperbolic tangent is computed twice. A cap bounds the logits, so that a small one makes the sweep
+// for their maximum superfluous.
 #include "rows_kernels.h"
 
 #include <cmath>
@@ -70,27 +74,108 @@ static double maximum(const T* z, int64_t count) {
 }
 
 template <class T>
-static double sum_exp(const T* z, int64_t count, double m) {
-  const float shift = static_cast<float>(m);
+static double sum_exp(const T* z, int64_t count, double scale, double m) {
+  const float s = static_cast<float>(scale), shift = static_cast<float>(m);
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kFlush) {
     f32x16 partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-                  partial += exp_negative(load_logits(z + n, some) - shift);
+                  partial += exp_negative(load_logits(z + n, some) * s - shift);
                 });
     total += sum(partial);
   }
   return total;
 }
 
-// gradient_j = factor exp(z_j - m)
+// gradient_j = factor exp(scale z_j - m)
 template <class T, class G>
-static void write_softmax(const T* z, int64_t count, double m, double factor, G* gradient) {
-  const float shift = static_cast<float>(m), f = static_cast<float>(factor);
+static void write_softmax(const T* z, int64_t count, double scale, double m, double factor,
+                          G* gradient) {
+  const float s = static_cast<float>(scale), shift = static_cast<float>(m);
+  const float f = static_cast<float>(factor);
   for_vectors(0, count, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-    store_some(gradient + n, exp_negative(load_logits(z + n, some) - shift) * f, some);
+    store_some(gradient + n, exp_negative(load_logits(z + n, some) * s - shift) * f, some);
   });
+}
+
+// gradient_j = factor terms_j
+template <class G>
+static void write_terms(const float* terms, int64_t count, double factor, G* gradient) {
+  const float f = static_cast<float>(factor);
+  for_vectors(0, count, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+    store_some(gradient + n, load_logits(terms + n, some) * f, some);
+  });
+}
+
+// logits_j = scale z_j - m
+template <class T>
+static void keep_logits(const T* z, int64_t count, double scale, double m, float* logits) {
+  const float s = static_cast<float>(scale), shift = static_cast<float>(m);
+  for_vectors(0, count, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+    store_some(logits + n, load_logits(z + n, some) * s - shift, some);
+  });
+}
+
+template <class V>
+struct CappedTo {
+  V value, slope;  // c tanh(x / c), and its derivative by x
+};
+
+// With a = |x| / c, u = exp(-2a) and w = 1 - u = -expm1(-2a):
+//     tanh a = w / (2 - w),  1 - tanh^2 a = 4u / (2 - w)^2.
+// Near 0 w has all digits of tanh, near saturation u has all of the derivative. The exponential is
+// that of exp_negative, with the 1 of its polynomial added last.
+MOLLM_INLINE CappedTo<f32x16> capped(f32x16 x, float cap, float minus_two_over_cap) {
+  constexpr float kLowest = -87.33654f, kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.f;
+  const u32x16 sign = (u32x16)x & 0x80000000u;
+  const f32x16 b = (f32x16)((u32x16)x ^ sign) * minus_two_over_cap;
+  const i32x16 vanishes = b < kLowest;
+  const f32x16 rounded = b * 1.44269504f + kRound;
+  const f32x16 n = rounded - kRound;
+  const f32x16 r = (b - n * kLog2High) - n * kLog2Low;
+  f32x16 q = r * (1.f / 5040) + 1.f / 720;
+  q = q * r + 1.f / 120;
+  q = q * r + 1.f / 24;
+  q = q * r + 1.f / 6;
+  q = q * r + 0.5f;
+  q = q * (r * r) + r;
+  const f32x16 power = (f32x16)(((u32x16)rounded + (127u - 0x4b400000u)) << 23);
+  const f32x16 u = select(vanishes, f32x16{}, q * power + power);
+  const f32x16 w = select(vanishes, f32x16{} + 1.f, (1.f - power) - q * power);
+  const f32x16 inverse = 1.f / (2.f - w);
+  const f32x16 magnitude = cap * (w * inverse);
+  return {(f32x16)((u32x16)magnitude | sign), 4.f * u * (inverse * inverse)};
+}
+
+// Sum of exp(c tanh(scale z_j / c) - m); where asked, the logits less m, their slopes, and the
+// products of exponential and slope are kept.
+template <class T>
+static double sum_exp_capped(const T* z, int64_t count, LogitMap map, double m, float* logits,
+                             float* slopes, float* products) {
+  const float s = static_cast<float>(map.scale), shift = static_cast<float>(m);
+  const float cap = static_cast<float>(map.cap), inner = static_cast<float>(-2 / map.cap);
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kFlush) {
+    f32x16 partial = {};
+    for_vectors(begin, min64(begin + kFlush, count),
+                [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+                  const auto [y, slope] = capped(load_logits(z + n, some) * s, cap, inner);
+                  const f32x16 x = y - shift;
+                  const f32x16 e = exp_negative(x);
+                  if (some == kLanes) {
+                    partial += e;
+                  } else {
+                    for (int64_t lane = 0; lane < some; ++lane) partial[lane] += e[lane];
+                  }
+                  if (logits) store_some(logits + n, x, some);
+                  if (slopes) store_some(slopes + n, slope, some);
+                  if (products) store_some(products + n, e * slope, some);
+                });
+    total += sum(partial);
+  }
+  return total;
 }
 
 // exp(-d) + d - 1 for |d| < 1/4, where the plain form cancels.
@@ -110,10 +195,22 @@ struct Factors {
   double ce, kl;  // of e_j in the gradient of cross-entropy, of p_j - p_ref_j in that of KL
 };
 
+// A row of logits scale z_j; gradients are multiplied by the slopes, if there are any.
+template <class T, class Wide>
+struct Row {
+  const T* z;
+  double scale;
+  const Wide* slopes;
+};
+
 // Returns sum_j p_ref_j phi(log p_ref_j - log p_j); writes the gradients that are not null.
 template <class T, class G>
-static double sweep_kl(const T* z, Shift own, const T* z_ref, Shift ref, int64_t count,
-                       Factors factors, G* ce_gradient, G* kl_gradient) {
+static double sweep_kl(Row<T, float> row, Shift own, Row<T, float> ref_row, Shift ref,
+                       int64_t count, Factors factors, G* ce_gradient, G* kl_gradient) {
+  const T* z = row.z;
+  const T* z_ref = ref_row.z;
+  const float* slopes = row.slopes;
+  const float s = static_cast<float>(row.scale), s_ref = static_cast<float>(ref_row.scale);
   const float m = static_cast<float>(own.m), m_ref = static_cast<float>(ref.m);
   const float inv = static_cast<float>(1 / own.Z), inv_ref = static_cast<float>(1 / ref.Z);
   const float log_ratio = static_cast<float>(std::log(ref.Z) - std::log(own.Z));
@@ -123,8 +220,8 @@ static double sweep_kl(const T* z, Shift own, const T* z_ref, Shift ref, int64_t
     f32x16 partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-                  const f32x16 x = load_logits(z + n, some) - m;
-                  const f32x16 x_ref = load_logits(z_ref + n, some) - m_ref;
+                  const f32x16 x = load_logits(z + n, some) * s - m;
+                  const f32x16 x_ref = load_logits(z_ref + n, some) * s_ref - m_ref;
                   const f32x16 e = exp_negative(x);
                   const f32x16 p = e * inv, p_ref = exp_negative(x_ref) * inv_ref;
                   const f32x16 d = (x_ref - x) - log_ratio;
@@ -132,8 +229,14 @@ static double sweep_kl(const T* z, Shift own, const T* z_ref, Shift ref, int64_t
                   const i32x16 is_near = (d < 0.25f) & (d > -0.25f);
                   const f32x16 term = select(is_near, p_ref * phi_series(d), far);
                   partial += select(p_ref == 0.f, p, term);
-                  if (ce_gradient) store_some(ce_gradient + n, e * ce, some);
-                  if (kl_gradient) store_some(kl_gradient + n, (p - p_ref) * kl, some);
+                  f32x16 to_ce = e * ce, to_kl = (p - p_ref) * kl;
+                  if (slopes) {
+                    const f32x16 slope = load_logits(slopes + n, some);
+                    to_ce *= slope;
+                    to_kl *= slope;
+                  }
+                  if (ce_gradient) store_some(ce_gradient + n, to_ce, some);
+                  if (kl_gradient) store_some(kl_gradient + n, to_kl, some);
                 });
     total += sum(partial);
   }
@@ -148,34 +251,65 @@ static double maximum(const double* z, int64_t count) {
   return m;
 }
 
-static double sum_exp(const double* z, int64_t count, double m) {
+static double sum_exp(const double* z, int64_t count, double scale, double m) {
   double total = 0;
-  for (int64_t n = 0; n < count; ++n) total += std::exp(z[n] - m);
+  for (int64_t n = 0; n < count; ++n) total += std::exp(scale * z[n] - m);
   return total;
 }
 
-static void write_softmax(const double* z, int64_t count, double m, double factor,
+static void write_softmax(const double* z, int64_t count, double scale, double m, double factor,
                           double* gradient) {
-  for (int64_t n = 0; n < count; ++n) gradient[n] = factor * std::exp(z[n] - m);
+  for (int64_t n = 0; n < count; ++n) gradient[n] = factor * std::exp(scale * z[n] - m);
 }
 
-static double phi(double d) {
-  if (std::fabs(d) > 0.1) return std::expm1(-d) + d;
+static void write_terms(const double* terms, int64_t count, double factor, double* gradient) {
+  for (int64_t n = 0; n < count; ++n) gradient[n] = factor * terms[n];
+}
+
+static void keep_logits(const double* z, int64_t count, double scale, double m, double* logits) {
+  for (int64_t n = 0; n < count; ++n) logits[n] = scale * z[n] - m;
+}
+
+static CappedTo<double> capped(double x, double cap) {
+  const double a = std::fabs(x) / cap, u = std::exp(-2 * a), w = -std::expm1(-2 * a);
+  return {std::copysign(cap * (w / (2 - w)), x), 4 * u / ((2 - w) * (2 - w))};
+}
+
+static double sum_exp_capped(const double* z, int64_t count, LogitMap map, double m,
+                             double* logits, double* slopes, double* products) {
+  double total = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const auto [y, slope] = capped(map.scale * z[n], map.cap);
+    const double e = std::exp(y - m);
+    total += e;
+    if (logits) logits[n] = y - m;
+    if (slopes) slopes[n] = slope;
+    if (products) products[n] = e * slope;
+  }
+  return total;
+}
+
+// exp(-d) + d - 1 for |d| <= 0.1.
+static double phi_series(double d) {
   double series = 0, term = 1;
   for (int k = 2; k < 13; ++k) series += term *= (k == 2 ? d * d / 2 : -d / k);
   return series;
 }
 
-static double sweep_kl(const double* z, Shift own, const double* z_ref, Shift ref, int64_t count,
-                       Factors factors, double* ce_gradient, double* kl_gradient) {
+static double sweep_kl(Row<double, double> row, Shift own, Row<double, double> ref_row, Shift ref,
+                       int64_t count, Factors factors, double* ce_gradient, double* kl_gradient) {
   const double log_ratio = std::log(ref.Z) - std::log(own.Z);
   double total = 0;
   for (int64_t n = 0; n < count; ++n) {
-    const double x = z[n] - own.m, x_ref = z_ref[n] - ref.m;
+    const double x = row.scale * row.z[n] - own.m;
+    const double x_ref = ref_row.scale * ref_row.z[n] - ref.m;
     const double e = std::exp(x), p = e / own.Z, p_ref = std::exp(x_ref) / ref.Z;
-    total += p_ref > 0 ? p_ref * phi((x_ref - x) - log_ratio) : p;
-    if (ce_gradient) ce_gradient[n] = e * factors.ce;
-    if (kl_gradient) kl_gradient[n] = (p - p_ref) * factors.kl;
+    const double d = (x_ref - x) - log_ratio;
+    const double term = std::fabs(d) <= 0.1 ? p_ref * phi_series(d) : p - p_ref + p_ref * d;
+    total += p_ref == 0 ? p : term;
+    const double slope = row.slopes ? row.slopes[n] : 1;
+    if (ce_gradient) ce_gradient[n] = e * factors.ce * slope;
+    if (kl_gradient) kl_gradient[n] = (p - p_ref) * factors.kl * slope;
   }
   return total;
 }
@@ -202,10 +336,55 @@ LogLoss log_loss(const Shift& z, double eps) {
 
 // Reference and model are added up in the same order: where they agree, KL is exactly zero.
 template <class T>
-static Shift shift_of(const T* z, int64_t t, int64_t V) {
-  const double m = maximum(z, V), x = at(z + t) - m;
-  const double S = sum_exp(z, t, m) + sum_exp(z + t + 1, V - t - 1, m);
+static Shift shift_of(const T* z, int64_t t, int64_t V, double scale) {
+  const double m = scale * maximum(z, V), x = scale * at(z + t) - m;
+  const double S = sum_exp(z, t, scale, m) + sum_exp(z + t + 1, V - t - 1, scale, m);
   return {m, x, S, S + std::exp(x)};
+}
+
+// What a sweep over capped logits keeps; null for what nobody needs.
+template <class Wide>
+struct Kept {
+  Wide* logits;    // z_j - m
+  Wide* slopes;    // dz_j / d(scale z0_j)
+  Wide* products;  // exp(z_j - m) slope_j, j != t
+
+  Kept from(int64_t n) const {
+    return {logits ? logits + n : nullptr, slopes ? slopes + n : nullptr,
+            products ? products + n : nullptr};
+  }
+};
+
+constexpr double kSmallCap = 40;  // exp(+-40) and sums of it are normal floats: no shift is needed
+
+template <class T, class Wide>
+static Shift capped_shift_of(const T* z, int64_t t, int64_t V, LogitMap map, Kept<Wide> kept) {
+  const double m = map.cap > kSmallCap ? capped(map.scale * maximum(z, V), map.cap).value : 0;
+  const auto sum_of = [&](int64_t begin, int64_t end) {
+    const Kept<Wide> to = kept.from(begin);
+    return sum_exp_capped(z + begin, end - begin, map, m, to.logits, to.slopes, to.products);
+  };
+  const double S = sum_of(0, t) + sum_of(t + 1, V);
+  const CappedTo<double> target = capped(map.scale * at(z + t), map.cap);
+  const double x = target.value - m;
+  if (kept.logits) kept.logits[t] = static_cast<Wide>(x);
+  if (kept.slopes) kept.slopes[t] = static_cast<Wide>(target.slope);
+  return {m, x, S, S + std::exp(x)};
+}
+
+// A row of KL whose logits, or those of the other row, are capped: in scratch rows, less m.
+template <class T, class Wide>
+static Row<Wide, Wide> kept_row(const T* z, int64_t t, int64_t V, LogitMap map, Wide* logits,
+                                Wide* slopes, Shift* shift) {
+  if (map.cap > 0) {
+    *shift = capped_shift_of<T, Wide>(z, t, V, map, {logits, slopes, nullptr});
+  } else {
+    *shift = shift_of(z, t, V, map.scale);
+    keep_logits(z, V, map.scale, shift->m, logits);
+    slopes = nullptr;
+  }
+  shift->m = 0;
+  return {logits, 1, slopes};
 }
 
 template <class Wide>
@@ -231,8 +410,8 @@ void skip_row(const RowLoss& to, int64_t r, int64_t vocab, double loss) {
 }
 
 template <class Wide, class T, class G>
-static void row(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl,
-                int64_t r) {
+static void row(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl, int64_t r,
+                void* scratch) {
   const int64_t t = rows.target[r], V = rows.vocab;
   if (t < 0 || t >= V) {
     const double loss = t < 0 ? 0 : std::numeric_limits<double>::quiet_NaN();
@@ -241,36 +420,62 @@ static void row(const LogitRows& rows, double eps, const RowLoss& ce, const RowL
     return;
   }
   const T* z = static_cast<const T*>(rows.logits) + r * rows.stride;
+  const LogitMap map = rows.map, ref_map = rows.reference_map;
   G* ce_gradient = gradient_at<G>(ce, r);
   G* kl_gradient = gradient_at<G>(kl, r);
+  const double ce_scale = ce.losses ? map.scale * scale_at<Wide>(ce, r) : 0;
 
-  const Shift own = shift_of(z, t, V);
-  const LogLoss log = log_loss(own, eps);
-  const double ce_scale = ce.losses ? scale_at<Wide>(ce, r) : 0;
-  if (kl.losses) {
+  Shift own;
+  double slope = 1;  // at the target
+  if (!kl.losses) {
+    Wide* products = map.cap > 0 && ce_gradient ? static_cast<Wide*>(scratch) : nullptr;
+    own = map.cap > 0 ? capped_shift_of<T, Wide>(z, t, V, map, {nullptr, nullptr, products})
+                      : shift_of(z, t, V, map.scale);
+    const double factor = log_loss(own, eps).at_others * ce_scale;
+    if (products) {
+      slope = capped(map.scale * at(z + t), map.cap).slope;
+      write_terms(products, V, factor, ce_gradient);
+    } else if (ce_gradient) {
+      write_softmax(z, V, map.scale, own.m, factor, ce_gradient);
+    }
+  } else {
     const T* z_ref = static_cast<const T*>(rows.reference) + r * rows.reference_stride;
-    const Factors factors = {log.at_others * ce_scale, scale_at<Wide>(kl, r)};
-    set_loss<Wide>(kl, r, sweep_kl(z, own, z_ref, shift_of(z_ref, t, V), V, factors, ce_gradient,
-                                   kl_gradient));
-  } else if (ce_gradient) {
-    write_softmax(z, V, own.m, log.at_others * ce_scale, ce_gradient);
+    const double kl_scale = map.scale * scale_at<Wide>(kl, r);
+    const auto factors = [&] { return Factors{log_loss(own, eps).at_others * ce_scale, kl_scale}; };
+    Shift ref;
+    double loss;
+    if (map.cap > 0 || ref_map.cap > 0) {
+      Wide* kept = static_cast<Wide*>(scratch);
+      const auto row = kept_row(z, t, V, map, kept, kept + V, &own);
+      const auto ref_row = kept_row<T, Wide>(z_ref, t, V, ref_map, kept + 2 * V, nullptr, &ref);
+      if (row.slopes) slope = row.slopes[t];
+      loss = sweep_kl(row, own, ref_row, ref, V, factors(), ce_gradient, kl_gradient);
+    } else {
+      own = shift_of(z, t, V, map.scale);
+      ref = shift_of(z_ref, t, V, ref_map.scale);
+      loss = sweep_kl(Row<T, Wide>{z, map.scale, nullptr}, own,
+                      Row<T, Wide>{z_ref, ref_map.scale, nullptr}, ref, V, factors(), ce_gradient,
+                      kl_gradient);
+    }
+    set_loss<Wide>(kl, r, loss);
   }
+  const LogLoss log = log_loss(own, eps);
   set_loss<Wide>(ce, r, log.loss);
-  if (ce_gradient) put(ce_gradient + t, log.at_target * ce_scale);
+  if (ce_gradient) put(ce_gradient + t, log.at_target * slope * ce_scale);
 }
 
 static void any_row(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl,
-                    int64_t r) {
+                    int64_t r, void* scratch) {
   const bool same = rows.dtype == rows.gradient_dtype;
   switch (rows.dtype) {
-    case DType::kFloat64: return row<double, double, double>(rows, eps, ce, kl, r);
-    case DType::kBFloat16: return row<float, bf16, bf16>(rows, eps, ce, kl, r);
-    case DType::kFloat16: return row<float, fp16, fp16>(rows, eps, ce, kl, r);
+    case DType::kFloat64: return row<double, double, double>(rows, eps, ce, kl, r, scratch);
+    case DType::kBFloat16: return row<float, bf16, bf16>(rows, eps, ce, kl, r, scratch);
+    case DType::kFloat16: return row<float, fp16, fp16>(rows, eps, ce, kl, r, scratch);
     case DType::kFloat32:
-      if (same) return row<float, float, float>(rows, eps, ce, kl, r);
+      if (same) return row<float, float, float>(rows, eps, ce, kl, r, scratch);
       if (rows.gradient_dtype == DType::kBFloat16)
-        return row<float, float, bf16>(rows, eps, ce, kl, r);
-      return row<float, float, fp16>(rows, eps, ce, kl, r);
+        return row<float, float, bf16>(rows, eps, ce, kl, r, scratch);
+      return row<float, float, fp16>(rows, eps, ce, kl, r, scratch);
   }
 }
 

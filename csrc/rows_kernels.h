@@ -5,8 +5,12 @@
 
 namespace mollm {
 
+constexpr int kScratchRows = 3;
+
 struct RowKernels {
-  void (*row)(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl, int64_t r);
+  // scratch: of capped logits kScratchRows * vocab floats, doubles for double logits; else null
+  void (*row)(const LogitRows& rows, double eps, const RowLoss& ce, const RowLoss& kl, int64_t r,
+              void* scratch);
 };
 
 namespace baseline { extern const RowKernels row_kernels; }

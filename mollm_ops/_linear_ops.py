@@ -9,18 +9,27 @@ import torch
 from torch import Tensor
 
 from mollm_ops._chunks import Loss, losses_in_chunks
-from mollm_ops._dtypes import wide_dtype
+from mollm_ops._dtypes import gradient_dtype, wide_dtype
 from mollm_ops._loss_arguments import Head
+from mollm_ops.operands import LogitTransform
 from mollm_ops.rows import refuse_double_backward, row_targets
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias"
 
 
-_REFERENCE = "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias"
+_HEAD = f"{_TENSORS}, float logit_scale, float? softcap"
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
-    return Head(hidden, weight, bias, hidden.shape[:-1])
+_REFERENCE = (
+    "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, float ref_logit_scale, "
+    "float? ref_softcap"
+)
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Head:
+    return Head(hidden, weight, bias, hidden.shape[:-1], LogitTransform(scale, softcap))
 
 
 def _wanted(wants: Sequence[bool]) -> tuple[bool, bool, bool]:
@@ -32,8 +41,9 @@ def _empty_result(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes for tracing."""
     losses = hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden.dtype))
+    dtype = gradient_dtype(hidden.dtype)
     gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         if x is not None and wanted
         else hidden.new_empty(0)
         for x, wanted in zip((hidden, weight, bias), wants, strict=True)
@@ -44,29 +54,33 @@ def _empty_result(
 @torch.library.custom_op(
     "mollm::linear_ce",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor target, Tensor scale, float? eps, int ignore_index, bool[] wants, "
-    f"int? chunk_rows) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, Tensor target, Tensor scale, float? eps, int ignore_index, "
+    f"bool wide_logits, bool[] wants, int? chunk_rows) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_ce(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
+    logit_scale: float,
+    softcap: float | None,
     target: Tensor,  # [N]
     scale: Tensor,  # [] or [N]
     eps: float | None,
     ignore_index: int,
+    wide_logits: bool,
     wants: Sequence[bool],
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], and the gradients of Σ_n scale_n losses_n that are wanted."""
     losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias),
+        _head(hidden, weight, bias, logit_scale, softcap),
         None,
         row_targets(target, weight.shape[0], ignore_index),
         ce=Loss(scale, _wanted(wants)),
         kl=None,
         eps=eps,
         chunk_rows=chunk_rows,
+        wide_logits=wide_logits,
     )
     return losses[0], *gradients[0]
 
@@ -76,10 +90,13 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     target: Tensor,
     scale: Tensor,
     eps: float | None,
     ignore_index: int,
+    wide_logits: bool,
     wants: Sequence[bool],
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,9 +113,13 @@ def linear_kl(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
+    logit_scale: float,
+    softcap: float | None,
     ref_hidden: Tensor,  # [N, H_ref]
     ref_weight: Tensor,  # [V, H_ref]
     ref_bias: Tensor | None,  # [V]
+    ref_logit_scale: float,
+    ref_softcap: float | None,
     target: Tensor,  # [N], negative where a row does not count
     scale: Tensor,  # [] or [N]
     wants: Sequence[bool],
@@ -106,13 +127,14 @@ def linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], and the gradients of Σ_n scale_n losses_n that are wanted."""
     losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias),
-        _head(ref_hidden, ref_weight, ref_bias),
+        _head(hidden, weight, bias, logit_scale, softcap),
+        _head(ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap),
         target,
         ce=None,
         kl=Loss(scale, _wanted(wants)),
         eps=None,
         chunk_rows=chunk_rows,
+        wide_logits=True,
     )
     return losses[0], *gradients[0]
 
@@ -122,9 +144,13 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
     ref_bias: Tensor | None,
+    ref_logit_scale: float,
+    ref_softcap: float | None,
     target: Tensor,
     scale: Tensor,
     wants: Sequence[bool],
@@ -144,9 +170,13 @@ def linear_ce_kl(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
+    logit_scale: float,
+    softcap: float | None,
     ref_hidden: Tensor,  # [N, H_ref]
     ref_weight: Tensor,  # [V, H_ref]
     ref_bias: Tensor | None,  # [V]
+    ref_logit_scale: float,
+    ref_softcap: float | None,
     target: Tensor,  # [N]
     scale: Tensor,  # [] or [N]
     ignore_index: int,
@@ -155,13 +185,14 @@ def linear_ce_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What linear_ce returns, then what linear_kl returns, from one projection of hidden."""
     losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias),
-        _head(ref_hidden, ref_weight, ref_bias),
+        _head(hidden, weight, bias, logit_scale, softcap),
+        _head(ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap),
         row_targets(target, weight.shape[0], ignore_index),
         ce=Loss(scale, _wanted(wants)),
         kl=Loss(scale, _wanted(wants)),
         eps=None,
         chunk_rows=chunk_rows,
+        wide_logits=True,
     )
     return losses[0], *gradients[0], losses[1], *gradients[1]
 
@@ -171,9 +202,13 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
     ref_bias: Tensor | None,
+    ref_logit_scale: float,
+    ref_softcap: float | None,
     target: Tensor,
     scale: Tensor,
     ignore_index: int,
@@ -187,7 +222,7 @@ def _(
 @torch.library.custom_op(
     "mollm::join_gradients",
     mutates_args=(),
-    schema=f"(Tensor loss, {_HEAD}, Tensor d_hidden, Tensor d_weight, Tensor d_bias) -> Tensor",
+    schema=f"(Tensor loss, {_TENSORS}, Tensor d_hidden, Tensor d_weight, Tensor d_bias) -> Tensor",
 )
 def join_gradients(
     loss: Tensor,
@@ -219,16 +254,19 @@ def _(
     "mollm::join_ce",
     mutates_args=(),
     schema=f"(Tensor losses, {_HEAD}, Tensor target, float? eps, int ignore_index, "
-    f"int? chunk_rows) -> Tensor",
+    f"bool wide_logits, int? chunk_rows) -> Tensor",
 )
 def join_ce(
     losses: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     target: Tensor,
     eps: float | None,
     ignore_index: int,
+    wide_logits: bool,
     chunk_rows: int | None,
 ) -> Tensor:
     """losses [N] of linear_ce, whose gradients are computed when the upstream ones are known."""
@@ -241,9 +279,12 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     target: Tensor,
     eps: float | None,
     ignore_index: int,
+    wide_logits: bool,
     chunk_rows: int | None,
 ) -> Tensor:
     return torch.empty_like(losses)
@@ -259,9 +300,13 @@ def join_kl(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
     ref_bias: Tensor | None,
+    ref_logit_scale: float,
+    ref_softcap: float | None,
     target: Tensor,
     chunk_rows: int | None,
 ) -> Tensor:
@@ -275,69 +320,81 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
     ref_bias: Tensor | None,
+    ref_logit_scale: float,
+    ref_softcap: float | None,
     target: Tensor,
     chunk_rows: int | None,
 ) -> Tensor:
     return torch.empty_like(losses)
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """upstream · gradient, in the gradient's own memory where this backward is its last use."""
     if type(gradient) is not Tensor:  # traced: the compiler plans the memory
-        return gradient * upstream.to(gradient.dtype)
+        return (gradient * upstream.to(gradient.dtype)).to(dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * upstream
+        return (gradient * upstream).to(dtype)
     if upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
-    return gradient.mul_(upstream)
+        return gradient.to(dtype)
+    return gradient.mul_(upstream).to(dtype)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtype = inputs[1].dtype
     ctx.save_for_backward(*inputs[4:7])
 
 
 def join_gradients_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     gradients = (
-        _scaled(gradient, upstream) if needed else None
+        _scaled(gradient, upstream, ctx.dtype) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:4], strict=True)
     )
     return None, *gradients, None, None, None
 
 
 def _save_ce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, hidden, weight, bias, target, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, bias, target)
+    _, *tensors, ctx.logit_scale, ctx.softcap, target = inputs[:7]
+    ctx.options = inputs[7:]
+    ctx.save_for_backward(*tensors, target)
 
 
 def join_ce_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
-    hidden, weight, bias, target = ctx.saved_tensors
-    eps, ignore_index, chunk_rows = ctx.options
+    *tensors, target = ctx.saved_tensors
+    *options, chunk_rows = ctx.options
     wants = list(ctx.needs_input_grad[1:4])
-    _, *gradients = linear_ce(
-        hidden, weight, bias, target, upstream, eps, ignore_index, wants, chunk_rows
-    )
-    return None, *_where(wants, gradients), None, None, None, None
+    head = *tensors, ctx.logit_scale, ctx.softcap
+    _, *gradients = linear_ce(*head, target, upstream, *options, wants, chunk_rows)
+    return None, *_where(wants, gradients, tensors[0].dtype), *[None] * 7
 
 
 def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.chunk_rows = inputs[1:]
-    ctx.save_for_backward(*tensors)
+    _, *head, target, ctx.chunk_rows = inputs
+    *tensors, ctx.logit_scale, ctx.softcap = head[:5]
+    *ref_tensors, ctx.ref_logit_scale, ctx.ref_softcap = head[5:]
+    ctx.save_for_backward(*tensors, *ref_tensors, target)
 
 
 def join_kl_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
+    *tensors, target = ctx.saved_tensors
+    head = *tensors[:3], ctx.logit_scale, ctx.softcap
+    reference = *tensors[3:], ctx.ref_logit_scale, ctx.ref_softcap
     wants = list(ctx.needs_input_grad[1:4])
-    _, *gradients = linear_kl(*ctx.saved_tensors, upstream, wants, ctx.chunk_rows)
-    return None, *_where(wants, gradients), None, None, None, None, None
+    _, *gradients = linear_kl(*head, *reference, target, upstream, wants, ctx.chunk_rows)
+    return None, *_where(wants, gradients, tensors[0].dtype), *[None] * 9
 
 
-def _where(wants: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    return [g if wanted else None for g, wanted in zip(gradients, wants, strict=True)]
+def _where(
+    wants: Sequence[bool], gradients: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor | None]:
+    return [g.to(dtype) if wanted else None for g, wanted in zip(gradients, wants, strict=True)]
 
 
 join_gradients.register_autograd(join_gradients_backward, setup_context=_save_gradients)

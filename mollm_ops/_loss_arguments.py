@@ -12,11 +12,12 @@ from torch.autograd import forward_ad
 
 from mollm_ops._checks import check_dtype
 from mollm_ops._dtypes import name_of, wide_dtype
+from mollm_ops.operands import IDENTITY, LogitTransform
 
 
 @dataclass(frozen=True)
 class Head:
-    """A projection onto the vocabulary, flattened to rows: z = hidden weight' + bias."""
+    """A projection onto the vocabulary, flattened to rows: z₀ = hidden weight' + bias, and z."""
 
     hidden: Tensor
     """[N, H]"""
@@ -26,14 +27,20 @@ class Head:
     """[V]"""
     lead: torch.Size
     """The shape that `hidden` came with, without H."""
+    transform: LogitTransform = IDENTITY
 
     def detach(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.hidden.detach(), self.weight.detach(), bias, self.lead)
+        return Head(self.hidden.detach(), self.weight.detach(), bias, self.lead, self.transform)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.hidden, self.weight, self.bias
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
+        """As the registered ops take a head."""
+        return *self.tensors, self.transform.scale, self.transform.softcap
 
     def wants(self) -> tuple[bool, bool, bool]:
         """Which of hidden, weight and bias need a gradient."""
@@ -46,10 +53,17 @@ class Head:
         )
 
 
-def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Head:
+def head_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    prefix: str = "",
+) -> Head:
     """Checks the three and flattens hidden; under autocast all take on the autocast dtype."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -74,20 +88,30 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device}, but got {tensor.device}.")
     lead = hidden.shape[:-1]
-    return Head(hidden.reshape(lead.numel(), hidden.shape[-1]), weight, bias, lead)
+    return Head(hidden.reshape(lead.numel(), hidden.shape[-1]), weight, bias, lead, transform)
 
 
 def reference_head_of(
-    head: Head, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
+    head: Head,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    ref_logit_scale: float | None,
+    ref_softcap: float | None,
 ) -> Head:
-    """The reference's projection, a constant."""
+    """The reference's projection, a constant; scale and cap are the head's where they are None."""
+    own = head.transform
+    transform = LogitTransform(
+        own.scale if ref_logit_scale is None else ref_logit_scale,
+        own.softcap if ref_softcap is None else ref_softcap,
+    )
     if ref_hidden.requires_grad:
         raise ValueError(
             "ref_hidden must be a constant, but it requires a gradient; compute it under "
             "torch.no_grad() or detach it."
         )
     weight = head.weight if ref_weight is None else ref_weight
-    reference = head_of(ref_hidden, weight, ref_bias, prefix="ref_").detach()
+    reference = head_of(ref_hidden, weight, ref_bias, transform, prefix="ref_").detach()
     if reference.lead != head.lead:
         raise ValueError(
             f"ref_hidden must have hidden's leading shape {tuple(head.lead)}, but got "
@@ -155,6 +179,12 @@ def _is_differentiated(tensor: Tensor) -> bool:
 def check_eps(eps: float) -> None:
     if not 0 < eps < 1:
         raise ValueError(f"eps must be between 0 and 1, both excluded, but got {eps}.")
+    smallest = torch.finfo(torch.float32).smallest_normal
+    if eps < smallest:
+        raise ValueError(
+            f"eps must be at least {smallest:.2g}, the smallest normal number of float32, but got "
+            f"{eps}."
+        )
 
 
 def check_chunk_rows(chunk_rows: int | None) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mollm_ops.operands import RowLoss
+    from mollm_ops.operands import LogitTransform, RowLoss
 
 MAX_BLOCK = 8192
 LOWEST = tl.constexpr(-3.0e38)  # below every finite logit; -inf - -inf would be NaN
@@ -44,29 +44,54 @@ def _log1p(u):
 
 
 @triton.jit
-def _maximum_and_sum(row, t, V, BLOCK: tl.constexpr):
+def _logits(z, scale, cap, HAS_CAP: tl.constexpr):
+    """s z, or c tanh(s z / c)."""
+    z = z.to(tl.float32) * scale
+    if HAS_CAP:
+        a = tl.abs(z) / cap
+        u = tl.exp(-2 * a)
+        s = a * a  # near 0 the quotient has lost a's digits
+        series = a * (1 - s * (1 / 3 - s * (2 / 15 - s * (17 / 315 - s * (62 / 2835)))))
+        tanh = tl.where(a < 0.25, series, (1 - u) / (1 + u))
+        return tl.where(z < 0, -cap, cap) * tanh
+    else:
+        return z
+
+
+@triton.jit
+def _slope(z, scale, cap, HAS_CAP: tl.constexpr):
+    """∂ logits / ∂z: 1 - tanh² has no digits near saturation, 4u / (1 + u)² has."""
+    if HAS_CAP:
+        u = tl.exp(-2 * tl.abs(z.to(tl.float32) * scale) / cap)
+        return scale * (4 * u / ((1 + u) * (1 + u)))
+    else:
+        return scale
+
+
+@triton.jit
+def _maximum_and_sum(row, t, V, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     """m = max z, x = z_t - m and S = Σ_{j≠t} exp(z_j - m)."""
     lanes = tl.arange(0, BLOCK)
     m = tl.full((), LOWEST, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, V, BLOCK):
         j = begin + lanes
-        z = tl.load(row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_last")
-        z = z.to(tl.float32)
+        z = tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_last")
+        z = tl.where(j < V, _logits(z, scale, cap, HAS_CAP), -float("inf"))
         top = tl.maximum(m, tl.max(z, 0))
         sums = sums * tl.exp(m - top) + tl.where(j == t, 0.0, tl.exp(z - top))
         m = top
-    x = tl.load(row + t).to(tl.float32) - m
+    x = _logits(tl.load(row + t), scale, cap, HAS_CAP) - m
     return m, x, tl.sum(sums, 0)
 
 
 @triton.jit
-def _log_loss(x, S, eps, HAS_EPS: tl.constexpr):
+def _log_loss(x, S, eps, rest, HAS_EPS: tl.constexpr):
     """L, and ∂L/∂z as factors: of exp(z_j - m) for j != t, and alone for t."""
     e_t = tl.exp(x)
     Z = S + e_t
     if HAS_EPS:
-        s = (1 - eps) * e_t / (S + eps * e_t)
+        s = rest * e_t / (S + eps * e_t)
         return _log1p(s), -s / Z, s * (S / Z)
     else:
         # Below -30 the 1 of 1 + S / e_t has no digit left, and e_t may be zero.
@@ -93,7 +118,11 @@ def log_rows_kernel(
     gradient_stride,
     R,
     V,
+    logit_scale,
+    softcap,
     eps,
+    rest,  # 1 - eps, rounded once
+    HAS_CAP: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -108,16 +137,17 @@ def log_rows_kernel(
                 _zero_row(out, V, BLOCK)
         else:
             row = logits + n * stride
-            m, x, S = _maximum_and_sum(row, t, V, BLOCK)
-            loss, at_others, at_target = _log_loss(x, S, eps, HAS_EPS)
+            m, x, S = _maximum_and_sum(row, t, V, logit_scale, softcap, HAS_CAP, BLOCK)
+            loss, at_others, at_target = _log_loss(x, S, eps, rest, HAS_EPS)
             tl.store(losses + n, loss)
             if HAS_GRADIENT:
                 c = tl.load(scale + n * scale_stride)
                 for begin in range(0, V, BLOCK):
                     j = begin + tl.arange(0, BLOCK)
                     z = tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
-                    e = tl.exp(z.to(tl.float32) - m)
+                    e = tl.exp(_logits(z, logit_scale, softcap, HAS_CAP) - m)
                     g = tl.where(j == t, at_target, at_others * e) * c
+                    g *= _slope(z, logit_scale, softcap, HAS_CAP)
                     tl.store(out + j, g.to(out.dtype.element_ty), mask=j < V)
 
 
@@ -140,6 +170,12 @@ def kl_rows_kernel(
     ce_gradient_stride,
     R,
     V,
+    logit_scale,
+    softcap,
+    ref_logit_scale,
+    ref_softcap,
+    HAS_CAP: tl.constexpr,
+    HAS_REF_CAP: tl.constexpr,
     HAS_CE: tl.constexpr,
     HAS_KL_GRADIENT: tl.constexpr,
     HAS_CE_GRADIENT: tl.constexpr,
@@ -161,11 +197,13 @@ def kl_rows_kernel(
                 _zero_row(ce_out, V, BLOCK)
         else:
             row, ref_row = logits + n * stride, ref_logits + n * ref_stride
-            m, x, S = _maximum_and_sum(row, t, V, BLOCK)
-            m_ref, x_ref, S_ref = _maximum_and_sum(ref_row, t, V, BLOCK)
+            m, x, S = _maximum_and_sum(row, t, V, logit_scale, softcap, HAS_CAP, BLOCK)
+            m_ref, x_ref, S_ref = _maximum_and_sum(
+                ref_row, t, V, ref_logit_scale, ref_softcap, HAS_REF_CAP, BLOCK
+            )
             Z, Z_ref = S + tl.exp(x), S_ref + tl.exp(x_ref)
             log_ratio = tl.log(Z_ref) - tl.log(Z)
-            loss, at_others, at_target = _log_loss(x, S, 0.0, False)
+            loss, at_others, at_target = _log_loss(x, S, 0.0, 1.0, False)
             kl_c, ce_c = tl.load(kl_scale + n * kl_scale_stride), 0.0
             if HAS_CE:
                 tl.store(ce_losses + n, loss)
@@ -173,25 +211,25 @@ def kl_rows_kernel(
             sums = tl.zeros((BLOCK,), tl.float32)
             for begin in range(0, V, BLOCK):
                 j = begin + tl.arange(0, BLOCK)
-                a = tl.load(row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_first")
-                b = tl.load(
-                    ref_row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_first"
-                )
-                a, b = a.to(tl.float32) - m, b.to(tl.float32) - m_ref
+                z = tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
+                z_ref = tl.load(ref_row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
+                a = _logits(z, logit_scale, softcap, HAS_CAP) - m
+                b = _logits(z_ref, ref_logit_scale, ref_softcap, HAS_REF_CAP) - m_ref
+                slope = _slope(z, logit_scale, softcap, HAS_CAP)
                 e = tl.exp(a)
                 p, p_ref = e / Z, tl.exp(b) / Z_ref
                 d = (b - a) - log_ratio
                 phi = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
                 term = tl.where(tl.abs(d) < 0.25, p_ref * phi, p - p_ref + p_ref * d)
-                sums += tl.where(p_ref == 0, p, term)
+                sums += tl.where(j < V, tl.where(p_ref == 0, p, term), 0.0)
                 if NARROW:
                     # Shorter gradients of this block lie over logits that other threads read.
                     tl.debug_barrier()
                 if HAS_KL_GRADIENT:
-                    g = (p - p_ref) * kl_c
+                    g = (p - p_ref) * kl_c * slope
                     tl.store(kl_out + j, g.to(kl_out.dtype.element_ty), mask=j < V)
                 if HAS_CE_GRADIENT:
-                    g = tl.where(j == t, at_target, at_others * e) * ce_c
+                    g = tl.where(j == t, at_target, at_others * e) * ce_c * slope
                     tl.store(ce_out + j, g.to(ce_out.dtype.element_ty), mask=j < V)
             tl.store(kl_losses + n, tl.sum(sums, 0))
 
@@ -206,7 +244,9 @@ def _programs(logits: Tensor) -> int:
     return min(properties.multi_processor_count, logits.shape[0])
 
 
-def log_rows_triton(logits: Tensor, target: Tensor, ce: RowLoss, eps: float | None) -> None:
+def log_rows_triton(
+    logits: Tensor, target: Tensor, ce: RowLoss, eps: float | None, transform: LogitTransform
+) -> None:
     config = config_of(logits.shape[1])
     with _device_of(logits):
         log_rows_kernel[(_programs(logits),)](
@@ -219,7 +259,11 @@ def log_rows_triton(logits: Tensor, target: Tensor, ce: RowLoss, eps: float | No
             ce.scale.stride(0),
             0 if ce.gradient is None else ce.gradient.stride(0),
             *logits.shape,
+            transform.scale,
+            transform.softcap or 1.0,
             0.0 if eps is None else eps,
+            1.0 if eps is None else 1 - eps,
+            HAS_CAP=transform.softcap is not None,
             HAS_EPS=eps is not None,
             HAS_GRADIENT=ce.gradient is not None,
             BLOCK=config.BLOCK,
@@ -228,7 +272,13 @@ def log_rows_triton(logits: Tensor, target: Tensor, ce: RowLoss, eps: float | No
 
 
 def kl_rows_triton(
-    logits: Tensor, ref_logits: Tensor, target: Tensor, kl: RowLoss, ce: RowLoss | None
+    logits: Tensor,
+    ref_logits: Tensor,
+    target: Tensor,
+    kl: RowLoss,
+    ce: RowLoss | None,
+    transform: LogitTransform,
+    ref_transform: LogitTransform,
 ) -> None:
     config = config_of(logits.shape[1])
     other = kl if ce is None else ce
@@ -251,6 +301,12 @@ def kl_rows_triton(
             other.scale.stride(0),
             0 if other.gradient is None else other.gradient.stride(0),
             *logits.shape,
+            transform.scale,
+            transform.softcap or 1.0,
+            ref_transform.scale,
+            ref_transform.softcap or 1.0,
+            HAS_CAP=transform.softcap is not None,
+            HAS_REF_CAP=ref_transform.softcap is not None,
             HAS_CE=ce is not None,
             HAS_KL_GRADIENT=kl.gradient is not None,
             HAS_CE_GRADIENT=ce is not None and ce.gradient is not None,

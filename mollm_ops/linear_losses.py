@@ -23,6 +23,7 @@ from mollm_ops._loss_arguments import (
     reference_head_of,
     scale_of,
 )
+from mollm_ops.operands import LogitTransform
 
 
 def _forward_wants(reduction: str, head: Head) -> list[bool]:
@@ -36,6 +37,7 @@ def _ce(
     target: Tensor,
     *,
     bias: Tensor | None,
+    transform: LogitTransform,
     eps: float | None,
     ignore_index: int,
     reduction: str,
@@ -44,15 +46,17 @@ def _ce(
 ) -> Tensor:
     check_reduction(reduction, normalizer)
     check_chunk_rows(chunk_rows)
-    head = head_of(hidden, weight, bias)
+    head = head_of(hidden, weight, bias, transform)
     target = flat_target(target, head.lead, hidden.device)
     scale = scale_of(reduction, normalizer, target != ignore_index, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
     losses, *gradients = ops.linear_ce(
-        *head.detach().tensors, target, scale, eps, ignore_index, wants, chunk_rows
+        *head.detach().operands, target, scale, eps, ignore_index, False, wants, chunk_rows
     )
     if reduction == "none":
-        joined: Tensor = ops.join_ce(losses, *head.tensors, target, eps, ignore_index, chunk_rows)
+        joined: Tensor = ops.join_ce(
+            losses, *head.operands, target, eps, ignore_index, False, chunk_rows
+        )
         return joined.reshape(head.lead)
     loss: Tensor = ops.join_gradients(losses.sum() * scale, *head.tensors, *gradients)
     return loss
@@ -67,18 +71,23 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Cross-entropy of a projection onto the vocabulary, without the logits of all tokens.
 
         z = h W' + b,   L = -log softmax(z)_t,   ∂L/∂z_j = softmax(z)_j - δ_jt
 
-    Logits are rounded to the inputs' dtype, as a linear layer's are; everything between them and
-    the gradients is float32, and dW is added up over chunks in float32 (float64 throughout for
-    float64 inputs). A frozen weight costs no GEMM and no memory. Rows with target ignore_index
-    count neither in the loss nor in its mean; on the CPU they cost no GEMM either, a GPU does not
-    tell the host how many they are without a synchronisation. The op traces into a compiled graph
-    in one piece.
+    Of a model that scales or caps what its head returns, z is s (h W' + b) or, with a cap c,
+    c tanh(s (h W' + b) / c).
+
+    What the head returns is rounded to the inputs' dtype, as a linear layer's output is; everything
+    between it and the gradients is float32, and dW is added up over chunks in float32 (float64
+    throughout for float64 inputs). A frozen weight costs no GEMM and no memory. Rows with target
+    ignore_index count neither in the loss nor in its mean; on the CPU they cost no GEMM either, a
+    GPU does not tell the host how many they are without a synchronisation. The op traces into a
+    compiled graph in one piece.
 
     Args:
         hidden: [..., H], float32, float64, bfloat16 or float16; under autocast the autocast dtype.
@@ -89,6 +98,7 @@ def linear_cross_entropy(
             loss per row, 0 where ignored. "none" projects once more in backward.
         normalizer: what "mean" divides by instead, for instance the number of answer tokens in all
             micro-batches of a step. A number, or a tensor of one element on any device.
+        logit_scale, softcap: s and c, positive; None for no cap.
         chunk_rows: rows of logits to hold at a time; the default keeps them near 1 GiB on a GPU
             and 256 MiB on a CPU.
 
@@ -96,8 +106,9 @@ def linear_cross_entropy(
         float32 (float64 for float64 inputs): a scalar, or [...] for "none".
 
     Raises:
-        ValueError: shapes that do not fit, or a target outside [0, V). A GPU cannot say so without
-            a synchronisation: there the loss is NaN and the row's gradient zero.
+        ValueError: shapes that do not fit, options out of range, or a target outside [0, V). A GPU
+            cannot say the last without a synchronisation: there the loss is NaN and the row's
+            gradient zero.
         TypeError: another dtype, or dtypes that differ.
         RuntimeError: backward with create_graph=True, for the second derivative is not implemented;
             torch.func.grad and jvp.
@@ -114,6 +125,7 @@ def linear_cross_entropy(
         weight,
         target,
         bias=bias,
+        transform=LogitTransform(logit_scale, softcap),
         eps=None,
         ignore_index=ignore_index,
         reduction=reduction,
@@ -132,6 +144,8 @@ def linear_uce_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Unlearning cross-entropy of a projection onto the vocabulary.
@@ -144,7 +158,7 @@ def linear_uce_loss(
     model knows by heart, 1 - p much smaller than ε, vanishes like (1 - p) / ε.
 
     Args:
-        eps: 0 < ε < 1; less for a model that knows the answers by heart.
+        eps: 1.2e-38 <= ε < 1; less for a model that knows the answers by heart.
 
     Everything else is as in `linear_cross_entropy`.
 
@@ -164,6 +178,7 @@ def linear_uce_loss(
         weight,
         target,
         bias=bias,
+        transform=LogitTransform(logit_scale, softcap),
         eps=eps,
         ignore_index=ignore_index,
         reduction=reduction,
@@ -183,6 +198,10 @@ def linear_kl_div(
     ref_bias: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """KL divergence of a model from its reference, both projected onto the vocabulary.
@@ -199,6 +218,8 @@ def linear_kl_div(
         ref_weight: [V, H_ref]; None for weight itself.
         mask: [...], bool or integers: which rows count; None for all.
         bias, ref_bias: [V]; None for none.
+        ref_logit_scale, ref_softcap: s and c of the reference; None for the model's own, a cap of
+            infinity for none where the model has one.
 
     Everything else is as in `linear_cross_entropy`, the default of chunk_rows counting both logits.
 
@@ -212,16 +233,20 @@ def linear_kl_div(
     """
     check_reduction(reduction, normalizer)
     check_chunk_rows(chunk_rows)
-    head = head_of(hidden, weight, bias)
-    reference = reference_head_of(head, ref_hidden, ref_weight, ref_bias)
+    head = head_of(hidden, weight, bias, LogitTransform(logit_scale, softcap))
+    reference = reference_head_of(
+        head, ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap
+    )
     target = mask_target(mask, head)
     scale = scale_of(reduction, normalizer, target >= 0, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
     losses, *gradients = ops.linear_kl(
-        *head.detach().tensors, *reference.tensors, target, scale, wants, chunk_rows
+        *head.detach().operands, *reference.operands, target, scale, wants, chunk_rows
     )
     if reduction == "none":
-        joined: Tensor = ops.join_kl(losses, *head.tensors, *reference.tensors, target, chunk_rows)
+        joined: Tensor = ops.join_kl(
+            losses, *head.operands, *reference.operands, target, chunk_rows
+        )
         return joined.reshape(head.lead)
     loss: Tensor = ops.join_gradients(losses.sum() * scale, *head.tensors, *gradients)
     return loss
@@ -239,6 +264,10 @@ def linear_ce_kl(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` and `linear_kl_div` of the same rows from one projection of hidden.
@@ -262,21 +291,23 @@ def linear_ce_kl(
     """
     check_reduction(reduction, normalizer)
     check_chunk_rows(chunk_rows)
-    head = head_of(hidden, weight, bias)
-    reference = reference_head_of(head, ref_hidden, ref_weight, ref_bias)
+    head = head_of(hidden, weight, bias, LogitTransform(logit_scale, softcap))
+    reference = reference_head_of(
+        head, ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap
+    )
     target = flat_target(target, head.lead, hidden.device)
     counted = target != ignore_index
     scale = scale_of(reduction, normalizer, counted, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
     results = ops.linear_ce_kl(
-        *head.detach().tensors, *reference.tensors, target, scale, ignore_index, wants, chunk_rows
+        *head.detach().operands, *reference.operands, target, scale, ignore_index, wants, chunk_rows
     )
     ce, *ce_gradients = results[:4]
     kl, *kl_gradients = results[4:]
     if reduction == "none":
-        ce = ops.join_ce(ce, *head.tensors, target, None, ignore_index, chunk_rows)
+        ce = ops.join_ce(ce, *head.operands, target, None, ignore_index, True, chunk_rows)
         mask = counted.long() - 1
-        kl = ops.join_kl(kl, *head.tensors, *reference.tensors, mask, chunk_rows)
+        kl = ops.join_kl(kl, *head.operands, *reference.operands, mask, chunk_rows)
         return ce.reshape(head.lead), kl.reshape(head.lead)
     return (
         ops.join_gradients(ce.sum() * scale, *head.tensors, *ce_gradients),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,6 +132,38 @@ class AdamWStep:
 
 
 @dataclass(frozen=True)
+class LogitTransform:
+    """From the outputs z₀ of a head to logits: z = c tanh(s z₀ / c), or s z₀ without a cap.
+
+    Called with outputs it gives their logits, in the outputs' dtype and with a graph.
+
+    Raises:
+        ValueError: A scale that is not a positive number, or a cap that is not.
+    """
+
+    scale: float = 1.0
+    """s > 0."""
+    softcap: float | None = None
+    """c > 0; None, or infinity, for none."""
+
+    def __post_init__(self) -> None:
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f"logit_scale must be a positive number, but got {self.scale}.")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be a positive number or None, but got {self.softcap}.")
+        if self.softcap == math.inf:
+            object.__setattr__(self, "softcap", None)
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        scaled = outputs if self.scale == 1 else self.scale * outputs
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+IDENTITY = LogitTransform()
+"""Of a model whose logits are what its head returns."""
+
+
+@dataclass(frozen=True)
 class RowLoss:
     """Where one loss of a block of rows goes."""
 
@@ -139,4 +172,4 @@ class RowLoss:
     scale: Tensor
     """[R] wide, any stride: what the gradient of every row is multiplied by."""
     gradient: Tensor | None
-    """[R, V], rows contiguous: scale · ∂L/∂z. May be the logits or the reference's logits."""
+    """[R, V], rows contiguous: scale · ∂L/∂z₀. May be the logits or the reference's logits."""

@@ -10,38 +10,68 @@ from torch import Tensor
 from mollm_ops._checks import check_dtype
 from mollm_ops._dtypes import wide_dtype
 from mollm_ops._loss_arguments import check_eps, check_reduction, check_transforms, flat_target
-from mollm_ops.operands import RowLoss
+from mollm_ops.operands import LogitTransform, RowLoss
 from mollm_ops.rows import log_rows, refuse_double_backward, row_targets
 
 
 @torch.library.custom_op("mollm::uce_rows", mutates_args=())
-def _uce_rows(logits: Tensor, target: Tensor, eps: float, ignore_index: int) -> Tensor:
+def _uce_rows(
+    logits: Tensor,
+    target: Tensor,
+    eps: float,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
     """Losses [N] of logits [N, V]."""
     losses = logits.new_empty(len(logits), dtype=wide_dtype(logits.dtype))
     target = row_targets(target, logits.shape[1], ignore_index)
-    log_rows(logits, target, RowLoss(losses, torch.ones_like(losses), None), eps)
+    to = RowLoss(losses, torch.ones_like(losses), None)
+    log_rows(logits, target, to, eps, LogitTransform(logit_scale, softcap))
     return losses
 
 
 @_uce_rows.register_fake
-def _(logits: Tensor, target: Tensor, eps: float, ignore_index: int) -> Tensor:
+def _(
+    logits: Tensor,
+    target: Tensor,
+    eps: float,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype))
 
 
 @torch.library.custom_op("mollm::uce_rows_backward", mutates_args=())
 def _uce_rows_backward(
-    logits: Tensor, target: Tensor, upstream: Tensor, eps: float, ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    eps: float,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Gradient [N, V] of Σ_n upstream_n losses_n."""
     losses = torch.empty_like(upstream, memory_format=torch.contiguous_format)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     target = row_targets(target, logits.shape[1], ignore_index)
-    log_rows(logits, target, RowLoss(losses, upstream, gradient), eps)
+    to = RowLoss(losses, upstream, gradient)
+    log_rows(logits, target, to, eps, LogitTransform(logit_scale, softcap))
     return gradient
 
 
 @_uce_rows_backward.register_fake
-def _(logits: Tensor, target: Tensor, upstream: Tensor, eps: float, ignore_index: int) -> Tensor:
+def _(
+    logits: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    eps: float,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -52,7 +82,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
-    return _uce_rows_backward(*ctx.saved_tensors, upstream, *ctx.options), None, None, None
+    return _uce_rows_backward(*ctx.saved_tensors, upstream, *ctx.options), *[None] * 5
 
 
 _uce_rows.register_autograd(_backward, setup_context=_save)
@@ -65,6 +95,8 @@ def uce_loss(
     eps: float = 1e-3,
     ignore_index: int = -100,
     reduction: str = "mean",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Unlearning cross-entropy: bounded where gradient ascent on cross-entropy explodes.
 
@@ -81,9 +113,11 @@ def uce_loss(
         logits: [..., V], float32, float64, bfloat16 or float16.
         target: [...] integers in [0, V), or ignore_index: such rows count neither in the loss nor
             in its mean.
-        eps: 0 < ε < 1; less for a model that knows the answers by heart.
+        eps: 1.2e-38 <= ε < 1; less for a model that knows the answers by heart.
         reduction: "mean" over the rows that count (0 where none does), "sum", or "none" for a
             loss per row, 0 where ignored.
+        logit_scale, softcap: s and c of a model whose logits z are c tanh(s `logits` / c), or
+            s `logits` without a cap.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or [...] for "none".
@@ -116,7 +150,15 @@ def uce_loss(
         raise ValueError(f"logits must be [..., V] with V >= 1, but got {list(logits.shape)}.")
     lead = logits.shape[:-1]
     target = flat_target(target, lead, logits.device)
-    losses: Tensor = _uce_rows(logits.reshape(-1, logits.shape[-1]), target, eps, ignore_index)
+    transform = LogitTransform(logit_scale, softcap)
+    losses: Tensor = _uce_rows(
+        logits.reshape(-1, logits.shape[-1]),
+        target,
+        eps,
+        ignore_index,
+        transform.scale,
+        transform.softcap,
+    )
     if reduction == "none":
         return losses.reshape(lead)
     if reduction == "sum":

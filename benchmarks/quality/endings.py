@@ -57,7 +57,7 @@ def learn_ten(case: Case, model: nn.Module, lr: float) -> None:
         optimizer.zero_grad()
         answers = case.answers(model, case.ten)
         loss = linear_cross_entropy(
-            answers.hidden, answers.weight, answers.target, bias=answers.bias
+            answers.hidden, answers.weight, answers.target, **answers.head_options
         )
         torch.autograd.backward(loss)
         optimizer.step()

@@ -109,7 +109,7 @@ def stepper(
             with optimizer.objective(name):
                 answers = case.answers(model, batches[name])
                 loss = linear_cross_entropy(
-                    answers.hidden, answers.weight, answers.target, bias=answers.bias
+                    answers.hidden, answers.weight, answers.target, **answers.head_options
                 )
                 torch.autograd.backward(loss)
         optimizer.step()

@@ -302,7 +302,9 @@ def _learn(model: Any, rows: Sequence[Tokens], pad_id: int, size: Size, seed: in
                 batch = collate(lessons[start : start + batch_size], pad_id).to(model.device)
                 optimizer.zero_grad()
                 answers = answers_of(model, batch)
-                loss = linear_cross_entropy(answers.hidden, answers.weight, answers.target)
+                loss = linear_cross_entropy(
+                    answers.hidden, answers.weight, answers.target, **answers.head_options
+                )
                 torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()

@@ -14,6 +14,7 @@ from mollm.evaluation.judges import Judge
 from mollm.evaluation.registry import choose, columns_of, obstacle
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
+from mollm.models.logits import check_logits
 from mollm.models.precision import computing_in
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def evaluate(
 
     Raises:
         UsageError: A figure that was named cannot be computed, an option is out of range, or a row
-            does not fit into the model's context, found out before the model runs; or the model's
+            does not fit into the model's context, found out before the model runs; the model's
+            logits cannot be computed from its hidden states, see `mollm.models.logits`; or its
             output is not finite.
     """
     judges = dict(judges or {})
@@ -85,6 +87,9 @@ def evaluate(
         examiner.check(group, rows, wanted[group])
     of_one_dtype = all(_has_one_dtype(m) for m in (model, original) if m is not None)
     with computing_in("float32") if of_one_dtype else contextlib.nullcontext():
+        for each in (model, original):
+            if each is not None:
+                check_logits(each)
         records = [
             record
             for group, rows in groups.items()

@@ -8,6 +8,7 @@ log-probability.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,7 @@ from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.errors import UsageError
 from mollm.evaluation.metrics import Floats
 from mollm.models.forward import answer_states, head, head_weights, in_evaluation_mode
+from mollm.models.logits import logit_transform
 from mollm_ops import linear_kl_div
 from mollm_ops._dtypes import wide_dtype
 
@@ -81,14 +83,14 @@ def score_rows(
     Raises:
         UsageError: A row has no token with a loss, or the model's output is not finite.
     """
-    layer = head(model)
+    layer, transform = head(model), logit_transform(model)
     scores: dict[int, TokenScores] = {}
     with in_evaluation_mode(model):
         for places, batch in _batches(rows, pad_id, batch_size, side):
             states, targets = answer_states(model, batch.to(model.device))
             columns = torch.cat(
                 [
-                    _token_statistics(layer(part), target)
+                    _token_statistics(transform(_widened(layer(part))), target)
                     for part, target in _chunks(states, targets, layer.weight.shape[0])
                 ]
             )
@@ -123,6 +125,7 @@ def kl_to_original(
         UsageError: As in `score_rows`, or the vocabularies differ in size.
     """
     check_vocabularies(model, original)
+    transform, ref_transform = logit_transform(model), logit_transform(original)
     weight, bias = head_weights(model)
     ref_weight, ref_bias = head_weights(original)
     kl = np.empty(len(rows))
@@ -137,6 +140,10 @@ def kl_to_original(
                 ref_weight.to(states),
                 bias=bias,
                 ref_bias=None if ref_bias is None else ref_bias.to(states),
+                logit_scale=transform.scale,
+                softcap=transform.softcap,
+                ref_logit_scale=ref_transform.scale,
+                ref_softcap=ref_transform.softcap or math.inf,
                 reduction="none",
             )
             parts = torch.split(losses.double().cpu(), _counts(batch))
@@ -187,9 +194,13 @@ def _chunks(states: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[
     return zip(torch.split(states, size), torch.split(targets, size), strict=True)
 
 
+def _widened(outputs: Tensor) -> Tensor:
+    return outputs.to(wide_dtype(outputs.dtype))
+
+
 def _token_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     """[n, 4]: log p of the target, mean and deviation of log p under p, whether it is a hit."""
-    log_p = torch.log_softmax(logits.to(wide_dtype(logits.dtype)), dim=-1)  # [n, V]
+    log_p = torch.log_softmax(logits, dim=-1)  # [n, V]
     p = log_p.exp()
     mean = (p * log_p).sum(-1, keepdim=True)
     # Centred first: the difference of E[x²] and μ² would lose most digits of a small variance.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mollm.data.chat import IGNORE_INDEX, Batch
 from mollm.models.forward import answer_states, head_weights
+from mollm.models.logits import logit_transform
 from mollm_ops import linear_cross_entropy
+from mollm_ops.operands import IDENTITY, LogitTransform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +45,17 @@ class Answers:
     totals: Totals | None = None
     """Of the whole batch, where this is a micro-batch: a loss then is this one's share of the mean,
     so that shares add up to the loss of the whole."""
+    transform: LogitTransform = IDENTITY
+    """From the head's outputs to logits."""
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """Of the head, beside its weight, for the linear losses of `mollm_ops`."""
+        return {
+            "bias": self.bias,
+            "logit_scale": self.transform.scale,
+            "softcap": self.transform.softcap,
+        }
 
     @property
     def tokens(self) -> int | Tensor:
@@ -57,7 +70,7 @@ class Answers:
     def log_likelihoods(self) -> Tensor:
         """[B]: log π(y | x) = Σ_t log p(y_t | x, y_<t) of every answer."""
         losses = linear_cross_entropy(
-            self.hidden, self.weight, self.target, bias=self.bias, reduction="none"
+            self.hidden, self.weight, self.target, **self.head_options, reduction="none"
         )
         return -losses.new_zeros(self.count).index_add(0, self.sequence, losses)
 
@@ -71,7 +84,14 @@ def answers_of(model: PreTrainedModel, batch: Batch, totals: Totals | None = Non
     hidden, target = answer_states(model, batch)
     weight, bias = head_weights(model)
     return Answers(
-        hidden, weight, bias, target, sequences_of(batch), len(batch.labels), totals=totals
+        hidden,
+        weight,
+        bias,
+        target,
+        sequences_of(batch),
+        len(batch.labels),
+        totals=totals,
+        transform=logit_transform(model),
     )
 
 

@@ -25,7 +25,7 @@ def negative_cross_entropy(answers: Answers, reference: Callable[[], Answers]) -
         answers.hidden,
         answers.weight,
         answers.target,
-        bias=answers.bias,
+        **answers.head_options,
         normalizer=answers.tokens,
     )
 

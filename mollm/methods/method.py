@@ -55,7 +55,7 @@ def unlearning_cross_entropy(
         answers.hidden,
         answers.weight,
         answers.target,
-        bias=answers.bias,
+        **answers.head_options,
         eps=eps,
         normalizer=answers.tokens,
     )

@@ -100,21 +100,26 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     dtype = compute_dtype(device).dtype
     if dtype != torch.float32:
-        for module in copied.base_model.modules():
+        for module in body(copied).modules():
             if isinstance(module, nn.Linear) and not in_four_bits(module.weight):
                 module.weight.data = module.weight.data.to(dtype)
     return copied
 
 
+def body(model: PreTrainedModel) -> Any:
+    """All of the model before its head."""
+    inner = model.base_model
+    # Some classes name no submodule as their base, which then is the model itself.
+    return inner if inner is not model else model.get_decoder()
+
+
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The final hidden states [B, T, H] of a batch, padded on either side."""
-    options = {}
-    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+    options, inner = {}, body(model)
+    if "position_ids" in inspect.signature(inner.forward).parameters:
         # Else padding on the left would count as tokens.
         options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    output = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options
-    )
+    output = inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
     hidden: Tensor = output.last_hidden_state  # [B, T, H]
     return hidden
 

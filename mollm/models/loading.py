@@ -7,13 +7,13 @@ import copy
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mollm.data.templates import vet_template
 from mollm.errors import UsageError
@@ -24,8 +24,8 @@ from mollm.models.checks import (
     check_size,
     stored_elements,
 )
-from mollm.models.forward import hidden_states
 from mollm.models.four_bits import NF4
+from mollm.models.logits import check_logits
 from mollm.models.precision import compute_dtype
 from mollm.system.machine import available_memory_gb
 from mollm.system.parsing import (
@@ -199,6 +199,7 @@ def _read_config(source: Source) -> Any:
         config = _asking_little(AutoConfig.from_pretrained, source)
         # It may be the name of a kernel on the hub; None is the best of what transformers has.
         config._attn_implementation = None
+    _refuse_encoder(config, source)
     return config
 
 
@@ -232,7 +233,7 @@ def load(
     if source.gguf_file and hasattr(transformers, "GgufConfig"):
         # Older releases always dequantize and have no such option.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if not source.gguf_file:
+    if not source.gguf_file:  # that has one kind of model
         _refuse_pickle(source)
         options["use_safetensors"] = True
     if quantization is not None:
@@ -248,7 +249,8 @@ def load(
     check_finite(model, source.label)
     model = (model if quantization else model.to(device)).eval()
     model.name_or_path = source.label
-    _check_head(model, source)
+    check_logits(model)
+    _warn_of_unused(report["unexpected_keys"], model, source)
     return model, tokenizer
 
 
@@ -326,6 +328,27 @@ def _refuse_missing(names: Iterable[str], source: Source) -> None:
         )
 
 
+def _warn_of_unused(names: Iterable[str], model: PreTrainedModel, source: Source) -> None:
+    """transformers leaves out weights that its class has no place for: a tower, a second head."""
+    unused = sorted(names)
+    if unused:
+        warnings.warn(
+            f"{len(unused)} weights of {source.label}, such as {unused[0]}, have no place in "
+            f"{type(model).__name__} and were left out: what they do is lost in the model that is "
+            "written.",
+            stacklevel=3,
+        )
+
+
+def _refuse_encoder(config: Any, source: Source) -> None:
+    """transformers would load the decoder alone, and the encoder would be lost."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"the model {source.label} must be a causal language model, but it is an "
+            f"encoder-decoder ({config.model_type}): choose another model."
+        )
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer alone.
 
@@ -383,23 +406,6 @@ def _without_loading_bar() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _check_head(model: PreTrainedModel, source: Source) -> None:
-    """The losses compute logits as head(final hidden state); some models do more than that."""
-    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
-    mask = torch.ones_like(ids)
-    layer = model.get_output_embeddings()
-    fits = isinstance(layer, nn.Linear)
-    if fits:
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        fits = torch.allclose(layer(hidden_states(model, ids, mask)), logits, rtol=1e-3, atol=1e-3)
-    if not fits:
-        raise UsageError(
-            f"the model {source.label} scales, caps or transforms its logits after the head, which "
-            "the losses do not support: choose another one with --model."
-        )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -18,6 +18,7 @@ from mollm.data.chat import Batch
 from mollm.methods import ForgetLoss, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
 from mollm.models.forward import freeze_embeddings
+from mollm.models.logits import check_logits
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.training.history import StepRecord, record_of
 from mollm.training.objectives import Objectives
@@ -80,8 +81,12 @@ def unlearn(
         lr: Learning rate of AdamW at the first step.
         method: One of mollm.methods.METHODS. Gradients that it does not use are measured only.
         **options: Of MOLLMOptimizer, before those of the method.
+
+    Raises:
+        UsageError: The losses do not fit the model, see `mollm.models.logits.check_logits`.
     """
     chosen = find_method(method)
+    check_logits(model)
     reference = CopyReference(model)
     freeze_embeddings(model)
     optimizer = MOLLMOptimizer(

@@ -7,6 +7,7 @@ weight, or a gradient that nobody averages; so all losses are computed inside.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from mollm.distributed.sharding import answer_tokens
 from mollm.methods import ForgetLoss, Totals, answers_of, unlearning_cross_entropy
 from mollm.models.dropout import without_dropout
 from mollm.models.forward import answer_states, in_evaluation_mode
+from mollm.models.logits import logit_transform
 from mollm.training.reference_model import Reference
 from mollm_ops import linear_ce_kl
 
@@ -37,9 +39,13 @@ class Objectives(nn.Module):
     first step model and original are the same, and so KL and its gradient are zero.
 
     Args:
-        model: A causal language model whose logits are head(final hidden state).
+        model: A causal language model whose logits are its head's outputs, or these scaled or
+            capped, see `mollm.models.logits`.
         reference: Its original.
         forget_loss: What to minimise on the batch to forget.
+
+    Raises:
+        UsageError: The losses do not fit the model, see `mollm.models.logits.check_logits`.
 
     Example:
         >>> import torch
@@ -63,6 +69,7 @@ class Objectives(nn.Module):
         forget_loss: ForgetLoss = unlearning_cross_entropy,
     ) -> None:
         super().__init__()
+        logit_transform(model)
         self.model = model
         self.reference = reference
         self.forget_loss = forget_loss
@@ -106,8 +113,10 @@ class Objectives(nn.Module):
             answers.target,
             original.hidden.to(answers.hidden.dtype),  # FSDP2 casts parameters, and no cache
             original.weight.to(answers.hidden.dtype),
-            bias=answers.bias,
+            **answers.head_options,
             ref_bias=original.bias,
+            ref_logit_scale=original.transform.scale,
+            ref_softcap=original.transform.softcap or math.inf,
             normalizer=answers.tokens,
         )
         return kl, retain

@@ -31,6 +31,7 @@ from mollm.methods import Answers, answers_of, sequences_of
 from mollm.models.adapters import Original
 from mollm.models.dropout import without_dropout
 from mollm.models.forward import freeze, head_weights, in_evaluation_mode
+from mollm.models.logits import logit_transform
 from mollm.system.folders import clear_unfinished, complete, remove
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class CachedReference(nn.Module):
         self._of = of
         self._original = original
         self._read_head: Callable[[], tuple[Tensor, Tensor | None]] = lambda: head_weights(model)
+        self._transform = logit_transform(model)
         weight, bias = head_weights(model)
         self._width = weight.shape[1]
         trains = original is None and weight.requires_grad
@@ -135,7 +137,8 @@ class CachedReference(nn.Module):
         weight, bias = self._head()
         hidden = torch.cat([self._states(key) for key in _keys(batch)]).to(weight)
         target = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-        return Answers(hidden, weight, bias, target, sequences_of(batch), len(labels))
+        rows = sequences_of(batch)
+        return Answers(hidden, weight, bias, target, rows, len(labels), transform=self._transform)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         if self.weight is not None:

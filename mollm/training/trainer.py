@@ -45,6 +45,7 @@ from mollm.models.adapters import (
     not_finite,
     trained_tensors,
 )
+from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
 from mollm.system.folders import (
@@ -178,6 +179,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with processes.agreeing():
             tokenizer = self._prepare(model, args, processing_class, data, peft_config, notes)
         read = not (from_first and processes.rank())
+        found = processes.each(logit_transform(self._base) if read else None)
+        set_logit_transform(self._base, found[0 if from_first else processes.rank()])
         mine = checkpoint.fingerprint(self._base, with_adapter=as_given) if read else None
         self._fingerprint = processes.each(mine)[0 if from_first else processes.rank()]
         with processes.agreeing():
@@ -284,6 +287,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         else:
             refuse_four_bits(model, args)
             self._base = model.to(device)
+            check_logits(self._base)
         broken = not_finite(dict(self._base.named_parameters()))
         if broken:
             raise UsageError(

@@ -11,12 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mollm_ops._dtypes import wide_dtype
+from mollm_ops.operands import IDENTITY, LogitTransform
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """z = h W' + b in the wide dtype."""
+def project(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
+) -> Tensor:
+    """z₀ = h W' + b in the wide dtype, and z = c tanh(s z₀ / c), or s z₀ without a cap."""
     wide = wide_dtype(hidden.dtype)
-    return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    bias = None if bias is None else bias.to(wide)
+    return transform(F.linear(hidden.to(wide), weight.to(wide), bias))
 
 
 def reduce_rows(
@@ -59,10 +66,12 @@ def uce_loss_reference(
     eps: float = 1e-3,
     ignore_index: int = -100,
     reduction: str = "mean",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """L = -log(1 - (1 - eps) p_t); see `mollm_ops.uce_loss`."""
     counted = target != ignore_index
-    z = logits.to(wide_dtype(logits.dtype))
+    z = LogitTransform(logit_scale, softcap)(logits.to(wide_dtype(logits.dtype)))
     losses = ce_rows_reference(z, torch.where(counted, target, 0), eps)
     return reduce_rows(losses, counted, reduction)
 
@@ -76,12 +85,13 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """L = -log softmax(h W' + b)_t; see `mollm_ops.linear_cross_entropy`."""
+    """L = -log softmax(z)_t; see `mollm_ops.linear_cross_entropy`."""
     counted = target != ignore_index
-    losses = ce_rows_reference(
-        project(hidden, weight, bias), torch.where(counted, target, 0), eps=None
-    )
+    z = project(hidden, weight, bias, LogitTransform(logit_scale, softcap))
+    losses = ce_rows_reference(z, torch.where(counted, target, 0), eps=None)
     return reduce_rows(losses, counted, reduction, normalizer)
 
 
@@ -95,10 +105,13 @@ def linear_uce_loss_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """L = -log(1 - (1 - eps) softmax(h W' + b)_t); see `mollm_ops.linear_uce_loss`."""
+    """L = -log(1 - (1 - eps) softmax(z)_t); see `mollm_ops.linear_uce_loss`."""
     counted = target != ignore_index
-    losses = ce_rows_reference(project(hidden, weight, bias), torch.where(counted, target, 0), eps)
+    z = project(hidden, weight, bias, LogitTransform(logit_scale, softcap))
+    losses = ce_rows_reference(z, torch.where(counted, target, 0), eps)
     return reduce_rows(losses, counted, reduction, normalizer)
 
 
@@ -113,11 +126,21 @@ def linear_kl_div_reference(
     ref_bias: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
 ) -> Tensor:
     """KL(p_ref || p), the reference a constant; see `mollm_ops.linear_kl_div`."""
+    transform = LogitTransform(logit_scale, softcap)
+    ref_transform = LogitTransform(
+        logit_scale if ref_logit_scale is None else ref_logit_scale,
+        softcap if ref_softcap is None else ref_softcap,
+    )
     with torch.no_grad():
-        z_ref = project(ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
-    losses = kl_rows_reference(project(hidden, weight, bias), z_ref)
+        ref_weight = weight if ref_weight is None else ref_weight
+        z_ref = project(ref_hidden, ref_weight, ref_bias, ref_transform)
+    losses = kl_rows_reference(project(hidden, weight, bias, transform), z_ref)
     counted = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask.bool()
     return reduce_rows(losses, counted, reduction, normalizer)
 
@@ -134,6 +157,10 @@ def linear_ce_kl_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both losses over the rows with a target; see `mollm_ops.linear_ce_kl`."""
     ce = linear_cross_entropy_reference(
@@ -144,6 +171,8 @@ def linear_ce_kl_reference(
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
+        logit_scale=logit_scale,
+        softcap=softcap,
     )
     kl = linear_kl_div_reference(
         hidden,
@@ -155,5 +184,9 @@ def linear_ce_kl_reference(
         ref_bias=ref_bias,
         reduction=reduction,
         normalizer=normalizer,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ref_logit_scale=ref_logit_scale,
+        ref_softcap=ref_softcap,
     )
     return ce, kl

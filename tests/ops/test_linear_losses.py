@@ -15,6 +15,7 @@ from torch.library import opcheck
 
 from mollm_ops import _chunks, linear_ce_kl, linear_cross_entropy, linear_kl_div, linear_uce_loss
 from mollm_ops._dtypes import wide_dtype
+from mollm_ops.operands import IDENTITY, LogitTransform
 from mollm_ops.reference.losses import (
     ce_rows_reference,
     kl_rows_reference,
@@ -68,13 +69,13 @@ def reference(loss):
     return f
 
 
-def plain(loss, hidden, weight, target, ref_hidden):
+def plain(loss, hidden, weight, target, ref_hidden, transform=IDENTITY):
     """What one writes in Torch: a linear layer of the same dtype, then the loss in float32."""
     counted, at = target != IGNORED, target.clamp(min=0)
-    z = F.linear(hidden, weight).to(wide_dtype(hidden.dtype))
+    z = transform(F.linear(hidden, weight).to(wide_dtype(hidden.dtype)))
     if loss in (kl, kl_of_both):
         with torch.no_grad():
-            z_ref = F.linear(ref_hidden, weight).to(z.dtype)
+            z_ref = transform(F.linear(ref_hidden, weight).to(z.dtype))
         return reduce_rows(kl_rows_reference(z, z_ref), counted, "mean")
     return reduce_rows(ce_rows_reference(z, at, 1e-3 if loss is uce else None), counted, "mean")
 
@@ -434,6 +435,169 @@ def test_the_two_losses_of_ce_kl_are_differentiated_apart_or_together(order, red
     torch.testing.assert_close(losses, [s[0] for s in separate], rtol=1e-12, atol=1e-13)
 
 
+# ---- logits that are scaled and capped
+
+TRANSFORMS = [
+    {"logit_scale": 0.0625},
+    {"softcap": 5.0},
+    {"logit_scale": 1.5, "softcap": 3.0},
+    {"softcap": 50.0},
+]
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_transformed_logits_are_as_exact_as_plain_torch_s(loss, dtype, options, chunk_rows):
+    hidden, weight, target, ref_hidden = case(12, 33, 301, dtype, scale=2.0)
+    transform = LogitTransform(options.get("logit_scale", 1.0), options.get("softcap"))
+    ours = loss_and_gradients(
+        lambda h, w: loss(h, w, target, ref_hidden, chunk_rows=chunk_rows, **options),
+        [hidden, weight],
+    )
+    truth = loss_and_gradients(
+        lambda h, w: reference(loss)(h, w, target, ref_hidden.double(), **options),
+        [hidden.double(), weight.double()],
+    )
+    theirs = loss_and_gradients(
+        lambda h, w: plain(loss, h, w, target, ref_hidden, transform),
+        [hidden, weight],
+    )
+    for name, a, b, exact in zip(["L", "dh", "dW"], ours, theirs, truth, strict=True):
+        assert error(a, exact) <= error(b, exact) + TOLERANCE[hidden.dtype], name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_of_transformed_logits(loss, reduction):
+    hidden, weight, target, ref_hidden = case(5, 3, 7, torch.float64)
+    options = {"eps": 0.05} if loss is uce else {}
+    if loss not in (ce, uce):
+        options |= {"ref_weight": weight.clone(), "ref_softcap": math.inf, "ref_logit_scale": 2.0}
+    bias = torch.randn(7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: loss(
+            h, w, target, ref_hidden, bias=b, logit_scale=1.5, softcap=2.0, reduction=reduction,
+            chunk_rows=2, **options,
+        ),
+        leaves(hidden, weight, bias),
+        fast_mode=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [kl, kl_of_both])
+def test_the_reference_has_the_models_transform_unless_it_has_its_own(loss):
+    hidden, weight, target, ref_hidden = case(dtype=torch.float64)
+    own = {"logit_scale": 1.5, "softcap": 3.0}
+    same = loss(hidden, weight, target, ref_hidden, **own)
+    named = loss(hidden, weight, target, ref_hidden, **own, ref_logit_scale=1.5, ref_softcap=3.0)
+    assert same == named
+    assert loss(hidden, weight, target, hidden, **own) == 0
+    plain_one = loss(
+        hidden, weight, target, ref_hidden, **own, ref_logit_scale=1.0, ref_softcap=math.inf
+    )
+    z = LogitTransform(1.5, 3.0)(hidden @ weight.T)
+    rows = kl_rows_reference(z, ref_hidden @ weight.T)
+    torch.testing.assert_close(plain_one, reduce_rows(rows, target != IGNORED, "mean"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_transformed_logits_compile_without_a_break(loss, reduction):
+    torch.compiler.reset()
+    hidden, weight, target, ref_hidden = case()
+    own = leaves(hidden, weight)
+    f = partial(loss, reduction=reduction, logit_scale=0.5, softcap=4.0)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for g in (compiled, f):
+        g(*own, target, ref_hidden).sum().backward()
+    a = loss_and_gradients(lambda h, w: compiled(h, w, target, ref_hidden).sum(), own)
+    b = loss_and_gradients(lambda h, w: f(h, w, target, ref_hidden).sum(), own)
+    torch.testing.assert_close(a, b)
+
+
+# ---- small gradients
+
+
+def test_small_gradients_of_float16_keep_their_digits():
+    """Of a mean over tokens most are below 6e-8, the smallest number of float16."""
+    hidden, weight, target = inputs(256, 32, 4000, torch.float16, scale=0.3, ignored=0)
+    ref_hidden = (hidden.float() + 0.3 * torch.randn(256, 32)).half()
+    for loss in LOSSES:
+        truth = loss_and_gradients(
+            lambda h, w, f=loss: reference(f)(h, w, target, ref_hidden.double()),
+            [hidden.double(), weight.double()],
+        )
+        for scale in (1.0, 65536.0):
+            for none in (False, True):
+                ours = loss_and_gradients(
+                    lambda h, w, f=loss, s=scale, n=none: (
+                        s * f(h, w, target, ref_hidden).mean()
+                        if not n
+                        else s * f(h, w, target, ref_hidden, reduction="none").mean()
+                    ),
+                    [hidden, weight],
+                )
+                for a, exact in zip(ours[1:], truth[1:], strict=True):
+                    exact = scale * exact
+                    off = float((a.double() - exact).norm() / exact.norm())
+                    best = float((exact.half().double() - exact).norm() / exact.norm())
+                    assert off <= 1.01 * best + 2e-3, (loss.__name__, scale, none)
+
+
+def test_a_zero_upstream_gradient_of_float16_is_zero():
+    hidden, weight, target, _ = case(dtype=torch.float16)
+    own = leaves(hidden, weight)
+    (0 * linear_cross_entropy(*own, target, reduction="none")).sum().backward()
+    assert not own[0].grad.any()
+    assert not own[1].grad.any()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_both_losses_without_reduction_are_as_exact_as_reduced(which):
+    hidden, weight, target, ref_hidden = case(40, 64, 500, torch.bfloat16, scale=2.0)
+    found = [
+        loss_and_gradients(
+            lambda h, w, r=r: linear_ce_kl(h, w, target, ref_hidden, reduction=r)[which].sum(),
+            [hidden, weight],
+        )
+        for r in ("sum", "none")
+    ]
+    for a, b in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4 * float(a.abs().max()))
+        assert float((a.double() - b.double()).norm() / a.double().norm()) < 1e-3
+
+
+@pytest.mark.parametrize("loss", [kl, kl_of_both])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_the_reference_is_nan_in_loss_and_gradients(loss, dtype):
+    hidden, weight, target, ref_hidden = case(dtype=dtype, ignored=0)
+    ref_hidden[3] = torch.nan
+    value, d_hidden, d_weight = loss_and_gradients(
+        lambda h, w: loss(h, w, target, ref_hidden, ref_weight=weight.clone()), [hidden, weight]
+    )
+    assert value.isnan()
+    assert d_hidden[3].isnan().all()
+    assert d_weight.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_the_meta_device_there_are_shapes(loss, dtype, reduction):
+    hidden, weight, target, ref_hidden = (t.to("meta") for t in case(dtype=dtype))
+    own = leaves(hidden, weight)
+    out = loss(*own, target, ref_hidden, reduction=reduction, softcap=3.0)
+    out.sum().backward()
+    assert out.is_meta
+    assert out.shape == (target.shape if reduction == "none" else ())
+    for tensor in own:
+        assert tensor.grad.is_meta
+        assert tensor.grad.shape == tensor.shape
+        assert tensor.grad.dtype == dtype
+
+
 # ---- what is not asked for is not computed
 
 
@@ -574,19 +738,20 @@ def test_transforms_are_refused_not_zero(loss):
 def test_opcheck(bias):
     ops = torch.ops.mollm
     hidden, weight, target, ref_hidden = case(5, 3, 9)
-    head = (*leaves(hidden, weight), leaves(torch.randn(9))[0] if bias else None)
-    fixed = tuple(None if t is None else t.detach() for t in head)
-    ref = (ref_hidden, weight, None)
+    tensors = (*leaves(hidden, weight), leaves(torch.randn(9))[0] if bias else None)
+    constants = tuple(None if t is None else t.detach() for t in tensors)
+    head, fixed = ((*three, 1.5, 4.0) for three in (tensors, constants))
+    ref = (ref_hidden, weight, None, 1.0, None)
     wants, scale = [True, True, bias], torch.ones(())
     none = [True, False, False]
-    opcheck(ops.linear_ce.default, (*fixed, target, scale, 1e-3, IGNORED, wants, 2))
-    opcheck(ops.linear_ce.default, (*fixed, target, torch.ones(5), None, IGNORED, none, None))
+    opcheck(ops.linear_ce.default, (*fixed, target, scale, 1e-3, IGNORED, False, wants, 2))
+    opcheck(ops.linear_ce.default, (*fixed, target, torch.ones(5), None, IGNORED, True, none, None))
     opcheck(ops.linear_kl.default, (*fixed, *ref, target, scale, wants, None))
     opcheck(ops.linear_ce_kl.default, (*fixed, *ref, target, scale, IGNORED, wants, None))
-    opcheck(ops.join_ce.default, (torch.rand(5), *head, target, None, IGNORED, None))
+    opcheck(ops.join_ce.default, (torch.rand(5), *head, target, None, IGNORED, False, None))
     opcheck(ops.join_kl.default, (torch.rand(5), *head, *ref, target, None))
-    gradients = [torch.zeros(0) if t is None else torch.rand_like(t) for t in fixed]
-    opcheck(ops.join_gradients.default, (torch.rand(()), *head, *gradients))
+    gradients = [torch.zeros(0) if t is None else torch.rand_like(t) for t in constants]
+    opcheck(ops.join_gradients.default, (torch.rand(()), *tensors, *gradients))
 
 
 # ---- errors
@@ -604,6 +769,8 @@ COMMON_ERRORS = [
     (ValueError, r"normalizer must be a positive number", {"normalizer": 0}),
     (ValueError, r"normalizer must be one number", {"normalizer": torch.ones(2)}),
     (ValueError, r"chunk_rows must be at least 1", {"chunk_rows": 0}),
+    (ValueError, r"logit_scale must be a positive number, but got 0", {"logit_scale": 0.0}),
+    (ValueError, r"softcap must be a positive number or None", {"softcap": -30.0}),
 ]
 TARGET_ERRORS = [
     (ValueError, r"target must be \(11,\) like the rows", {"target": torch.zeros(10).long()}),
@@ -630,6 +797,7 @@ ERRORS = [
     *((linear_ce_kl, "target ref_hidden", e)
       for e in COMMON_ERRORS + TARGET_ERRORS + REFERENCE_ERRORS),
     (linear_uce_loss, "target", (ValueError, "eps must be between", {"eps": 1.5})),
+    (linear_uce_loss, "target", (ValueError, r"eps must be at least 1\.2e-38", {"eps": 1e-39})),
 ]  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import mpmath
 import pytest
 import torch
 from loss_cases import DTYPES, error, exact_row
 
 from mollm_ops import rows as rows_module
 from mollm_ops._dtypes import wide_dtype
-from mollm_ops.operands import RowLoss
+from mollm_ops.operands import IDENTITY, LogitTransform, RowLoss
+from mollm_ops.reference.losses import ce_rows_reference, kl_rows_reference
 from mollm_ops.rows import _torch_rows, kl_rows, log_rows, row_targets
 
 VOCABS = [1, 2, 15, 16, 17, 33, 1000, 2048, 4099]
@@ -45,7 +47,8 @@ def exact(logits, ref_logits, target, like, eps=None, *, kl=False):
         torch.empty(logits.shape, dtype=torch.float64),
     )
     ref_logits = None if ref_logits is None else ref_logits.double()
-    _torch_rows(logits.double(), ref_logits, target, None if kl else to, to if kl else None, eps)
+    ce, kl = (None, to) if kl else (to, None)
+    _torch_rows(logits.double(), ref_logits, target, ce, kl, eps, IDENTITY, IDENTITY)
     return to
 
 
@@ -215,6 +218,165 @@ def test_bitwise_equal_over_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(f.gradient, found[0].gradient) for f in found)
+
+
+# ---- logits that are scaled and capped
+
+TRANSFORMS = [
+    LogitTransform(0.0625),
+    LogitTransform(softcap=30.0),
+    LogitTransform(3.0, 4.0),
+    LogitTransform(0.5, 55.0),
+    LogitTransform(softcap=1e4),
+]
+"""Llama's exponents without a cap, the caps of models, one that saturates, one that needs the row's
+maximum, one that caps nothing."""
+
+
+def transformed_truth(logits, target, like, eps, transform, ref_logits=None, ref_transform=None):
+    """Losses and gradients by autograd, in float64."""
+    wide = logits.double().clone().requires_grad_()
+    z = transform(wide)
+    if ref_logits is None:
+        losses = ce_rows_reference(z, target, eps)
+    else:
+        losses = kl_rows_reference(z, ref_transform(ref_logits.double()))
+    losses = torch.where(target >= 0, losses, 0)
+    (gradient,) = torch.autograd.grad(losses @ like.scale.double(), wide)
+    return losses.detach(), gradient
+
+
+def assert_near(to, losses, gradient, dtype):
+    """Autograd's own digits end at 1e-16 of 1, those of the kernels at a share of what they say."""
+    limit = 1e-13 if dtype == torch.float64 else 4e-6
+    torch.testing.assert_close(to.losses.double(), losses, rtol=limit, atol=limit)
+    atol = 2 * LIMIT[dtype] * float(gradient.abs().max()) + 0.1 * limit
+    torch.testing.assert_close(to.gradient.double(), gradient, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("V", [1, 17, 1000, 4099])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transformed_log_rows_match_float64(dtype, V, transform, eps, path):
+    logits, t = (8 / transform.scale**0.5 * torch.randn(7, V)).to(dtype), targets(7, V)
+    to = results(logits)
+    log_rows(logits, t, to, eps, transform)
+    losses, gradient = transformed_truth(logits, t, to, eps, transform)
+    assert_near(to, losses, gradient, dtype)
+    assert not to.gradient[2].any()
+    alone = RowLoss(torch.empty_like(to.losses), to.scale, None)
+    log_rows(logits, t, alone, eps, transform)
+    assert torch.equal(alone.losses, to.losses)
+    log_rows(logits, t, RowLoss(alone.losses, to.scale, logits), eps, transform)
+    assert torch.equal(logits, to.gradient)
+
+
+@pytest.mark.parametrize("ref_transform", [None, IDENTITY, LogitTransform(2.0, 6.0)], ids=str)
+@pytest.mark.parametrize("transform", [IDENTITY, *TRANSFORMS], ids=str)
+@pytest.mark.parametrize("V", [1, 17, 4099])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transformed_kl_rows_match_float64(dtype, V, transform, ref_transform, path):
+    ref_transform = transform if ref_transform is None else ref_transform
+    logits, ref_logits = (4 / transform.scale**0.5 * torch.randn(2, 7, V)).to(dtype)
+    t = targets(7, V)
+    ce, kl = results(logits), results(logits)
+    kl_rows(logits, ref_logits, t, kl, ce, transform=transform, ref_transform=ref_transform)
+    for to, reference in ((ce, (None, None)), (kl, (ref_logits, ref_transform))):
+        losses, gradient = transformed_truth(logits, t, to, None, transform, *reference)
+        assert_near(to, losses, gradient, dtype)
+    before = kl.gradient.clone()
+    kl_rows(ref_logits, ref_logits, t, kl, transform=transform, ref_transform=transform)
+    assert not kl.losses.any()
+    assert not kl.gradient.any()
+    assert V == 1 or before.any()
+
+
+@pytest.mark.parametrize("z", [1e-6, 0.01, 3.0, 30.0, 200.0, 500.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_gradient_through_the_cap_has_its_digits_up_to_saturation(dtype, z, path):
+    """At 500 under a cap of 30 the slope is 1.3e-14, which 1 - tanh² cannot express."""
+    logits = torch.tensor([[z, -z, 0.0]], dtype=dtype)
+    to = RowLoss(torch.empty(1, dtype=dtype), torch.ones(1, dtype=dtype), torch.empty_like(logits))
+    log_rows(logits, torch.tensor([2]), to, None, LogitTransform(softcap=30.0))
+    with mpmath.workdps(60):
+        a = [mpmath.mpf(float(v)) / 30 for v in logits[0]]
+        capped = [30 * mpmath.tanh(v) for v in a]
+        total = mpmath.fsum(mpmath.exp(v) for v in capped)
+        slopes = [1 - mpmath.tanh(v) ** 2 for v in a]
+        wanted = [float(mpmath.exp(v) / total * s) for v, s in zip(capped, slopes, strict=True)]
+    wanted[2] -= 1.0
+    limit = 1e-12 if dtype == torch.float64 else 4e-5
+    assert to.gradient[0, :2].tolist() == pytest.approx(wanted[:2], rel=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_infinite_logits_are_capped(dtype, path):
+    logits = torch.tensor([[0.5, torch.inf, -torch.inf, 2.0]]).to(dtype)
+    to = results(logits)
+    log_rows(logits, torch.tensor([3]), to, None, LogitTransform(softcap=5.0))
+    z = 5 * torch.tanh(logits.double() / 5)
+    assert to.losses.item() == pytest.approx(ce_rows_reference(z, torch.tensor([3]), None).item())
+    assert to.gradient[0, 1:3].tolist() == [0, 0]
+    assert to.gradient[0, 0] > 0
+
+
+@pytest.mark.parametrize("transform", [IDENTITY, LogitTransform(softcap=30.0)], ids=str)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_a_row_or_its_reference_is_nan_in_loss_and_gradient(dtype, whole, transform, path):
+    broken = torch.randn(1, 40).to(dtype)
+    broken[0, 0 if whole else 7 :] = torch.nan
+    whole_row = torch.randn(1, 40).to(dtype)
+    for logits, ref_logits in ((whole_row, broken), (broken, whole_row), (broken, broken)):
+        kl = results(logits)
+        kl_rows(
+            logits, ref_logits, torch.tensor([3]), kl, transform=transform, ref_transform=transform
+        )
+        assert kl.losses.isnan().all()
+        assert kl.gradient.isnan().all()
+    for eps in (None, 1e-3):
+        to = results(broken)
+        log_rows(broken, torch.tensor([3]), to, eps, transform)
+        assert to.losses.isnan().all()
+        assert to.gradient.isnan().all()
+
+
+def test_a_transform_that_is_none():
+    assert LogitTransform(softcap=float("inf")) == IDENTITY
+    with pytest.raises(ValueError, match=r"logit_scale must be a positive number, but got 0"):
+        LogitTransform(0)
+    with pytest.raises(ValueError, match=r"softcap must be a positive number or None, but got -1"):
+        LogitTransform(softcap=-1.0)
+
+
+# ---- what the kernels are given
+
+R20 = torch.ones(3), torch.ones(3), torch.ones(3, 20)
+BAD = [
+    (ValueError, r"target must be \[3\], but got \[2\]", {"target": torch.zeros(2).long()}),
+    (TypeError, r"target must be int64, but got int32", {"target": torch.zeros(3).int()}),
+    (ValueError, r"losses must be \[3\]", {"to": RowLoss(torch.ones(4), *R20[1:])}),
+    (TypeError, r"losses must be float32", {"to": RowLoss(torch.ones(3).double(), *R20[1:])}),
+    (ValueError, r"losses must have contiguous rows",
+     {"to": RowLoss(torch.ones(6)[::2], *R20[1:])}),
+    (ValueError, r"scale must be \[3\]", {"to": RowLoss(R20[0], torch.ones(()), R20[2])}),
+    (ValueError, r"gradient must be \[3, 20\]", {"to": RowLoss(*R20[:2], torch.ones(3, 19))}),
+    (TypeError, r"gradient must be float32 or", {"to": RowLoss(*R20[:2], R20[2].double())}),
+    (ValueError, r"gradient must have contiguous rows",
+     {"to": RowLoss(*R20[:2], torch.ones(20, 3).t())}),
+    (ValueError, r"ref_logits must be \[3, 20\]", {"ref_logits": torch.ones(3, 21)}),
+    (TypeError, r"ref_logits must be float32", {"ref_logits": torch.ones(3, 20).half()}),
+    (ValueError, r"target must be on cpu", {"target": torch.zeros(3, device="meta").long()}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "changed"), BAD, ids=range(len(BAD)))
+def test_no_kernel_takes_memory_that_does_not_fit(kind, message, changed, path):
+    given = {"target": torch.zeros(3).long(), "to": RowLoss(*R20), "ref_logits": torch.ones(3, 20)}
+    given |= changed
+    with pytest.raises(kind, match=message):
+        kl_rows(torch.ones(3, 20), given["ref_logits"], given["target"], given["to"])
 
 
 def test_row_targets():

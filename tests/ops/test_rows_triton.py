@@ -16,6 +16,7 @@ from mollm_ops import _rows_triton  # noqa: E402
 from mollm_ops._rows_triton import config_of, kl_rows_kernel, log_rows_kernel  # noqa: E402
 
 VOCAB = 128256
+FLOATS = ("eps", "rest", "logit_scale", "softcap", "ref_logit_scale", "ref_softcap")
 
 
 def test_interpreted():
@@ -28,7 +29,9 @@ def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
     constants = {**constants, "BLOCK": config.BLOCK}
     types = {}
     for name in kernel.arg_names:
-        if name in ("logits", "ref_logits"):
+        if name in FLOATS:
+            types[name] = "fp32"
+        elif name in ("logits", "ref_logits"):
             types[name] = f"*{SHORT[dtype]}"
         elif name.endswith("gradient"):
             types[name] = f"*{SHORT[gradient]}"
@@ -37,17 +40,23 @@ def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
         elif name.endswith(("losses", "scale")):
             types[name] = "*fp32"
         else:
-            types[name] = "fp32" if name == "eps" else "i32"
-    plain = ("eps", "R", *constants)
+            types[name] = "i32"
+    plain = (*FLOATS, "R", *constants)
     aligned = [n for n in kernel.arg_names if n not in plain and "scale_stride" not in n]
     return compile_kernel(kernel, types, constants, aligned, capability, config.num_warps, tmp_path)
 
 
 FLAGS = list(itertools.product([False, True], repeat=2))
 LOG = [
-    (log_rows_kernel, dtype, dtype, {"HAS_EPS": eps, "HAS_GRADIENT": gradient})
+    (
+        log_rows_kernel,
+        dtype,
+        dtype,
+        {"HAS_EPS": eps, "HAS_GRADIENT": gradient, "HAS_CAP": capped},
+    )
     for dtype in SHORT
     for eps, gradient in FLAGS
+    for capped in (False, True)
 ]
 KL = [
     (
@@ -55,6 +64,8 @@ KL = [
         torch.float32,
         gradient,
         {
+            "HAS_CAP": capped,
+            "HAS_REF_CAP": capped,
             "HAS_CE": ce,
             "HAS_KL_GRADIENT": wanted,
             "HAS_CE_GRADIENT": ce and wanted,
@@ -63,6 +74,7 @@ KL = [
     )
     for gradient in SHORT
     for ce, wanted in FLAGS
+    for capped in (False, True)
 ]
 
 

@@ -108,6 +108,18 @@ def test_gradcheck(reduction):
     assert torch.autograd.gradcheck(f, leaves(logits))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaled_and_capped_logits(dtype):
+    logits, target = case((2, 5), 301, dtype)
+    options = {"logit_scale": 1.5, "softcap": 6.0}
+    truth = loss_and_gradients(lambda z: uce_loss_reference(z, target, **options),
+                               [logits.double()])  # fmt: skip
+    ours = loss_and_gradients(lambda z: uce_loss(z, target, **options), [logits])
+    plain = loss_and_gradients(lambda z: uce_loss_reference(z, target, **options), [logits])
+    assert error(ours[1], truth[1]) <= error(plain[1], truth[1]) + ROUNDING[dtype]
+    assert error(ours[0], truth[0]) <= error(plain[0], truth[0]) + 1e-6
+
+
 def test_none_takes_every_upstream_gradient():
     logits, target = case((2, 5), 31, torch.float64)
     upstream = torch.randn(2, 5, dtype=torch.float64)
@@ -180,7 +192,7 @@ def test_retain_graph():
 
 def test_opcheck():
     logits, target = case((5,), 12)
-    options = (1e-3, IGNORED)
+    options = (1e-3, IGNORED, 0.5, 4.0)
     opcheck(torch.ops.mollm.uce_rows.default, (logits.requires_grad_(), target, *options))
     opcheck(
         torch.ops.mollm.uce_rows_backward.default,
@@ -223,6 +235,8 @@ def test_transforms_are_refused_not_zero():
 ERRORS = [
     (ValueError, r"eps must be between 0 and 1", {"eps": 0.0}),
     (ValueError, r"eps must be between 0 and 1", {"eps": 1.0}),
+    (ValueError, r"eps must be at least 1\.2e-38", {"eps": 1e-39}),
+    (ValueError, r"softcap must be a positive number", {"softcap": 0.0}),
     (ValueError, r'reduction must be "mean"', {"reduction": "avg"}),
     (ValueError, r"target must be \(3,\) like the rows", {"target": torch.zeros(2).long()}),
     (TypeError, r"target must hold integers, but got float32", {"target": torch.zeros(3)}),

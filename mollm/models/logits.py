@@ -1,0 +1,231 @@
+"""What a model makes of its head's outputs: found by a probe of the model itself.
+
+Losses and scores compute logits from final hidden states h and the head, a chunk of tokens at a
+time. Some models do more than that: they scale h or the head's outputs, or cap those. The probe
+replaces the head's outputs by a ramp z₀ from −60 to 60 and fits what the model returns with
+
+    z = c tanh(s z₀ / c)   or   s z₀,
+
+whatever size its own logits happen to have, and compares the head's input with h. What that does
+not describe is refused, and so is a model whose tokens see later ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mollm.errors import UsageError
+from mollm.models.forward import head, head_weights, hidden_states, in_evaluation_mode
+from mollm.models.four_bits import in_four_bits
+from mollm.models.precision import autocast
+from mollm_ops.operands import LogitTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REACH = 60.0
+_SMALLEST = 1e-3
+"""The ramp's smallest numbers, where a cap does nothing and the scale shows."""
+_TOKENS = 4
+
+
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """How the logits of `model` follow from its head's outputs, as `check_logits` found it.
+
+    A copy of a model that was checked need not be checked again.
+
+    Raises:
+        UsageError: as `check_logits`, which is called if the model was never checked.
+    """
+    known: LogitTransform | None = getattr(model, "_mollm_logits", None)
+    return check_logits(model) if known is None else known
+
+
+def set_logit_transform(model: PreTrainedModel, transform: LogitTransform) -> None:
+    """Takes the transform of a model without weights from one that has them."""
+    # On the model, so that deep copies have it too; a module's state dict does not hold it.
+    vars(model)["_mollm_logits"] = transform
+
+
+def check_logits(model: PreTrainedModel) -> LogitTransform:
+    """Probes a model where it enters: two forward passes of eight tokens.
+
+    Raises:
+        UsageError: Its logits are no scaled or capped output of a linear head on its final hidden
+            states; or it is an encoder-decoder, or not causal.
+    """
+    transform = _Probe(model).transform()
+    set_logit_transform(model, transform)
+    return transform
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of two rows of tokens that differ in the last one."""
+
+    hidden: Tensor
+    """Final hidden states, [2, T, H]."""
+    taken: Tensor
+    """The head's input, [2, T, H]."""
+    given: Tensor
+    """The head's output, [2, T, V]."""
+    ramp: Tensor
+    """What took its place."""
+    logits: Tensor
+    """What the model returned, [2, T, V]."""
+
+
+class _Probe:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def transform(self) -> LogitTransform:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            self._refuse("is an encoder-decoder")
+        layer: Any = self.model.get_output_embeddings()
+        inner = getattr(layer, "original_module", getattr(layer, "base_layer", layer))
+        if not isinstance(inner, nn.Linear):
+            self._refuse("has no linear head")
+        seen = self._run()
+        self._check_causality(seen.taken)
+        self._check_head(seen)
+        fitted = fit(seen.ramp, seen.logits) if seen.logits.shape == seen.ramp.shape else None
+        if fitted is None:
+            self._refuse("transforms its logits after the head by more than a scale and a cap")
+        return self._with_scale_of_input(fitted, seen)
+
+    def _refuse(self, what: str) -> NoReturn:
+        name = self.model.name_or_path or type(self.model).__name__
+        raise UsageError(
+            f"the model {name} {what}, which the losses do not support: choose another model."
+        )
+
+    @torch.no_grad()
+    def _run(self) -> _Seen:
+        model, layer = self.model, head(self.model)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(1, _TOKENS + 1, device=model.device).repeat(2, 1)
+        ids[1, -1] += 1
+        ids %= vocabulary
+        mask = torch.ones_like(ids)
+        calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def replace(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            values = ramp(output.numel()).reshape(output.shape[-1], -1).t().reshape(output.shape)
+            calls.append((arguments[0], output, values))
+            return values.to(output.device)
+
+        handle = layer.register_forward_hook(replace)
+        try:
+            with in_evaluation_mode(model), autocast(model.device):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+                handle.remove()
+                hidden = hidden_states(model, ids, mask)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model raises that wants other inputs
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            self._refuse(f"gives no logits for token ids alone ({type(error).__name__}: {reason})")
+        finally:
+            handle.remove()
+        if len(calls) != 1 or calls[0][0].shape != hidden.shape:
+            self._refuse("does not compute its logits by one pass of its head over all tokens")
+        taken, given, values = calls[0]
+        return _Seen(*(t.detach() for t in (hidden, taken, given, values, logits)))
+
+    def _check_causality(self, taken: Tensor) -> None:
+        if not taken.isfinite().all():
+            self._refuse("computes hidden states that are not finite")
+        first, second = taken[:, :-1].double()
+        if float((first - second).abs().max()) > _tolerance(taken) * float(first.abs().max()):
+            self._refuse("lets tokens see later ones, so that it is no causal language model")
+
+    @torch.no_grad()
+    def _check_head(self, seen: _Seen) -> None:
+        weight, bias = head_weights(self.model)
+        if in_four_bits(weight):
+            return
+        plain = linear(seen.taken.to(weight.dtype), weight, bias).double()
+        off = float((plain - seen.given.double()).abs().max())
+        if off > _tolerance(seen.given) * float(plain.abs().max()):
+            self._refuse("has a head that is more than a matrix and a bias")
+
+    def _with_scale_of_input(self, fitted: LogitTransform, seen: _Seen) -> LogitTransform:
+        """With the factor between final hidden states and the head's input in the scale."""
+        hidden, taken = seen.hidden.double(), seen.taken.double()
+        square = float(hidden.square().sum())
+        factor = float((hidden * taken).sum()) / square if square > 0 else 1.0
+        tolerance = _tolerance(seen.taken)
+        off = float((taken - factor * hidden).abs().max())
+        if factor <= 0 or off > tolerance * float(taken.abs().max()):
+            self._refuse("transforms its final hidden states before the head")
+        if abs(factor - 1) <= tolerance:
+            return fitted
+        if head_weights(self.model)[1] is not None:
+            self._refuse("scales the input of a head with a bias")
+        return LogitTransform(_rounded(fitted.scale * factor), fitted.softcap)
+
+
+def _tolerance(computed: Tensor) -> float:
+    """By which two ways to compute the same may differ, as a share of the largest."""
+    return 1e-3 if computed.dtype in (torch.float32, torch.float64) else 3e-2
+
+
+def ramp(count: int) -> Tensor:
+    """[count] numbers from −60 to 60 in float32: one half evenly spaced, one by their logarithm."""
+    even = torch.linspace(-_REACH, _REACH, count - count // 2)
+    exponents = torch.linspace(1, 0, count // 2)
+    signs = 1 - 2 * (torch.arange(count // 2) % 2)
+    return torch.cat([even, signs * _REACH * (_SMALLEST / _REACH) ** exponents])
+
+
+def fit(outputs: Tensor, logits: Tensor) -> LogitTransform | None:
+    """The transform that makes `logits` of a head's `outputs`, None where none does."""
+    r, z = outputs.flatten().double().cpu(), logits.flatten().double().cpu()
+    if not z.isfinite().all():
+        return None
+    limit = 8 * torch.finfo(logits.dtype).eps * max(float(z.abs().max()), _SMALLEST)
+    scale = _rounded(float((r * z).sum() / (r * r).sum()))
+    for candidate in (1.0, scale):
+        if candidate > 0 and float((candidate * r - z).abs().max()) <= limit:
+            return LogitTransform(candidate)
+    capped = _fit_cap(r, z)
+    if capped is None or float((capped(r) - z).abs().max()) > limit:
+        return None
+    return capped
+
+
+def _fit_cap(r: Tensor, z: Tensor) -> LogitTransform | None:
+    """By Gauss and Newton, from the slope at 0 and the cap that leads to the largest logit."""
+    small = r.abs() <= 2 * _SMALLEST
+    scale = float((z[small] / r[small]).median()) if small.any() else 0.0
+    largest, reach = float(z.abs().max()), float(r.abs().max())
+    if not scale > 0 or not largest > 0:
+        return None
+    low, high = largest, 1e6 * max(largest, scale * reach)
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        reached = middle * float(torch.tanh(torch.tensor(scale * reach / middle).double()))
+        low, high = (middle, high) if reached < largest else (low, middle)
+    cap = high
+    for _ in range(20):
+        t = torch.tanh(scale * r / cap)
+        slope = 1 - t * t
+        by_scale, by_cap = r * slope, t - scale * r / cap * slope
+        jacobian = torch.stack([by_scale * scale, by_cap * cap], 1)
+        step = torch.linalg.lstsq(jacobian, (z - cap * t)[:, None]).solution[:, 0]
+        change = step.clamp(-1, 1).exp()
+        if not change.isfinite().all():
+            return None
+        scale, cap = scale * float(change[0]), cap * float(change[1])
+    return LogitTransform(_rounded(scale), _rounded(cap))
+
+
+def _rounded(value: float) -> float:
+    """To the seven digits that float32 outputs determine."""
+    return float(f"{value:.7g}")
