@@ -149,9 +149,14 @@ class ChatFormat:
             question: The question, or an example, whose answer is left out.
         """
         example = question if isinstance(question, Example) else Example(question, "")
-        tokens = self.encode(replace(example, answer=_ANSWER.content, closed=False))
-        first = next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
-        return Tokens(tokens.ids[:first], [IGNORE_INDEX] * first)
+        answer = f" {_ANSWER.content}" if example.is_text else _ANSWER.content
+        text, ((start, end),) = self._write(replace(example, answer=answer, opening=""), "last")
+        if not example.is_text:
+            turns = [*example.history, Turn(USER, example.question), _ANSWER]
+            start = len(self._writer.asked(turns, text[:start]))
+        ids, ((first, _),) = self._tokenize(text[:end], [(start, end)])
+        ids = self._start(example) + ids[:first]
+        return Tokens(ids, [IGNORE_INDEX] * len(ids))
 
     def encode(self, example: Example, *, on_turns: str = "last") -> Tokens:
         """An example as the template writes it.
@@ -181,7 +186,7 @@ class ChatFormat:
                 counted.add(len(ids))
                 ids, ended = [*ids, final], True
         labels = [token if i in counted else IGNORE_INDEX for i, token in enumerate(ids)]
-        start = self._start_ids if example.is_text or not self.has_template else []
+        start = self._start(example)
         return Tokens(start + ids, [IGNORE_INDEX] * len(start) + labels, ended)
 
     def encode_text(self, text: str, max_length: int) -> list[Tokens]:
@@ -273,6 +278,10 @@ class ChatFormat:
             spans[-1] = end - len(example.answer.strip()) - 1, end
         return text, spans
 
+    def _start(self, example: Example) -> list[int]:
+        """The ids before the text of an example; a chat template writes its own."""
+        return self._start_ids if example.is_text or not self.has_template else []
+
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -343,6 +352,18 @@ class ChatFormat:
 
     def _has(self, token: int) -> bool:
         return self.vocabulary is None or token < self.vocabulary
+
+
+def ends_of(generation_config: Any) -> frozenset[int]:
+    """The ids that end a turn by a model's generation config; empty where there is none."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
+
+
+def vocabulary_of(config: Any) -> int | None:
+    """How many ids a model has embeddings for, by its configuration; None where that says none."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _writer(

@@ -49,6 +49,10 @@ def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
         UsageError: It is no such list, a turn is neither of the system nor of the user or the
             assistant, or a part is no text.
     """
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        # So `datasets` gives a list of objects that was declared as a Sequence of columns.
+        columns = zip(*value.values(), strict=True)
+        value = [dict(zip(value, cells, strict=True)) for cells in columns]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UsageError(
             f"{place}: the field {name} must be a list of turns with role and content, but got "

@@ -289,8 +289,8 @@ def _unknown(table: Table) -> UsageError:
     pairs = "; ".join(" and ".join(pair) for pair in _PAIRS)
     return UsageError(
         f"{table.name} must have columns that tell prompts from answers ({pairs}; messages; "
-        f"conversations; text; or those of PKU-SafeRLHF), but its columns are {listed(table.columns)}: name the two with "
-        "prompt_field and answer_field."
+        f"conversations; text; or those of PKU-SafeRLHF), but its columns are "
+        f"{listed(table.columns)}: name the two with prompt_field and answer_field."
     )
 
 
@@ -317,13 +317,20 @@ def _read_tofu(row: _Row) -> list[Record]:
 
 
 def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False) -> list[Record]:
-    if isinstance(row.value(prompt), list):
+    if _holds_turns(row.value(prompt)):
         return _read_turns(row, prompt, answer)
     text = row.text(prompt)
     # Alpaca's instructions are about what stands in a third column, where that is not blank.
-    if with_input and row.values.get("input"):
+    if with_input and str(row.values.get("input") or "").strip():
         text = f"{text}\n\n{row.text('input')}"
     return row.records(text, answer)
+
+
+def _holds_turns(value: Any) -> bool:
+    """Whether a field has turns, in a list or as columns, and not a text or texts."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
+    )
 
 
 def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
@@ -336,7 +343,7 @@ def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
         )
     *history, question = turns
     said = row.value(answer)
-    if not (isinstance(said, list) and said and isinstance(said[0], dict)):
+    if not _holds_turns(said):
         return row.records(question.content, answer, history=history)
     replies = read_turns(said, answer, row.place, row.checked)
     if [turn.role for turn in replies] != [ASSISTANT]:

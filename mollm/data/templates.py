@@ -75,6 +75,10 @@ class Writer(Protocol):
         """Sentences that the user should see."""
         ...
 
+    def asked(self, turns: Sequence[Turn], before: str) -> str:
+        """How much of the text before the last turn, an answer, the model is asked with."""
+        ...
+
     def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
         """The text of a conversation, and where in it the turns numbered `answers` stand.
 
@@ -104,6 +108,10 @@ class PlainWriter:
             f"The tokenizer {name} has no chat template, so rows are "
             r"written as 'Question: …\nAnswer:' and the answer."
         ]
+
+    def asked(self, turns: Sequence[Turn], before: str) -> str:
+        """See `Writer`."""
+        return before
 
     def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
         """See `Writer`; the space before an answer is part of it, for the model is to write it."""
@@ -169,7 +177,7 @@ class TemplateWriter:
         notes = []
         turns = [Turn(USER, "Who?"), Turn(ASSISTANT, "Me.")]
         text, ((start, _),) = self.write(turns, [1])
-        asked, answered = self._render(turns[:1], add_generation_prompt=True), text[:start]
+        asked, answered = self._prompt(turns[:1]), text[:start]
         if asked.rstrip() != answered.rstrip():
             notes.append(
                 f"The chat template asks for a reply with {_ending(asked)!r}, but writes an "
@@ -182,6 +190,13 @@ class TemplateWriter:
                 "first question."
             )
         return notes
+
+    def asked(self, turns: Sequence[Turn], before: str) -> str:
+        """See `Writer`: all but spaces, which are the model's to write, if it is not told them."""
+        prompt = self._prompt(turns[:-1])
+        if before.startswith(prompt) and not before[len(prompt) :].strip():
+            return prompt
+        return before.rstrip(" ")
 
     def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
         """See `Writer`."""
@@ -257,6 +272,10 @@ class TemplateWriter:
                 "chat_template."
             ) from error
         return text
+
+    def _prompt(self, turns: Sequence[Turn]) -> str:
+        """The generation prompt: with what the template asks for a reply."""
+        return self._render(self._with_system(turns), add_generation_prompt=True)
 
     def _choose(self, name: Any) -> str:
         """The template itself, of several the one of that name."""
