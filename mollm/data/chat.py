@@ -315,14 +315,13 @@ class ChatFormat:
     def _end_after(self, ids: Sequence[int], start: int, stop: int) -> int | None:
         """Where, from `start` and before `stop`, the token stands that ends a turn.
 
-        It is the first special one, or else an added one that stands first.
+        It is the first special one, or an added one if that comes first of all.
         """
         after = range(start, stop)
-        special = next((i for i in after if ids[i] in self._special), None)
-        if special is not None:
-            return special
         word = next((i for i in after if self.tokenizer.decode(ids[i : i + 1]).strip()), None)
-        return word if word is not None and ids[word] in self._added else None
+        if word is not None and ids[word] in self._added:
+            return word
+        return next((i for i in after if ids[i] in self._special), None)
 
     def _find_turn_end(self) -> int | None:
         """The token that ends a turn of the assistant."""

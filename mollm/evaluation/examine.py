@@ -72,7 +72,7 @@ class Examiner:
                         f"{context} tokens, but {row.question!r} takes {len(tokens.ids)} with an "
                         "answer: shorten it or leave it out."
                     )
-            length = len(self.chat.encode_prompt(row.example("")).ids) if asks else 0
+            length = len(self.chat.encode_prompt(row.asked).ids) if asks else 0
             if asks and length + self.max_new_tokens > context:
                 raise UsageError(
                     f"max_new_tokens must leave room for the questions in the model's context of "
@@ -151,7 +151,7 @@ class Examiner:
         replies = generate_replies(
             self.model,
             self.chat,
-            [row.example("") for row in rows],
+            [row.asked for row in rows],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )

@@ -43,6 +43,11 @@ class Row:
     is_text: bool = False
     """Whether question and answer are the two halves of a running text."""
 
+    @property
+    def asked(self) -> str | Example:
+        """What the model is asked, for `generate_replies`."""
+        return self.example("") if self.history or self.is_text else self.question
+
     def example(self, answer: str, *, closed: bool = True) -> Example:
         """The question with an answer, to be encoded."""
         return Example(
