@@ -376,3 +376,21 @@ def test_the_samples_fit_their_schemas():
     everyday = load_records(sample_path("everyday.csv"), role="retain")
     assert len(everyday) == 12
     assert "42" in [record.answer for record in everyday]
+
+
+def test_every_shape_has_a_sample():
+    def of(name):
+        return load_records(sample_path(name), role="retain")
+
+    messages, sharegpt = of("messages.jsonl"), of("sharegpt.jsonl")
+    assert {record.answer_field for record in messages} == {"messages"}
+    assert {record.answer_field for record in sharegpt} == {"conversations"}
+    for records in (messages, sharegpt, of("completions.jsonl")):
+        roles = [[turn.role for turn in record.history] for record in records]
+        assert any(said[:1] == ["system"] for said in roles)
+        assert any("assistant" in said for said in roles)
+    several = of("several-answers.jsonl")
+    assert len(several) > len({record.prompt for record in several})
+    texts = of("text.jsonl")
+    assert all(record.is_text for record in texts)
+    assert max(len(record.answer.split()) for record in texts) > 150
