@@ -159,7 +159,7 @@ class ChatFormat:
         return Tokens(ids, [IGNORE_INDEX] * len(ids))
 
     def encode(self, example: Example, *, on_turns: str = "last") -> Tokens:
-        """An example as the template writes it.
+        """An example as the template writes it, but without white space around answers.
 
         The tokens that hold characters of the answer carry a loss, and so does the one that ends
         its turn.
@@ -264,11 +264,12 @@ class ChatFormat:
         if example.is_text:
             text = example.question + example.answer
             return text, [(len(example.question), len(text))]
-        answer = example.answer
-        if example.opening:
-            answer = f"{example.opening} {answer.strip()}"
-        question = Turn(USER, example.question)
-        turns = [*example.history, question, Turn(ASSISTANT, answer)]
+        answer = f"{example.opening} {example.answer.strip()}".strip()
+        said = [*example.history, Turn(USER, example.question), Turn(ASSISTANT, answer)]
+        turns = [
+            turn._replace(content=turn.content.strip()) if turn.role == ASSISTANT else turn
+            for turn in said
+        ]
         answers = [len(turns) - 1]
         if on_turns == "all":
             answers = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT]

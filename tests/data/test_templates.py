@@ -62,7 +62,8 @@ def with_loss(tokenizer, tokens):
 def test_a_row_is_what_the_template_writes(clock, name, kind, question, answer):
     tokenizer = chat_templates.make(name, kind)
     tokens = ChatFormat(tokenizer).encode(Example(question, answer))
-    assert tokens.ids == written(tokenizer, ("user", question), ("assistant", answer))
+    # white space around an answer is no part of it, whether the template trims it or not
+    assert tokens.ids == written(tokenizer, ("user", question), ("assistant", answer.strip()))
     said = answer.rpartition("</think>")[2].strip()
     ends = "" if name == "glm 4" else "</s>" if name in ("llama 2", "mistral", "r1") else "<|end|>"
     ends = "<|return|>" if name == "gpt-oss" else ends
