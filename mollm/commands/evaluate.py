@@ -131,6 +131,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
     parser.add_argument(
+        "--system-prompt",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="system prompt of conversations that have none of their own",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        default=argparse.SUPPRESS,
+        metavar="YAML",
+        help="options of the chat template, such as '{enable_thinking: false}'",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
     )
     parser.add_argument(
@@ -149,6 +161,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
+    from mollm.data.chat import ChatFormat
     from mollm.evaluation.benchmarks import find_benchmarks, general_benchmarks
     from mollm.evaluation.evaluate import evaluate, wanted_scores
     from mollm.evaluation.judges import checked_template
@@ -168,6 +181,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if tasks is not None:
         find_benchmarks(tasks)
     options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
+    system_prompt = given.get("system_prompt")
+    template_options = _template_options(given.get("chat_template_kwargs"))
     wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
     device = machine.find_device(
         given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -188,10 +203,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             judges=loaded,
             seed=arguments.seed,
             say=print,
+            system_prompt=system_prompt,
+            chat_template_kwargs=template_options,
             **options,
         )
         evaluation.write(folder)
-        _write_about(folder / "about.json", given, device)
+        chat = ChatFormat(tokenizer, template_kwargs=template_options, system_prompt=system_prompt)
+        _write_about(folder / "about.json", given, chat.identity, device)
     print(evaluation.table())
     print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
     general = arguments.out / "benchmarks.json"
@@ -216,11 +234,14 @@ def _keep_logs(logs: Path | None, out: Path) -> None:
         )
 
 
-def _write_about(path: Path, given: Mapping[str, Any], device: torch.device) -> None:
+def _write_about(
+    path: Path, given: Mapping[str, Any], chat: Mapping[str, Any], device: torch.device
+) -> None:
     from mollm.system import machine
 
     about = {
         "settings": {name: value for name, value in given.items() if name != "run"},
+        "chat": dict(chat),
         "device": machine.device_name(device),
         "versions": machine.versions(*(["lm_eval"] if "benchmarks" in given else [])),
         "commit": machine.commit(),
@@ -266,6 +287,22 @@ def _suite(given: Mapping[str, Any]) -> Suite:
         raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
     sets = {name: _data(given[name]) for name in ("retain", "holdout") if name in given}
     return load_suite(_data(given["forget"]), **sets, **shared)
+
+
+def _template_options(text: str | None) -> dict[str, Any] | None:
+    """What --chat-template-kwargs says."""
+    import yaml
+
+    try:
+        options = None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        options = text
+    if isinstance(options, dict | None):
+        return options
+    raise UsageError(
+        "chat-template-kwargs must be options by name, such as '{enable_thinking: false}', but "
+        f"got {text!r}."
+    )
 
 
 def _data(text: str) -> Any:

@@ -271,6 +271,10 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
     for name in ("forget", "retain"):
         data = settings[name]
         words += [f"--{name}", data if isinstance(data, str) else json.dumps(data)]
+    if settings.get("system_prompt"):
+        words += ["--system-prompt", settings["system_prompt"]]
+    if settings.get("chat_template_kwargs"):
+        words += ["--chat-template-kwargs", json.dumps(settings["chat_template_kwargs"])]
     return shlex.join(words)
 
 

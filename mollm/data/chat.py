@@ -1,6 +1,7 @@
 """Chat-formatted examples as token ids, with a loss on the answer tokens alone.
 
-Works with any tokenizer. One without a chat template gets the plain format
+Works with any tokenizer. A row is, token for token, what the tokenizer's chat template writes for
+the conversation; one without a chat template gets the plain format
 
     Question: {question}
     Answer: {answer}
@@ -11,20 +12,25 @@ models the padding token is the token that ends a turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from mollm.data.conversations import ASSISTANT, USER, Turn
+from mollm.data.templates import THOUGHTS, PlainWriter, Span, TemplateWriter, Writer
 from mollm.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
-_MARK = "\N{BLACK SQUARE}"
+TRAIN_ON_TURNS = ("last", "all")
+"""Which of the assistant's turns in a conversation carry a loss."""
+
+_ANSWER = Turn(ASSISTANT, "The")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class Example:
     """Words with which the assistant's turn has already begun: context without a loss."""
     closed: bool = True
     """Whether the turn ends after the answer; if so, the token that ends it carries a loss too."""
+    history: tuple[Turn, ...] = ()
+    """What was said before the question, a system prompt included."""
+    is_text: bool = False
+    """Whether this is running text, not a conversation: the answer follows the question as it is,
+    and has no end."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class Tokens:
 
     ids: list[int]
     labels: list[int]
+    closed: bool = False
+    """Whether the last label is that of the token that ends the turn."""
 
 
 @dataclass(frozen=True)
@@ -65,110 +78,330 @@ class Batch:
 class ChatFormat:
     """Writes questions and answers the way a model's tokenizer wants them.
 
+    Args:
+        tokenizer: The tokenizer.
+        template_kwargs: Keyword arguments of its `apply_chat_template`, such as
+            {"enable_thinking": False}, or {"chat_template": NAME} to choose one of several.
+        system_prompt: The system prompt of conversations that have none of their own.
+        vocabulary: How many ids the model has embeddings for; None for as many as are asked.
+        ends: Further ids that end a turn, such as those of the model's generation config.
+
     Raises:
-        UsageError: The tokenizer's chat template fails.
+        UsageError: The tokenizer's chat template fails or leaves out questions or answers, or the
+            keyword arguments are not its.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
+        vocabulary: int | None = None,
+        ends: Iterable[int] = (),
+    ) -> None:
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
         self.has_template = tokenizer.chat_template is not None
-        self._start_ids = self._find_start()
+        self._writer = _writer(tokenizer, template_kwargs or {}, system_prompt)
+        self._start_ids = _start_of(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        named = (tokenizer.eos_token_id, *tokenizer.all_special_ids, *ends)
+        self._special = {i for i in named if i is not None}
+        self._special |= {i for i, token in added.items() if token.special}
+        self._added = set(added)
         self.end_id: int | None = self._find_turn_end()
-        """The token that ends the assistant's turn."""
-        self.pad_id: int = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )
-        """The id that fills a batch; masked, so any id would do."""
+        """The token that ends the assistant's turn; None where the template writes none."""
+        stops = (self.end_id, self._find_end_between_turns(), tokenizer.eos_token_id, *ends)
+        self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None)
+        """The tokens that end a reply."""
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(i for i in candidates if i is not None and self._has(i))
+        """The id that fills a batch; masked, so any id would do that the model has."""
+        self._thoughts = _known_thoughts(tokenizer)
 
     @property
     def note(self) -> str | None:
-        """A sentence for the user where there is no template to write by."""
-        if self.has_template:
-            return None
-        name = self.tokenizer.name_or_path or "of this model"
-        return (
-            f"The tokenizer {name} has no chat template, so rows are written as "
-            f"{self.prompt('…')!r} and the answer."
-        )
+        """What the user should know about the format, in sentences."""
+        return " ".join(self._writer.notes) or None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What rows depend on besides data and tokenizer, by names.
+
+        The hash of the template, its options, the system prompt and, where the template writes
+        one, the date.
+        """
+        return self._writer.identity
 
     def prompt(self, question: str) -> str:
         """The text that ends where the assistant's answer begins."""
-        if not self.has_template:
-            return f"Question: {question}\nAnswer:"
-        return self._render([{"role": "user", "content": question}], add_generation_prompt=True)
+        text, ((start, _),) = self._writer.write([Turn(USER, question), _ANSWER], [1])
+        return text[:start]
 
-    def encode_prompt(self, question: str) -> Tokens:
-        """A question that waits for its answer; no token carries a loss."""
-        ids = self._start_ids + self._ids(self.prompt(question))
+    def encode_prompt(self, question: str | Example) -> Tokens:
+        """A question that waits for its answer; no token carries a loss.
+
+        These are the tokens that stand in a row before the first one that holds a character of the
+        answer: a space that a tokenizer joins with the answer's first word is the model's to write.
+
+        Args:
+            question: The question, or an example, whose answer is left out.
+        """
+        example = question if isinstance(question, Example) else Example(question, "")
+        answer = f" {_ANSWER.content}" if example.is_text else _ANSWER.content
+        text, ((start, end),) = self._write(replace(example, answer=answer, opening=""), "last")
+        if not example.is_text:
+            turns = [*example.history, Turn(USER, example.question), _ANSWER]
+            start = len(self._writer.asked(turns, text[:start]))
+        ids, ((first, _),) = self._tokenize(text[:end], [(start, end)])
+        ids = self._start(example) + ids[:first]
         return Tokens(ids, [IGNORE_INDEX] * len(ids))
 
-    def encode(self, example: Example) -> Tokens:
-        """Question and answer; the tokens that hold characters of the answer carry a loss."""
-        before = self.prompt(example.question)
-        if example.opening:
-            before += self._joint + example.opening
-        answer = example.answer.strip()
-        glue = self._joint if not example.opening else " "
-        ids, is_answer = self._split(before, glue + answer)
-        labels = [i if mine else IGNORE_INDEX for i, mine in zip(ids, is_answer, strict=True)]
-        if example.closed and self.end_id is not None:
-            ids, labels = [*ids, self.end_id], [*labels, self.end_id]
-        return Tokens(self._start_ids + ids, [IGNORE_INDEX] * len(self._start_ids) + labels)
+    def encode(self, example: Example, *, on_turns: str = "last") -> Tokens:
+        """An example as the template writes it, but without white space around answers.
+
+        The tokens that hold characters of the answer carry a loss, and so does the one that ends
+        its turn.
+
+        Args:
+            example: What to encode.
+            on_turns: "last", or "all" for a loss on the assistant's earlier turns too.
+
+        Raises:
+            UsageError: The template cannot write the conversation, or leaves out the answer.
+        """
+        text, spans = self._write(example, on_turns)
+        closed = example.closed and not example.is_text
+        ids, places = self._tokenize(text if closed else text[: spans[-1][1]], spans)
+        counted = {i for first, end in places for i in range(first, end)}
+        ended = False
+        for (_, end), following in zip(places, [*places[1:], (len(ids), 0)], strict=True):
+            found = self._end_after(ids, end, following[0])
+            ended = found is not None
+            counted |= {found} if found is not None else set()
+        if closed and not ended and (not self.has_template or not counted):
+            final = self._final_id
+            if final is not None:
+                counted.add(len(ids))
+                ids, ended = [*ids, final], True
+        labels = [token if i in counted else IGNORE_INDEX for i, token in enumerate(ids)]
+        start = self._start(example)
+        return Tokens(start + ids, [IGNORE_INDEX] * len(start) + labels, ended)
+
+    def encode_text(self, text: str, max_length: int) -> list[Tokens]:
+        """Running text, with a loss on every token that another one precedes.
+
+        A text that is longer than a row is cut into windows. Each begins with the last tokens of
+        the one before, a quarter of a window, as context without a loss: every token carries its
+        loss exactly once.
+
+        Args:
+            text: The text.
+            max_length: The most tokens of a window.
+
+        Raises:
+            UsageError: A window would have no room for two tokens.
+        """
+        start, ids = self._start_ids, self._ids(text)
+        room = max_length - len(start)
+        if room < 2:
+            raise UsageError(
+                f"max_length must leave room for two tokens of a text, but got {max_length}, of "
+                f"which the start of a row takes {len(start)}."
+            )
+        shared = max(1, room // 4)
+        windows, done = [], 0 if start else 1
+        while done < len(ids):
+            first = max(0, min(done - shared, len(ids) - room))
+            part = ids[first : first + room]
+            labels = [IGNORE_INDEX] * (done - first) + part[done - first :]
+            windows.append(Tokens(start + part, [IGNORE_INDEX] * len(start) + labels))
+            done = first + len(part)
+        return windows
 
     def answer_length(self, tokens: Tokens) -> int:
-        """How many tokens a closed answer has, without the one that ends the turn."""
-        counted = sum(label != IGNORE_INDEX for label in tokens.labels)
-        return counted - (self.end_id is not None)
+        """How many tokens of a row carry a loss, without the one that ends the last turn."""
+        return sum(label != IGNORE_INDEX for label in tokens.labels) - tokens.closed
 
-    def _render(self, turns: list[dict[str, str]], **options: bool) -> str:
-        from jinja2 import TemplateError
+    def refuse_unknown(self, tokens: Tokens, place: str) -> None:
+        """Refuses a row with ids that the model has no embeddings for.
 
-        try:
-            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
-        except TemplateError as error:
+        Args:
+            tokens: The row.
+            place: What the message calls it.
+
+        Raises:
+            UsageError: It has such an id.
+        """
+        unknown = next((i for i in tokens.ids if not self._has(i)), None)
+        if unknown is not None:
             raise UsageError(
-                f"the chat template of the tokenizer {self.tokenizer.name_or_path} must write a "
-                f"question and an answer, but it fails: {error}: put another into its "
-                "chat_template."
-            ) from error
-        return text
+                f"{place}: the tokenizer gives {self.tokenizer.convert_ids_to_tokens(unknown)!r} "
+                f"the id {unknown}, but the model has embeddings for {self.vocabulary} ids alone: "
+                "take the model's own tokenizer, or resize the model's embeddings."
+            )
 
-    @property
-    def _joint(self) -> str:
-        return "" if self.has_template else " "
+    def read_reply(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """What a reply says, without special tokens and without a thought that comes first.
+
+        Returns:
+            The text, and whether it ends within the thought.
+        """
+        added = self.tokenizer.get_added_vocab()
+        marks = {added.get(mark) for pair in self._thoughts for mark in pair}
+        kept = [i for i in ids if i in marks or i not in self._special]
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=False)
+        for opening, closing in self._thoughts:
+            text = text.rpartition(closing)[2]
+            answer, found, _ = text.partition(opening)
+            if found:
+                return answer, not answer.strip()
+        return text, False
+
+    def _write(self, example: Example, on_turns: str) -> tuple[str, list[Span]]:
+        """The text of an example, and where what carries a loss stands in it."""
+        if example.is_text:
+            text = example.question + example.answer
+            return text, [(len(example.question), len(text))]
+        answer = f"{example.opening} {example.answer.strip()}".strip()
+        said = [*example.history, Turn(USER, example.question), Turn(ASSISTANT, answer)]
+        turns = [
+            turn._replace(content=turn.content.strip()) if turn.role == ASSISTANT else turn
+            for turn in said
+        ]
+        answers = [len(turns) - 1]
+        if on_turns == "all":
+            answers = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT]
+        text, spans = self._writer.write(turns, answers)
+        if example.opening:  # the space before the answer is the model's to write
+            end = spans[-1][1]
+            spans[-1] = end - len(example.answer.strip()) - 1, end
+        return text, spans
+
+    def _start(self, example: Example) -> list[int]:
+        """The ids before the text of an example; a chat template writes its own."""
+        return self._start_ids if example.is_text or not self.has_template else []
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _split(self, before: str, answer: str) -> tuple[list[int], list[bool]]:
-        # The text is tokenised in one piece, as the model would write it itself: some tokenizers
-        # would put a word-start mark of their own before a lone answer.
-        if not self.tokenizer.is_fast:
-            head, tail = self._ids(before), self._ids(answer)
-            return head + tail, [False] * len(head) + [True] * len(tail)
-        encoded = self.tokenizer(
-            before + answer, add_special_tokens=False, return_offsets_mapping=True
-        )
-        ends = [end for _, end in encoded["offset_mapping"]]
-        return list(encoded["input_ids"]), [end > len(before) for end in ends]
+    def _tokenize(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
+        """The ids of a text, and from which to before which one they hold characters of each span.
 
-    def _find_start(self) -> list[int]:
-        """Ids that stand before every text; a chat template writes its own."""
-        if self.has_template or self.tokenizer.bos_token_id is None:
-            return []
-        ids: list[int] = self.tokenizer("x")["input_ids"]
-        return ids[:1] if ids[:1] == [self.tokenizer.bos_token_id] else []
+        The text is tokenised in one piece, as the model would write it itself: some tokenizers
+        would put a word-start mark of their own before a lone answer.
+        """
+        if not self.tokenizer.is_fast:
+            ids = self._ids(text)
+            return ids, [self._place_by_agreement(ids, text, span) for span in spans]
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        offsets = encoded["offset_mapping"]
+        return list(encoded["input_ids"]), [_place(offsets, span) for span in spans]
+
+    def _place_by_agreement(self, ids: list[int], text: str, span: Span) -> Span:
+        """Of a tokenizer that does not say where its tokens stand."""
+        heads = [self._ids(text[:boundary]) for boundary in span]
+        first, end = (
+            next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), None)
+            for head in heads
+        )
+        first = min(len(heads[0]), len(ids)) if first is None else first
+        end = min(len(heads[1]), len(ids)) if end is None else end + 1
+        return first, max(first, end)
+
+    def _end_after(self, ids: Sequence[int], start: int, stop: int) -> int | None:
+        """Where, from `start` and before `stop`, the token stands that ends a turn.
+
+        It is the first special one, or an added one if that comes first of all.
+        """
+        after = range(start, stop)
+        word = next((i for i in after if self.tokenizer.decode(ids[i : i + 1]).strip()), None)
+        if word is not None and ids[word] in self._added:
+            return word
+        return next((i for i in after if ids[i] in self._special), None)
 
     def _find_turn_end(self) -> int | None:
-        """The first token that the template writes after an answer, or the end-of-text token."""
-        end: int | None = self.tokenizer.eos_token_id
+        """The token that ends a turn of the assistant."""
+        self._final_id: int | None = self.tokenizer.eos_token_id
+        tokens = self.encode(Example("Hi", _ANSWER.content))
+        end = next((i for i in reversed(tokens.labels) if i != IGNORE_INDEX), None)
+        return end if tokens.closed else None
+
+    def _find_end_between_turns(self) -> int | None:
+        """The token that ends such a turn where the user goes on.
+
+        Some templates write nothing after the last answer, and the model ends it with the token
+        that begins the user's turn.
+        """
         if not self.has_template:
-            return end
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
-        after = self._ids(self._render(turns).rpartition(_MARK)[2].lstrip())
-        special = set(self.tokenizer.all_special_ids)
-        return after[0] if after and after[0] in special else end
+            return None
+        mark = "QuestionMark7"
+        turns = [Turn(USER, "Hi"), Turn(ASSISTANT, "AnswerMark7"), Turn(USER, mark)]
+        try:
+            text, spans = self._writer.write(turns, [1])
+        except UsageError:  # a template for single questions
+            return None
+        asked = text.find(mark)
+        ids, (answer, following) = self._tokenize(text, [*spans, (asked, asked + len(mark))])
+        found = None if asked < 0 else self._end_after(ids, answer[1], following[0])
+        return None if found is None else ids[found]
+
+    def _has(self, token: int) -> bool:
+        return self.vocabulary is None or token < self.vocabulary
+
+
+def ends_of(generation_config: Any) -> frozenset[int]:
+    """The ids that end a turn by a model's generation config; empty where there is none."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
+
+
+def vocabulary_of(config: Any) -> int | None:
+    """How many ids a model has embeddings for, by its configuration; None where that says none."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _writer(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], system: str | None
+) -> Writer:
+    if tokenizer.chat_template is not None:
+        return TemplateWriter(tokenizer, system, template_kwargs)
+    if template_kwargs:
+        raise UsageError(
+            f"chat_template_kwargs must go with a chat template, but got {dict(template_kwargs)} "
+            f"for the tokenizer {tokenizer.name_or_path}, which has none: leave them out."
+        )
+    return PlainWriter(tokenizer, system)
+
+
+def _start_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before every text by itself; a chat template writes its own.
+
+    Such as a BOS token, or GLM's [gMASK]<sop>.
+    """
+    ids: list[int] = tokenizer("x")["input_ids"]
+    bare: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
+    found = (i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    return ids[: next(found, 0)]
+
+
+def _known_thoughts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """The marks of thoughts that the tokenizer or its template knows."""
+    known = f"{tokenizer.chat_template} {' '.join(tokenizer.get_added_vocab())}"
+    return [pair for pair in THOUGHTS if any(mark in known for mark in pair)]
+
+
+def _place(offsets: Sequence[Span], span: Span) -> Span:
+    """From which to before which token a span of characters reaches."""
+    begins, ends = span
+    first = next((i for i, (_, end) in enumerate(offsets) if end > begins), len(offsets))
+    rest = range(first, len(offsets))
+    return first, next((i for i in rest if offsets[i][0] >= ends), len(offsets))
 
 
 def collate(rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:

@@ -1,12 +1,13 @@
-"""Records as tokens, and the order in which training sees them."""
+"""Records as tokens."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens
+from mollm.data.chat import TRAIN_ON_TURNS, ChatFormat, Example, Tokens
+from mollm.data.conversations import SYSTEM, USER
 from mollm.data.records import Record
 from mollm.errors import UsageError
 
@@ -16,6 +17,7 @@ class Encoded:
     """Records as tokens, in their order."""
 
     rows: list[Tokens]
+    """One a record, but of a long text one a window."""
     shortened: int
     """How many prompts lost their beginning."""
     notes: tuple[str, ...]
@@ -24,32 +26,58 @@ class Encoded:
 
 
 def encode_records(
-    records: Sequence[Record], chat: ChatFormat, *, max_length: int, name: str = "training"
+    records: Sequence[Record],
+    chat: ChatFormat,
+    *,
+    max_length: int,
+    name: str = "training",
+    train_on_turns: str = "last",
 ) -> Encoded:
     """Writes records in the format of a tokenizer, with a loss on the answers alone.
 
-    What the format writes around a prompt, its start included, and the answer always stay whole: of
-    a prompt that is too long, as much of the end is kept as fits.
+    What the format writes around a prompt, its start included, and the answer always stay whole. Of
+    a conversation that is too long the earliest turns are left out, after those of the system; of a
+    prompt that is still too long, as much of the end is kept as fits. Running text is cut into
+    windows, see `ChatFormat.encode_text`.
 
     Args:
         records: What to encode.
         chat: The format.
         max_length: The most tokens of a row, at most the context of the model.
         name: What the notes call the records.
+        train_on_turns: "last" for a loss on the last answer of a conversation, or "all" for one on
+            every answer.
 
     Raises:
-        UsageError: An answer leaves no room for a prompt, or has no tokens.
+        UsageError: An answer leaves no room for a prompt, or has no tokens, or tokens that the
+            model does not know; or the format cannot write a conversation.
     """
     if max_length < 1:
         raise UsageError(f"max_length must be at least 1, but got {max_length}.")
+    if train_on_turns not in TRAIN_ON_TURNS:
+        raise UsageError(
+            f"train_on_turns must be one of {', '.join(TRAIN_ON_TURNS)}, but got "
+            f"{train_on_turns!r}."
+        )
     rows, shortened = [], 0
     for record in records:
-        tokens = chat.encode(Example(record.prompt, record.answer))
-        _refuse_no_answer(record, chat, tokens)
-        if len(tokens.ids) > max_length:
-            tokens = _shorten(record, chat, max_length)
-            shortened += 1
-        rows.append(tokens)
+        if record.is_text:
+            some = chat.encode_text(record.answer, max_length)
+        else:
+            example = example_of(record)
+            tokens = _encode(example, record, chat, train_on_turns)
+            if len(tokens.ids) > max_length:
+                tokens = _shorten(example, record, chat, max_length, train_on_turns)
+                shortened += 1
+            some = [tokens]
+        if not all(chat.answer_length(tokens) > 0 for tokens in some) or not some:
+            raise UsageError(
+                f"{record.place}: the field {record.answer_field} must hold a token for the loss, "
+                f"but the tokenizer makes none of {record.answer!r}: remove the row."
+            )
+        for tokens in some:
+            chat.refuse_unknown(tokens, record.place)
+        rows += some
     notes = [] if chat.note is None else [chat.note]
     if shortened:
         notes.append(
@@ -59,29 +87,50 @@ def encode_records(
     return Encoded(rows, shortened, tuple(notes))
 
 
-def _shorten(record: Record, chat: ChatFormat, max_length: int) -> Tokens:
-    def encode(cut: int) -> Tokens:
-        return chat.encode(Example(record.prompt[cut:], record.answer))
+def example_of(record: Record) -> Example:
+    """What a record asks and answers, after what was said before."""
+    return Example(record.prompt, record.answer, history=record.history, is_text=record.is_text)
 
-    least = encode(len(record.prompt) - 1)
+
+def _encode(example: Example, record: Record, chat: ChatFormat, on_turns: str) -> Tokens:
+    try:
+        return chat.encode(example, on_turns=on_turns)
+    except UsageError as error:
+        raise UsageError(f"{record.place}: {error}") from error
+
+
+def _shorten(
+    example: Example, record: Record, chat: ChatFormat, max_length: int, on_turns: str
+) -> Tokens:
+    def encode(history: int, cut: int = 0) -> Tokens:
+        less = replace(
+            example,
+            question=example.question[cut:],
+            history=kept + example.history[history:],
+        )
+        return _encode(less, record, chat, on_turns)
+
+    turns = example.history
+    first = next((i for i, turn in enumerate(turns) if turn.role != SYSTEM), len(turns))
+    kept = turns[:first]
+    starts = [i for i in range(first + 1, len(turns)) if turns[i].role == USER]
+    for start in [*starts, len(turns)] if first < len(turns) else []:
+        tokens = encode(start)
+        if len(tokens.ids) <= max_length:
+            return tokens
+    last = len(example.question) - 1
+    least = encode(len(turns), last)
     if len(least.ids) > max_length:
-        answer = sum(label != IGNORE_INDEX for label in least.labels)
+        answer = chat.answer_length(least) + least.closed
         raise UsageError(
             f"{record.place}: the field {record.answer_field} takes {answer} tokens and the format "
             f"of its prompt {len(least.ids) - answer}, but max_length is {max_length}: shorten the "
             "answer or raise max_length."
         )
+
+    def fits(cut: int) -> bool:
+        return len(encode(len(turns), cut).ids) <= max_length
+
     # The number of tokens falls as the cut moves right, so the search asks few times. Where it
     # does not quite, the cut found still fits: every cut that the search settles on was tried.
-    cuts = range(len(record.prompt) - 1)
-    return encode(
-        bisect.bisect_left(cuts, True, key=lambda cut: len(encode(cut).ids) <= max_length)
-    )
-
-
-def _refuse_no_answer(record: Record, chat: ChatFormat, tokens: Tokens) -> None:
-    if chat.answer_length(tokens) < 1:
-        raise UsageError(
-            f"{record.place}: the field {record.answer_field} must hold a token for the loss, but "
-            f"the tokenizer makes none of {record.answer!r}: remove the row."
-        )
+    return encode(len(turns), bisect.bisect_left(range(last), True, key=fits))

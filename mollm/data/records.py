@@ -4,7 +4,11 @@ A data set has one of these schemas, told by its columns:
 
     pku-saferlhf   a prompt with two responses, each judged safe or not
     tofu           question and answer, with other answers for the evaluation where there are any
-    prompt-answer  any two columns, or `messages` with one user and one assistant turn
+    prompt-answer  any two columns; a prompt may be a list of turns
+    conversation   `messages`, or ShareGPT's `conversations`, of any number of turns
+    text           running text without a prompt, such as books and news
+
+An answer may be a list of accepted ones, each of which becomes a record.
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mollm.data.conversations import ASSISTANT, USER, Turn, read_turns, split_turns
 from mollm.data.files import read_table
 from mollm.data.table import Table, Unit, listed, shown
 from mollm.errors import UsageError
@@ -25,10 +30,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Role = Literal["forget", "retain"]
-Schema = Literal["auto", "pku-saferlhf", "tofu", "prompt-answer"]
+Schema = Literal["auto", "pku-saferlhf", "tofu", "prompt-answer", "conversation", "text"]
 
 ROLES = ("forget", "retain")
-SCHEMAS = ("auto", "pku-saferlhf", "tofu", "prompt-answer")
+SCHEMAS = ("auto", "pku-saferlhf", "tofu", "prompt-answer", "conversation", "text")
 
 _PKU = (
     "prompt",
@@ -46,7 +51,12 @@ _PAIRS = (
     ("instruction", "output"),
     ("prompt", "completion"),
 )
-_MESSAGES = "messages"
+_CONVERSATIONS = ("messages", "conversations")
+_TEXT = "text"
+ACCEPTED = "accepted_answers"
+"""In a record's `extra`: all accepted answers of its row, where there are several."""
+_ONE_COLUMN = {"conversation": _CONVERSATIONS, "text": (_TEXT,)}
+"""Columns by the schemas of which a row has but one."""
 _FLAGS = {"true": True, "false": False}
 
 
@@ -60,7 +70,9 @@ class Record:
     """
 
     prompt: str
+    """The last thing that the user says; empty for running text."""
     answer: str
+    """What the assistant says to it, or running text."""
     source: str = ""
     """The file or the data set it comes from."""
     row: int = 0
@@ -71,6 +83,10 @@ class Record:
     """The column that holds the answer."""
     extra: Mapping[str, str | list[str]] = field(default_factory=dict, hash=False)
     """What the evaluation asks for: TOFU's paraphrased_answer, perturbed_answer and the like."""
+    history: tuple[Turn, ...] = ()
+    """What was said before the prompt, a system prompt included."""
+    is_text: bool = False
+    """Whether this is running text without a prompt."""
 
     @property
     def place(self) -> str:
@@ -113,6 +129,12 @@ class _Row:
             )
         return value
 
+    def answers(self, name: str) -> list[str]:
+        """One text, or several in a list."""
+        value = self.value(name)
+        listing = value if isinstance(value, list) and value else [value]
+        return list(dict.fromkeys(self.checked(text, name) for text in listing))
+
     def flag(self, name: str) -> bool:
         value = self.value(name)
         flag = _FLAGS.get(value.lower()) if isinstance(value, str) else value
@@ -128,11 +150,32 @@ class _Row:
         answer: str,
         answer_field: str,
         extra: Mapping[str, str | list[str]] | None = None,
+        history: Sequence[Turn] = (),
     ) -> Record:
         table = self.table
         return Record(
-            prompt, answer, table.name, self.number, table.unit, answer_field, extra or {}
+            prompt,
+            answer,
+            table.name,
+            self.number,
+            table.unit,
+            answer_field,
+            extra or {},
+            tuple(history),
         )
+
+    def records(
+        self,
+        prompt: str,
+        answer_field: str,
+        extra: Mapping[str, str | list[str]] | None = None,
+        history: Sequence[Turn] = (),
+    ) -> list[Record]:
+        """A record for every accepted answer."""
+        answers, extra = self.answers(answer_field), extra or {}
+        if len(answers) > 1:
+            extra = {**extra, ACCEPTED: answers}
+        return [self.record(prompt, answer, answer_field, extra, history) for answer in answers]
 
 
 _Reader = Callable[[_Row], list[Record]]
@@ -154,10 +197,12 @@ def load_records(
         source: A .jsonl, .json, .csv or .parquet file, a folder of such files, a name on the
             Hugging Face hub, or a `datasets.Dataset`.
         role: What the records are for. Of PKU-SafeRLHF, the unsafe responses are to be forgotten
-            and the safe ones retained: up to two records a row. The other schemas give one.
+            and the safe ones retained: up to two records a row. The other schemas give one for
+            every accepted answer.
         schema: One of SCHEMAS; auto goes by the columns.
         prompt_field: The column with the prompts, where the schema does not say.
-        answer_field: The column with the answers, where the schema does not say.
+        answer_field: The column with the answers, where the schema does not say; with the schema
+            text or conversation the column with those, which needs no prompt_field.
         config: The subset of a hub data set, such as forget10.
         split: The split of a hub data set; None for train.
 
@@ -179,7 +224,7 @@ def load_records(
             raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
     named = _named(schema, prompt_field, answer_field)
     table = read_table(source, config=config, split=split)
-    read = _reader(table, schema, role, named)
+    read = _reader(table, schema, role, named, answer_field)
     records = [
         record for number, values in table.rows for record in read(_Row(table, number, values))
     ]
@@ -192,22 +237,24 @@ def load_records(
 
 
 def _named(schema: str, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
-    if prompt is None and answer is None:
+    if prompt is None and (answer is None or schema in _ONE_COLUMN):
         return None
-    if prompt is None or answer is None:
-        raise UsageError(
-            "prompt_field and answer_field must be given together, but got "
-            f"{prompt or answer!r} alone."
-        )
     if schema not in ("auto", "prompt-answer"):
         raise UsageError(
             "prompt_field and answer_field must go with the schema prompt-answer, but got "
             f"{schema}, whose fields are fixed."
         )
+    if prompt is None or answer is None:
+        raise UsageError(
+            "prompt_field and answer_field must be given together, but got "
+            f"{prompt or answer!r} alone: of a column with running text say schema text."
+        )
     return prompt, answer
 
 
-def _reader(table: Table, schema: str, role: str, named: tuple[str, str] | None) -> _Reader:
+def _reader(
+    table: Table, schema: str, role: str, named: tuple[str, str] | None, column: str | None
+) -> _Reader:
     columns = table.columns
     if named:
         _require(table, named, "as the fields of prompts and answers")
@@ -220,11 +267,15 @@ def _reader(table: Table, schema: str, role: str, named: tuple[str, str] | None)
     if schema == "tofu":
         _require(table, _TOFU, f"for the schema {schema}")
         return _read_tofu
+    if schema in _ONE_COLUMN:
+        known = _ONE_COLUMN[schema]
+        found = column or next((name for name in known if name in columns), known[0])
+        _require(table, [found], f"for the schema {schema}")
+        read = _read_text if schema == "text" else _read_conversation
+        return lambda row: read(row, found)
     for pair in _PAIRS:
         if set(pair) <= set(columns):
             return lambda row: _read_pair(row, *pair, with_input=pair[0] == "instruction")
-    if _MESSAGES in columns:
-        return _read_messages
     raise _unknown(table)
 
 
@@ -232,7 +283,12 @@ def _recognise(table: Table) -> str:
     columns = set(table.columns)
     if set(_PKU) <= columns:
         return "pku-saferlhf"
-    return "tofu" if set(_TOFU) <= columns else "prompt-answer"
+    if set(_TOFU) <= columns:
+        return "tofu"
+    if any(set(pair) <= columns for pair in _PAIRS):
+        return "prompt-answer"
+    found = (schema for schema, names in _ONE_COLUMN.items() if columns & set(names))
+    return next(found, "prompt-answer")
 
 
 def _require(table: Table, names: Sequence[str], purpose: str) -> None:
@@ -247,9 +303,9 @@ def _require(table: Table, names: Sequence[str], purpose: str) -> None:
 def _unknown(table: Table) -> UsageError:
     pairs = "; ".join(" and ".join(pair) for pair in _PAIRS)
     return UsageError(
-        f"{table.name} must have columns that tell prompts from answers ({pairs}; messages; or "
-        f"those of PKU-SafeRLHF), but its columns are {listed(table.columns)}: name the two with "
-        "prompt_field and answer_field."
+        f"{table.name} must have columns that tell prompts from answers ({pairs}; messages; "
+        f"conversations; text; or those of PKU-SafeRLHF), but its columns are "
+        f"{listed(table.columns)}: name the two with prompt_field and answer_field."
     )
 
 
@@ -272,30 +328,55 @@ def _read_tofu(row: _Row) -> list[Record]:
                 f"{shown(wrong)}."
             )
         extra["perturbed_answer"] = [row.checked(text, "perturbed_answer") for text in wrong]
-    return [row.record(row.text("question"), row.text("answer"), "answer", extra)]
+    return row.records(row.text("question"), "answer", extra)
 
 
 def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False) -> list[Record]:
+    if _holds_turns(row.value(prompt)):
+        return _read_turns(row, prompt, answer)
     text = row.text(prompt)
     # Alpaca's instructions are about what stands in a third column, where that is not blank.
-    if with_input and row.values.get("input"):
+    if with_input and str(row.values.get("input") or "").strip():
         text = f"{text}\n\n{row.text('input')}"
-    return [row.record(text, row.text(answer), answer)]
+    return row.records(text, answer)
 
 
-def _read_messages(row: _Row) -> list[Record]:
-    turns = row.value(_MESSAGES)
-    listing = turns if isinstance(turns, list) else [turns]
-    roles = [turn.get("role") if isinstance(turn, dict) else turn for turn in listing]
-    if roles != ["user", "assistant"]:
-        raise UsageError(
-            f"{row.place}: the field messages must hold one user turn and one assistant turn, "
-            f"but got {shown(roles)}."
-        )
-    prompt, answer = (
-        row.checked(turn.get("content"), f"messages[{i}].content") for i, turn in enumerate(turns)
+def _holds_turns(value: Any) -> bool:
+    """Whether a field has turns, in a list or as columns, and not a text or texts."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
     )
-    return [row.record(prompt, answer, _MESSAGES)]
+
+
+def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
+    """A prompt that is a list of turns, as TRL has it; its answer may be one, of a single turn."""
+    turns = read_turns(row.value(prompt), prompt, row.place, row.checked)
+    if not turns or turns[-1].role != USER:
+        raise UsageError(
+            f"{row.place}: the field {prompt} must end with a turn of the user, but got "
+            f"{shown([turn.role for turn in turns])}."
+        )
+    *history, question = turns
+    said = row.value(answer)
+    if not _holds_turns(said):
+        return row.records(question.content, answer, history=history)
+    replies = read_turns(said, answer, row.place, row.checked)
+    if [turn.role for turn in replies] != [ASSISTANT]:
+        raise UsageError(
+            f"{row.place}: the field {answer} must hold one turn of the assistant, but got "
+            f"{shown([turn.role for turn in replies])}."
+        )
+    return [row.record(question.content, replies[0].content, answer, history=history)]
+
+
+def _read_conversation(row: _Row, name: str) -> list[Record]:
+    turns = read_turns(row.value(name), name, row.place, row.checked)
+    history, question, answer = split_turns(turns, name, row.place)
+    return [row.record(question.content, answer.content, name, history=history)]
+
+
+def _read_text(row: _Row, name: str) -> list[Record]:
+    return [replace(row.record("", row.text(name), name), is_text=True)]
 
 
 @dataclass(frozen=True)
@@ -331,14 +412,14 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
     Raises:
         UsageError: More than half of the records to forget are also to be retained.
     """
-    kept_pairs = {(_normalised(record.prompt), _normalised(record.answer)) for record in retain}
-    kept_prompts = {prompt for prompt, _ in kept_pairs}
+    kept_pairs = {(_asked(record), _normalised(record.answer)) for record in retain}
+    kept_prompts = {asked for asked, _ in kept_pairs}
     pairs = prompts = 0
     for record in forget:
-        prompt = _normalised(record.prompt)
-        if (prompt, _normalised(record.answer)) in kept_pairs:
+        asked = _asked(record)
+        if (asked, _normalised(record.answer)) in kept_pairs:
             pairs += 1
-        elif prompt in kept_prompts:
+        elif asked in kept_prompts and not record.is_text:
             prompts += 1
     if 2 * pairs > len(forget):
         raise UsageError(
@@ -346,6 +427,12 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
             f"{len(forget)} are: check that forget and retain are not the same data."
         )
     return Overlap(len(forget), pairs, prompts)
+
+
+def _asked(record: Record) -> str:
+    """What was said until the answer."""
+    said = [text for turn in record.history for text in turn]
+    return _normalised("\n".join([*said, record.prompt]))
 
 
 def _normalised(text: str) -> str:
@@ -359,6 +446,11 @@ def content_hash(records: Sequence[Record]) -> str:
     """
     digest = hashlib.sha256()
     for record in records:
-        said = {"prompt": record.prompt, "answer": record.answer, "extra": dict(record.extra)}
+        said: dict[str, Any] = {"prompt": record.prompt, "answer": record.answer}
+        said["extra"] = dict(record.extra)
+        if record.history:
+            said["history"] = record.history
+        if record.is_text:
+            said["is_text"] = True
         digest.update(json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,23 @@ from mollm.data.records import Record, Role, check_overlap, content_hash, load_r
 from mollm.errors import UsageError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     Data: TypeAlias = (
-        str | Path | Mapping[str, Any] | Sequence[Record] | Sequence[dict[str, Any]] | Dataset
+        str
+        | Path
+        | Mapping[str, Any]
+        | Sequence[Record]
+        | Sequence[dict[str, Any]]
+        | Dataset
+        | IterableDataset
     )
 
 _EVAL = "eval "
+
+STREAMED_ROWS = 100_000
+"""The most rows of a streaming data set: all rows of a run are held in memory, since every epoch
+shuffles all of them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ def read_data(
     evaluate: Mapping[str, Data] | None,
     chat: ChatFormat,
     max_length: int,
+    train_on_turns: str = "last",
 ) -> TrainingData:
     """Reads all sets of a run.
 
@@ -54,6 +66,7 @@ def read_data(
         evaluate: Sets "forget" and "retain", or one of them, to evaluate on.
         chat: The format of the model.
         max_length: The most tokens of a row.
+        train_on_turns: As for `encode_records`.
 
     Raises:
         UsageError: A set cannot be read, has a row that does not fit, or forget and retain overlap
@@ -64,7 +77,9 @@ def read_data(
         records[f"{_EVAL}{name}"] = records_of(data, role_of(name))
     overlap = check_overlap(records["forget"], records["retain"]).note
     encoded = {
-        name: encode_records(rows, chat, max_length=max_length, name=name)
+        name: encode_records(
+            rows, chat, max_length=max_length, name=name, train_on_turns=train_on_turns
+        )
         for name, rows in records.items()
     }
     notes = [overlap, *(note for each in encoded.values() for note in each.notes)]
@@ -81,8 +96,10 @@ def read_data(
 def records_of(data: Data, role: Role) -> list[Record]:
     """One set, as MOLLMTrainer takes it.
 
+    Of a streaming data set at most STREAMED_ROWS rows are read.
+
     Raises:
-        UsageError: It cannot be read, or is empty.
+        UsageError: It cannot be read, is empty, or is a stream of more rows.
     """
     if isinstance(data, Mapping):
         options: dict[str, Any] = dict(data)
@@ -100,7 +117,25 @@ def records_of(data: Data, role: Role) -> list[Record]:
             ) from error
     if isinstance(data, Sequence) and not isinstance(data, str):
         return _listed(data, role)
+    if not isinstance(data, str | Path) and _is_stream(data):
+        return _listed(_first_rows(data, role), role)
     return load_records(data, role=role)
+
+
+def _is_stream(data: Any) -> bool:
+    from datasets import IterableDataset
+
+    return isinstance(data, IterableDataset)
+
+
+def _first_rows(stream: Any, role: Role) -> list[dict[str, Any]]:
+    rows = list(itertools.islice(stream, STREAMED_ROWS + 1))
+    if len(rows) > STREAMED_ROWS:
+        raise UsageError(
+            f"the {role} data must have at most {STREAMED_ROWS} rows where it is streamed, but "
+            f"has more: take a part of it, with .shuffle(seed=0).take({STREAMED_ROWS})."
+        )
+    return rows
 
 
 def _listed(rows: Sequence[Any], role: Role) -> list[Record]:

@@ -1,52 +1,392 @@
-"""Chat templates, which come with a model and are programs: whether they end."""
+"""Conversations as text: by a tokenizer's chat template, or plainly where it has none.
+
+A writer gives the whole text of a conversation and says where in it an answer stands, whatever the
+template puts before it or makes of it. An answer is found by rendering the conversation once as it
+is and once with a mark in the answer's place: what the two texts have in common before and after
+the mark is the template's, and what stands between is the answer.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn
 from mollm.errors import UsageError
-from mollm.system.child import why_not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SECONDS = 5.0
-_BYTES = 1 << 30
-_QUESTION = {"role": "user", "content": "What is the capital of Peru, and who said so in 1821?"}
-_ANSWER = {"role": "assistant", "content": "It is Lima.\n"}
+Span = tuple[int, int]
+"""From the first character to behind the last one."""
+
+DATE = datetime(2024, 7, 26)
+"""The day that every chat template is told it is: metrics, a run that is resumed and the logs of
+another model would otherwise depend on the day. It is the date that Llama 3's template writes
+where nobody tells it another one."""
+
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+)
+"""How chat models mark where a thought begins and ends."""
+
+_DIRECTIVES = "aAbBcdDeFGhHIjmMpRSTuUVwWxXyYzZ"
+_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What expressions of a template raise, besides Jinja's own errors."""
+_RESERVED = {
+    "conversation",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "strftime_now",
+}
+_NAME = "chat_template"
 
 
-def vet_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tries a tokenizer out on a short conversation, in a process with a limit of time and memory.
+class Writer(Protocol):
+    """Writes conversations as text."""
 
-    A template can loop for ever, and so can the patterns of a tokenizer. Where this returns, both
-    have ended once, on a question alone and on one with its answer.
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the text depends on besides the conversation, by names for an error message."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that the user should see."""
+        ...
+
+    def asked(self, turns: Sequence[Turn], before: str) -> str:
+        """How much of the text before the last turn, an answer, the model is asked with."""
+        ...
+
+    def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
+        """The text of a conversation, and where in it the turns numbered `answers` stand.
+
+        Raises:
+            UsageError: The conversation cannot be written, or a turn is not in its text.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PlainWriter:
+    """Question and answer as plain text, for a tokenizer without a chat template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Writer`."""
+        return _identity(system_prompt=self.system_prompt)
+
+    @property
+    def notes(self) -> list[str]:
+        """See `Writer`."""
+        name = self.tokenizer.name_or_path or "of this model"
+        return [
+            f"The tokenizer {name} has no chat template, so rows are "
+            r"written as 'Question: …\nAnswer:' and the answer."
+        ]
+
+    def asked(self, turns: Sequence[Turn], before: str) -> str:
+        """See `Writer`."""
+        return before
+
+    def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
+        """See `Writer`; the space before an answer is part of it, for the model is to write it."""
+        text, spans = "", {}
+        for place, turn in enumerate(_with_system(turns, self.system_prompt)):
+            text += "\n\n" if text and turn.role != ASSISTANT else ""
+            start = len(text)
+            if turn.role == USER:
+                text += f"Question: {turn.content}\nAnswer:"
+            elif turn.role == ASSISTANT:
+                text += f" {turn.content.strip()}".rstrip()
+            else:
+                text += turn.content
+            spans[place] = start, len(text)
+        shift = len(spans) - len(turns)
+        return text, [spans[place + shift] for place in answers]
+
+
+@dataclass
+class TemplateWriter:
+    """Writes what the chat template of a tokenizer writes.
 
     Raises:
-        UsageError: The template or the tokenizer fails or takes too long or too much memory.
+        UsageError: The template fails, or leaves out questions or answers; or an option is none of
+            the template's.
     """
-    template = tokenizer.chat_template
 
-    def write() -> None:
-        texts = ["Question: What is it?\nAnswer: It is Lima."]
-        if template is not None:
-            for turns, opened in (([_QUESTION], True), ([_QUESTION, _ANSWER], False)):
-                texts.append(
-                    str(
-                        tokenizer.apply_chat_template(
-                            turns, tokenize=False, add_generation_prompt=opened
-                        )
-                    )
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `apply_chat_template`: what the template reads, or `chat_template`, the
+    name of one where the tokenizer has several."""
+
+    def __post_init__(self) -> None:
+        self.options = dict(self.options)
+        self._template = self._choose(self.options.pop(_NAME, None))
+        for name in self.options:
+            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", self._template):
+                raise UsageError(
+                    "chat_template_kwargs must hold what the chat template of the tokenizer "
+                    f"{self.tokenizer.name_or_path} reads, but got {name!r}: leave it out."
                 )
-        for text in texts:
-            tokenizer(text, add_special_tokens=False)
+        self._dated = _dated(self._template)
+        self._in_parts = False
+        self._takes_system = True
+        self._folded = False
+        self._examine()
 
-    import jinja2.sandbox  # noqa: F401  # not in the copy of this process, which has no locks
-
-    reason = why_not(write, _SECONDS, _BYTES)
-    if reason is not None:
-        what = "tokenizer" if template is None else "chat template of the tokenizer"
-        raise UsageError(
-            f"the {what} {tokenizer.name_or_path} must write a question and an answer, but it "
-            f"fails: {reason}: put another into its chat_template, or choose another model."
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Writer`."""
+        read = re.search(r"\b(strftime_now|date_string)\b", self._template)
+        return _identity(
+            template=hashlib.sha256(self._template.encode()).hexdigest(),
+            options=dict(self.options) or None,
+            system_prompt=self.system_prompt,
+            date=DATE.date().isoformat() if read else None,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """See `Writer`."""
+        notes = []
+        turns = [Turn(USER, "Who?"), Turn(ASSISTANT, "Me.")]
+        text, ((start, _),) = self.write(turns, [1])
+        asked, answered = self._prompt(turns[:1]), text[:start]
+        if asked.rstrip() != answered.rstrip():
+            notes.append(
+                f"The chat template asks for a reply with {_ending(asked)!r}, but writes an "
+                f"answer after {_ending(answered)!r}: the model is asked as it is trained, with "
+                "the latter, and its replies to the former are not measured."
+            )
+        if self._folded or not (self._takes_system or self.system_prompt is None):
+            notes.append(
+                "The chat template takes no system prompt, so it stands at the beginning of the "
+                "first question."
+            )
+        return notes
+
+    def asked(self, turns: Sequence[Turn], before: str) -> str:
+        """See `Writer`: all but spaces, which are the model's to write, if it is not told them."""
+        prompt = self._prompt(turns[:-1])
+        if before.startswith(prompt) and not before[len(prompt) :].strip():
+            return prompt
+        return before.rstrip(" ")
+
+    def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
+        """See `Writer`."""
+        written = self._with_system(turns)
+        shift = len(written) - len(turns)  # of turns that follow a question
+        places = [place + shift for place in answers]
+        if len(places) == 1 and not written[places[0]].content.strip():
+            # A template may leave out the turn of an answer that is blank.
+            before, after = self._around(written, places[0], 0)
+            return before + after, [(len(before), len(before))]
+        text = self._render(written)
+        return text, [self._find(text, written, place) for place in places]
+
+    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        written = _with_system(turns, self.system_prompt)
+        if self._takes_system or written[0].role != SYSTEM:
+            return written
+        self._folded = True
+        system, first, *rest = written
+        if first.role != USER:
+            return [Turn(USER, system.content), first, *rest]
+        return [Turn(USER, f"{system.content}\n\n{first.content}"), *rest]
+
+    def _find(self, text: str, turns: Sequence[Turn], place: int) -> Span:
+        """Where the turn stands in the text that it was rendered to."""
+        answer = turns[place].content
+        thought, cut = _thought_of(answer)
+        for kept in (0, cut) if cut else (0,):
+            before, after = self._around(turns, place, kept)
+            start, end = len(before), len(text) - len(after)
+            if start > end or not (text.startswith(before) and text.endswith(after)):
+                continue
+            if not text[start:end].strip():
+                break
+            known = text.rfind(thought, 0, start) if kept and thought else -1
+            return (start if known < 0 else known), end
+        raise UsageError(
+            f"the chat template of the tokenizer {self.tokenizer.name_or_path} must write every "
+            f"answer, but it leaves out {answer[:60]!r}, or writes other words around it than "
+            "around others: change the answer or leave it out."
+        )
+
+    def _around(self, turns: Sequence[Turn], place: int, kept: int) -> tuple[str, str]:
+        """What the template writes before and after a turn, of which `kept` characters stay."""
+        mark = _unused_mark(turns)
+        marked = list(turns)
+        marked[place] = Turn(turns[place].role, turns[place].content[:kept] + mark)
+        before, found, after = self._render(marked).partition(mark)
+        if not found:
+            self._refuse(turns[place].role)
+        return before, after
+
+    def _render(self, turns: Sequence[Turn], **options: bool) -> str:
+        from jinja2 import TemplateError
+
+        messages = [
+            {
+                "role": turn.role,
+                "content": [{"type": "text", "text": turn.content}]
+                if self._in_parts
+                else turn.content,
+            }
+            for turn in turns
+        ]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._dated, tokenize=False, **self.options, **options
+            )
+        except (TemplateError, *_FAILURES) as error:
+            raise UsageError(
+                f"the chat template of the tokenizer {self.tokenizer.name_or_path} must write a "
+                f"question and an answer, but it fails: {error}: put another into its "
+                "chat_template."
+            ) from error
+        return text
+
+    def _prompt(self, turns: Sequence[Turn]) -> str:
+        """The generation prompt: with what the template asks for a reply."""
+        return self._render(self._with_system(turns), add_generation_prompt=True)
+
+    def _choose(self, name: Any) -> str:
+        """The template itself, of several the one of that name."""
+        own: Any = self.tokenizer.chat_template
+        if not isinstance(own, Mapping):
+            if name is None:
+                return str(own)
+            raise UsageError(
+                f"the tokenizer {self.tokenizer.name_or_path} must have named chat templates for "
+                f"a chat_template to be chosen, but it has one without a name, and got {name!r}."
+            )
+        chosen = name if name is not None else next(iter(own)) if len(own) == 1 else "default"
+        if chosen not in own:
+            raise UsageError(
+                f"the tokenizer {self.tokenizer.name_or_path} has the chat templates "
+                f"{', '.join(sorted(own))}, but none of the name {chosen!r}: choose one with "
+                "chat_template_kwargs={chat_template: NAME}."
+            )
+        return str(own[chosen])
+
+    def _examine(self) -> None:
+        """Finds out what the template can do; refuses one that cannot be used."""
+        question, answer, system = (f"{word}Mark7" for word in ("Question", "Answer", "System"))
+        turns = [Turn(USER, question), Turn(ASSISTANT, answer)]
+
+        def missing() -> str | None:
+            text = self._render(turns)
+            return next((turn.role for turn in turns if turn.content not in text), None)
+
+        lost, failure = None, None
+        for self._in_parts in (False, True):
+            # Templates of models for images and text may want a list of parts.
+            try:
+                lost = missing()
+            except UsageError as error:
+                failure = failure or error
+                continue
+            if lost is None:
+                break
+        else:
+            if failure is not None:
+                raise failure
+            self._refuse(lost or USER)
+        try:
+            self._takes_system = system in self._render([Turn(SYSTEM, system), *turns])
+        except UsageError:
+            self._takes_system = False
+
+    def _refuse(self, role: str) -> None:
+        lost = {USER: "question", ASSISTANT: "answer"}.get(role, role)
+        raise UsageError(
+            f"the chat template of the tokenizer {self.tokenizer.name_or_path} must write a "
+            f"question and an answer, but it leaves out the {lost}: put another into its "
+            "chat_template."
+        )
+
+
+def _identity(
+    *,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
+    date: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "chat template": template,
+        "chat_template_kwargs": options,
+        "system_prompt": system_prompt,
+        "date in the chat template": date,
+    }
+
+
+def _with_system(turns: Sequence[Turn], prompt: str | None) -> list[Turn]:
+    """The conversation with a system prompt, unless it has one of its own."""
+    if prompt is None or turns[0].role == SYSTEM:
+        return list(turns)
+    return [Turn(SYSTEM, prompt), *turns]
+
+
+def _thought_of(answer: str) -> tuple[str, int]:
+    """The words of the thought with which an answer begins, and where it ends; 0 for none."""
+    for opening, closing in THOUGHTS:
+        thought, found, _ = answer.rpartition(closing)
+        if found:
+            return thought.strip().removeprefix(opening).strip(), len(thought) + len(closing)
+    return "", 0
+
+
+def _unused_mark(turns: Sequence[Turn]) -> str:
+    mark = "AnswerMark7"
+    while any(mark in turn.content for turn in turns):
+        mark += "x"
+    return mark
+
+
+def _ending(text: str) -> str:
+    return text[-32:]
+
+
+def _dated(template: str) -> str:
+    """The template with its clock stopped at DATE.
+
+    Jinja finds a macro before a global function of the same name.
+    """
+    if "strftime_now" not in template:
+        return template
+    days = {f"%{d}": DATE.strftime(f"%{d}") for d in _DIRECTIVES}
+    bare = {f"%-{d[1:]}": text.lstrip("0") or "0" for d, text in days.items()}
+    filters = "".join(
+        f' | replace("{directive}", "{text}")'
+        for directive, text in {**bare, **days, "%%": "%"}.items()
+    )
+    macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro %}"
+    return f"{macro}\n{template}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mollm.data.chat import ChatFormat
+from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.generation import MAX_NEW_TOKENS
@@ -33,6 +33,8 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     resamples: int = 1000,
     seed: int = 0,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     say: Say = lambda text: None,
 ) -> Evaluation:
     """Evaluates a model on a suite, in training too: no gradient, no change of mode or of seeds.
@@ -52,6 +54,8 @@ def evaluate(
         max_new_tokens: Where a reply is cut off.
         resamples: Resamples of each confidence interval.
         seed: Of the resampling.
+        system_prompt: Of conversations that have none of their own.
+        chat_template_kwargs: Options of the chat template, such as {"enable_thinking": False}.
         say: Called with a line of progress.
 
     Raises:
@@ -70,7 +74,13 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         resamples=resamples,
     )
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(
+        tokenizer,
+        template_kwargs=chat_template_kwargs,
+        system_prompt=system_prompt,
+        vocabulary=vocabulary_of(model.config),
+        ends=ends_of(model.generation_config),
+    )
     if chat.note is not None:
         say(chat.note)
     examiner = Examiner(

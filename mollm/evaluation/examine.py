@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mollm.data.chat import ChatFormat, Example, Tokens
+from mollm.data.chat import ChatFormat, Tokens
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
 from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply, generate_replies
@@ -59,7 +59,8 @@ class Examiner:
             texts = [row.answer]
             texts += [*_choices(row)] if wanted & _WRONG else []
             for text in texts:
-                tokens = self._encode(row.question, text)
+                tokens = self.chat.encode(row.example(text))
+                self.chat.refuse_unknown(tokens, f"the row {row.question!r} of the set {group}")
                 if self.chat.answer_length(tokens) < 1:
                     raise UsageError(
                         f"every answer of the set {group} must hold a token, but the tokenizer "
@@ -71,7 +72,7 @@ class Examiner:
                         f"{context} tokens, but {row.question!r} takes {len(tokens.ids)} with an "
                         "answer: shorten it or leave it out."
                     )
-            length = len(self.chat.encode_prompt(row.question).ids) if asks else 0
+            length = len(self.chat.encode_prompt(row.asked).ids) if asks else 0
             if asks and length + self.max_new_tokens > context:
                 raise UsageError(
                     f"max_new_tokens must leave room for the questions in the model's context of "
@@ -98,12 +99,16 @@ class Examiner:
         ]
 
     def _answers(self, rows: Sequence[Row]) -> list[Scores]:
-        scored = self._score(self.model, [self._encode(row.question, row.answer) for row in rows])
-        return [self._answer(row, tokens) for row, tokens in zip(rows, scored, strict=True)]
+        encoded = [self.chat.encode(row.example(row.answer)) for row in rows]
+        scored = self._score(self.model, encoded)
+        return [
+            self._answer(row, tokens, closed=row_tokens.closed)
+            for row, tokens, row_tokens in zip(rows, scored, encoded, strict=True)
+        ]
 
-    def _answer(self, row: Row, tokens: TokenScores) -> Scores:
+    def _answer(self, row: Row, tokens: TokenScores, *, closed: bool) -> Scores:
         nll = tokens.mean_nll
-        words = tokens if self.chat.end_id is None else tokens.without_last()
+        words = tokens.without_last() if closed else tokens
         return {
             "nll": nll,
             "probability": float(metrics.probability([nll])[0]),
@@ -115,7 +120,7 @@ class Examiner:
         }
 
     def _wrong(self, rows: Sequence[Row], answer_nll: Sequence[float]) -> list[Scores]:
-        encoded = [self._encode(row.question, text) for row in rows for text in _choices(row)]
+        encoded = [self.chat.encode(row.example(text)) for row in rows for text in _choices(row)]
         scored = iter(self._score(self.model, encoded))
         scores = []
         for row, nll in zip(rows, answer_nll, strict=True):
@@ -132,7 +137,7 @@ class Examiner:
         return scores
 
     def _kl(self, rows: Sequence[Row]) -> list[Scores]:
-        encoded = [self._encode(row.question, row.answer) for row in rows]
+        encoded = [self.chat.encode(row.example(row.answer)) for row in rows]
         kl = kl_to_original(
             self.model,
             self._original(),
@@ -143,13 +148,20 @@ class Examiner:
         return [{"kl": float(value)} for value in kl]
 
     def _ask(self, rows: Sequence[Row]) -> list[Reply]:
-        return generate_replies(
+        replies = generate_replies(
             self.model,
             self.chat,
-            [row.question for row in rows],
+            [row.asked for row in rows],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
+        thinking = sum(reply.thinking for reply in replies)
+        if thinking:
+            self.say(
+                f"{thinking} of {len(replies)} replies were cut off within a thought, and count as "
+                "empty: raise max_new_tokens, or switch thinking off with chat_template_kwargs."
+            )
+        return replies
 
     def _replies(
         self, rows: Sequence[Row], replies: Sequence[Reply], wanted: set[str]
@@ -157,7 +169,10 @@ class Examiner:
         pairs = list(zip(rows, replies, strict=True))
         scores: list[Scores] = [
             {
-                "rouge_l": metrics.rouge_l_recall(reply.text, row.answer),
+                "rouge_l": max(
+                    metrics.rouge_l_recall(reply.text, answer)
+                    for answer in row.accepted_answers or (row.answer,)
+                ),
                 "repetition": metrics.repetition(reply.text),
             }
             for row, reply in pairs
@@ -165,7 +180,7 @@ class Examiner:
         if wanted & _ORIGINAL_REPLY:
             # A reply that was cut off did not end its turn; an empty one did, at once.
             encoded = [
-                self._encode(row.question, reply.text, closed=reply.complete or not reply.text)
+                self.chat.encode(row.example(reply.text, closed=reply.complete or not reply.text))
                 for row, reply in pairs
             ]
             scored = self._score(self._original(), encoded)
@@ -187,9 +202,6 @@ class Examiner:
 
     def _score(self, model: PreTrainedModel, rows: Sequence[Tokens]) -> list[TokenScores]:
         return score_rows(model, rows, pad_id=self.chat.pad_id, batch_size=self.batch_size)
-
-    def _encode(self, question: str, answer: str, *, closed: bool = True) -> Tokens:
-        return self.chat.encode(Example(question, answer, closed=closed))
 
 
 def offers(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mollm.data.chat import ChatFormat, collate
+from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
 from mollm.models.precision import autocast
@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 200
 def generate_replies(
     model: PreTrainedModel,
     chat: ChatFormat,
-    questions: Sequence[str],
+    questions: Sequence[str | Example],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
@@ -31,12 +31,12 @@ def generate_replies(
     """Greedy replies to `questions`, in their order, padded on the left.
 
     Questions of like length are answered together. Every run of white space in a reply becomes one
-    space.
+    space, and a thought that comes before the answer is left out.
 
     Args:
         model: A causal language model; its training mode is put back at the end.
         chat: The format of its tokenizer.
-        questions: What to ask, each in a conversation of its own.
+        questions: What to ask, each in a conversation of its own; of an example all but the answer.
         max_new_tokens: Where a reply is cut off.
         batch_size: Questions that are answered together.
 
@@ -46,7 +46,8 @@ def generate_replies(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but got {value}.")
-    order = sorted(range(len(questions)), key=lambda place: -len(questions[place]))
+    lengths = [len(q if isinstance(q, str) else q.question) for q in questions]
+    order = sorted(range(len(questions)), key=lambda place: -lengths[place])
     with in_evaluation_mode(model):
         replies = ask(
             model,
@@ -66,6 +67,8 @@ class Reply:
     text: str
     complete: bool
     """Whether the model ended its turn before the limit on new tokens."""
+    thinking: bool = False
+    """Whether the limit came within a thought, so that there is no answer."""
 
     def __str__(self) -> str:
         return self.text if self.complete else f"{self.text} …"
@@ -75,20 +78,24 @@ class Reply:
 def ask(
     model: PreTrainedModel,
     chat: ChatFormat,
-    texts: Sequence[str],
+    texts: Sequence[str | Example],
     *,
     max_new_tokens: int = 16,
     batch_size: int = 40,
 ) -> list[Reply]:
     """Greedy answers to `texts`, in their order.
 
+    The model is asked with what precedes an answer in a row to train on. A reply ends at any token
+    that ends a turn by the chat template, the tokenizer or the model's generation config.
+
     Args:
         model: A causal language model.
         chat: The format of its tokenizer.
-        texts: Questions.
+        texts: Questions, or examples whose answers are left out.
         max_new_tokens: Where an answer is cut off.
         batch_size: Questions that are answered together, padded on the left.
     """
+    stops = chat.stop_ids | ends_of(model.generation_config)
     replies: list[Reply] = []
     for start in range(0, len(texts), batch_size):
         rows = [chat.encode_prompt(text) for text in texts[start : start + batch_size]]
@@ -100,16 +107,14 @@ def ask(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=chat.pad_id,
-                eos_token_id=chat.end_id,
+                eos_token_id=sorted(stops) or None,
             )
         answers = written[:, batch.input_ids.shape[1] :].tolist()
-        replies += [_read(chat, answer) for answer in answers]
+        replies += [_read(chat, answer, stops) for answer in answers]
     return replies
 
 
-def _read(chat: ChatFormat, ids: list[int]) -> Reply:
-    complete = chat.end_id in ids
-    if complete:
-        ids = ids[: ids.index(chat.end_id)]  # type: ignore[arg-type]
-    text: str = chat.tokenizer.decode(ids, skip_special_tokens=True)
-    return Reply(" ".join(text.split()), complete)
+def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    text, thinking = chat.read_reply(ids[:end])
+    return Reply(" ".join(text.split()), end is not None, thinking)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mollm.data import records as data
+from mollm.data.chat import Example
+from mollm.data.conversations import Turn
 from mollm.data.sets import records_of
 from mollm.errors import UsageError
 from mollm.evaluation.records import Record, read_records
@@ -19,6 +22,8 @@ _ENDINGS = (".jsonl", ".json", ".parquet")
 _ON_HUB = "locuslab/TOFU"
 _PARAPHRASED = "paraphrased_answer"
 _WRONG = "perturbed_answer"
+_WORDS = 400
+"""Of a running text, how many words are asked about."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,23 @@ class Row:
     """The answer in the words of the perturbed answers; where None, the answer stands for it."""
     perturbed_answers: tuple[str, ...] = ()
     """Wrong answers: in the same words, or the other choices of a multiple-choice question."""
+    accepted_answers: tuple[str, ...] = ()
+    """All right answers, where there are several: a reply is compared with the nearest one."""
+    history: tuple[Turn, ...] = ()
+    """What was said before the question, a system prompt included."""
+    is_text: bool = False
+    """Whether question and answer are the two halves of a running text."""
+
+    @property
+    def asked(self) -> str | Example:
+        """What the model is asked, for `generate_replies`."""
+        return self.example("") if self.history or self.is_text else self.question
+
+    def example(self, answer: str, *, closed: bool = True) -> Example:
+        """The question with an answer, to be encoded."""
+        return Example(
+            self.question, answer, closed=closed, history=self.history, is_text=self.is_text
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,9 @@ def load_suite(
     """Reads the data that a model was unlearned with, given as to MOLLMTrainer.
 
     Of PKU-SafeRLHF the forget set is the unsafe responses, the retain set the safe ones. Rows with
-    question, answer and perturbed_answer, a list of wrong answers, allow the truth ratio.
+    question, answer and perturbed_answer, a list of wrong answers, allow the truth ratio. Running
+    text is asked for its continuation: of its first 400 words half are the question, and half the
+    answer.
 
     Args:
         forget: What was to be forgotten.
@@ -115,7 +139,11 @@ def load_suite(
 
     def read(source: Data, role: data.Role) -> tuple[Row, ...]:
         records = records_of(source, role)[:limit]
-        return tuple(_row(record, (_WRONG, _PARAPHRASED), required=False) for record in records)
+        return tuple(
+            _row(record, (_WRONG, _PARAPHRASED), required=False)
+            for record in records
+            if record.answer in record.extra.get(data.ACCEPTED, [record.answer])[:1]
+        )
 
     return Suite(
         forget=read(forget, "forget"),
@@ -203,4 +231,25 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
             "TOFU names *_perturbed."
         )
     other, wrong = found.get(_PARAPHRASED), found.get(_WRONG)
-    return Row(record.prompt, record.answer, str(other) if other else None, tuple(wrong or ()))
+    question, answer = _halves(record) if record.is_text else (record.prompt, record.answer)
+    return Row(
+        question,
+        answer,
+        str(other) if other else None,
+        tuple(wrong or ()),
+        tuple(record.extra.get(data.ACCEPTED, ())),
+        record.history,
+        record.is_text,
+    )
+
+
+def _halves(record: data.Record) -> tuple[str, str]:
+    """The beginning of a text, and as many words that go on from there."""
+    words = re.findall(r"\s*\S+", record.answer)[:_WORDS]
+    if len(words) < 2:
+        raise UsageError(
+            f"{record.place}: the field {record.answer_field} must hold at least two words, for "
+            f"the model is asked how the text goes on, but got {record.answer!r}: remove the row."
+        )
+    half = len(words) // 2
+    return "".join(words[:half]), "".join(words[half:])

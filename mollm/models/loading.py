@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mollm.data.templates import vet_template
+from mollm.data.vetting import vet_template
 from mollm.errors import UsageError
 from mollm.models.checks import (
     check_config,

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from mollm.data.chat import TRAIN_ON_TURNS
 from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
@@ -122,6 +123,17 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         },
     )
     max_length: int = field(default=1024, metadata={"help": "most tokens of a row"})
+    train_on_turns: str = field(
+        default="last",
+        metadata={"help": "last or all: which answers of a conversation carry a loss"},
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "of conversations that have none of their own"}
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "options of the chat template, such as {enable_thinking: false}"},
+    )
     padding_side: str = field(default="right", metadata={"help": "left or right"})
     dtype: str = field(
         default="float32", metadata={"help": "of the weights of a model given by name"}
@@ -164,6 +176,15 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
+        _one_of("train_on_turns", self.train_on_turns, TRAIN_ON_TURNS)
+        for name, kind, what in (
+            ("system_prompt", str, "a text"),
+            ("chat_template_kwargs", dict, "options by name"),
+        ):
+            if not isinstance(getattr(self, name), kind | None):
+                raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
+        if not 0 < self.uce_eps < 1:
+            raise UsageError(f"uce_eps must be between 0 and 1, but got {self.uce_eps}.")
         self.quantization = self.quantization or None
         if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
+    GenerationConfig,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -25,7 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from mollm.data.chat import Batch, ChatFormat, Tokens, collate
+from mollm.data.chat import Batch, ChatFormat, Tokens, collate, ends_of, vocabulary_of
 from mollm.data.encoding import encode_records
 from mollm.data.samplers import PairSampler, RowSampler
 from mollm.data.sets import read_data, records_of, role_of
@@ -264,12 +265,18 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                     "None: pass its tokenizer."
                 )
             tokenizer = loading.load_tokenizer(source)
-        self._chat = ChatFormat(tokenizer)
         config = loading.load_config(model)[0] if isinstance(model, str) else model.config
+        self._chat = ChatFormat(
+            tokenizer,
+            template_kwargs=args.chat_template_kwargs,
+            system_prompt=args.system_prompt,
+            vocabulary=vocabulary_of(config),
+            ends=ends_of(_generation_config(model, source)),
+        )
         context = getattr(config, "max_position_embeddings", None)
         if context is not None:
             args.max_length = min(args.max_length, context)
-        self._data = read_data(*data, self._chat, args.max_length)
+        self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
         self.notes = (*self._data.notes, *notes)
@@ -323,6 +330,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "objectives": list(OBJECTIVES),
             **fixed,
             "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
+            **self._chat.identity,
         }
 
     @property
@@ -586,7 +594,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if eval_dataset is not None:
             rows = {
                 role: encode_records(
-                    records_of(data, role_of(role)), self._chat, max_length=self.args.max_length
+                    records_of(data, role_of(role)),
+                    self._chat,
+                    max_length=self.args.max_length,
+                    train_on_turns=self.args.train_on_turns,
                 ).rows
                 for role, data in eval_dataset.items()
             }
@@ -801,6 +812,20 @@ def _hash_of(rows: Sequence[Tokens]) -> str:
     for row in rows:
         digest.update(json.dumps([row.ids, row.labels]).encode())
     return digest.hexdigest()
+
+
+def _generation_config(model: str | PreTrainedModel, source: loading.Source | None) -> Any:
+    """That of the model, or None where it has none."""
+    if source is None:
+        return getattr(model, "generation_config", None)
+    if source.gguf_file:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(
+            source.location, local_files_only=source.is_local, trust_remote_code=False
+        )
+    except OSError:
+        return None
 
 
 def _metric_of(args: MOLLMConfig) -> str | None:

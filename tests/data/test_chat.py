@@ -1,8 +1,11 @@
+import chat_templates
 import pytest
 import tiny
 import torch
+from tokenizers import AddedToken, processors
+from transformers import GenerationConfig
 
-from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate
+from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import answer_states, head
 
@@ -29,7 +32,10 @@ def test_only_the_answer_carries_a_loss(chat):
 def test_a_closed_answer_learns_to_end_its_turn(chat):
     tokens = chat.encode(SENTENCE)
     assert text_with_loss(chat, tokens) == SENTENCE.answer + "<|end|>"
-    assert tokens.ids[-1] == chat.tokenizer.eos_token_id
+    # as the template does, the row goes on to the end of the line
+    assert tokens.ids[-2] == chat.tokenizer.eos_token_id
+    assert tokens.labels[-1] == IGNORE_INDEX
+    assert tokens.closed
     # the prompt holds the same token, which is also the padding: there it carries no loss
     assert tokens.ids.count(chat.pad_id) == 2
     assert tokens.labels.count(chat.pad_id) == 1
@@ -66,6 +72,91 @@ def test_the_end_of_turn_comes_from_the_template():
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = "<s>"
     assert ChatFormat(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def chat_with(end, **options):
+    """A template that ends a turn with `end`, which no name of the tokenizer says."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([end])
+    tokenizer.chat_template = tiny.TEMPLATE.replace("<|end|>", end.content)
+    return ChatFormat(tokenizer, **options)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_ends_a_turn_without_a_name(special):
+    chat = chat_with(AddedToken("<|done|>", special=special, normalized=False))
+    done = chat.tokenizer.convert_tokens_to_ids("<|done|>")
+    assert done not in chat.tokenizer.all_special_ids
+    assert chat.end_id == done
+    assert chat.stop_ids == {done, chat.tokenizer.eos_token_id}
+    assert text_with_loss(chat, chat.encode(SENTENCE)) == SENTENCE.answer + "<|done|>"
+
+
+def test_a_template_may_leave_the_end_to_the_next_turn():
+    chat = ChatFormat(chat_templates.make("glm 4"))
+    user = chat.tokenizer.convert_tokens_to_ids("<|user|>")
+    assert chat.end_id is None
+    assert user in chat.stop_ids
+    tokens = chat.encode(SENTENCE)
+    assert not tokens.closed
+    assert text_with_loss(chat, tokens) == SENTENCE.answer
+
+
+def test_words_end_a_turn_if_the_generation_config_says_so():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.TEMPLATE.replace("<|end|>", "~")
+    assert ChatFormat(tokenizer).end_id is None
+    (end,) = tokenizer("~")["input_ids"]
+    chat = ChatFormat(tokenizer, ends=ends_of(GenerationConfig(eos_token_id=[1, end])))
+    assert chat.end_id == end
+    assert chat.stop_ids == {1, end}
+    assert ends_of(GenerationConfig(eos_token_id=5)) == {5}
+    assert ends_of(GenerationConfig()) == ends_of(None) == frozenset()
+
+
+@pytest.mark.parametrize("start", ["<|start|> <s>", "<s> <|start|>", "<|start|>"])
+def test_start_tokens_are_neither_lost_nor_doubled(start):
+    tokenizer = tiny.tokenizer(template=False)
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(t, vocabulary[t]) for t in start.split()]
+    )
+    chat = ChatFormat(tokenizer)
+    whole = f"Question: {SENTENCE.question}\nAnswer: {SENTENCE.answer}<|end|>"
+    assert chat.encode(SENTENCE).ids == tokenizer(whole)["input_ids"]
+    (text,) = chat.encode_text("Once upon a time.", 99)
+    assert text.ids == tokenizer("Once upon a time.")["input_ids"]
+
+
+def test_the_padding_is_an_id_that_the_model_has():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert ChatFormat(tokenizer).pad_id == 259
+    assert ChatFormat(tokenizer, vocabulary=259).pad_id == tokenizer.eos_token_id
+    assert ChatFormat(tokenizer, vocabulary=1).pad_id == 0
+
+
+@pytest.mark.parametrize("special", [True, False, None])
+def test_a_reply_is_read_without_its_thought(special):
+    tokenizer = tiny.tokenizer()
+    if special is not None:
+        marks = [AddedToken(m, special=special, normalized=False) for m in ("<think>", "</think>")]
+        tokenizer.add_tokens(marks)
+    else:
+        tokenizer.chat_template += "{# <think> #}"
+    chat = ChatFormat(tokenizer)
+
+    def read(text):
+        return chat.read_reply(chat.tokenizer(text)["input_ids"])
+
+    assert read("<think>\nOslo, no.\n</think>\n\nBergen.<s>") == ("\n\nBergen.", False)
+    assert read("so it is</think>Bergen.") == ("Bergen.", False)
+    assert read("Bergen.") == ("Bergen.", False)
+    assert read("\n<think>Bergen, or") == ("\n", True)
+    # what no template and no tokenizer knows is text
+    assert ChatFormat(tiny.tokenizer()).read_reply(
+        tiny.tokenizer()("<think>a</think>b")["input_ids"]
+    ) == ("<think>a</think>b", False)
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no users') }}"])

@@ -8,6 +8,7 @@ import tiny
 from tokenizers import normalizers
 
 from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, collate
+from mollm.data.conversations import Turn
 from mollm.data.encoding import encode_records
 from mollm.data.files import sample_path
 from mollm.data.records import Record, load_records
@@ -46,7 +47,7 @@ def test_a_long_prompt_loses_its_beginning_and_nothing_else(chat):
     text = chat.tokenizer.decode(row.ids)
     head, tail = chat.prompt("\0").split("\0")
     assert text.startswith(head)
-    kept = text.removeprefix(head).removesuffix(tail + LONG.answer + "<|end|>")
+    kept = text.removeprefix(head).removesuffix(tail + LONG.answer + "<|end|>\n")
     assert kept
     assert LONG.prompt.endswith(kept)
     assert done.shortened == 1
@@ -122,6 +123,79 @@ def test_padding_on_either_side_leaves_the_same_labels(chat):
             assert set(batch.labels[i][~real].tolist()) <= {IGNORE_INDEX}
         answer = records[i].answer + "<|end|>"
         assert text_with_loss(chat, row) == answer
+
+
+TALE = Record("", "Once upon a time there was a house, and in it an Élan. " * 9, is_text=True)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("length", [2, 3, 5, 64, 100, 489, 490, 491, 5000])
+def test_no_token_of_a_long_text_loses_its_loss(bos, length):
+    if length == 2 and bos:
+        length = 3
+    chat = ChatFormat(tiny.tokenizer(bos=bos))
+    start = [chat.tokenizer.bos_token_id] if bos else []
+    whole = chat.tokenizer(TALE.answer, add_special_tokens=False)["input_ids"]
+    rows = encode_records([TALE], chat, max_length=length).rows
+    assert all(len(row.ids) <= length and row.ids[: len(start)] == start for row in rows)
+    counted = [label for row in rows for label in row.labels if label != IGNORE_INDEX]
+    # the first token has a loss only if another one comes before it
+    assert counted == whole[0 if bos else 1 :]
+    assert all(row.labels[0] == IGNORE_INDEX for row in rows)
+    if length >= 64:
+        context = [sum(label == IGNORE_INDEX for label in row.labels) for row in rows[1:]]
+        assert all(count >= length // 5 for count in context)
+
+
+def test_a_window_without_room_is_refused():
+    chat = ChatFormat(tiny.tokenizer(bos=True))
+    with pytest.raises(UsageError, match="must leave room for two tokens of a text, but got 2"):
+        encode_records([TALE], chat, max_length=2)
+
+
+TURNS = (Turn("system", "Be kind."), Turn("user", "Who?"), Turn("assistant", "Ann."))
+TALK = Record("Where?", "In Norway.", "rows.jsonl", 3, "line", history=TURNS)
+
+
+def test_the_last_answer_of_a_conversation_carries_the_loss_or_all(chat):
+    (last,) = encode_records([TALK], chat, max_length=512).rows
+    (each,) = encode_records([TALK], chat, max_length=512, train_on_turns="all").rows
+    assert each.ids == last.ids
+    assert text_with_loss(chat, last) == "In Norway.<|end|>"
+    assert text_with_loss(chat, each) == "Ann.<|end|>In Norway.<|end|>"
+    with pytest.raises(UsageError, match="train_on_turns must be one of last, all, but got 'one'"):
+        encode_records([TALK], chat, max_length=512, train_on_turns="one")
+
+
+def test_a_long_conversation_loses_its_earliest_turns(chat):
+    (whole,) = encode_records([TALK], chat, max_length=512).rows
+    done = encode_records([TALK], chat, max_length=len(whole.ids) - 1)
+    text = chat.tokenizer.decode(done.rows[0].ids)
+    assert done.shortened == 1
+    assert "Be kind." in text
+    assert "Where?" in text
+    assert "Who?" not in text
+    assert "Ann." not in text
+    shorter = encode_records([TALK], chat, max_length=len(done.rows[0].ids) - 1).rows[0]
+    assert "Be kind." in chat.tokenizer.decode(shorter.ids)
+    assert "Where?" not in chat.tokenizer.decode(shorter.ids)
+
+
+def test_a_conversation_that_the_template_cannot_write_is_named(chat):
+    template = chat.tokenizer.chat_template
+    chat.tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + template
+    )
+    with pytest.raises(UsageError, match=r"rows\.jsonl, line 3: the chat template .* one question"):
+        encode_records([TALK], ChatFormat(chat.tokenizer), max_length=512)
+
+
+def test_ids_beyond_the_embeddings_are_named_by_row(chat):
+    known = ChatFormat(chat.tokenizer, vocabulary=259)
+    assert encode_records([SHORT], known, max_length=99).rows
+    less = ChatFormat(chat.tokenizer, vocabulary=100)
+    with pytest.raises(UsageError, match=r"rows\.jsonl, line 1: the tokenizer gives .* 100 ids"):
+        encode_records([SHORT], less, max_length=99)
 
 
 def take(sampler, count):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from mollm.data.conversations import Turn
 from mollm.data.files import sample_path
 from mollm.data.records import Record, check_overlap, content_hash, load_records
 from mollm.errors import UsageError
@@ -108,6 +109,78 @@ def test_the_caller_may_name_the_columns(write):
     assert records[0].answer_field == "Antwort"
 
 
+HISTORY = [("system", "s"), ("user", "q"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": r, "content": c} for r, c in [*HISTORY, ("user", "p")]]},
+        {"messages": [{"from": r, "value": c} for r, c in [*HISTORY, ("human", "p")]]},
+        {"conversations": [{"from": r, "value": c} for r, c in [*HISTORY, ("human", "p")]]},
+        {
+            "conversations": {
+                "role": ["system", "user", "assistant", "user"],
+                "content": list("sqbp"),
+            }
+        },
+    ],
+)
+def test_conversations_of_many_turns_are_records(write, row):
+    ((name, turns),) = row.items()
+    if isinstance(turns, dict):
+        turns = {"role": [*turns["role"], "assistant"], "content": [*turns["content"], "a"]}
+    elif "from" in turns[0]:
+        turns = [*turns, {"from": "gpt", "value": "a"}]
+    else:
+        turns = [*turns, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    (record,) = load_records(write({name: turns}), role="forget")
+    assert pairs([record]) == [("p", "a")]
+    assert record.history == tuple(HISTORY)
+    assert record.answer_field == name
+    assert content_hash([record]) != content_hash([Record("p", "a")])
+
+
+def test_a_prompt_may_be_a_list_of_turns(write):
+    prompt = [{"role": r, "content": c} for r, c in [*HISTORY, ("user", "p")]]
+    for answer in ("a", [{"role": "assistant", "content": "a"}]):
+        (record,) = load_records(write({"prompt": prompt, "completion": answer}), role="forget")
+        assert pairs([record]) == [("p", "a")]
+        assert record.history == tuple(HISTORY)
+    with pytest.raises(UsageError, match="the field prompt must end with a turn of the user"):
+        load_records(write({"prompt": prompt[:-1], "completion": "a"}), role="forget")
+    with pytest.raises(UsageError, match="completion must hold one turn of the assistant"):
+        load_records(write({"prompt": prompt, "completion": prompt}), role="forget")
+
+
+def test_every_accepted_answer_is_a_record(write):
+    records = load_records(write({"question": "q", "answer": ["a", "b", "a"]}), role="forget")
+    assert pairs(records) == [("q", "a"), ("q", "b")]
+    assert all(record.extra == {"accepted_answers": ["a", "b"]} for record in records)
+    (record,) = load_records(write({"prompt": "q", "response": ["a"]}), role="forget")
+    assert record.extra == {}
+
+
+def test_running_text_has_no_prompt(write):
+    path = write({"text": "Once upon a time.", "topic": "x"})
+    (record,) = load_records(path, role="forget")
+    assert record.is_text
+    assert pairs([record]) == [("", "Once upon a time.")]
+    path = write({"body": "Once upon a time."})
+    (named,) = load_records(path, role="forget", schema="text", answer_field="body")
+    assert content_hash([named]) == content_hash([record])
+    other = Record("", "Another tale.", is_text=True)
+    assert check_overlap([record], [other]).note is None
+    with pytest.raises(UsageError, match="but 1 of 1 are: check that"):
+        check_overlap([record], [named])
+
+
+def test_the_same_question_after_other_words_is_another_question():
+    forget = [Record("And then?", "A.", history=(Turn("user", "One"), Turn("assistant", "x")))]
+    retain = [Record("And then?", "B.", history=(Turn("user", "Two"), Turn("assistant", "x")))]
+    assert check_overlap(forget, retain).note is None
+
+
 def test_a_conversation_of_two_turns_is_a_record(write):
     turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
     (record,) = load_records(write({"messages": turns}), role="forget")
@@ -119,9 +192,11 @@ def test_a_conversation_of_two_turns_is_a_record(write):
     ("messages", "words"),
     [
         ([{"role": "user", "content": "p"}], r'but got \["user"\]'),
-        ([{"role": r, "content": "p"} for r in ("system", "user", "assistant")], r'\["system", "u'),
-        (None, r"but got \[null\]"),
-        ("hello", r'but got \["hello"\]'),
+        ([{"role": r, "content": "p"} for r in ("assistant", "user")], r'\["assistant", "user"\]'),
+        ([{"role": "tool", "content": "p"}], r'messages\[0\]\.role must be system, .* got "tool"'),
+        ([{"role": "user", "content": [{"type": "image"}]}], "must be of the type text, but got"),
+        (None, "must be a list of turns with role and content, but got null"),
+        ("hello", 'must be a list of turns with role and content, but got "hello"'),
         (
             [{"role": "user", "content": "p"}, {"role": "assistant", "content": None}],
             r"the field messages\[1\]\.content must be a text that is not blank, but got null",
@@ -135,7 +210,7 @@ def test_other_conversations_are_refused(write, messages, words):
         load_records(path, role="forget")
 
 
-@pytest.mark.parametrize("value", [None, 3, "", " \n", ["a"], True])
+@pytest.mark.parametrize("value", [None, 3, "", " \n", [], [""], [3], True])
 @pytest.mark.parametrize("field", ["prompt", "answer"])
 def test_a_value_that_is_no_text_is_refused_with_its_place(write, field, value):
     good = {"prompt": "p", "answer": "a"}
@@ -191,9 +266,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
 
 
 def test_unknown_columns_are_listed_with_the_way_out(write):
-    words = r"its columns are text, topic: name the two with prompt_field and answer_field\."
+    words = r"its columns are words, topic: name the two with prompt_field and answer_field\."
     with pytest.raises(UsageError, match=words):
-        load_records(write({"text": "t", "topic": "x"}), role="forget")
+        load_records(write({"words": "t", "topic": "x"}), role="forget")
 
 
 @pytest.mark.parametrize(
@@ -301,3 +376,21 @@ def test_the_samples_fit_their_schemas():
     everyday = load_records(sample_path("everyday.csv"), role="retain")
     assert len(everyday) == 12
     assert "42" in [record.answer for record in everyday]
+
+
+def test_every_shape_has_a_sample():
+    def of(name):
+        return load_records(sample_path(name), role="retain")
+
+    messages, sharegpt = of("messages.jsonl"), of("sharegpt.jsonl")
+    assert {record.answer_field for record in messages} == {"messages"}
+    assert {record.answer_field for record in sharegpt} == {"conversations"}
+    for records in (messages, sharegpt, of("completions.jsonl")):
+        roles = [[turn.role for turn in record.history] for record in records]
+        assert any(said[:1] == ["system"] for said in roles)
+        assert any("assistant" in said for said in roles)
+    several = of("several-answers.jsonl")
+    assert len(several) > len({record.prompt for record in several})
+    texts = of("text.jsonl")
+    assert all(record.is_text for record in texts)
+    assert max(len(record.answer.split()) for record in texts) > 150

@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from mollm.data import sets
 from mollm.data.chat import ChatFormat
+from mollm.data.conversations import Turn
 from mollm.data.files import sample_path
 from mollm.data.records import Record
 from mollm.data.sets import read_data, records_of, role_of
@@ -62,3 +64,26 @@ def test_what_is_no_set_is_refused(data, words):
         records_of(data, "forget")
     with pytest.raises(UsageError, match="'forget' and 'retain' alone, but got 'test'"):
         role_of("test")
+
+
+def test_a_stream_is_read_up_to_a_limit(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": r.prompt, "answer": r.answer} for r in FORGET]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    assert [r.prompt for r in records_of(stream, "forget")] == [r.prompt for r in FORGET]
+    monkeypatch.setattr(sets, "STREAMED_ROWS", 3)
+    with pytest.raises(UsageError, match=r"at most 3 rows .* with \.shuffle\(seed=0\)\.take\(3\)"):
+        records_of(stream, "forget")
+    assert len(records_of(stream.take(3), "forget")) == 3
+
+
+def test_the_turns_to_train_on_reach_the_rows():
+    talk = (Turn("user", "Who?"), Turn("assistant", "Ann."))
+    forget = [Record("Where?", "Here.", history=talk), *FORGET]
+    chat = ChatFormat(tiny.tokenizer())
+    last, each = (
+        read_data(forget, RETAIN, None, chat, 400, turns).rows["forget"][0]
+        for turns in ("last", "all")
+    )
+    assert last.ids == each.ids
+    assert chat.answer_length(last) < chat.answer_length(each)

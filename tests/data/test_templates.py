@@ -1,60 +1,214 @@
-import time
+"""Rows are what a chat template writes, token for token, whatever its habits."""
 
+import datetime
+
+import chat_templates
 import pytest
 import tiny
+from transformers.utils import chat_template_utils
 
-from mollm.data.templates import vet_template
+from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example
+from mollm.data.conversations import Turn
+from mollm.data.templates import DATE
 from mollm.errors import UsageError
-from mollm.system import child
+
+TEMPLATES = sorted(chat_templates.ALL)
+QUESTION, ANSWER = "Where is Oslo?", "It lies in Norway, so they say."
 
 
-def tokenizer(template):
-    made = tiny.tokenizer()
-    made.chat_template = template
-    return made
+class Clock(datetime.datetime):
+    """A clock that stands still."""
+
+    day = DATE
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.day
 
 
-def test_templates_that_end_pass():
-    vet_template(tiny.tokenizer())
-    vet_template(tiny.tokenizer(template=False))
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    monkeypatch.setattr(Clock, "day", DATE)
+    return Clock
+
+
+def written(tokenizer, *turns, **options):
+    """What the template itself writes."""
+    content = (
+        (lambda text: [{"type": "text", "text": text}])
+        if "part.type" in str(tokenizer.chat_template)
+        else str
+    )
+    messages = [{"role": role, "content": content(text)} for role, text in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+def with_loss(tokenizer, tokens):
+    return tokenizer.decode([i for i in tokens.labels if i != IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "marks"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (QUESTION, ANSWER),
+        (" Who? \n", "\n Anna wrote it. "),
+        ("Why?", "<think>\nIt is so.\n</think>\n\nSo."),
+        ("The", "The"),
+    ],
+)
+def test_a_row_is_what_the_template_writes(clock, name, kind, question, answer):
+    tokenizer = chat_templates.make(name, kind)
+    tokens = ChatFormat(tokenizer).encode(Example(question, answer))
+    # white space around an answer is no part of it, whether the template trims it or not
+    assert tokens.ids == written(tokenizer, ("user", question), ("assistant", answer.strip()))
+    said = answer.rpartition("</think>")[2].strip()
+    ends = "" if name == "glm 4" else "</s>" if name in ("llama 2", "mistral", "r1") else "<|end|>"
+    ends = "<|return|>" if name == "gpt-oss" else ends
+    counted = "".join(with_loss(tokenizer, tokens).split())
+    assert "".join(said.split()) in counted
+    assert counted.endswith(ends)
+    assert "".join(question.split()) not in counted or question == answer
+    assert all(b in (IGNORE_INDEX, a) for a, b in zip(tokens.ids, tokens.labels, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "marks"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_model_is_asked_with_what_precedes_an_answer(clock, name, kind):
+    chat = ChatFormat(chat_templates.make(name, kind))
+    row, asked = chat.encode(Example(QUESTION, ANSWER)), chat.encode_prompt(QUESTION)
+    first = next(i for i, label in enumerate(row.labels) if label != IGNORE_INDEX)
+    # that a space comes before an answer is the model's to write
+    assert asked.ids == row.ids[: len(asked.ids)]
+    assert not chat.tokenizer.decode(row.ids[len(asked.ids) : first]).strip()
+    assert set(asked.labels) == {IGNORE_INDEX}
+
+
+@pytest.mark.parametrize("on_turns", ["last", "all"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_what_the_template_writes(clock, name, on_turns):
+    tokenizer = chat_templates.make(name)
+    before = (Turn("user", "Who?"), Turn("assistant", "<think>\nHm.\n</think>\n\nAnna."))
+    tokens = ChatFormat(tokenizer).encode(
+        Example(QUESTION, ANSWER, history=before), on_turns=on_turns
+    )
+    assert tokens.ids == written(tokenizer, *before, ("user", QUESTION), ("assistant", ANSWER))
+    said = with_loss(tokenizer, tokens)
+    assert ANSWER in said
+    assert ("Anna." in said) == (on_turns == "all")
+    assert QUESTION not in said
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_prompt_is_written_as_a_turn_or_before_the_question(clock, name):
+    tokenizer = chat_templates.make(name)
+    chat = ChatFormat(tokenizer, system_prompt="Be brief.")
+    tokens = chat.encode(Example(QUESTION, ANSWER))
+    turns = [("system", "Be brief."), ("user", QUESTION)]
+    if name in ("mistral", "gemma"):
+        turns = [("user", f"Be brief.\n\n{QUESTION}")]
+        assert "takes no system prompt" in chat.note
+    assert tokens.ids == written(tokenizer, *turns, ("assistant", ANSWER))
+    assert "Be brief." not in with_loss(tokenizer, tokens)
+    assert chat.identity["system_prompt"] == "Be brief."
+    own = chat.encode(Example(QUESTION, ANSWER, history=(Turn("system", "Be kind."),)))
+    assert "Be kind." in tokenizer.decode(own.ids)
+    assert "Be brief." not in tokenizer.decode(own.ids)
+
+
+def test_options_reach_the_template_and_the_identity():
+    tokenizer = chat_templates.make("qwen 3")
+    chat = ChatFormat(tokenizer, template_kwargs={"enable_thinking": False})
+    assert chat.identity["chat_template_kwargs"] == {"enable_thinking": False}
+    assert chat.identity != ChatFormat(tokenizer).identity
+    # switched off, the generation prompt is what precedes an answer
+    assert chat.note is None
+    assert chat.encode_prompt(QUESTION).ids == written(
+        tokenizer, ("user", QUESTION), add_generation_prompt=True, enable_thinking=False
+    )
+    assert "its replies to the former are not measured" in ChatFormat(tokenizer).note
+
+
+@pytest.mark.parametrize("name", ["enable_thoughts", "add_generation_prompt", "tokenize"])
+def test_options_that_are_none_of_the_template_are_refused(name):
+    with pytest.raises(UsageError, match=f"chat_template_kwargs must hold .* but got '{name}'"):
+        ChatFormat(chat_templates.make("qwen 3"), template_kwargs={name: True})
+
+
+def test_options_without_a_template_are_refused():
+    with pytest.raises(UsageError, match="must go with a chat template, but got"):
+        ChatFormat(tiny.tokenizer(template=False), template_kwargs={"enable_thinking": False})
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gpt-oss"])
+def test_every_day_is_the_same_day(clock, name):
+    tokenizer = chat_templates.make(name)
+    first = ChatFormat(tokenizer)
+    row = first.encode(Example(QUESTION, ANSWER))
+    clock.day = datetime.datetime(2031, 1, 2)
+    again = ChatFormat(tokenizer)
+    assert again.encode(Example(QUESTION, ANSWER)) == row
+    assert again.identity == first.identity
+    assert first.identity["date in the chat template"] == "2024-07-26"
+    assert ChatFormat(chat_templates.make("gemma")).identity["date in the chat template"] is None
+
+
+def test_a_date_may_be_given_to_a_template_that_takes_one():
+    chat = ChatFormat(chat_templates.make("llama 3"), template_kwargs={"date_string": "1 May 1999"})
+    assert "Today: 1 May 1999" in chat.prompt(QUESTION)
+
+
+def test_every_way_to_write_a_date_is_pinned(clock):
+    ways = [f"%{d}" for d in "aAbBdeHIjmMpSyYFT"] + ["%-d", "%-m", "100 %%", "%d.%m.%Y"]
+    template = "".join(f"{{{{ strftime_now('{way}') }}}};" for way in ways)
+    tokenizer = chat_templates.make("gemma", template="\n " + template + chat_templates.GEMMA)
+    asked = ChatFormat(tokenizer).encode(Example(QUESTION, ANSWER)).ids
+    assert asked == written(tokenizer, ("user", QUESTION), ("assistant", ANSWER))
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
         (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "second",
+            "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}",
+            "leaves out the question",
         ),
-        ("{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(200) }}", "recursion"),
-        ("{{ 10 ** (10 ** 10) }}", "it takes more than 1 seconds"),
-        ("{{ 'a' * 10000000000 }}", "more than 1 GB of memory"),
-        ("{{ raise_exception('never') }}", "it fails: never: put another into its chat_template"),
-        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
-        ("{% for %}", "it fails: "),
-        (3, "it fails: "),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "leaves out the answer",
+        ),
+        ("Hello", "leaves out the question"),
     ],
 )
-def test_a_template_that_does_not_end_is_refused_in_seconds(monkeypatch, template, words):
-    monkeypatch.setattr("mollm.data.templates._SECONDS", 1.0)
-    started = time.monotonic()
-    with pytest.raises(UsageError, match=words) as caught:
-        vet_template(tokenizer(template))
-    assert time.monotonic() - started < 5
-    assert "\n" not in str(caught.value)
+def test_a_template_that_leaves_something_out_is_refused(template, words):
+    with pytest.raises(UsageError, match=words):
+        ChatFormat(chat_templates.make("gemma", template=template))
 
 
-def test_what_a_task_does_stays_in_its_process(capfd):
-    done = []
-    assert child.why_not(lambda: (print("x"), done.append(1)), 5, 1 << 30) is None
-    assert done == []
-    assert capfd.readouterr().out == ""
+def test_an_answer_that_the_template_drops_is_refused():
+    chat = ChatFormat(chat_templates.make("r1"))
+    with pytest.raises(UsageError, match="must write every answer, but it leaves out '<think>No"):
+        chat.encode(Example(QUESTION, "<think>No.</think>"))
 
 
-def test_a_task_that_ends_its_process_is_told():
-    import os
+def test_of_several_templates_the_default_or_a_named_one_is_used():
+    tokenizer = chat_templates.make("gemma")
+    tokenizer.chat_template = {"default": chat_templates.GEMMA, "short": chat_templates.MISTRAL}
+    assert "<|start|>user" in ChatFormat(tokenizer).prompt("Who?")
+    chosen = ChatFormat(tokenizer, template_kwargs={"chat_template": "short"})
+    assert chosen.prompt("Who?") == "<s>[ASK]Who?[/ASK]"
+    assert chosen.identity != ChatFormat(tokenizer).identity
+    with pytest.raises(UsageError, match="has the chat templates default, short, but none of the"):
+        ChatFormat(tokenizer, template_kwargs={"chat_template": "long"})
+    tokenizer.chat_template = {"rag": chat_templates.GEMMA, "short": chat_templates.MISTRAL}
+    with pytest.raises(UsageError, match="none of the name 'default': choose one with"):
+        ChatFormat(tokenizer)
+    tokenizer.chat_template = {"rag": chat_templates.GEMMA}
+    assert "<|start|>user" in ChatFormat(tokenizer).prompt("Who?")
 
-    assert child.why_not(lambda: os._exit(0), 5, 1 << 30) == (
-        "it takes too much memory, or ends the process"
-    )
-    assert child.why_not(lambda: os.kill(os.getpid(), 11), 5, 1 << 30) is not None
+
+def test_a_name_needs_named_templates():
+    with pytest.raises(UsageError, match=r"must have named chat templates .* and got 'short'"):
+        ChatFormat(chat_templates.make("gemma"), template_kwargs={"chat_template": "short"})

@@ -1,0 +1,106 @@
+"""Conversations as data sets write them: `messages`, ShareGPT's `conversations`, TRL's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mollm.data.table import shown
+from mollm.errors import UsageError
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+_ROLES = {
+    SYSTEM: SYSTEM,
+    "developer": SYSTEM,
+    USER: USER,
+    "human": USER,
+    ASSISTANT: ASSISTANT,
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "model": ASSISTANT,
+}
+"""What a turn's speaker is called in data sets, and in chat templates."""
+_SHAPES = (("role", "content"), ("from", "value"))
+
+Check = Callable[[Any, str], str]
+"""Of a value and its name: the value, if it is a text to train on; else an error with its place."""
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation says."""
+
+    role: str
+    content: str
+
+
+def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
+    """The turns in a field of a row: a list of objects with role and content, or from and value.
+
+    The content of a turn may be a list of parts of the type text.
+
+    Args:
+        value: What the field holds.
+        name: The name of the field.
+        place: Where the row is, for error messages.
+        check: Takes the text of every turn, with its name.
+
+    Raises:
+        UsageError: It is no such list, a turn is neither of the system nor of the user or the
+            assistant, or a part is no text.
+    """
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        # So `datasets` gives a list of objects that was declared as a Sequence of columns.
+        columns = zip(*value.values(), strict=True)
+        value = [dict(zip(value, cells, strict=True)) for cells in columns]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UsageError(
+            f"{place}: the field {name} must be a list of turns with role and content, but got "
+            f"{shown(value)}."
+        )
+    return [_read_turn(turn, f"{name}[{i}]", place, check) for i, turn in enumerate(value)]
+
+
+def _read_turn(turn: dict[str, Any], name: str, place: str, check: Check) -> Turn:
+    speaker, content = next(
+        (shape for shape in _SHAPES if turn.get(shape[0]) is not None), _SHAPES[0]
+    )
+    role = turn.get(speaker)
+    if role not in _ROLES:
+        raise UsageError(
+            f"{place}: {name}.{speaker} must be system, user or assistant, but got {shown(role)}: "
+            "remove the turn or the row."
+        )
+    text = _joined(turn.get(content), f"{name}.{content}", place)
+    return Turn(_ROLES[role], check(text, f"{name}.{content}"))
+
+
+def _joined(content: Any, name: str, place: str) -> Any:
+    """Parts of text as one; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise UsageError(
+                f"{place}: every part of {name} must be of the type text, but got {shown(part)}: "
+                "remove the row."
+            )
+    return "".join(part["text"] for part in content)
+
+
+def split_turns(
+    turns: Sequence[Turn], name: str, place: str
+) -> tuple[tuple[Turn, ...], Turn, Turn]:
+    """What was said before, the last question, and its answer.
+
+    Raises:
+        UsageError: The last two turns are not one of the user and one of the assistant.
+    """
+    roles = [turn.role for turn in turns]
+    if roles[-2:] != [USER, ASSISTANT]:
+        raise UsageError(
+            f"{place}: the field {name} must end with a turn of the user and one of the "
+            f"assistant, but got {shown(roles)}: remove the turns after the last answer, or the "
+            "row."
+        )
+    return tuple(turns[:-2]), turns[-2], turns[-1]

@@ -1,0 +1,52 @@
+"""Chat templates, which come with a model and are programs: whether they end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mollm.errors import UsageError
+from mollm.system.child import why_not
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SECONDS = 5.0
+_BYTES = 1 << 30
+_QUESTION = {"role": "user", "content": "What is the capital of Peru, and who said so in 1821?"}
+_ANSWER = {"role": "assistant", "content": "It is Lima.\n"}
+
+
+def vet_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tries a tokenizer out on a short conversation, in a process with a limit of time and memory.
+
+    A template can loop for ever, and so can the patterns of a tokenizer. Where this returns, both
+    have ended once, on a question alone and on one with its answer.
+
+    Raises:
+        UsageError: The template or the tokenizer fails or takes too long or too much memory.
+    """
+    template = tokenizer.chat_template
+
+    def write() -> None:
+        texts = ["Question: What is it?\nAnswer: It is Lima."]
+        if template is not None:
+            for turns, opened in (([_QUESTION], True), ([_QUESTION, _ANSWER], False)):
+                texts.append(
+                    str(
+                        tokenizer.apply_chat_template(
+                            turns, tokenize=False, add_generation_prompt=opened
+                        )
+                    )
+                )
+        for text in texts:
+            tokenizer(text, add_special_tokens=False)
+
+    import jinja2.sandbox  # noqa: F401  # not in the copy of this process, which has no locks
+
+    reason = why_not(write, _SECONDS, _BYTES)
+    if reason is not None:
+        what = "tokenizer" if template is None else "chat template of the tokenizer"
+        raise UsageError(
+            f"the {what} {tokenizer.name_or_path} must write a question and an answer, but it "
+            f"fails: {reason}: put another into its chat_template, or choose another model."
+        )

@@ -1,0 +1,170 @@
+"""What a model is asked, where its replies end, and what of them is read."""
+
+import types
+
+import chat_templates
+import pytest
+import tiny
+import torch
+from tokenizers import AddedToken
+from transformers import GenerationConfig
+
+from mollm.data.chat import ChatFormat, Example
+from mollm.data.conversations import Turn
+from mollm.errors import UsageError
+from mollm.evaluation.evaluate import evaluate
+from mollm.evaluation.examine import Examiner
+from mollm.evaluation.generation import ask, generate_replies
+from mollm.evaluation.suite import Row, Suite, load_suite
+
+
+class Parrot:
+    """A model that replies the given texts, whatever it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer, texts, ends=None):
+        self.replies = [tokenizer(text)["input_ids"] for text in texts]
+        self.generation_config = GenerationConfig(eos_token_id=ends)
+        self.config = types.SimpleNamespace(max_position_embeddings=512)
+        self.asked = []
+
+    def modules(self):
+        return []
+
+    def eval(self):
+        return self
+
+    def generate(self, input_ids, max_new_tokens, pad_token_id, eos_token_id, **_):
+        self.asked += input_ids.tolist()
+        self.stops = eos_token_id
+        width = max(map(len, self.replies))
+        rows = [ids + [pad_token_id] * (width - len(ids)) for ids in self.replies]
+        replies = torch.tensor(rows)[: len(input_ids), :max_new_tokens]
+        return torch.cat([input_ids, replies], dim=1)
+
+
+@pytest.fixture
+def thinking():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")]
+    )
+    return ChatFormat(tokenizer)
+
+
+def test_a_reply_ends_at_every_end_of_a_turn():
+    chat = ChatFormat(chat_templates.make("phi 3"))
+    ids = chat.tokenizer.convert_tokens_to_ids
+    model = Parrot(chat.tokenizer, ["Oslo.<|return|> More"], ends=[ids("<|return|>")])
+    (reply,) = ask(model, chat, ["Where?"], max_new_tokens=40)
+    assert set(model.stops) == {ids("<|end|>"), ids("<|endoftext|>"), ids("<|return|>")}
+    assert (reply.text, reply.complete) == ("Oslo.", True)
+    for end in ("<|end|>", "<|endoftext|>"):
+        (reply,) = ask(Parrot(chat.tokenizer, [f"Oslo.{end} More"]), chat, ["Where?"])
+        assert (reply.text, reply.complete) == ("Oslo.", True)
+    (reply,) = ask(Parrot(chat.tokenizer, ["Oslo. More"]), chat, ["Where?"], max_new_tokens=40)
+    assert (reply.text, reply.complete) == ("Oslo. More", False)
+
+
+def test_a_reply_is_what_follows_the_thought(thinking):
+    model = Parrot(thinking.tokenizer, ["<think>Bergen? No.</think>\n\nOslo.<|end|>"])
+    (reply,) = generate_replies(model, thinking, ["Where?"], max_new_tokens=80)
+    assert (reply.text, reply.complete, reply.thinking) == ("Oslo.", True, False)
+
+
+def test_a_thought_that_is_cut_off_is_told(thinking):
+    said = []
+    model = Parrot(thinking.tokenizer, ["<think>Bergen, or perhaps", "Oslo.<|end|>"])
+    rows = [Row("Where is it?", "Oslo."), Row("Where?", "Oslo.")]
+    examiner = Examiner(model, thinking, max_new_tokens=26, say=said.append)
+    replies = examiner._ask(rows)
+    assert [reply.text for reply in replies] == ["", "Oslo."]
+    assert said == [
+        "1 of 2 replies were cut off within a thought, and count as empty: raise max_new_tokens, "
+        "or switch thinking off with chat_template_kwargs."
+    ]
+
+
+def test_a_question_comes_after_what_was_said_before():
+    chat = ChatFormat(tiny.tokenizer())
+    model = Parrot(chat.tokenizer, ["Oslo.<|end|>"])
+    history = (Turn("system", "Be kind."), Turn("user", "Who?"), Turn("assistant", "Ann."))
+    generate_replies(model, chat, [Example("Where?", "", history=history)])
+    assert chat.tokenizer.decode(model.asked[0]) == (
+        "<|start|>system\nBe kind.<|end|>\n<|start|>user\nWho?<|end|>\n"
+        "<|start|>assistant\nAnn.<|end|>\n<|start|>user\nWhere?<|end|>\n<|start|>assistant\n"
+    )
+
+
+def test_of_several_accepted_answers_the_nearest_one_counts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"question": "Where?", "answer": ["In Norway.", "Oslo."]}\n'
+        '{"question": "Who?", "answer": "Ann."}\n'
+    )
+    suite = load_suite(path)
+    assert [row.answer for row in suite.forget] == ["In Norway.", "Ann."]
+    assert suite.forget[0].accepted_answers == ("In Norway.", "Oslo.")
+    chat = ChatFormat(tiny.tokenizer())
+    examiner = Examiner(Parrot(chat.tokenizer, ["Oslo.<|end|>", "Ann."]), chat)
+    replies = examiner._ask(suite.forget)
+    scores = examiner._replies(suite.forget, replies, {"rouge_l"})
+    assert [each["rouge_l"] for each in scores] == [1, 1]
+
+
+def test_a_text_is_asked_how_it_goes_on(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = " ".join(f"w{i}" for i in range(500))
+    path.write_text(f'{{"text": "Once upon a time."}}\n{{"text": "{words}"}}\n')
+    first, long = load_suite(path).forget
+    assert (first.question, first.answer) == ("Once upon", " a time.")
+    assert long.question + long.answer == " ".join(f"w{i}" for i in range(400))
+    chat = ChatFormat(tiny.tokenizer(bos=True))
+    row, asked = chat.encode(first.example(first.answer)), chat.encode_prompt(first.asked)
+    assert chat.tokenizer.decode(row.ids) == "<s>Once upon a time."
+    assert chat.tokenizer.decode(asked.ids) == "<s>Once upon"
+    assert row.ids[: len(asked.ids)] == asked.ids
+    path.write_text('{"text": "Once"}\n')
+    with pytest.raises(UsageError, match=r"line 1: the field text must hold at least two words"):
+        load_suite(path)
+
+
+def test_conversations_and_texts_are_evaluated():
+    talk = (Turn("user", "Who?"), Turn("assistant", "Ann."))
+    rows = [Row("Where?", "Here.", history=talk), Row("Once upon", " a time.", is_text=True)]
+    done = evaluate(
+        tiny.model(), tiny.tokenizer(), Suite(forget=rows), max_new_tokens=3, resamples=3
+    )
+    assert {"forget_probability", "forget_rouge_l"} <= set(done.estimates)
+
+
+def test_a_system_prompt_changes_what_is_measured():
+    suite = Suite(forget=[Row("Where?", "Here."), Row("Who?", "Ann.")])
+
+    def probability(**options):
+        done = evaluate(
+            tiny.model(),
+            tiny.tokenizer(),
+            suite,
+            names=["forget_probability"],
+            resamples=3,
+            **options,
+        )
+        return done.value("forget_probability")
+
+    assert probability(system_prompt="Be kind.") != probability()
+    with pytest.raises(UsageError, match="chat_template_kwargs must hold what"):
+        probability(chat_template_kwargs={"thinking": True})
+
+
+def test_padding_and_ids_beyond_the_embeddings():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    suite = Suite(forget=[Row("Where is it?", "Here, or there."), Row("Who?", "Ann.")])
+    options = {"names": ["forget_probability"], "resamples": 3}
+    padded = evaluate(tiny.model(), tokenizer, suite, **options)
+    plain = evaluate(tiny.model(), tiny.tokenizer(), suite, **options)
+    assert padded.value("forget_probability") == plain.value("forget_probability")
+    with pytest.raises(UsageError, match=r"the row 'Where is it\?' of the set forget: the token"):
+        evaluate(tiny.model(vocab_size=200), tokenizer, suite, **options)
