@@ -65,7 +65,8 @@ def computing_in(name: str) -> Iterator[None]:
     """Inside, `name` decides what forward passes compute in.
 
     Args:
-        name: "auto"; "bfloat16"; or "float32", for products in the dtype of the weights.
+        name: "bfloat16"; "float32", for products in the dtype of the weights; or "auto", which
+            leaves the choice to the device, or to the block around.
 
     Raises:
         UsageError: It is none of these.
@@ -74,7 +75,7 @@ def computing_in(name: str) -> Iterator[None]:
         raise UsageError(
             f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, but got {name!r}."
         )
-    before = _asked.set(name)
+    before = _asked.set(_asked.get() if name == "auto" else name)
     try:
         yield
     finally:

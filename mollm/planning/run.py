@@ -72,7 +72,6 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
     Raises:
         UsageError: A setting is one that no run can have.
     """
-    from mollm.models.precision import compute_dtype
     from mollm.planning.settings import PER_OBJECTIVE, PlanSettings
 
     options = args.optimizer_options
@@ -83,7 +82,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         sequence_length=args.max_length,
         accumulation=args.gradient_accumulation_steps,
         dtype=args.dtype,
-        compute_dtype=compute_dtype(args.device).name,
+        compute_dtype=_compute_dtype(args),
         state_dtype=options.get("state_dtype"),
         gradient_memory=options.get("gradient_memory", "as-produced"),
         momentum=momentum if momentum == PER_OBJECTIVE else None,
@@ -96,6 +95,13 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
         optimizer=options.get("base", "adamw"),
         device=args.device.type,
     )
+
+
+def _compute_dtype(args: MOLLMConfig) -> str:
+    from mollm.models.precision import compute_dtype, computing_in
+
+    with computing_in(args.compute_dtype):
+        return compute_dtype(args.device).name
 
 
 def plan_line(model: str, settings: PlanSettings) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mollm.models.precision import compute_dtype
 from mollm.system import machine
 from mollm_ops import _extension, dual_space_weights, gram, linear_ce_kl, linear_uce_loss, rows
 from mollm_ops.operands import AdamWStep, Targets
@@ -110,15 +111,24 @@ def _versions() -> dict[str, str]:
 def _devices() -> list[Device]:
     extension = _extension.extension
     instructions = "unknown" if extension is None else extension.cpu_instruction_set()
-    details = {"instruction set": instructions, "threads": str(torch.get_num_threads())}
     cpu = torch.device("cpu")
+    details = {
+        "instruction set": instructions,
+        "threads": str(torch.get_num_threads()),
+        "computes in": _computes_in(cpu),
+    }
     found = [Device("cpu", machine.device_name(cpu), details, _memory(cpu))]
     for index in range(torch.cuda.device_count()):
         gpu = torch.device("cuda", index)
         major, minor = torch.cuda.get_device_capability(gpu)
-        details = {"compute capability": f"{major}.{minor}"}
+        details = {"compute capability": f"{major}.{minor}", "computes in": _computes_in(gpu)}
         found.append(Device(str(gpu), machine.device_name(gpu), details, _memory(gpu)))
     return found
+
+
+def _computes_in(device: torch.device) -> str:
+    computes = compute_dtype(device)
+    return f"{computes.name} ({computes.reason})"
 
 
 def _memory(device: torch.device) -> float | None:

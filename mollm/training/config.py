@@ -21,7 +21,7 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4
-from mollm.models.precision import DTYPES, compute_dtype
+from mollm.models.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
 from mollm.optim.optimizer import PER_OBJECTIVE, MOLLMOptimizer
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
@@ -138,6 +138,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     dtype: str = field(
         default="float32", metadata={"help": "of the weights of a model given by name"}
     )
+    compute_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "of matrix products: auto (bfloat16 where the device has instructions for it), "
+            "float32 (that of the weights) or bfloat16"
+        },
+    )
     quantization: str | None = field(
         default=None,
         metadata={"help": "nf4: a model given by name is loaded in 4 bits, for an adapter (QLoRA)"},
@@ -175,6 +182,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
         _one_of("train_on_turns", self.train_on_turns, TRAIN_ON_TURNS)
         for name, kind, what in (
@@ -183,8 +191,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         ):
             if not isinstance(getattr(self, name), kind | None):
                 raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
-        if not 0 < self.uce_eps < 1:
-            raise UsageError(f"uce_eps must be between 0 and 1, but got {self.uce_eps}.")
         self.quantization = self.quantization or None
         if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))
@@ -208,7 +214,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self._refuse_without_effect()
         self._refuse_unknown_reports()
-        if self.bf16 and compute_dtype(self.device).dtype != torch.bfloat16:
+        with computing_in(self.compute_dtype):
+            computes = compute_dtype(self.device).dtype
+        if self.bf16 and computes != torch.bfloat16:
             raise UsageError(
                 f"bf16 must be left out where the device does not compute in it natively, but got "
                 f"it on {self.device}."

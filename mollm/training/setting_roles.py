@@ -105,12 +105,15 @@ UNSUPPORTED: Mapping[str, str] = {
 
 FIXED = frozenset(
     {
+        "chat_template_kwargs",
         "data_seed",
         "dtype",
         "freeze_embeddings",
         "method",
         "quantization",
         "seed",
+        "system_prompt",
+        "train_on_turns",
     }
 )
 
@@ -140,6 +143,7 @@ FREE = frozenset(
         "weight_decay",
         "optimizer_options",  # by name, see below
         # How it is computed.
+        "compute_dtype",
         "activation_checkpointing",
         "activation_checkpointing_kwargs",
         "bf16",

@@ -47,6 +47,7 @@ from mollm.models.adapters import (
     trained_tensors,
 )
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
+from mollm.models.precision import computing_in
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
 from mollm.system.folders import (
@@ -172,11 +173,26 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
                 "got none: give sets to forget and to retain."
             )
+        data = forget_dataset, retain_dataset, eval_dataset
+        with computing_in(args.compute_dtype):
+            self._set_up(model, args, data, processing_class, callbacks, peft_config, notes)
+
+    # ---- before the first step
+
+    def _set_up(
+        self,
+        model: str | PreTrainedModel,
+        args: MOLLMConfig,
+        data: tuple[Data, Data, Mapping[str, Data] | None],
+        processing_class: PreTrainedTokenizerBase | None,
+        callbacks: list[TrainerCallback] | None,
+        peft_config: Any | None,
+        notes: Sequence[str],
+    ) -> None:
         # Of a model that is cut into parts, the first process alone reads the weights.
         from_first = args.sharding is not None and isinstance(model, str)
         watch()
         as_given = self._wrapped is not None
-        data = forget_dataset, retain_dataset, eval_dataset
         with processes.agreeing():
             tokenizer = self._prepare(model, args, processing_class, data, peft_config, notes)
         read = not (from_first and processes.rank())
@@ -240,8 +256,6 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._logged = 0  # steps that are in a log
         self._tokens = 0  # since then
         self._since = time.perf_counter()
-
-    # ---- before the first step
 
     def _prepare(
         self,
@@ -395,7 +409,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             UsageError: There is no such checkpoint, or it is of another model, of other data or of
                 another method or optimizer, or damaged; the model has not been changed then.
         """
-        with blaming_the_dead():
+        with blaming_the_dead(), computing_in(self.args.compute_dtype):
             return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
@@ -607,7 +621,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 "the trainer or to evaluate()."
             )
         losses: dict[str, float] = {}
-        with forward.in_evaluation_mode(self._base):
+        computing = computing_in(self.args.compute_dtype)
+        with forward.in_evaluation_mode(self._base), computing:
             for role in sorted(rows):
                 losses |= self._evaluate(role, rows[role])
         metrics = {f"{metric_key_prefix}_{name}_loss": loss for name, loss in losses.items()}
