@@ -132,7 +132,7 @@ def public(value: Any) -> Any:
         return {key: public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [public(item) for item in value]
-    return public_name(value) if isinstance(value, str | Path) else value
+    return public_name(str(value)) if isinstance(value, str | Path) else value
 
 
 def _header(name: str) -> str:

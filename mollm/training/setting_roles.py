@@ -105,12 +105,15 @@ UNSUPPORTED: Mapping[str, str] = {
 
 FIXED = frozenset(
     {
+        "chat_template_kwargs",
         "data_seed",
         "dtype",
         "freeze_embeddings",
         "method",
         "quantization",
         "seed",
+        "system_prompt",
+        "train_on_turns",
     }
 )
 
