@@ -34,7 +34,6 @@ FIXED_FIELDS = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
-        "lora_bias",
         "lora_dropout",
         "modules_to_save",
         "r",
@@ -192,12 +191,10 @@ def _fits_any(pattern: str, names: Iterable[str]) -> bool:
 def _refuse_heads_out_of_reach(model: PreTrainedModel, config: Any) -> None:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     has_delta = hasattr(head, "get_delta_weight")
-    if has_delta and (config.lora_dropout > 0 or config.lora_bias):
-        name = "lora_dropout" if config.lora_dropout > 0 else "lora_bias"
+    if has_delta and config.lora_dropout > 0:
         raise UsageError(
-            f"{name} must be {'0' if config.lora_dropout > 0 else 'False'} where the head is "
-            f"adapted, but got {getattr(config, name)}: leave the head out of target_modules, or "
-            "that option."
+            f"lora_dropout must be 0 where the head is adapted, but got {config.lora_dropout}: "
+            "leave the head out of target_modules, or the dropout."
         )
     tied = model.config.get_text_config().tie_word_embeddings
     changed = has_delta or any(
@@ -257,7 +254,7 @@ class Original:
         self.wrapped = wrapped
         self.with_adapter = with_adapter
         inside = set() if with_adapter else {id(p) for p in _adapter_parameters(wrapped)}
-        self._kept = [
+        self._kept: list[tuple[nn.Parameter, Tensor]] = [
             (p, p.detach().clone())
             for p in wrapped.parameters()
             if p.requires_grad and id(p) not in inside
@@ -337,7 +334,7 @@ def _let_gradients_through_four_bits(model: nn.Module) -> None:
 
     It does so in the first forward pass in evaluation mode, and for good.
     """
-    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
         layer.state_dict()  # unpacks

@@ -531,6 +531,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             better = self._is_best(self.evaluate())
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = better
+        if self.control.should_save and self.state.global_step >= self.state.max_steps:
+            self._look_at_the_end()  # so that no checkpoint is left of a run that failed
         if self.control.should_save and self.stopped_because is None:
             self._save_checkpoint()
             self._tell("on_save")
@@ -552,8 +554,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
-        if self.stopped_because is None:
-            self._divergence.at_the_end(self._losses_now(), self._broken(), self.args.divergence)
+        self._look_at_the_end()
         with processes.agreeing():
             if processes.rank() == 0:
                 write_history(self.history, self._folder / "history.jsonl")
@@ -563,6 +564,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         total = [sum(record.losses.values()) for record in self.history]
         loss = sum(total) / max(1, len(total))
         return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
+
+    def _look_at_the_end(self) -> None:
+        if self.stopped_because is None:
+            self._divergence.at_the_end(self._losses_now(), self._broken(), self.args.divergence)
 
     @torch.no_grad()
     def _losses_now(self) -> dict[str, float] | None:

@@ -758,8 +758,9 @@ def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypa
 
 
 def test_the_last_step_is_looked_at_too(tmp_path):
-    made = trained(tmp_path, max_steps=1, learning_rate=300.0)
+    made = trained(tmp_path, learning_rate=300.0, **(SAVING | {"max_steps": 1}))
     assert made.stopped_because is not None
+    assert not checkpoint.checkpoints(tmp_path)
 
 
 # ---- disks
