@@ -362,7 +362,7 @@ class MOLLMOptimizer(Optimizer):
         self._refuse_interrupted()
         if self._aggregated is not None:
             return
-        if self._means is not None and self._second_weights is not None:
+        if not self.can_aggregate:
             raise RuntimeError(
                 "aggregate() does not go with momentum='per-objective' in AdamW's metric: call "
                 "step() alone, or pass metric='euclidean'."
@@ -374,6 +374,11 @@ class MOLLMOptimizer(Optimizer):
         except BaseException:
             self._drop_gradients()
             raise
+
+    @property
+    def can_aggregate(self) -> bool:
+        """Whether `aggregate()` can be called, as for clipping; see its errors."""
+        return self._means is None or self._second_weights is None
 
     def _put_direction(self, params: list[Tensor]) -> _Aggregated:
         scale = self._scale  # the last one, until the step knows better
