@@ -253,7 +253,8 @@ class MOLLMOptimizer(Optimizer):
                 )
             return  # Optimizer.__init__ hands in the groups that the base has
         params = param_group["params"]
-        refuse_partitioned([params] if isinstance(params, Tensor) else (params := list(params)))
+        params = [params] if isinstance(params, Tensor) else list(params)
+        refuse_partitioned([*self._parameters(), *(p for p in params if isinstance(p, Tensor))])
         self.base.add_param_group({**param_group, "params": params})
 
     # ---- gradients in
@@ -472,23 +473,28 @@ class MOLLMOptimizer(Optimizer):
             clip: what `p.grad` was multiplied by; the second moment counts gradients so.
         """
         parts, squares = _Parts(), _Parts()
+        weighted = False
         for sharding, some, lists in self._pieces(params):
             for rate, part in self._grams(some, lists, clip):
                 one = isinstance(rate, float) and rate == 1
+                weighted |= not one
                 parts.add(sharding, part if one else part * rate)
                 squares.add(sharding, part.diagonal())
         if self._unchecked_steps and Sharding() in parts.sums:
             self._unchecked_steps -= 1
             if world_size() > 1:
                 refuse_unlike_copies(self._plain_parts().sums[Sharding()], self.objectives)
-        total, square = parts.total(Sharding.total_gram), squares.total(Sharding.total)
+        total = parts.total(Sharding.total_gram)
         if self._means is not None:
-            correction = self._means.correction(total.device) ** 2
-            total, square = total / correction, square / correction
+            total = total / self._means.correction(total.device) ** 2
         solved = _Solved(total, self.rule(total))
         if self._second_weights is not None:
             return solved  # where v would overflow, the metric and so the Gram matrix is NaN
-        weights = solved.solution.weights
+        weights, square = solved.solution.weights, total.diagonal()
+        if weighted:  # where groups differ, the Gram matrix does not say how long gradients are
+            square = squares.total(Sharding.total)
+            if self._means is not None:
+                square = square / self._means.correction(square.device) ** 2
         return self._holdable(
             solved, (weights.abs() * square.sqrt()).sum(), lambda: self._overflow(params, solved)
         )
