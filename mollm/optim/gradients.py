@@ -88,10 +88,12 @@ class GradientStore:
 
     def scale(self, factor: Tensor) -> None:
         """Multiplies every gradient by a scalar; one in float16 becomes float32, lest it vanish."""
+        for stream in self._streams.values():
+            stream.synchronize()  # a gradient may still be on its way to the host
         for held in self._held.values():
             for p, g in held.items():
                 wide = g.float() if g.dtype == torch.float16 else g
-                held[p] = wide.mul_(factor.to(device=g.device, dtype=wide.dtype))
+                held[p] = wide * factor.to(device=g.device, dtype=wide.dtype)
 
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective."""

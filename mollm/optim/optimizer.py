@@ -255,20 +255,23 @@ class MOLLMOptimizer(Optimizer):
             RuntimeError: between `aggregate()` and `step()`.
         """
         if "param_groups" not in self.__dict__ or self.param_groups is not self.base.param_groups:
-            if self.__dict__.get("_aggregated") is not None:
-                raise RuntimeError(
-                    "add_param_group() was called between aggregate() and step(): call it before "
-                    "the backward."
-                )
             return  # Optimizer.__init__ hands in the groups that the base has
+        if self._aggregated is not None:
+            raise RuntimeError(
+                "add_param_group() was called between aggregate() and step(): call it before the "
+                "backward."
+            )
         params = param_group["params"]
-        refuse_partitioned([params] if isinstance(params, Tensor) else (params := list(params)))
+        params = [params] if isinstance(params, Tensor) else list(params)
+        refuse_partitioned([*self._parameters(), *(p for p in params if isinstance(p, Tensor))])
         self.base.add_param_group({**param_group, "params": params})
 
     # ---- gradients in
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.base.param_groups for p in group["params"]]
+        scalar = None if self._aggregated is None else self._aggregated.gradients.scalar
+        groups = self.base.param_groups
+        return [p for group in groups for p in list.copy(group["params"]) if p is not scalar]
 
     def _check_name(self, name: str) -> None:
         if name not in self.objectives:
@@ -371,7 +374,7 @@ class MOLLMOptimizer(Optimizer):
         self._refuse_interrupted()
         if self._aggregated is not None:
             return
-        if self._means is not None and self._second_weights is not None:
+        if not self.can_aggregate:
             raise RuntimeError(
                 "aggregate() does not go with momentum='per-objective' in AdamW's metric: call "
                 "step() alone, or pass metric='euclidean'."
@@ -379,10 +382,14 @@ class MOLLMOptimizer(Optimizer):
         params = self._touched()
         try:
             self._aggregated = self._put_direction(params)
-            self.param_groups = [*self.base.param_groups, self._aggregated.gradients.group]
         except BaseException:
             self._drop_gradients()
             raise
+
+    @property
+    def can_aggregate(self) -> bool:
+        """Whether `aggregate()` can be called, as for clipping; see its errors."""
+        return self._means is None or self._second_weights is None
 
     def _put_direction(self, params: list[Tensor]) -> _Aggregated:
         scale = self._scale  # the last one, until the step knows better
@@ -393,7 +400,7 @@ class MOLLMOptimizer(Optimizer):
         norm = None if scale is None or self._means is None else self._norm_of_grad(params)
         if not self._needs_gradients_after:
             self._store.clear()
-        return _Aggregated(solved, Watched(params, self.defaults), scale, norm)
+        return _Aggregated(solved, Watched(params, self.base.param_groups[0]), scale, norm)
 
     def _write_direction(
         self, params: Sequence[Tensor], solution: Solution, factor: float | Tensor
@@ -476,23 +483,28 @@ class MOLLMOptimizer(Optimizer):
             clip: what `p.grad` was multiplied by; the second moment counts gradients so.
         """
         parts, squares = _Parts(), _Parts()
+        weighted = False
         for sharding, some, lists in self._pieces(params):
             for rate, part in self._grams(some, lists, clip):
                 one = isinstance(rate, float) and rate == 1
+                weighted |= not one
                 parts.add(sharding, part if one else part * rate)
                 squares.add(sharding, part.diagonal())
         if self._unchecked_steps and Sharding() in parts.sums:
             self._unchecked_steps -= 1
             if world_size() > 1:
                 refuse_unlike_copies(self._plain_parts().sums[Sharding()], self.objectives)
-        total, square = parts.total(Sharding.total_gram), squares.total(Sharding.total)
+        total = parts.total(Sharding.total_gram)
         if self._means is not None:
-            correction = self._means.correction(total.device) ** 2
-            total, square = total / correction, square / correction
+            total = total / self._means.correction(total.device) ** 2
         solved = _Solved(total, self.rule(total))
         if self._second_weights is not None:
             return solved  # where v would overflow, the metric and so the Gram matrix is NaN
-        weights = solved.solution.weights
+        weights, square = solved.solution.weights, total.diagonal()
+        if weighted:  # where groups differ, the Gram matrix does not say how long gradients are
+            square = squares.total(Sharding.total)
+            if self._means is not None:
+                square = square / self._means.correction(square.device) ** 2
         return self._holdable(
             solved, (weights.abs() * square.sqrt()).sum(), lambda: self._overflow(params, solved)
         )
@@ -648,7 +660,7 @@ class MOLLMOptimizer(Optimizer):
         solved, gradients = left.solved, left.gradients
         touched, scale = gradients.touched, gradients.scale if gradients.unscaled else None
         waiting = all(name in self._store for name in self.objectives)
-        self.param_groups = self.base.param_groups
+        gradients.end()
         scaled = scale is not None or left.assumed_scale is not None
         if scaled:
             solved = self._in_own_scale(left, scale, touched)
@@ -832,6 +844,8 @@ class MOLLMOptimizer(Optimizer):
         for p in self._parameters():
             p.grad = None
         if self.on_nonfinite == "raise":
+            if self._aggregated is not None:
+                self._aggregated.gradients.end()
             self._aggregated = None
             raise FloatingPointError(
                 f"{what} is not finite; weights and optimizer state are unchanged: call "
@@ -853,8 +867,9 @@ class MOLLMOptimizer(Optimizer):
 
     def _forget_gradients(self) -> None:
         self._store.clear()
+        if self._aggregated is not None:
+            self._aggregated.gradients.end()
         self._aggregated = None
-        self.param_groups = self.base.param_groups
         self._stale = True
 
     def _drop_gradients(self) -> None:
@@ -899,11 +914,21 @@ class MOLLMOptimizer(Optimizer):
             mine["means"] = self._means.state_dict(self._parameters())
         if self._scale is not None:
             mine["grad_scale"] = float(self._scale)
-        groups, self.param_groups = self.param_groups, self.base.param_groups
-        try:
+        with self._own_groups():
             return {**super().state_dict(), "mollm": mine}
+
+    @contextmanager
+    def _own_groups(self) -> Iterator[None]:
+        """The groups without what is in them between aggregate() and step()."""
+        left, self._aggregated = self._aggregated, None
+        group = self.base.param_groups[0]
+        shown = group["params"]
+        if left is not None:
+            left.gradients.end()
+        try:
+            yield
         finally:
-            self.param_groups = groups
+            group["params"], self._aggregated = shown, left
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict()` was taken; also reads the base optimizer's own.
@@ -944,7 +969,7 @@ class MOLLMOptimizer(Optimizer):
         state = _copied_attributes(self)
         # Torch's own __getstate__ loses what a base keeps in other attributes.
         state["base"] = type(self.base), _copied_attributes(self.base)
-        return {**state, "param_groups": self.base.param_groups}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if isinstance(state.get("base"), tuple):

@@ -27,32 +27,41 @@ class Watched:
     """The gradients that aggregate() left, and what has happened to them since.
 
     A GradScaler tells no optimizer its scale, but divides every gradient that it finds in
-    `param_groups`. There is one more while it may come by, of a scalar that no model has, so that
-    clipping does not reach it: what it was divided by is the scale.
+    `param_groups`. The first group has one more while it may come by, of a scalar that no model
+    has, so that clipping does not reach it: what it was divided by is the scale.
     """
 
-    def __init__(self, params: Sequence[Tensor], defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
         self._left = [(p, g, local(g)._version) for p in params if (g := p.grad) is not None]
         # float64 keeps it out of the lists that hold the shards of a DTensor
-        self._scalar = nn.Parameter(torch.zeros((), dtype=torch.float64, device=params[0].device))
-        self._scalar.grad = torch.full_like(self._scalar, _MARK)
-        self._found = _Visited([self._scalar])
-        self.group: dict[str, Any] = {**defaults, "params": self._found}
+        self.scalar = nn.Parameter(torch.zeros((), dtype=torch.float64, device=params[0].device))
+        self.scalar.grad = torch.full_like(self.scalar, _MARK)
+        self._version = self.scalar.grad._version
+        self._group, self._own = group, group["params"]
+        self._found = _Visited([*self._own, self.scalar])
+        group["params"] = self._found
+
+    def end(self) -> None:
+        """Takes the scalar out of the group again."""
+        if self._group["params"] is self._found:
+            self._group["params"] = self._own
 
     @property
     def unscaled(self) -> bool:
-        """Whether a GradScaler may have divided the gradients."""
-        return self._found.visited
+        """Whether a GradScaler may have divided the gradients. Torch does not count its division as
+        a change, but does so if the scalar was clipped together with the gradients."""
+        g = self.scalar.grad
+        return self._found.visited and g is not None and g._version == self._version
 
     @property
     def scale(self) -> Tensor:
         """What they were divided by, a float64 scalar on their device; 1 without a GradScaler."""
-        g = self._scalar.grad
-        return torch.ones_like(self._scalar) if g is None else _MARK / g
+        g = self.scalar.grad
+        return torch.ones_like(self.scalar) if g is None else _MARK / g
 
     @property
     def touched(self) -> bool:
-        """Whether they were changed otherwise: Torch does not count a GradScaler's division."""
+        """Whether they were changed otherwise."""
         return any(p.grad is not g or local(g)._version != v for p, g, v in self._left)
 
     def present(self) -> list[Tensor]:

@@ -162,6 +162,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        self.optimizer_options = {
+            name: str(value).removeprefix("torch.") if name == "state_dtype" and value else value
+            for name, value in self.optimizer_options.items()
+        }
         self._refuse_other_options()
         self._refuse_launchers()
         self._refuse_unusable_numbers()
@@ -230,7 +234,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             known = inspect.signature(MOLLMOptimizer).parameters
             options = {name: options[name] for name in options if name in known} | {"base": "sgd"}
         try:
-            MOLLMOptimizer([nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **options)
+            optimizer = MOLLMOptimizer(
+                [nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **options
+            )
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             asked = {"preferences": self.preferences, **self.optimizer_options}
@@ -238,6 +244,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
+        if self.max_grad_norm > 0 and not optimizer.can_aggregate:
+            raise UsageError(
+                f"max_grad_norm must be 0 with momentum='per-objective' in AdamW's metric, but got "
+                f"{self.max_grad_norm}: leave it out, or add metric='euclidean' to "
+                "optimizer_options."
+            )
 
     def refuse_four_bits_without(self, adapter: Any | None) -> None:
         """Says that nothing but an adapter trains beside matrices in 4 bits.
@@ -373,6 +385,14 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         mine = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return int(mine * self.world_size)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, for loggers: a base that is a class goes by its name."""
+        options = {
+            name: value if isinstance(value, (*_PLAIN, tuple, type(None))) else _name_of(value)
+            for name, value in self.optimizer_options.items()
+        }
+        return {**super().to_dict(), "optimizer_options": options}
+
     def told(self) -> dict[str, Any]:
         """What a reader of the model card wants to know: the most telling, and what was changed."""
         told = {name: getattr(self, name) for name in _TELLING}
@@ -410,6 +430,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         if self.preferences is not None:
             options = {"preferences": self.preferences, **options}
         return {"lr": self.learning_rate, **self.chosen_method.optimizer_options(), **options}
+
+
+def _name_of(value: Any) -> str:
+    name = getattr(value, "__qualname__", None)
+    return str(value) if name is None else f"{value.__module__}.{name}"
 
 
 def _sharding(fsdp: Any) -> str | None:

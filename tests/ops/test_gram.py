@@ -286,6 +286,30 @@ def test_the_metric_of_one_gradient_is_adams():
     torch.testing.assert_close(gram_moved([[g]], None, metric)[0, 0], expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [1, 3, 8, 9])
+def test_the_metric_says_where_the_second_moment_cannot_be_stored(K, state, device):
+    dtype = torch.float32
+    g = [[torch.rand(100, device=device)] for _ in range(K)]
+    weights = torch.ones(K, dtype=torch.float64, device=device)
+    v = torch.rand(100, device=device).to(state)
+    metric = AdamMetric([v], [torch.tensor(4.0, device=device)], weights)
+    limit = min(torch.finfo(state).max / 1e-3, torch.finfo(dtype).max) ** 0.5
+    for factor, fits in ((0.99, True), (1.01, False)):
+        g[-1][0][57] = factor * limit
+        for computed in (
+            gram_moved(g, None, metric),
+            gram_reference(scaled_by_metric_reference(g, metric)),
+        ):
+            assert bool(computed.isfinite().all()) is fits
+    held = torch.finfo(state).max
+    v[3] = held
+    g[-1][0][57] = 1.0
+    assert gram_moved(g, None, metric).isfinite().all()  # 0.999 of it is left
+    g[-1][0][3] = min(held, 1e37) ** 0.5 * 2
+    assert gram_moved(g, None, metric).isfinite().all() == (state != torch.float16)
+
+
 def test_a_gradient_without_a_mean_is_named():
     with pytest.raises(
         ValueError, match=r"means\[0\]\[0\] must be a contiguous tensor, but got None"

@@ -83,14 +83,17 @@ def test_a_copy_of_a_base_keeps_its_attributes():
     assert torch.equal(train(*others, 2), train(model, opt, 2))
 
 
-def test_a_copy_between_aggregate_and_step_has_no_group_too_many():
+def test_a_copy_between_aggregate_and_step_has_no_parameter_too_many():
     model = make_model()
     opt = optimizer(model)
     y = model(torch.ones(2, 4))
     opt.backward({"a": y[:, 0].sum(), "b": y[:, 1].sum()})
     opt.aggregate()
-    assert len(copy.deepcopy((model, opt))[1].param_groups) == 1
-    assert len(opt.state_dict()["param_groups"]) == 1
+    assert opt.state_dict()["param_groups"][0]["params"] == [0, 1, 2, 3]
+    other_model, other = copy.deepcopy((model, opt))
+    other.zero_grad()
+    assert len(other.param_groups[0]["params"]) == 4
+    train(other_model, other, 1)
     with pytest.raises(RuntimeError, match=r"between aggregate\(\) and step\(\)"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 

@@ -107,10 +107,29 @@ def test_the_changes_are_those_of_the_losses_themselves():
         )
 
 
+def test_clipping_what_the_optimizer_lists_is_clipping_too():
+    ends = []
+    for listed in (False, True):
+        model = make_model()
+        opt = MOLLMOptimizer(model.parameters(), lr=1e-2)
+        for x in batches(4):
+            opt.zero_grad()
+            opt.backward(losses(model, x))
+            opt.aggregate()
+            clip_grad_norm_(opt.param_groups[0]["params"] if listed else model.parameters(), 0.05)
+            opt.step()
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_that_the_scaler_skips_leaves_nothing_behind():
     data = batches(4)
     model = make_model()
     opt = MOLLMOptimizer(model.parameters(), lr=1e-2)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 1.0),
+        torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0),
+    ]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for n, x in enumerate([data[0], data[1], data[1], data[2], data[3]]):
         opt.zero_grad()
@@ -119,11 +138,12 @@ def test_a_step_that_the_scaler_skips_leaves_nothing_behind():
         opt.aggregate()
         scaler.step(opt)
         scaler.update()
+        for schedule in schedules:
+            schedule.step()
     assert scaler.get_scale() == 512.0
     assert opt.skipped_steps == 0
     torch.testing.assert_close(flat(model), run({}, data=data)[0], rtol=1e-6, atol=1e-7)
-    assert opt.param_groups is opt.base.param_groups
-    assert len(opt.param_groups) == 1
+    assert opt.param_groups[0]["params"] == list(model.parameters())
 
 
 @pytest.mark.parametrize("clip", [1e-1, 1e-3, 1e-5])

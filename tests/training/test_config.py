@@ -1,4 +1,5 @@
 import functools
+import json
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ def config(**options):
         ({"preferences": [1, 2]}, "one entry per objective"),
         ({"optimizer_options": {"nesterov": True}}, "but got nesterov=True: .*nesterov"),
         ({"optimizer_options": {"base": "lion"}}, "base must be 'adamw', 'sgd'"),
+        ({"optimizer_options": {"state_dtype": torch.int8}}, "state_dtype must be .* int8"),
+        (
+            {"optimizer_options": {"momentum": "per-objective"}, "max_grad_norm": 1.0},
+            "max_grad_norm must be 0 with momentum='per-objective'.* but got 1.0: leave it out",
+        ),
     ],
 )
 def test_values_that_do_not_go_are_refused(options, words):
@@ -66,6 +72,32 @@ def test_options_reach_the_optimizer():
     assert options["betas"] == (0.9, 0.99)
     assert options["state_dtype"] is torch.bfloat16
     assert "betas" not in config(optimizer_options={"base": "sgd"}).for_optimizer()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_a_dtype_may_be_given_as_such_or_by_name_and_can_be_logged(dtype):
+    args = config(optimizer_options={"state_dtype": dtype, "betas": (0.9, 0.99)})
+    assert args.for_optimizer()["state_dtype"] is torch.bfloat16
+    logged = json.loads(args.to_json_string())["optimizer_options"]
+    assert logged["state_dtype"] == "bfloat16"
+    assert logged["betas"] == [0.9, 0.99]
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(torch.optim.SGD, "torch.optim.sgd.SGD"), (functools.partial(torch.optim.SGD), "partial")],
+)
+def test_a_base_that_is_no_name_can_be_logged(base, name):
+    args = config(optimizer_options={"base": base})
+    assert name in json.loads(args.to_json_string())["optimizer_options"]["base"]
+    assert args.optimizer_options["base"] is base
+
+
+def test_clipping_goes_with_means_in_the_euclidean_metric():
+    means = {"momentum": "per-objective"}
+    assert config(max_grad_norm=1.0, optimizer_options={**means, "metric": "euclidean"})
+    assert config(max_grad_norm=1.0, optimizer_options={**means, "base": "sgd"})
+    assert config(max_grad_norm=0, optimizer_options=means)
 
 
 def test_a_base_that_looks_at_its_parameters_is_not_tried():
