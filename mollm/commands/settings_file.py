@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 
 
+_TEXTS = ("model", "out", "device")
+
+
 _OWN = ("model", *_DATA, "out", "lora", "device")
 
 
@@ -48,6 +51,8 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"a setting must be one of {', '.join(_OWN)} or a field of MOLLMConfig, but got "
                 f"{name!r}."
             )
+        if name in _TEXTS and not isinstance(value, str):
+            raise UsageError(f"{name} must be a text, but got {value!r}: quote it.")
         settings[name] = _typed(name, value, types.get(name))
     return settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from mollm.distributed import processes
 from mollm.errors import UsageError
 from mollm.models import forward, four_bits
+from mollm.system.parsing import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +43,12 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
         config.init_lora_weights = True  # what it begins with comes from the first process
     _let_gradients_through_four_bits(model)
     tied = model.config.tie_word_embeddings
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+        raise UsageError(
+            f"peft_config must be one that peft can apply to the model: {reason_of(error)}."
+        ) from error
     layer = forward.head(model)
     has_delta = hasattr(layer, "get_delta_weight")
     if has_delta and config.lora_dropout > 0:
