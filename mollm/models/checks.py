@@ -122,6 +122,13 @@ def check_json_files(folder: Path) -> None:
             raise UsageError(
                 f"{path} must hold one JSON object, but it holds {type(value).__name__}."
             )
+        if "\\ud" in text.lower() and name != "tokenizer.json":
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{path} must hold valid Unicode, but it holds half of a surrogate pair."
+                ) from error
 
 
 def stored_elements(folder: Path, gguf_file: str | None) -> int | None:

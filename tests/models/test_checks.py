@@ -108,6 +108,7 @@ def test_an_index_names_weight_files_beside_it_alone(saved, name):
         ("config.json", "[1]", r"config\.json must hold one JSON object, but it holds list"),
         ("tokenizer.json", "{", r"tokenizer\.json is malformed JSON at column 2"),
         ("tokenizer_config.json", "[" * 99999, r"tokenizer_config\.json is nested too deeply"),
+        ("tokenizer_config.json", '{"backend": "\\ud800"}', "half of a surrogate pair"),
         ("generation_config.json", "\xff", r"generation_config\.json must be UTF-8"),
     ],
 )
