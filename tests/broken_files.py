@@ -656,6 +656,7 @@ def try_all(seed: int, chosen: Callable[[int, Case], bool]) -> tuple[Counter[str
                         f"({outcome.status}, {outcome.seconds:.1f} s, {outcome.peak >> 20} MiB): "
                         f"mollm {case.argv[0]}: {outcome.err[-500:]}{log}"
                     )
+                    print(wrong[-1], end="\n\n", flush=True)
                 for path in Path(folder).glob("mollm-*.log"):
                     path.unlink()
         finally:
@@ -675,7 +676,6 @@ def main() -> int:
         asked.seed,
         lambda number, case: case.kind.startswith(asked.kind) and number % asked.every == 0,
     )
-    print("\n\n".join(wrong))
     seconds = time.monotonic() - begun
     print(dict(tried), f"{tried.total()} tried, {len(wrong)} wrong, {seconds:.0f} s")
     return 1 if wrong else 0
