@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import faulthandler
 import json
 import os
 import random
@@ -560,6 +561,8 @@ def _data_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
 def run(argv: list[str], scratch: Path) -> Outcome:
     """Gives a command line to a child of this process, which has imported all that it needs."""
     out, err = scratch / "out.txt", scratch / "err.txt"
+    out.write_text("")
+    err.write_text("")
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -591,8 +594,9 @@ def _in_child(argv: list[str], out: Path, err: Path) -> int:
     from mollm.cli import main
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(2 * SECONDS, file=err.open("a"))  # where it hangs
     for path, descriptor in ((out, 1), (err, 2)):
-        with path.open("wb") as file:
+        with path.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(i, "w", errors="backslashreplace") for i in (1, 2))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -610,6 +614,7 @@ def _in_child(argv: list[str], out: Path, err: Path) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def prepare() -> None:
@@ -651,6 +656,7 @@ def try_all(seed: int, chosen: Callable[[int, Case], bool]) -> tuple[Counter[str
                         f"({outcome.status}, {outcome.seconds:.1f} s, {outcome.peak >> 20} MiB): "
                         f"mollm {case.argv[0]}: {outcome.err[-500:]}{log}"
                     )
+                    print(wrong[-1], end="\n\n", flush=True)
                 for path in Path(folder).glob("mollm-*.log"):
                     path.unlink()
         finally:
@@ -670,7 +676,6 @@ def main() -> int:
         asked.seed,
         lambda number, case: case.kind.startswith(asked.kind) and number % asked.every == 0,
     )
-    print("\n\n".join(wrong))
     seconds = time.monotonic() - begun
     print(dict(tried), f"{tried.total()} tried, {len(wrong)} wrong, {seconds:.0f} s")
     return 1 if wrong else 0

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MODEL = "model"
 _STOPPED = 1
+_MOST_STEPS = 10**9
 _EXAMPLE = """\
 A settings file:
 
@@ -151,6 +152,8 @@ def _check_out(out: Path, resume: bool) -> None:
 
 
 def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
+    from transformers.integrations import get_reporting_integration_callbacks
+
     from mollm.training.config import MOLLMConfig
 
     options = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
@@ -160,11 +163,20 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
         raise UsageError(f"device must be cpu or cuda, but got {settings['device']!r}.")
     try:
         args = MOLLMConfig(output_dir=str(out), **options)
+        get_reporting_integration_callbacks(args.report_to)  # refuses names that it does not know
     except UsageError:
         raise
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"the settings do not go together: {reason}.") from error
+    for name, least, most in (
+        ("seed", 0, 2**32 - 1),
+        ("max_steps", -1, _MOST_STEPS),
+        ("num_train_epochs", 0, _MOST_STEPS),
+    ):
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise UsageError(f"{name} must be from {least} to {most}, but got {value}.")
     if settings.get("device") == "cuda" and args.device.type != "cuda":
         raise UsageError("device must be one that Torch finds on this machine, but got 'cuda'.")
     return args
@@ -208,6 +220,8 @@ def _adapter(lora: Any) -> Any:
     options = {"r": lora} if isinstance(lora, int) and lora is not True else lora
     try:
         rank = options.get("r", 8)
+        if not isinstance(rank, int):
+            raise TypeError("r must be a whole number")
         return LoraConfig(
             **{"target_modules": "all-linear", "lora_alpha": 2 * rank, **options},
             task_type="CAUSAL_LM",

@@ -39,7 +39,8 @@ def vet_template(tokenizer: PreTrainedTokenizerBase) -> None:
                     )
                 )
         for text in texts:
-            tokenizer(text, add_special_tokens=False)
+            if not tokenizer(text, add_special_tokens=False)["input_ids"]:
+                raise ValueError("it writes nothing")
 
     import jinja2.sandbox  # noqa: F401  # not in the copy of this process, which has no locks
 

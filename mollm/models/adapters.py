@@ -80,7 +80,7 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
     _let_gradients_through_four_bits(model)
     try:
         wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UsageError(
             f"the adapter does not suit {type(model).__name__}: {reason}: change peft_config."

@@ -15,6 +15,7 @@ from mollm.system.parsing import is_file, parse_json, read_text, reason_of
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 _JSON_BYTES = 1 << 26
 _INDEX = "model.safetensors.index.json"
@@ -121,6 +122,13 @@ def check_json_files(folder: Path) -> None:
             raise UsageError(
                 f"{path} must hold one JSON object, but it holds {type(value).__name__}."
             )
+        if "\\ud" in text.lower() and name != "tokenizer.json":
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{path} must hold valid Unicode, but it holds half of a surrogate pair."
+                ) from error
 
 
 def stored_elements(folder: Path, gguf_file: str | None) -> int | None:
@@ -199,6 +207,27 @@ def check_size(parameters: int, stored: int | None, label: str, *, packed: bool)
             f"the config of the model {label} must describe its weights, but it describes "
             f"{parameters:,} parameters, and the weight files hold {stored:,}: is one of them "
             "damaged?"
+        )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, label: str) -> None:
+    """Refuses a tokenizer whose vocabulary goes beyond the token embeddings.
+
+    Tokens that were added to it, such as one for padding, may: many models have such, unused.
+
+    Raises:
+        UsageError: A token has no embedding; it is named.
+    """
+    added = set(tokenizer.get_added_vocab())
+    beyond = {
+        token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in added
+    }
+    if beyond:
+        token = min(beyond, key=lambda name: beyond[name])
+        raise UsageError(
+            f"the tokenizer of the model {label} must be made for it, but {len(beyond):,} of its "
+            f"tokens, such as {token!r} with the id {beyond[token]}, lie beyond the {rows:,} token "
+            "embeddings: take the tokenizer that the model came with."
         )
 
 

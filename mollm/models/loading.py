@@ -22,6 +22,7 @@ from mollm.models.checks import (
     check_finite,
     check_json_files,
     check_size,
+    check_vocabulary,
     stored_elements,
 )
 from mollm.models.four_bits import NF4
@@ -247,6 +248,7 @@ def load(
         )
     _refuse_missing(report["missing_keys"], source)
     check_finite(model, source.label)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], source.label)
     model = (model if quantization else model.to(device)).eval()
     model.name_or_path = source.label
     check_logits(model)

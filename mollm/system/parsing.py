@@ -151,6 +151,12 @@ def _loader() -> type:
                 found[key] = self.construct_object(value_node, deep=True)
             return found
 
+        def whole_number(self, node: Any) -> int:
+            value: int = self.construct_yaml_int(node)
+            if abs(value) >> 64:  # one of many digits cannot even be shown
+                self.refuse("must hold whole numbers of at most 64 bits", node)
+            return value
+
         def refuse(self, what: str, place: Any) -> NoReturn:
             raise yaml.MarkedYAMLError(problem=what, problem_mark=place.start_mark)
 
@@ -158,7 +164,8 @@ def _loader() -> type:
             self.refuse(f"must hold no value with the tag {node.tag}", node)
 
     tag = "tag:yaml.org,2002:"
-    for name in ("null", "bool", "int", "float"):
+    Loader.add_constructor(f"{tag}int", Loader.whole_number)
+    for name in ("null", "bool", "float"):
         Loader.add_constructor(f"{tag}{name}", getattr(yaml.SafeLoader, f"construct_yaml_{name}"))
     for name in ("str", "timestamp", "merge", "value"):
         Loader.add_constructor(f"{tag}{name}", yaml.SafeLoader.construct_scalar)

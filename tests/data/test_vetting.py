@@ -32,6 +32,7 @@ def test_templates_that_end_pass():
         ("{{ raise_exception('never') }}", "it fails: never: put another into its chat_template"),
         ("{{ ''.__class__.__mro__ }}", "is unsafe"),
         ("{% for %}", "it fails: "),
+        ("{{ messages.nosuch }}", "it fails: it writes nothing"),
         (3, "it fails: "),
     ],
 )

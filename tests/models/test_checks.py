@@ -108,6 +108,7 @@ def test_an_index_names_weight_files_beside_it_alone(saved, name):
         ("config.json", "[1]", r"config\.json must hold one JSON object, but it holds list"),
         ("tokenizer.json", "{", r"tokenizer\.json is malformed JSON at column 2"),
         ("tokenizer_config.json", "[" * 99999, r"tokenizer_config\.json is nested too deeply"),
+        ("tokenizer_config.json", '{"backend": "\\ud800"}', "half of a surrogate pair"),
         ("generation_config.json", "\xff", r"generation_config\.json must be UTF-8"),
     ],
 )
@@ -148,3 +149,18 @@ def test_a_wish_for_kernels_of_the_hub_is_off_unless_the_user_says_so():
 
     assert os.environ["USE_HUB_KERNELS"] == "NO"
     assert not hub_kernels._kernels_enabled
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    loading.save(tiny.model(vocab_size=200), tiny.tokenizer(), tmp_path)
+    with pytest.raises(
+        UsageError, match=r"but 59 of its tokens, such as .* with the id 200, lie b"
+    ):
+        loading.load(loading.find_model(str(tmp_path)), CPU)
+
+
+def test_a_token_that_was_added_may_lie_beyond_the_embeddings(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    loading.save(tiny.model(), tokenizer, tmp_path)
+    loading.load(loading.find_model(str(tmp_path)), CPU)

@@ -37,6 +37,7 @@ def test_yaml_gives_plain_values():
         ("\x00", "special characters are not allowed"),
         ("[" * 50_000, "is nested too deeply to be read"),
         ("a: " + "9" * 5000, "Exceeds the limit"),
+        ("a: 0x" + "f" * 5000, "must hold whole numbers of at most 64 bits"),
         ("a: !!int x", "must be valid YAML"),
         ("a: !!float ''", "must be valid YAML"),
         ("a: !!bool 7", "must be valid YAML"),
