@@ -183,6 +183,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
     system_prompt = given.get("system_prompt")
     template_options = _template_options(given.get("chat_template_kwargs"))
+    _refuse_other_logs(
+        given.get("retain_logs"),
+        {"system_prompt": system_prompt, "chat_template_kwargs": template_options},
+    )
     wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
     device = machine.find_device(
         given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -232,6 +236,23 @@ def _keep_logs(logs: Path | None, out: Path) -> None:
             f"out must be another folder than that of the retain logs, but got {out} for both: "
             "choose another one with --out."
         )
+
+
+def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
+    """Refuses logs of a model that was asked in another way, as far as they say how."""
+    if logs is None:
+        return
+    try:
+        path = (logs if logs.is_dir() else logs.parent) / "about.json"
+        known = dict(json.loads(path.read_text(encoding="utf-8"))["chat"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return
+    for name, value in chat.items():
+        if (known.get(name) or None) != (value or None):
+            raise UsageError(
+                f"the retain logs must be of the same {name}, but that is {value!r} now and was "
+                f"{known.get(name)!r} for {logs}: evaluate both models alike."
+            )
 
 
 def _write_about(

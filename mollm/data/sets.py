@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from mollm.data.chat import ChatFormat, Tokens
 from mollm.data.encoding import encode_records
@@ -101,7 +101,8 @@ def records_of(data: Data, role: Role) -> list[Record]:
     Raises:
         UsageError: It cannot be read, is empty, or is a stream of more rows.
     """
-    if isinstance(data, Mapping):
+    # Splits of `datasets` are a mapping too, whose message is another one.
+    if isinstance(data, Mapping) and not type(data).__module__.startswith("datasets."):
         options: dict[str, Any] = dict(data)
         if "path" not in options:
             raise UsageError(
@@ -119,7 +120,7 @@ def records_of(data: Data, role: Role) -> list[Record]:
         return _listed(data, role)
     if not isinstance(data, str | Path) and _is_stream(data):
         return _listed(_first_rows(data, role), role)
-    return load_records(data, role=role)
+    return load_records(cast("Dataset", data), role=role)
 
 
 def _is_stream(data: Any) -> bool:

@@ -79,7 +79,7 @@ def evaluate(
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
         vocabulary=vocabulary_of(model.config),
-        ends=ends_of(model.generation_config),
+        ends=ends_of(getattr(model, "generation_config", None)),
     )
     if chat.note is not None:
         say(chat.note)

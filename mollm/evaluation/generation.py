@@ -95,7 +95,7 @@ def ask(
         max_new_tokens: Where an answer is cut off.
         batch_size: Questions that are answered together, padded on the left.
     """
-    stops = chat.stop_ids | ends_of(model.generation_config)
+    stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     replies: list[Reply] = []
     for start in range(0, len(texts), batch_size):
         rows = [chat.encode_prompt(text) for text in texts[start : start + batch_size]]

@@ -129,7 +129,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         args: A MOLLMConfig.
         forget_dataset: What to forget: a path or hub name, keyword arguments of
             `mollm.data.load_records` by name (`path` for its source), a list of
-            `mollm.data.Record` or of dicts, or a `datasets.Dataset`.
+            `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`.
         retain_dataset: What to keep.
         eval_dataset: Sets "forget" and "retain", or one of them, to evaluate on.
         processing_class: The tokenizer; needed where the model is not given by name.

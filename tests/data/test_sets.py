@@ -77,6 +77,13 @@ def test_a_stream_is_read_up_to_a_limit(monkeypatch):
     assert len(records_of(stream.take(3), "forget")) == 3
 
 
+def test_of_a_data_set_with_splits_one_is_to_be_chosen():
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}]))
+    with pytest.raises(UsageError, match="choose one of its splits train"):
+        records_of(splits, "forget")
+
+
 def test_the_turns_to_train_on_reach_the_rows():
     talk = (Turn("user", "Who?"), Turn("assistant", "Ann."))
     forget = [Record("Where?", "Here.", history=talk), *FORGET]

@@ -86,6 +86,19 @@ def test_the_model_is_asked_with_what_precedes_an_answer(clock, name, kind):
     assert set(asked.labels) == {IGNORE_INDEX}
 
 
+@pytest.mark.parametrize("kind", ["bytes", "marks"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_tokenizer_that_tells_no_places_gives_the_same_rows(monkeypatch, name, kind):
+    tokenizer = chat_templates.make(name, kind)
+    before = (Turn("user", "Who?"), Turn("assistant", "Anna wrote it."))
+    example = Example(QUESTION, ANSWER, history=before)
+    expected = ChatFormat(tokenizer).encode(example, on_turns="all")
+    asked = ChatFormat(tokenizer).encode_prompt(example)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert ChatFormat(tokenizer).encode(example, on_turns="all") == expected
+    assert ChatFormat(tokenizer).encode_prompt(example) == asked
+
+
 @pytest.mark.parametrize("on_turns", ["last", "all"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_conversation_is_what_the_template_writes(clock, name, on_turns):
