@@ -1,14 +1,26 @@
 import json
 import sys
+import warnings
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from mollm.errors import UsageError
 from mollm.models import forward, loading, precision
+from mollm.models.logits import logit_transform
+from mollm_ops.operands import LogitTransform
 
 CPU = torch.device("cpu")
 
@@ -182,18 +194,49 @@ def test_too_little_memory_is_refused(saved, monkeypatch):
         loading.check_memory(source, CPU)
 
 
-def test_a_model_that_transforms_its_logits_is_refused():
-    class Capped(GPT2LMHeadModel):
-        def forward(self, **inputs):
-            output = super().forward(**inputs)
-            output.logits = torch.tanh(output.logits)
-            return output
+def test_an_encoder_decoder_is_refused_before_its_decoder_is_loaded_alone(tmp_path):
+    config = BartConfig(
+        vocab_size=259, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    source = loading.find_model(str(tmp_path))
+    for load in (
+        lambda: loading.load(source, CPU),
+        lambda: loading.load_config(str(tmp_path)),
+        lambda: loading.load_without_weights(source),
+    ):
+        with pytest.raises(UsageError, match=r"is an encoder-decoder \(bart\): choose another"):
+            load()
 
-    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    source = loading.Source("capped", "nowhere")
-    loading._check_head(GPT2LMHeadModel(config).eval(), source)
-    with pytest.raises(UsageError, match="capped scales, caps or transforms its logits"):
-        loading._check_head(Capped(config).eval(), source)
+
+def test_weights_that_are_left_out_are_said(saved):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loading.load(loading.find_model(str(saved)), CPU)
+    file = saved / "model.safetensors"
+    tower = {"vision_tower.layer.weight": torch.ones(3, 3), "vision_tower.bias": torch.ones(3)}
+    save_file(load_file(file) | tower, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"2 weights of .*such as vision_tower.bias, have no pl"):
+        loading.load(loading.find_model(str(saved)), CPU)
+
+
+def test_a_model_with_capped_logits_loads_and_one_that_the_losses_do_not_fit_does_not(saved):
+    config = Gemma2Config(
+        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(saved)
+    model, _ = loading.load(loading.find_model(str(saved)), CPU)
+    assert logit_transform(model) == LogitTransform(softcap=30.0)
+    bert = BertConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=True,
+    )  # fmt: skip
+    BertLMHeadModel(bert).save_pretrained(saved)
+    with pytest.raises(UsageError, match="transforms its final hidden states before the head"):
+        loading.load(loading.find_model(str(saved)), CPU)
 
 
 def test_the_frozen_copy_agrees_bit_for_bit_and_does_not_train():

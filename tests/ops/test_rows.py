@@ -317,7 +317,7 @@ def test_infinite_logits_are_capped(dtype, path):
     log_rows(logits, torch.tensor([3]), to, None, LogitTransform(softcap=5.0))
     z = 5 * torch.tanh(logits.double() / 5)
     assert to.losses.item() == pytest.approx(ce_rows_reference(z, torch.tensor([3]), None).item())
-    assert to.gradient[0, 1:3].tolist() == [0, 0]
+    assert to.gradient[0, 1:3].abs().max() < 1e-30
     assert to.gradient[0, 0] > 0
 
 
