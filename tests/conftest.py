@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def in_float32():
     """Forward passes compute in the dtype of the weights, whatever the processor can do."""
-    from mollm.models.precision import computing_in
+    from mollm.system.precision import computing_in
 
     with computing_in("float32"):
         yield

@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from mollm.models import precision
+from mollm.system import precision
 
 if __name__ == "__main__":
     del sys.argv[0]

@@ -20,7 +20,8 @@ from mollm import MOLLMConfig, MOLLMTrainer
 from mollm.data.records import Record
 from mollm.distributed import processes
 from mollm.errors import UsageError
-from mollm.models import forward, loading, precision
+from mollm.models import forward, loading
+from mollm.system import precision
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]

@@ -178,8 +178,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     import torch
 
-    from mollm.models.precision import compute_dtype
     from mollm.planning.memory import plan
+    from mollm.system.precision import compute_dtype
 
     given = vars(arguments)
     if not given.get("device_memory", 1) > 0:

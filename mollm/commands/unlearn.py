@@ -185,8 +185,8 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
 def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.distributed import processes
     from mollm.models import loading
-    from mollm.models.precision import DTYPES
     from mollm.planning.run import check_memory
+    from mollm.system.precision import DTYPES
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))

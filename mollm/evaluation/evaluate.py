@@ -15,7 +15,7 @@ from mollm.evaluation.registry import choose, columns_of, obstacle
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
 from mollm.models.logits import check_logits
-from mollm.models.precision import computing_in
+from mollm.system.precision import computing_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

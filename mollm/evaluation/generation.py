@@ -11,7 +11,7 @@ import torch
 from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
-from mollm.models.precision import autocast
+from mollm.system.precision import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mollm.data.chat import IGNORE_INDEX, Batch
 from mollm.models.four_bits import in_four_bits
-from mollm.models.precision import autocast, compute_dtype
+from mollm.system.precision import autocast, compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,7 +27,6 @@ from mollm.models.checks import (
 )
 from mollm.models.four_bits import NF4
 from mollm.models.logits import check_logits
-from mollm.models.precision import compute_dtype
 from mollm.system.machine import available_memory_gb
 from mollm.system.parsing import (
     is_file,
@@ -37,6 +36,7 @@ from mollm.system.parsing import (
     reason_of,
     user_path,
 )
+from mollm.system.precision import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from mollm.errors import UsageError
 from mollm.models.forward import head, head_weights, hidden_states, in_evaluation_mode
 from mollm.models.four_bits import in_four_bits
-from mollm.models.precision import autocast
+from mollm.system.precision import autocast
 from mollm_ops.operands import LogitTransform
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
 
 
 def _compute_dtype(args: MOLLMConfig) -> str:
-    from mollm.models.precision import compute_dtype, computing_in
+    from mollm.system.precision import compute_dtype, computing_in
 
     with computing_in(args.compute_dtype):
         return compute_dtype(args.device).name

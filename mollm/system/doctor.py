@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mollm.models.precision import compute_dtype
 from mollm.system import machine
+from mollm.system.precision import compute_dtype
 from mollm_ops import _extension, dual_space_weights, gram, linear_ce_kl, linear_uce_loss, rows
 from mollm_ops.operands import AdamWStep, Targets
 from mollm_ops.reference import dual_space as dual_space_reference

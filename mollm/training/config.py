@@ -21,8 +21,8 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4
-from mollm.models.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
 from mollm.optim.optimizer import PER_OBJECTIVE, MOLLMOptimizer
+from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
 
@@ -384,14 +384,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         """Rows to forget in a step of all processes; as many are to be retained."""
         mine = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return int(mine * self.world_size)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, for loggers: a base that is a class goes by its name."""
-        options = {
-            name: value if isinstance(value, (*_PLAIN, tuple, type(None))) else _name_of(value)
-            for name, value in self.optimizer_options.items()
-        }
-        return {**super().to_dict(), "optimizer_options": options}
 
     def told(self) -> dict[str, Any]:
         """What a reader of the model card wants to know: the most telling, and what was changed."""

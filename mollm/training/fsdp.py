@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mollm.distributed.processes import each, placed, rank
 from mollm.distributed.sharding import world_size
 from mollm.errors import UsageError
-from mollm.models.precision import compute_dtype
+from mollm.system.precision import compute_dtype
 
 
 def shard(

@@ -13,8 +13,8 @@ from mollm.distributed import processes
 from mollm.errors import UsageError
 from mollm.models import forward, four_bits, loading
 from mollm.models.adapters import adapted, given, uncompiled
-from mollm.models.precision import DTYPES
 from mollm.system.folders import check_space
+from mollm.system.precision import DTYPES
 from mollm.training.config import MOLLMConfig
 
 _NOT_COMPILED = "The model was given compiled; its step is not."

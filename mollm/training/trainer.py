@@ -47,7 +47,6 @@ from mollm.models.adapters import (
     trained_tensors,
 )
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
-from mollm.models.precision import computing_in
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
 from mollm.system.folders import (
@@ -56,6 +55,7 @@ from mollm.system.folders import (
     complete,
     replace_text,
 )
+from mollm.system.precision import computing_in
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar
 from mollm.training.config import NOT_TOLD, MOLLMConfig

@@ -16,7 +16,8 @@ from mollm import MOLLMConfig
 from mollm.data.files import sample_path
 from mollm.distributed import processes
 from mollm.errors import UsageError
-from mollm.models import loading, precision
+from mollm.models import loading
+from mollm.system import precision
 
 pytest.importorskip("peft")
 

@@ -33,7 +33,8 @@ from mollm.evaluation import (
 )
 from mollm.evaluation.generation import Reply, ask
 from mollm.evaluation.summary import Estimate
-from mollm.models import forward, loading, precision
+from mollm.models import forward, loading
+from mollm.system import precision
 
 GROUPS = ("forget", "retain", "real_authors", "world_facts")
 ALL = (*GROUPS, "holdout")

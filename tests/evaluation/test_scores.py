@@ -12,8 +12,9 @@ from mollm.errors import UsageError
 from mollm.evaluation import scores as scores_module
 from mollm.evaluation.generation import generate_replies
 from mollm.evaluation.scores import kl_to_original, score_rows
-from mollm.models import forward, precision
+from mollm.models import forward
 from mollm.models.forward import in_evaluation_mode
+from mollm.system import precision
 
 PAIRS = [
     ("Who?", "Ada"),

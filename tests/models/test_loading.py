@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from mollm.errors import UsageError
-from mollm.models import forward, loading, precision
+from mollm.models import forward, loading
 from mollm.models.logits import logit_transform
+from mollm.system import precision
 from mollm_ops.operands import LogitTransform
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from mollm.cli import main
 from mollm.data.chat import Batch
 from mollm.errors import UsageError
-from mollm.models import forward, loading, precision
+from mollm.models import forward, loading
 from mollm.models.adapters import adapted
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.planning import memory as planning
@@ -21,6 +21,7 @@ from mollm.planning.memory import plan
 from mollm.planning.proposals import proposals
 from mollm.planning.settings import GIB, PlanSettings
 from mollm.planning.shapes import shape_named, shape_of
+from mollm.system import precision
 from mollm.training import loop
 from mollm.training.reference_model import AdapterReference, CopyReference
 from mollm_ops import _chunks

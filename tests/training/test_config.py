@@ -6,7 +6,7 @@ import torch
 
 from mollm import MOLLMConfig
 from mollm.errors import UsageError
-from mollm.models.precision import computing_in
+from mollm.system.precision import computing_in
 
 
 def config(**options):

@@ -8,8 +8,9 @@ import torch
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS, Method
 from mollm.methods.method import OBJECTIVES
-from mollm.models import forward, precision
+from mollm.models import forward
 from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.system import precision
 from mollm.training import loop
 from mollm.training.loop import descend
 from mollm.training.objectives import Objectives

@@ -16,7 +16,7 @@ from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.evaluation.scores import kl_to_original, score_rows
 from mollm.methods import METHODS, answers_of
-from mollm.models.precision import computing_in
+from mollm.system.precision import computing_in
 from mollm.training.loop import unlearn
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CopyReference
