@@ -228,6 +228,14 @@ MOLLM_INLINE void update_at(const UpdateChunk& chunk, int64_t at, int64_t valid,
   for (int k = 0; k < rows; ++k) products[k] += kept[k] * moved;
 }
 
+// Of any dtypes and any number of elements up to a vector: what is left at the end of a chunk. Not
+// inlined, for its many cases would be compiled once more into every loop.
+template <class V>
+__attribute__((noinline)) static void update_any(const UpdateChunk& chunk, int64_t at,
+                                                 int64_t valid, bool track, V* products) {
+  update_at<V, void, 0>(chunk, at, valid, track, products);
+}
+
 template <class V, class T, int kRows>
 static void update(const UpdateChunk& chunk, double* changes) {
   constexpr int64_t lanes = Lanes<V>::count;
@@ -237,9 +245,13 @@ static void update(const UpdateChunk& chunk, double* changes) {
     V products[kRows ? kRows : kMaxRows];
     for (int k = 0; k < rows; ++k) products[k] = V{};
     int64_t at = begin;
-    for (; at + lanes <= end; at += lanes)
-      update_at<V, T, kRows>(chunk, at, lanes, changes, products);
-    if (at < end) update_at<V, T, kRows>(chunk, at, end - at, changes, products);
+    for (; at + lanes <= end; at += lanes) {
+      if constexpr (std::is_void_v<T>)
+        update_any<V>(chunk, at, lanes, changes, products);
+      else
+        update_at<V, T, kRows>(chunk, at, lanes, changes, products);
+    }
+    if (at < end) update_any<V>(chunk, at, end - at, changes, products);
     if (!changes) continue;
     for (int k = 0; k < rows; ++k)
       for (int64_t l = 0; l < lanes; ++l) changes[k] += products[k][l];

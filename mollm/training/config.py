@@ -424,11 +424,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         return {"lr": self.learning_rate, **self.chosen_method.optimizer_options(), **options}
 
 
-def _name_of(value: Any) -> str:
-    name = getattr(value, "__qualname__", None)
-    return str(value) if name is None else f"{value.__module__}.{name}"
-
-
 def _sharding(fsdp: Any) -> str | None:
     """The way to cut a model into parts that `fsdp` names, as far as it is one of ours."""
     words = " ".join(fsdp) if isinstance(fsdp, list) else fsdp
