@@ -190,13 +190,13 @@ template <class T>
 static double sum_exp_capped(const T* z, int64_t count, LogitMap map, double m, float* logits,
                              float* slopes, float* products) {
   const float s = static_cast<float>(map.scale), shift = static_cast<float>(m);
-  const float cap = static_cast<float>(map.cap), inner = static_cast<float>(1 / map.cap);
+  const float cap = static_cast<float>(map.cap), over_cap = static_cast<float>(1 / map.cap);
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kFlush) {
     f32x16 partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-                  const auto [y, slope] = capped(load_logits(z + n, some) * s, cap, inner);
+                  const auto [y, slope] = capped(load_logits(z + n, some) * s, cap, over_cap);
                   const f32x16 x = y - shift;
                   const f32x16 e = exp_negative(x);
                   if (some == kLanes) {
