@@ -27,10 +27,14 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config_of(vocab: int) -> Config:
-    """The shipped configurations: 16 logits a thread, 16 warps for a real vocabulary."""
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(vocab)))
-    return Config(block, max(1, block // 512))
+def config_of(vocab: int, capped: bool = False) -> Config:
+    """The shipped configurations: 16 warps for a real vocabulary, 16 logits a thread.
+
+    Eight where they are capped, else registers spill.
+    """
+    each = 8 if capped else 16
+    block = min(MAX_BLOCK // 16 * each, max(128, triton.next_power_of_2(vocab)))
+    return Config(block, max(1, block // (32 * each)))
 
 
 # ---- kernels
@@ -247,7 +251,7 @@ def _programs(logits: Tensor) -> int:
 def log_rows_triton(
     logits: Tensor, target: Tensor, ce: RowLoss, eps: float | None, transform: LogitTransform
 ) -> None:
-    config = config_of(logits.shape[1])
+    config = config_of(logits.shape[1], transform.softcap is not None)
     with _device_of(logits):
         log_rows_kernel[(_programs(logits),)](
             logits,
@@ -280,7 +284,8 @@ def kl_rows_triton(
     transform: LogitTransform,
     ref_transform: LogitTransform,
 ) -> None:
-    config = config_of(logits.shape[1])
+    capped = transform.softcap is not None or ref_transform.softcap is not None
+    config = config_of(logits.shape[1], capped)
     other = kl if ce is None else ce
     written = [to.gradient for to in (kl, other) if to.gradient is not None]
     with _device_of(logits):

@@ -147,7 +147,7 @@ class LogitTransform:
     """c > 0; None, or infinity, for none."""
 
     def __post_init__(self) -> None:
-        if not (self.scale > 0 and math.isfinite(self.scale)):
+        if not 0 < self.scale < math.inf:
             raise ValueError(f"logit_scale must be a positive number, but got {self.scale}.")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be a positive number or None, but got {self.softcap}.")

@@ -58,6 +58,7 @@ class CopyReference(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        logit_transform(model)  # known to the copy then
         self.model = freeze(model).eval()
 
     @torch.no_grad()

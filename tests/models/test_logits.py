@@ -226,6 +226,13 @@ def test_the_probe_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_that_diverged_is_not_taken_for_one_of_another_kind():
+    model = made("Gemma2", "Gemma2Config", {})
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    assert check_logits(model) == LogitTransform(softcap=30.0)
+
+
 def test_copies_have_the_transform_and_models_without_weights_can_be_given_it():
     model = made("Gemma2", "Gemma2Config", {})
     check_logits(model)

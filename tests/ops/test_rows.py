@@ -250,7 +250,7 @@ def assert_near(to, losses, gradient, dtype):
     """Autograd's own digits end at 1e-16 of 1, those of the kernels at a share of what they say."""
     limit = 1e-13 if dtype == torch.float64 else 4e-6
     torch.testing.assert_close(to.losses.double(), losses, rtol=limit, atol=limit)
-    atol = 2 * LIMIT[dtype] * float(gradient.abs().max()) + 0.1 * limit
+    atol = 2 * LIMIT[dtype] * float(gradient.abs().max()) + 0.25 * limit
     torch.testing.assert_close(to.gradient.double(), gradient, rtol=0, atol=atol)
 
 

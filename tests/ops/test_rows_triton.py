@@ -25,7 +25,7 @@ def test_interpreted():
 
 def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
     """ptxas's report of one kernel at the vocabulary of Llama 3, all strides divisible by 16."""
-    config = config_of(VOCAB)
+    config = config_of(VOCAB, constants["HAS_CAP"])
     constants = {**constants, "BLOCK": config.BLOCK}
     types = {}
     for name in kernel.arg_names:
@@ -93,4 +93,5 @@ def test_one_configuration_per_vocabulary_size():
     assert config_of(128256) == (8192, 16)
     assert config_of(49152) == (8192, 16)
     assert config_of(100) == (128, 1)
+    assert config_of(128256, capped=True) == (4096, 16)
     assert _rows_triton.MAX_BLOCK == 8192
