@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,11 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
-            "--fresh",  # a compiler that has come or gone since the last build is noticed
+            "-UCMAKE_CUDA_COMPILER",  # one that has come or gone since the last build is noticed
             "-S", str(ROOT),
             "-B", str(build),
             "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # of this build's environment
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
