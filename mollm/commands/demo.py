@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mollm.commands.arguments import add_renamed
 from mollm.demo.settings import METHODS, DemoSettings
+from mollm.planning.settings import BYTES
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,6 +50,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_renamed(parser, "--direction", "--method")
     parser.add_argument("--out", type=Path, default=default.out, help="folder for the results")
     parser.add_argument("--device", default=default.device, help="a Torch device")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("auto", *BYTES),
+        default=default.compute_dtype,
+        help="dtype of matrix products; auto takes bfloat16 if the device has instructions for it",
+    )
     parser.set_defaults(run=_demo)
 
 

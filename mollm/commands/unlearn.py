@@ -58,30 +58,46 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="make a model forget some answers and keep others",
         description=(
             "Trains a model to forget some answers and keep others, and writes the model, its "
-            "card and the history of the run. What is given here goes before what the file says."
+            "card and the history of the run. Command-line options override the settings "
+            "file."
         ),
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="a file of settings")
-    parser.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="what to change")
-    parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="rows to forget")
-    parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="rows to keep")
-    parser.add_argument("--eval-forget", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
-    parser.add_argument("--eval-retain", metavar="PATH_OR_HUB_NAME", help="rows to evaluate on")
-    parser.add_argument("--out", metavar="FOLDER", help="a new folder (default: runs/unlearn)")
+    parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="settings file")
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_HUB_NAME",
+        help="model to unlearn from: folder, .gguf file or hub name",
+    )
+    parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="examples to forget")
+    parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain")
+    parser.add_argument(
+        "--eval-forget", metavar="PATH_OR_HUB_NAME", help="forget examples for evaluation"
+    )
+    parser.add_argument(
+        "--eval-retain", metavar="PATH_OR_HUB_NAME", help="retain examples for evaluation"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="new folder for the results (default: runs/unlearn)"
+    )
     parser.add_argument("--method", help="one of mollm.methods.METHODS (default: mollm)")
     parser.add_argument("--learning-rate", type=float, metavar="LR")
     parser.add_argument("--max-steps", type=int, metavar="N")
-    parser.add_argument("--num-train-epochs", type=float, metavar="N", help="of the forget rows")
+    parser.add_argument(
+        "--num-train-epochs", type=float, metavar="N", help="passes over the forget examples"
+    )
     parser.add_argument("--per-device-train-batch-size", type=int, metavar="N")
     parser.add_argument("--gradient-accumulation-steps", type=int, metavar="N")
-    parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of a row")
-    parser.add_argument("--reference", help="adapter, copy, cache or auto (default)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens per example, at most")
+    parser.add_argument(
+        "--reference", help="reference model: adapter, copy, cache or auto (default)"
+    )
     parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--dtype", help="float32 (default) or bfloat16, of the weights")
+    parser.add_argument("--dtype", help="weight dtype: float32 (default) or bfloat16")
+    parser.add_argument("--compute-dtype", help="auto (default), float32 or bfloat16")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument(
@@ -93,7 +109,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint in the folder, or start if it holds none",
+        help="resume from the latest checkpoint in --out, or start afresh if there is none",
     )
     parser.set_defaults(run=_unlearn)
 
@@ -300,13 +316,13 @@ def summary(trainer: MOLLMTrainer) -> str:
     if not history:
         return "No step was made."
     rows = [
-        f"{'objective':<12}{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'climbed':>10}"
+        f"{'objective':<12}{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'conflicts':>11}"
     ]
     for name in OBJECTIVES:
         first, last = history[0].losses[name], history[-1].losses[name]
         weight = sum(record.weights[name] for record in history) / len(history)
-        climbed = sum(record.conflicts.get(name, False) for record in history) / len(history)
-        rows.append(f"{name:<12}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{climbed:>10.0%}")
+        conflicts = sum(record.conflicts.get(name, False) for record in history) / len(history)
+        rows.append(f"{name:<12}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{conflicts:>11.0%}")
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluated:
         shown = {k: v for k, v in evaluated[-1].items() if k.endswith("_loss")}

@@ -116,7 +116,7 @@ def table(run: DemoRun) -> str:
     rates = ", ".join(f"{name} {rate:.0%}" for name, rate in run.summary["conflict_rate"].items())
     lines += [
         "",
-        f"Updates that did not descend: {rates}",
+        f"Updates in conflict: {rates}",
         f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gb']:.1f} GB of memory",
         "",
     ]

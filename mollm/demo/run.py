@@ -34,6 +34,7 @@ from mollm.methods import find_method
 from mollm.models import loading
 from mollm.system import machine
 from mollm.system.folders import staged
+from mollm.system.precision import compute_dtype, computing_in
 from mollm.training.history import StepRecord
 from mollm.training.loop import unlearn
 
@@ -70,7 +71,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
     started = time.perf_counter()
     chosen = facts.find_countries(settings.forget) if settings.forget else []
     machine.return_freed_memory()
-    with staged(settings.out) as folder:
+    with staged(settings.out) as folder, computing_in(settings.compute_dtype):
         device = machine.find_device(settings.device)
         source = loading.find_model(settings.model)
         loading.check_memory(source, device)
@@ -290,6 +291,7 @@ def _summary(
         "countries": split.countries(),
         "peak_memory_gb": round(machine.peak_memory_gb(), 2),
         "device": machine.device_name(torch.device(settings.device)),
+        "compute_dtype": compute_dtype(torch.device(settings.device)).name,
         "versions": machine.versions(),
         "commit": machine.commit(),
         "command": settings.command(),

@@ -38,6 +38,8 @@ class DemoSettings:
     """Folder for the results."""
     device: str = "cpu"
     """A Torch device."""
+    compute_dtype: str = "auto"
+    """Of matrix products, see `mollm.system.precision.computing_in`."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -58,5 +60,5 @@ class DemoSettings:
             value = getattr(self, option.name)
             if value != option.default:
                 text = ",".join(value) if option.name == "forget" else str(value)
-                words += [f"--{option.name}", text]
+                words += [f"--{option.name.replace('_', '-')}", text]
         return shlex.join(words)

@@ -46,18 +46,8 @@ def generate_replies(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but got {value}.")
-    lengths = [len(q if isinstance(q, str) else q.question) for q in questions]
-    order = sorted(range(len(questions)), key=lambda place: -lengths[place])
     with in_evaluation_mode(model):
-        replies = ask(
-            model,
-            chat,
-            [questions[place] for place in order],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
-    at = dict(zip(order, replies, strict=True))
-    return [at[place] for place in range(len(questions))]
+        return ask(model, chat, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ def ask(
     max_new_tokens: int = 16,
     batch_size: int = 40,
 ) -> list[Reply]:
-    """Greedy answers to `texts`, in their order.
+    """Greedy answers to `texts`, in their order; those of like length are asked together.
 
     The model is asked with what precedes an answer in a row to train on. A reply ends at any token
     that ends a turn by the chat template, the tokenizer or the model's generation config.
@@ -96,10 +86,13 @@ def ask(
         batch_size: Questions that are answered together, padded on the left.
     """
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
-    replies: list[Reply] = []
-    for start in range(0, len(texts), batch_size):
-        rows = [chat.encode_prompt(text) for text in texts[start : start + batch_size]]
-        batch = collate(rows, chat.pad_id, side="left").to(model.device)
+    rows = [chat.encode_prompt(text) for text in texts]
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
+    replies: dict[int, Reply] = {}
+    for start in range(0, len(rows), batch_size):
+        places = order[start : start + batch_size]
+        batch = collate([rows[place] for place in places], chat.pad_id, side="left")
+        batch = batch.to(model.device)
         with autocast(model.device):
             written = model.generate(
                 input_ids=batch.input_ids,
@@ -110,8 +103,8 @@ def ask(
                 eos_token_id=sorted(stops) or None,
             )
         answers = written[:, batch.input_ids.shape[1] :].tolist()
-        replies += [_read(chat, answer, stops) for answer in answers]
-    return replies
+        replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
+    return [replies[place] for place in range(len(rows))]
 
 
 def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:

@@ -89,7 +89,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         mollm.errors.UsageError: uce_eps must be between 0 and 1, but got 2.
     """
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "of the first step"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "learning rate of the first step"})
     max_grad_norm: float = field(
         default=0.0,
         metadata={
@@ -108,27 +108,26 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
     preferences: list[float] | None = field(
         default=None,
-        metadata={"help": "of forget, kl and retain, for methods that have any"},
+        metadata={"help": "weights of forget, kl and retain, for methods that take any"},
     )
     uce_eps: float = field(
         default=1e-4,
-        metadata={
-            "help": "of the unlearning cross-entropy: less pushes harder on what is known by heart"
-        },
+        metadata={"help": "UCE's epsilon; smaller pushes harder on memorised answers"},
     )
     reference: str = field(
         default="auto",
         metadata={
-            "help": "the original: adapter, copy, cache or auto; see mollm.training.reference_model"
+            "help": "reference model: adapter, copy, cache, or auto, which takes the adapter if any"
         },
     )
-    max_length: int = field(default=1024, metadata={"help": "most tokens of a row"})
+    max_length: int = field(default=1024, metadata={"help": "tokens per example, at most"})
     train_on_turns: str = field(
         default="last",
         metadata={"help": "last or all: which answers of a conversation carry a loss"},
     )
     system_prompt: str | None = field(
-        default=None, metadata={"help": "of conversations that have none of their own"}
+        default=None,
+        metadata={"help": "system prompt of conversations without one"},
     )
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None,
@@ -136,13 +135,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
     padding_side: str = field(default="right", metadata={"help": "left or right"})
     dtype: str = field(
-        default="float32", metadata={"help": "of the weights of a model given by name"}
+        default="float32", metadata={"help": "weight dtype of a model given by name"}
     )
     compute_dtype: str = field(
         default="auto",
         metadata={
-            "help": "of matrix products: auto (bfloat16 where the device has instructions for it), "
-            "float32 (that of the weights) or bfloat16"
+            "help": "dtype of matrix products: auto (bfloat16 if the device has instructions "
+            "for it), float32 (that of the weights) or bfloat16"
         },
     )
     quantization: str | None = field(
@@ -150,15 +149,17 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         metadata={"help": "nf4: a model given by name is loaded in 4 bits, for an adapter (QLoRA)"},
     )
     freeze_embeddings: bool = field(
-        default=True, metadata={"help": "leave token embeddings and head as they are"}
+        default=True, metadata={"help": "do not train token embeddings and head"}
     )
     optimizer_options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."},
+        metadata={
+            "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
+        },
     )
     divergence: float = field(
         default=5.0,
-        metadata={"help": "nats by which KL, or the rise of the retain loss, stops the run"},
+        metadata={"help": "stop once KL, or the rise of the retain loss, exceeds this many nats"},
     )
 
     def __post_init__(self) -> None:

@@ -112,7 +112,7 @@ def test_the_page_tells_what_happened(run, tmp_path):
 def test_the_terminal_table(run):
     lines = table(run).splitlines()
     assert any(re.fullmatch(r"Forget +2 +100% +50%", line) for line in lines)
-    assert "Updates that did not descend: forget 0%, kl 50%, retain 0%" in lines
+    assert "Updates in conflict: forget 0%, kl 50%, retain 0%" in lines
 
 
 def test_conflict_rates_count_applied_updates():

@@ -25,6 +25,7 @@ SUMMARY_KEYS = {
       for w in ("before", "after")),
     "steps", "seconds", "conflict_rate", "peak_memory_gb", "seed", "method", "lr",
     "lr_schedule", "model", "countries", "versions", "device", "commit", "command",
+    "compute_dtype",
 }  # fmt: skip
 
 
