@@ -13,7 +13,7 @@ help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
 	@echo "make soak   the tests that take minutes: runs that are killed, hundreds of broken files"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make docs   the documentation site, in build/docs"
 	@echo "make lock   requirements/*.lock: every package with its hashes"
 	@echo "make audit  known vulnerabilities (asks a public database) and licences"
@@ -46,6 +46,7 @@ soak: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
 	$(BIN)/mypy
 
 docs: $(VENV)/installed

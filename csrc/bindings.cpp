@@ -43,8 +43,7 @@ using ListTuple = std::tuple<Addresses, Codes>;
 // ((addresses, dtypes) of the K * N means, beta)
 using MeansTuple = std::tuple<ListTuple, double>;
 // ((addresses, dtypes) of v, corrections, weights, beta2, eps)
-using MetricTuple =
-    std::tuple<ListTuple, std::vector<double>, std::vector<double>, double, double>;
+using MetricTuple = std::tuple<ListTuple, std::vector<double>, std::vector<double>, double, double>;
 // (address, elements)
 using Buffer = std::tuple<std::uintptr_t, int64_t>;
 
@@ -286,16 +285,15 @@ void bind_update(py::module_& m) {
         require(params.has_value(), "params", "be given", "None");
         require(second.has_value() || numbers.method != Method::kAdamW, "second",
                 "be given for AdamW", "None");
-        const UpdateTargets targets = {list_of(params, counts, "params"),
-                                       list_of(first, counts, "first"),
-                                       list_of(second, counts, "second"),
-                                       steps_of(steps, counts, numbers.method)};
+        const UpdateTargets targets = {
+            list_of(params, counts, "params"), list_of(first, counts, "first"),
+            list_of(second, counts, "second"), steps_of(steps, counts, numbers.method)};
         const RunningMeans moving = means_of(means, lists, counts);
         double* const sums = memory_or_null<double>(changes, lists.lists, "changes");
         const int workers = checked_threads(threads);
         py::gil_scoped_release release;
-        update_cpu(lists, weights.data(), second_weights ? second_weights->data() : nullptr,
-                   moving, targets, numbers, sums, workers);
+        update_cpu(lists, weights.data(), second_weights ? second_weights->data() : nullptr, moving,
+                   targets, numbers, sums, workers);
       },
       py::arg("data"), py::arg("dtypes"), py::arg("counts"), py::arg("weights"),
       py::arg("second_weights"), py::arg("means"), py::arg("params"), py::arg("first"),
@@ -318,7 +316,12 @@ DeviceLists device_lists(const Buffer& table, int lists, int64_t tensors, int64_
   in_range(chunks, 0, kMaxElements, "chunks");
   const int64_t entries = lists * tensors;
   const int64_t* const base = memory<const int64_t>(table, 2 * (entries + tensors), "table");
-  return {lists,          tensors, chunks, base, base + entries, base + 2 * entries,
+  return {lists,
+          tensors,
+          chunks,
+          base,
+          base + entries,
+          base + 2 * entries,
           base + 2 * entries + tensors};
 }
 
@@ -332,9 +335,8 @@ DeviceMeans device_means(const std::optional<Buffer>& table, double beta,
 }
 
 // [N] addresses of v, [N] dtypes, [N] addresses of steps.
-DeviceMetric device_metric(const std::optional<Buffer>& table,
-                           const std::optional<Buffer>& weights, double beta2, double eps,
-                           const DeviceLists& gradients) {
+DeviceMetric device_metric(const std::optional<Buffer>& table, const std::optional<Buffer>& weights,
+                           double beta2, double eps, const DeviceLists& gradients) {
   const int64_t N = gradients.tensors;
   const int64_t* const base = memory_or_null<const int64_t>(table, 3 * N, "moments");
   const double* const w = memory_or_null<const double>(weights, gradients.lists, "second weights");
@@ -355,8 +357,8 @@ void bind_cuda(py::module_& m) {
       "cuda_grid",
       [](int lists) {
         int blocks = 0;
-        check(cuda_grid(static_cast<int>(in_range(lists, 1, 4 * kMaxUpdateLists, "lists")),
-                        &blocks));
+        check(
+            cuda_grid(static_cast<int>(in_range(lists, 1, 4 * kMaxUpdateLists, "lists")), &blocks));
         return blocks;
       },
       py::arg("lists"));
@@ -365,8 +367,8 @@ void bind_cuda(py::module_& m) {
       [](const Buffer& table, int lists, int64_t tensors, int64_t chunks, const Buffer& partials,
          const Buffer& arrived, int blocks, const Buffer& gram, std::uintptr_t stream) {
         const DeviceLists rows = device_lists(table, lists, tensors, chunks, kMaxObjectives);
-        check(gram_cuda(rows, workspace(partials, arrived, lists * (lists + 1) / 2, blocks),
-                        blocks, memory<double>(gram, lists * lists, "gram"), stream_of(stream)));
+        check(gram_cuda(rows, workspace(partials, arrived, lists * (lists + 1) / 2, blocks), blocks,
+                        memory<double>(gram, lists * lists, "gram"), stream_of(stream)));
       },
       py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
       py::arg("partials"), py::arg("arrived"), py::arg("blocks"), py::arg("gram"),
@@ -381,9 +383,8 @@ void bind_cuda(py::module_& m) {
         const DeviceLists rows = device_lists(table, lists, tensors, chunks, kMaxObjectives);
         check(gram_moved_cuda(rows, device_means(means, beta, rows),
                               device_metric(moments, second_weights, beta2, eps, rows),
-                              workspace(partials, arrived, lists * (lists + 1) / 2, blocks),
-                              blocks, memory<double>(gram, lists * lists, "gram"),
-                              stream_of(stream)));
+                              workspace(partials, arrived, lists * (lists + 1) / 2, blocks), blocks,
+                              memory<double>(gram, lists * lists, "gram"), stream_of(stream)));
       },
       py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"), py::arg("means"),
       py::arg("beta"), py::arg("moments"), py::arg("second_weights"), py::arg("beta2"),
@@ -414,9 +415,9 @@ void bind_cuda(py::module_& m) {
             memory_or_null<double>(changes, lists, "changes")};
         check(update_cuda(rows, update, blocks, stream_of(stream)));
       },
-      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
-      py::arg("targets"), py::arg("weights"), py::arg("second_weights"), py::arg("means"),
-      py::arg("beta"), py::arg("proceed"), py::arg("lr"), py::arg("options"), py::arg("partials"),
+      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"), py::arg("targets"),
+      py::arg("weights"), py::arg("second_weights"), py::arg("means"), py::arg("beta"),
+      py::arg("proceed"), py::arg("lr"), py::arg("options"), py::arg("partials"),
       py::arg("arrived"), py::arg("blocks"), py::arg("changes"), py::arg("stream"));
   m.def(
       "combine_cuda",
@@ -424,13 +425,12 @@ void bind_cuda(py::module_& m) {
          const Buffer& out_table, int blocks, std::uintptr_t stream) {
         const DeviceLists rows = device_lists(table, lists, tensors, chunks, kMaxObjectives);
         const int64_t* const out = memory<const int64_t>(out_table, 2 * tensors, "out");
-        check(combine_cuda(rows, memory<const double>(weights, lists, "weights"),
-                           {out, out + tensors},
-                           static_cast<int>(in_range(blocks, 1, 1 << 20, "blocks")),
-                           stream_of(stream)));
+        check(combine_cuda(
+            rows, memory<const double>(weights, lists, "weights"), {out, out + tensors},
+            static_cast<int>(in_range(blocks, 1, 1 << 20, "blocks")), stream_of(stream)));
       },
-      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"),
-      py::arg("weights"), py::arg("out_table"), py::arg("blocks"), py::arg("stream"));
+      py::arg("table"), py::arg("lists"), py::arg("tensors"), py::arg("chunks"), py::arg("weights"),
+      py::arg("out_table"), py::arg("blocks"), py::arg("stream"));
   m.def(
       "solve_cuda",
       [](const Buffer& gram, int objectives, int rule, const Buffer& preferences, bool normalize,
@@ -440,8 +440,7 @@ void bind_cuda(py::module_& m) {
         code(length, Length::kFirst, "length");
         check(solve_cuda(
             objectives, memory<const double>(gram, objectives * objectives, "gram"),
-            {rule, length, normalize,
-             memory<const double>(preferences, objectives, "preferences")},
+            {rule, length, normalize, memory<const double>(preferences, objectives, "preferences")},
             memory<double>(packed, objectives + 2, "packed"), stream_of(stream)));
       },
       py::arg("gram"), py::arg("objectives"), py::arg("rule"), py::arg("preferences"),

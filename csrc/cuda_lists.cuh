@@ -111,8 +111,8 @@ struct Packet {
 
 // Rows that are missing or may be read sixteen bytes at a time as floats.
 __device__ inline bool in_packets(Row row) {
-  return !row.data || (row.dtype != DType::kFloat64 &&
-                       reinterpret_cast<uintptr_t>(row.data) % 16 == 0);
+  return !row.data ||
+         (row.dtype != DType::kFloat64 && reinterpret_cast<uintptr_t>(row.data) % 16 == 0);
 }
 
 template <int K>

@@ -32,10 +32,10 @@ struct Solution {
 
 // The objectives that take part, as unit gradients.
 struct Cone {
-  int n;                                       // how many
-  int index[kMaxObjectives];                   // objective of each
-  double norm[kMaxObjectives];                 // |g|
-  double C[kMaxObjectives][kMaxObjectives];    // correlations
+  int n;                                     // how many
+  int index[kMaxObjectives];                 // objective of each
+  double norm[kMaxObjectives];               // |g|
+  double C[kMaxObjectives][kMaxObjectives];  // correlations
 };
 
 struct Quadratic {
@@ -152,9 +152,8 @@ MOLLM_HD inline bool read_cone(int K, const double* G, Cone* cone) {
   }
   for (int i = 0; i < cone->n; ++i)
     for (int j = 0; j < cone->n; ++j)
-      cone->C[i][j] = i == j ? 1
-                             : G[cone->index[i] * K + cone->index[j]] / cone->norm[i] /
-                                   cone->norm[j];
+      cone->C[i][j] =
+          i == j ? 1 : G[cone->index[i] * K + cone->index[j]] / cone->norm[i] / cone->norm[j];
   return true;
 }
 

@@ -33,16 +33,18 @@ struct RunningMeans {
 
 // The diagonal metric of Adam in which gram multiplies, sum_e P_e g_i,e g_j,e:
 //     v' = beta2 v + (1 - beta2) sum_k weights_k g_k^2,  P = 1 / (sqrt(v' / correction) + eps)
-// Where v's dtype cannot hold v', P is NaN: the Gram matrix then says that the step must be skipped.
+// Where v's dtype cannot hold v', P is NaN: the Gram matrix then says that the step must be
+// skipped.
 struct AdamMetric {
-  const void* const* second = nullptr;   // v, [N]; null for zeros
-  const DType* dtypes = nullptr;         // [N]
-  const double* corrections = nullptr;   // 1 - beta2^t, [N]
-  const double* weights = nullptr;       // [K]; null: no metric
+  const void* const* second = nullptr;  // v, [N]; null for zeros
+  const DType* dtypes = nullptr;        // [N]
+  const double* corrections = nullptr;  // 1 - beta2^t, [N]
+  const double* weights = nullptr;      // [K]; null: no metric
   double beta2 = 0, eps = 0;
 };
 
-// The largest v' that may be stored: update may round it a little differently than gram does, or up.
+// The largest v' that may be stored: update may round it a little differently than gram does, or
+// up.
 MOLLM_HD static inline double largest_moment(DType dtype) {
   constexpr double kMargin = 1 - 0x1p-20;
   switch (dtype) {

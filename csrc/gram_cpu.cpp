@@ -1,5 +1,4 @@
 #include "gram.h"
-
 #include "gram_kernels.h"
 #include "lists.h"
 

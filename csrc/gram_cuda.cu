@@ -105,7 +105,8 @@ __device__ inline void add_sums(const float* sums, const DeviceLists& lists, con
 }
 
 template <int K, class T>
-__device__ inline void gram_vectors(const DeviceLists& lists, const Row* rows, const Chunk& chunk, Products<K>& products) {
+__device__ inline void gram_vectors(const DeviceLists& lists, const Row* rows, const Chunk& chunk,
+                                    Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
   const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kVector * kVector;
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < whole; at += kThreads * kVector) {
@@ -119,7 +120,8 @@ __device__ inline void gram_vectors(const DeviceLists& lists, const Row* rows, c
 
 // The same for rows of which some are missing or that differ in dtype.
 template <int K>
-__device__ inline void gram_packets(const DeviceLists& lists, const Row* rows, const Chunk& chunk, Products<K>& products) {
+__device__ inline void gram_packets(const DeviceLists& lists, const Row* rows, const Chunk& chunk,
+                                    Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
   const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kVector * kVector;
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < whole; at += kThreads * kVector) {
@@ -206,11 +208,12 @@ __device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S 
 template <int K>
 __device__ inline void moved_elements(const Row* rows, const Row* means, Row second,
                                       const DeviceMeans& moving, const DeviceMetric& metric,
-                                      double correction, const Chunk& chunk,
-                                      int run, Products<K>& products) {
+                                      double correction, const Chunk& chunk, int run,
+                                      Products<K>& products) {
   const Largest largest = largest_of<K>(rows, second);
 #pragma unroll 1
-  for (int64_t first = chunk.begin + threadIdx.x * run; first < chunk.end; first += kThreads * run) {
+  for (int64_t first = chunk.begin + threadIdx.x * run; first < chunk.end;
+       first += kThreads * run) {
 #pragma unroll 1
     for (int64_t at = first; at < first + run; ++at) {
       double x[K];
@@ -237,10 +240,10 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
 
 // False where this thread's part is left for moved_elements.
 template <int K>
-__device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, const Row* means, Row second,
-                                     const DeviceMeans& moving, const DeviceMetric& metric,
-                                     float correction, const Chunk& chunk,
-                                     Products<K>& products) {
+__device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, const Row* means,
+                                     Row second, const DeviceMeans& moving,
+                                     const DeviceMetric& metric, float correction,
+                                     const Chunk& chunk, Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
   const Largest largest = largest_of<K>(rows, second);
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
@@ -255,8 +258,7 @@ __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, 
       const float fresh = static_cast<float>(1 - moving.beta);
 #pragma unroll
       for (int e = 0; e < kVector; ++e)
-        x[k][e] =
-            static_cast<float>(stored(means[k].dtype, beta * mean[e] + fresh * x[k][e]));
+        x[k][e] = static_cast<float>(stored(means[k].dtype, beta * mean[e] + fresh * x[k][e]));
     }
     float v[kVector];
     unpack(fetch(second, at), second.dtype, v);
@@ -347,8 +349,8 @@ struct FacePerThread {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 1) solve_kernel(int K, const double* gram,
-                                                         SolveRequest request, double* packed) {
+__global__ void __launch_bounds__(kThreads, 1)
+    solve_kernel(int K, const double* gram, SolveRequest request, double* packed) {
   __shared__ double values[kThreads];
   __shared__ unsigned faces[kThreads];
   const FacePerThread nnls{values, faces};
@@ -400,9 +402,8 @@ __device__ inline void combine_elements(const Row* rows, int64_t begin, int64_t 
 }
 
 template <int K>
-__global__ void __launch_bounds__(kThreads) combine_kernel(DeviceLists lists,
-                                                           const double* weights,
-                                                           DeviceOutputs out) {
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(DeviceLists lists, const double* weights, DeviceOutputs out) {
   double exact[K];
   float w[K];
 #pragma unroll

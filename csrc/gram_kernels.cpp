@@ -10,8 +10,8 @@
 namespace mollm {
 namespace {
 
-constexpr int64_t kFlush = 2048;    // float products added before they go into doubles
-constexpr int kDirectRows = 4;      // up to here all products of a position fit in registers
+constexpr int64_t kFlush = 2048;  // float products added before they go into doubles
+constexpr int kDirectRows = 4;    // up to here all products of a position fit in registers
 constexpr int kTile = 4;
 
 // Below this sum of squares of a chunk, floats too small to have a square may be what is missing
@@ -55,11 +55,9 @@ static void gram_direct(const void* const* data, int64_t count, double* partial)
     for (; n + kLanes <= end; n += kLanes)
       accumulate([n](const T* row) __attribute__((always_inline)) { return load(row + n); });
     if (n < end)
-      accumulate([n, end](const T* row) __attribute__((always_inline)) {
-        return load_tail(row + n, end - n);
-      });
-    for (int p = 0; p < kPairs; ++p)
-      total[p] += widen_low(products[p]) + widen_high(products[p]);
+      accumulate([n, end](const T* row)
+                     __attribute__((always_inline)) { return load_tail(row + n, end - n); });
+    for (int p = 0; p < kPairs; ++p) total[p] += widen_low(products[p]) + widen_high(products[p]);
   }
   for (int p = 0; p < kPairs; ++p) partial[p] = sum(total[p]);
 }

@@ -11,7 +11,7 @@ struct GramChunk {
   const void* const* data;
   const DType* dtypes;
   int64_t count;
-  const void* const* means;      // [rows]; null: no running means
+  const void* const* means;  // [rows]; null: no running means
   const DType* mean_dtypes;
   double beta;
   const double* second_weights;  // [rows]; null: no metric
@@ -27,13 +27,21 @@ struct GramKernels {
   void (*combine)(int rows, const void* const* data, const DType* dtypes, const double* weights,
                   int64_t count, void* out, DType out_dtype);
   // partial[k] = row k . x
-  void (*dots)(int rows, const void* const* data, const DType* dtypes, const void* x,
-               DType x_dtype, int64_t count, double* partial);
+  void (*dots)(int rows, const void* const* data, const DType* dtypes, const void* x, DType x_dtype,
+               int64_t count, double* partial);
 };
 
-namespace baseline { extern const GramKernels gram_kernels; }
-namespace avx2 { extern const GramKernels gram_kernels; }
-namespace avx512 { extern const GramKernels gram_kernels; }
-namespace avx512bf16 { extern const GramKernels gram_kernels; }
+namespace baseline {
+extern const GramKernels gram_kernels;
+}
+namespace avx2 {
+extern const GramKernels gram_kernels;
+}
+namespace avx512 {
+extern const GramKernels gram_kernels;
+}
+namespace avx512bf16 {
+extern const GramKernels gram_kernels;
+}
 
 }  // namespace mollm

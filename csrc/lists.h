@@ -9,8 +9,9 @@
 
 namespace mollm {
 
-constexpr int64_t kChunk = 1 << 16;         // elements of every list that one task works on
-constexpr int64_t kWorthAThread = 1 << 18;  // elements below which a thread costs more than it saves
+constexpr int64_t kChunk = 1 << 16;  // elements of every list that one task works on
+constexpr int64_t kWorthAThread = 1
+                                  << 18;  // elements below which a thread costs more than it saves
 
 inline int64_t size_of(DType dtype) {
   switch (dtype) {

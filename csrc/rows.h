@@ -10,10 +10,10 @@ namespace mollm {
 
 // Where one loss goes. `Wide` is double for double logits and float for all others.
 struct RowLoss {
-  const void* scale;        // Wide [rows], scale_stride apart; of the gradient alone
+  const void* scale;  // Wide [rows], scale_stride apart; of the gradient alone
   int64_t scale_stride;
-  void* losses;             // Wide [rows]; null where this loss is not asked for
-  void* gradient;           // [rows, vocab], gradient_stride apart; null for none
+  void* losses;    // Wide [rows]; null where this loss is not asked for
+  void* gradient;  // [rows, vocab], gradient_stride apart; null for none
   int64_t gradient_stride;
 };
 
@@ -26,13 +26,13 @@ struct LogitMap {
 
 struct LogitRows {
   int64_t rows, vocab;
-  DType dtype;              // of both logits
-  DType gradient_dtype;     // no wider than dtype
-  const void* logits;       // [rows, vocab]
+  DType dtype;           // of both logits
+  DType gradient_dtype;  // no wider than dtype
+  const void* logits;    // [rows, vocab]
   int64_t stride;
-  const void* reference;    // [rows, vocab]; null where kl is not asked for
+  const void* reference;  // [rows, vocab]; null where kl is not asked for
   int64_t reference_stride;
-  const int64_t* target;    // [rows]; negative: loss and gradient 0; vocab or more: loss NaN
+  const int64_t* target;  // [rows]; negative: loss and gradient 0; vocab or more: loss NaN
   LogitMap map, reference_map;
 };
 

@@ -1,9 +1,8 @@
-#include "rows.h"
-
 #include <string>
 #include <vector>
 
 #include "parallel.h"
+#include "rows.h"
 #include "rows_kernels.h"
 
 namespace mollm {

@@ -4,8 +4,8 @@
 // first sweep comes from memory; a row of 128256 floats stays in a core's L2 for the others.
 //
 // Of capped logits the sweep that sums keeps, in a scratch row, what the gradient needs: no
-// hyperbolic tangent is computed twice. A cap bounds the logits, so that a small one makes the sweep
-// for their maximum superfluous.
+// hyperbolic tangent is computed twice. A cap bounds the logits, so that a small one makes the
+// sweep for their maximum superfluous.
 #include "rows_kernels.h"
 
 #include <cmath>
@@ -44,12 +44,16 @@ MOLLM_INLINE void store_some(T* p, f32x16 v, int64_t count) {
 }
 
 template <class T>
-MOLLM_INLINE double at(const T* p) { return load_logits(p, 1)[0]; }
+MOLLM_INLINE double at(const T* p) {
+  return load_logits(p, 1)[0];
+}
 
 MOLLM_INLINE double at(const double* p) { return *p; }
 
 template <class T>
-MOLLM_INLINE void put(T* p, double v) { store_some(p, f32x16{} + static_cast<float>(v), 1); }
+MOLLM_INLINE void put(T* p, double v) {
+  store_some(p, f32x16{} + static_cast<float>(v), 1);
+}
 
 MOLLM_INLINE void put(double* p, double v) { *p = v; }
 
@@ -129,8 +133,8 @@ struct CappedTo {
 //     tanh a = w / (2 - w),  1 - tanh^2 a = 4u / (2 - w)^2.
 // Near 0 w has all digits of tanh, near saturation u has all of the derivative. The exponential is
 // that of exp_negative, with the 1 of its polynomial added last. A division would cost more than
-// all the rest: for d in [1, 2] the quadratic is 1 / d to r <= 1/99, and (1 + r)(1 + r^2) takes that
-// to r^4.
+// all the rest: for d in [1, 2] the quadratic is 1 / d to r <= 1/99, and (1 + r)(1 + r^2) takes
+// that to r^4.
 MOLLM_INLINE CappedTo<f32x16> capped_far(f32x16 x, float cap, float minus_two_over_cap) {
   constexpr float kLowest = -87.33654f, kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.f;
@@ -215,8 +219,7 @@ static double sum_exp_capped(const T* z, int64_t count, LogitMap map, double m, 
 
 // exp(-d) + d - 1 for |d| < 1/4, where the plain form cancels.
 MOLLM_INLINE f32x16 phi_series(f32x16 d) {
-  return d * d *
-         (1.f / 2 - d * (1.f / 6 - d * (1.f / 24 - d * (1.f / 120 - d * (1.f / 720)))));
+  return d * d * (1.f / 2 - d * (1.f / 6 - d * (1.f / 24 - d * (1.f / 120 - d * (1.f / 720)))));
 }
 
 struct Shift {
@@ -310,8 +313,8 @@ static CappedTo<double> capped(double x, double cap) {
   return {std::copysign(cap * (w / (2 - w)), x), 4 * u / ((2 - w) * (2 - w))};
 }
 
-static double sum_exp_capped(const double* z, int64_t count, LogitMap map, double m,
-                             double* logits, double* slopes, double* products) {
+static double sum_exp_capped(const double* z, int64_t count, LogitMap map, double m, double* logits,
+                             double* slopes, double* products) {
   double total = 0;
   for (int64_t n = 0; n < count; ++n) {
     const auto [y, slope] = capped(map.scale * z[n], map.cap);

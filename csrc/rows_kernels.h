@@ -13,9 +13,17 @@ struct RowKernels {
               void* scratch);
 };
 
-namespace baseline { extern const RowKernels row_kernels; }
-namespace avx2 { extern const RowKernels row_kernels; }
-namespace avx512 { extern const RowKernels row_kernels; }
-namespace avx512bf16 { extern const RowKernels row_kernels; }
+namespace baseline {
+extern const RowKernels row_kernels;
+}
+namespace avx2 {
+extern const RowKernels row_kernels;
+}
+namespace avx512 {
+extern const RowKernels row_kernels;
+}
+namespace avx512bf16 {
+extern const RowKernels row_kernels;
+}
 
 }  // namespace mollm

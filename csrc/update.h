@@ -19,10 +19,10 @@ enum class Method : int { kSgd = 0, kAdamW = 1 };
 struct UpdateOptions {
   Method method;
   double lr, decay;
-  double momentum;            // SGD
-  bool nesterov;              // SGD
-  double beta1, beta2, eps;   // AdamW
-  bool stochastic;            // round bfloat16 results up or down at random, without bias
+  double momentum;           // SGD
+  bool nesterov;             // SGD
+  double beta1, beta2, eps;  // AdamW
+  bool stochastic;           // round bfloat16 results up or down at random, without bias
   uint64_t seed;
 };
 
@@ -39,9 +39,10 @@ struct UpdateTargets {
   const float* const* steps;  // t, this step included
 };
 
-// weights are those of d. Where second_weights is given, v takes sum_k second_weights_k g_k^2 in place
-// of d^2. Running means are moved on and take the gradients' place in both. Where changes is given,
-// [K], it becomes g_k . (x after - x before), of the gradients themselves and of x as it is stored.
+// weights are those of d. Where second_weights is given, v takes sum_k second_weights_k g_k^2 in
+// place of d^2. Running means are moved on and take the gradients' place in both. Where changes is
+// given, [K], it becomes g_k . (x after - x before), of the gradients themselves and of x as it is
+// stored.
 void update_cpu(const TensorLists& gradients, const double* weights, const double* second_weights,
                 const RunningMeans& means, const UpdateTargets& targets,
                 const UpdateOptions& options, double* changes, int threads);
@@ -57,11 +58,11 @@ struct DeviceUpdate {
   const double* weights;         // [K]
   const double* second_weights;  // [K] or null
   DeviceMeans means;
-  const bool* proceed;           // where false nothing is written; may be null
-  const double* lr;              // takes the place of options.lr where it is not null
+  const bool* proceed;  // where false nothing is written; may be null
+  const double* lr;     // takes the place of options.lr where it is not null
   UpdateOptions options;
-  GramWorkspace work;            // partials [K, blocks]
-  double* changes;               // [K] or null
+  GramWorkspace work;  // partials [K, blocks]
+  double* changes;     // [K] or null
 };
 
 // One more than the solver takes: the direction may come with the gradients it was made of.
@@ -75,16 +76,16 @@ int update_cuda(const DeviceLists& lists, const DeviceUpdate& update, int blocks
 
 // What one element's step needs, with the bias corrections and the learning rate worked in.
 struct StepScalars {
-  double keep;             // 1 - lr decay
-  double lr;               // AdamW: lr / (1 - beta1^t)
-  double momentum;         // SGD
-  bool nesterov;           // SGD
-  double beta1, beta2;     // AdamW
-  double root, eps;        // AdamW: 1 / sqrt(1 - beta2^t)
+  double keep;          // 1 - lr decay
+  double lr;            // AdamW: lr / (1 - beta1^t)
+  double momentum;      // SGD
+  bool nesterov;        // SGD
+  double beta1, beta2;  // AdamW
+  double root, eps;     // AdamW: 1 / sqrt(1 - beta2^t)
 };
 
 MOLLM_HD static inline StepScalars step_scalars(const UpdateOptions& o, double lr, double step,
-                                         bool has_first) {
+                                                bool has_first) {
   StepScalars s = {1 - lr * o.decay, lr, o.momentum, o.nesterov, o.beta1, o.beta2, 1, o.eps};
   if (o.method == Method::kSgd) return s;
   if (has_first) s.lr /= 1 - pow(o.beta1, step);

@@ -1,8 +1,7 @@
-#include "update.h"
-
 #include <string>
 
 #include "lists.h"
+#include "update.h"
 #include "update_kernels.h"
 
 namespace mollm {

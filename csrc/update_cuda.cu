@@ -216,8 +216,7 @@ int update_cuda(const DeviceLists& lists, const DeviceUpdate& update, int blocks
         <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(lists, update);
     return cudaGetLastError();
   };
-  if (lists.lists == kMaxUpdateLists)
-    return launch(std::integral_constant<int, kMaxUpdateLists>());
+  if (lists.lists == kMaxUpdateLists) return launch(std::integral_constant<int, kMaxUpdateLists>());
   return with_lists(lists.lists, launch);
 }
 

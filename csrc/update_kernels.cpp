@@ -130,8 +130,8 @@ MOLLM_INLINE V root(V x) {
 
 // ---- the step
 //
-// T is the dtype of all rows where they share one, so that nothing is left to decide in the loop, or
-// void where they do not; kRows is the number of rows, or 0 where it is known at run time only.
+// T is the dtype of all rows where they share one, so that nothing is left to decide in the loop,
+// or void where they do not; kRows is the number of rows, or 0 where it is known at run time only.
 
 template <class V, class T>
 MOLLM_INLINE V get(const void* from, DType dtype, int64_t at, int64_t valid) {

@@ -31,9 +31,17 @@ struct UpdateKernels {
   void (*update)(const UpdateChunk& chunk, double* changes);
 };
 
-namespace baseline { extern const UpdateKernels update_kernels; }
-namespace avx2 { extern const UpdateKernels update_kernels; }
-namespace avx512 { extern const UpdateKernels update_kernels; }
-namespace avx512bf16 { extern const UpdateKernels update_kernels; }
+namespace baseline {
+extern const UpdateKernels update_kernels;
+}
+namespace avx2 {
+extern const UpdateKernels update_kernels;
+}
+namespace avx512 {
+extern const UpdateKernels update_kernels;
+}
+namespace avx512bf16 {
+extern const UpdateKernels update_kernels;
+}
 
 }  // namespace mollm
