@@ -58,4 +58,4 @@ def test_a_task_that_ends_its_process_is_told():
     assert child.why_not(lambda: os._exit(0), 5, 1 << 30) == (
         "it takes too much memory, or ends the process"
     )
-    assert child.why_not(lambda: os.kill(os.getpid(), 11), 5, 1 << 30) is not None
+    assert child.why_not(lambda: os.kill(os.getpid(), 9), 5, 1 << 30) is not None

@@ -11,6 +11,7 @@ from mollm.data.files import sample_path
 from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.models import forward, loading
+from mollm.system import precision
 
 pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 peft = pytest.importorskip("peft")
@@ -19,6 +20,13 @@ FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(6)
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(8)]
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_float32():
+    """The products of 4-bit matrices too: in bfloat16 every processor rounds in its own way."""
+    with precision.computing_in("float32"):
+        yield
 
 
 @pytest.fixture(scope="module")
