@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csr
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
-	@echo "make soak   the tests that take minutes: runs that are killed, hundreds of broken files"
+	@echo "make soak   the tests that take minutes: runs that are killed, broken files, other processors"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make docs   the documentation site, in build/docs"
 	@echo "make lock   requirements/*.lock: every package with its hashes"
@@ -42,6 +42,7 @@ test: $(VENV)/installed
 
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak $(ARGS)
+	PYTHON=$(BIN)/python bash tests/processors.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in mollm.cli, before T
 
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there is a process for every core already
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core already
+    torch.set_num_threads(int(os.environ.get("MOLLM_TEST_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items):
