@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
     # small matrix product took a hundred times as long. OpenMP reads this when Torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        parser.print_help()
+        return 0
+    arguments = parser.parse_args(given)
     try:
         status: int = arguments.run(arguments)
     except UsageError as error:

@@ -39,6 +39,7 @@ def staged(out: Path) -> Iterator[Path]:
         raise _refused(out, error) from error
     try:
         yield stage
+        _permit(stage)
         _sync_all(stage)
         _move_into(stage, out)
         _sync(out)
@@ -82,6 +83,7 @@ def complete(folder: Path) -> Iterator[Path]:
         inner = stage / folder.name  # the outer folder is for this user's eyes alone
         inner.mkdir()
         yield inner
+        _permit(inner)
         _sync_all(inner)
         if folder.exists():
             remove(folder)
@@ -231,6 +233,15 @@ def _lock(descriptor: int, folder: Path) -> None:
             f"out must be a folder of no other run, but one is writing to {folder}: wait for it, "
             "or choose another one with --out."
         ) from error
+
+
+def _permit(folder: Path) -> None:
+    """Gives files the permissions of this user's other files: safetensors makes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _sync_all(folder: Path) -> None:

@@ -147,6 +147,11 @@ def test_every_command_is_listed(capsys):
     assert all(f"\n    {name} " in text for name in ("demo", "evaluate", "plan", "doctor"))
 
 
+def test_no_command_is_answered_with_help(capsys):
+    assert main([]) == 0
+    assert "commands:" in capsys.readouterr().out
+
+
 def test_importing_does_nothing():
     code = "import mollm.cli, mollm.__main__, sys; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -187,3 +187,16 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_what_was_there(tmp_path,
 )
 def test_a_name_for_others_has_no_folders(name, told):
     assert public_name(name) == told
+
+
+def test_files_have_the_permissions_that_the_user_gives_to_others(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with complete(tmp_path / "new") as folder:
+            (folder / "inner").mkdir(mode=0o700)
+            for path in (folder / "a", folder / "inner" / "b"):
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "new").rglob("*")}
+    assert modes == {"a": 0o640, "inner": 0o750, "b": 0o640}
