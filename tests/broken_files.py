@@ -175,7 +175,7 @@ class Inputs:
         commands = [
             ["unlearn", *out, *data, *unlearn, "--set", "disable_tqdm=true"],
             ["evaluate", *out, *data, *evaluate],
-            ["plan", "--model", str(model), "--device", "cpu", "--sequence-length", "16"],
+            ["plan", "--model", str(model), "--device", "cpu", "--max-length", "16"],
             ["demo", *out, "--steps", "1", "--device", "cpu"],
         ]
         order = (0, 1, 0, 2, 0, 1, 0, 2, 0, 1) if forget is None else (0, 1)

@@ -350,7 +350,7 @@ def test_a_batch_is_split_into_the_largest_part_that_fits():
 def test_where_nothing_fits_the_last_proposal_does_not(llama):
     found = proposals(plan(llama, PlanSettings()), GIB)
     assert [p.words for p in found[-2:]] == [
-        "--lora-rank 16 --reference adapter",
+        "--lora 16 --reference adapter",
         "--quantization nf4",
     ]
     assert not found[-1].plan.fits(GIB)
