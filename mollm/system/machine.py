@@ -123,23 +123,30 @@ def device_name(device: torch.device) -> str:
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_flags() -> frozenset[str]:
     """What the processor can do, such as "avx512_bf16", as Linux says; empty if unknown."""
+    return frozenset((_of_cpu("flags") or _of_cpu("Features")).split())
+
+
+def cpu_vendor() -> str:
+    """Who made the processor, such as "GenuineIntel", as Linux says; empty if unknown."""
+    return _of_cpu("vendor_id")
+
+
+def _cpu_name() -> str:
+    return " ".join(_of_cpu("model name").split()) or platform.processor() or platform.machine()
+
+
+def _of_cpu(name: str) -> str:
+    """What Linux says under this name of the first processor."""
     try:
-        lines = path.read_text().splitlines()
+        rows = (line.partition(":") for line in CPUINFO.read_text().splitlines())
+        return next((value.strip() for key, _, value in rows if key.strip() == name), "")
     except OSError:
-        return frozenset()
-    named = (line.partition(":") for line in lines)
-    found = (value for key, _, value in named if key.strip() in ("flags", "Features"))
-    return frozenset(next(found, "").split())
-
-
-def _cpu_name(path: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-        return " ".join(next(rows[key] for key in rows if key.strip() == "model name").split())
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return ""
 
 
 def commit() -> str | None:

@@ -42,8 +42,9 @@ def test_an_answer_is_what_follows_the_prompt(chat):
 def test_a_reply_that_ended_its_turn_is_complete(chat):
     end = chat.end_id
     letters = chat.tokenizer("yes", add_special_tokens=False)["input_ids"]
-    assert generation._read(chat, [*letters, end, end, 7]) == Reply("yes", complete=True)
-    assert generation._read(chat, letters) == Reply("yes", complete=False)
+    stops = frozenset({end})
+    assert generation._read(chat, [*letters, end, end, 7], stops) == Reply("yes", complete=True)
+    assert generation._read(chat, letters, stops) == Reply("yes", complete=False)
     assert str(Reply("yes", complete=False)) == "yes …"
 
 

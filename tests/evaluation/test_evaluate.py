@@ -510,7 +510,7 @@ def test_what_is_written_reads_back_to_the_last_bit(full, tmp_path):
 def test_other_files_are_no_evaluation(tmp_path):
     path = tmp_path / "examples.jsonl"
     for text, reason in (
-        ("{", "line 1 must hold one JSON object, but at column 2 it is malformed"),
+        ("{", "line 1 is malformed JSON at column 2"),
         ("[1]", r"line 1 must hold one JSON object, but got \[1\]"),
         ('\n{"group": "forget"}', "line 2 must be a record of `mollm evaluate`"),
         (
@@ -556,12 +556,12 @@ def test_tofu_is_read_from_parquet_and_from_the_hub_too(tmp_path, monkeypatch):
     write_tofu(tmp_path)
     asked = []
 
-    def on_the_hub(source, config, *, split):
+    def on_the_hub(source, config, split):
         asked.append((source, config, split))
         lines = (tmp_path / f"{config}.jsonl").read_text().splitlines()
         return datasets.Dataset.from_list([json.loads(line) for line in lines])
 
-    monkeypatch.setattr(datasets, "load_dataset", on_the_hub)
+    monkeypatch.setattr("mollm.data.files.load_from_hub", on_the_hub)
     assert load_tofu("locuslab/TOFU") == expected
     assert ("locuslab/TOFU", "forget10_perturbed", "train") in asked
     for path in tmp_path.glob("*.jsonl"):
@@ -738,7 +738,7 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     assert not (tmp_path / "out").exists()
     for data, words in (
         (["--forget", "f.jsonl", "--forget-split", "forget01"], "forget-split goes with --data"),
-        (["--forget", "{path: [}"], "a path or a mapping in YAML"),
+        (["--forget", "{path: [}"], "must be valid YAML"),
         (["--forget", "{schema: tofu}"], "must be given by a path"),
     ):
         assert main(["evaluate", "--model", "m", *data, *out]) == 2

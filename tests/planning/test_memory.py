@@ -304,7 +304,7 @@ def test_chunks_are_those_of_the_losses(rows, projections):
     settings = replace(ON_CPU, batch_size=1, sequence_length=rows + 1)
     hidden, weight = torch.empty(rows, 1), torch.empty(shape.vocab, 1)
     expected = _chunks.chunk_rows_for(
-        Head(hidden, weight, None, hidden.shape), projections, rows, None
+        Head(hidden, weight, None, hidden.shape), projections, rows, None, torch.float32
     )
     assert planning.chunk_rows(shape, settings, projections) == expected
 
@@ -392,7 +392,7 @@ def test_the_command_says_what_is_the_peak_and_what_would_fit(capsys):
     assert "--gradient-checkpointing  " in text
     assert "With these it fits" in text
     assert main([*arguments, "--device-memory", "1"]) == 1
-    assert "GiB are missing" in capsys.readouterr().out
+    assert "GiB short" in capsys.readouterr().out
 
 
 def test_without_a_known_memory_there_is_no_verdict(capsys, monkeypatch):

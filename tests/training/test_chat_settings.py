@@ -66,9 +66,9 @@ def test_a_run_is_resumed_on_another_day_as_on_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"system_prompt": "Be kind."}, "a checkpoint of the same system_prompt, but that is Be"),
-        ({"train_on_turns": "all"}, "a checkpoint of the same train_on_turns, but that is all"),
-        ({"template": tiny.TEMPLATE + " "}, "a checkpoint of the same chat template, but that is"),
+        ({"system_prompt": "Be kind."}, "system_prompt was None and is now Be kind"),
+        ({"train_on_turns": "all"}, "train_on_turns was last and is now all"),
+        ({"template": tiny.TEMPLATE + " "}, "chat template was .* and is now"),
     ],
 )
 def test_a_run_goes_on_only_in_the_same_format(tmp_path, change, words):
