@@ -129,6 +129,7 @@ def log_rows_kernel(
     HAS_CAP: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     for r in range(tl.program_id(0), R, tl.num_programs(0)):
@@ -152,6 +153,9 @@ def log_rows_kernel(
                     e = tl.exp(_logits(z, logit_scale, softcap, HAS_CAP) - m)
                     g = tl.where(j == t, at_target, at_others * e) * c
                     g *= _slope(z, logit_scale, softcap, HAS_CAP)
+                    if NARROW:
+                        # As in kl_rows_kernel: other threads read the logits under this block.
+                        tl.debug_barrier()
                     tl.store(out + j, g.to(out.dtype.element_ty), mask=j < V)
 
 
@@ -270,6 +274,7 @@ def log_rows_triton(
             HAS_CAP=transform.softcap is not None,
             HAS_EPS=eps is not None,
             HAS_GRADIENT=ce.gradient is not None,
+            NARROW=ce.gradient is not None and ce.gradient.dtype != logits.dtype,
             BLOCK=config.BLOCK,
             num_warps=config.num_warps,
         )
