@@ -397,7 +397,8 @@ class MOLLMOptimizer(Optimizer):
             self._store.scale(1 / scale)
         solved = self._solve(params)
         self._write_direction(params, solved.solution, 1.0 if scale is None else scale)
-        norm = None if scale is None or self._means is None else self._norm_of_grad(params)
+        solved = self._held_by_grad(solved, params)
+        norm = None if self._means is None else self._norm_of_grad(params)
         if not self._needs_gradients_after:
             self._store.clear()
         return _Aggregated(solved, Watched(params, self.base.param_groups[0]), scale, norm)
@@ -416,6 +417,15 @@ class MOLLMOptimizer(Optimizer):
             out = [_first(tensors) for tensors in zip(*lists, strict=True)] if in_place else None
             for p, d in zip(some, combine(rows, each, out=out), strict=True):
                 p.grad = None if d is None else placed_like(d.to(p.dtype), p)
+
+    def _held_by_grad(self, solved: _Solved, params: Sequence[Tensor]) -> _Solved:
+        """Refuses a d that has overflown in `p.grad`, as it may in float16."""
+        if all(p.dtype != torch.float16 for p in params):
+            return solved
+        norm = self._norm_of_grad(params)
+        known = not norm.is_cuda and bool(solved.solution.finite) and not bool(norm.isfinite())
+        solution = solved.solution.refused_unless(norm.isfinite())
+        return replace(solved, solution=solution, overflows=solved.overflows or known)
 
     @property
     def _needs_gradients_after(self) -> bool:
@@ -525,14 +535,13 @@ class MOLLMOptimizer(Optimizer):
                 more, so that it is called only where the norm leaves room for doubt.
         """
         limit = self._largest_direction()
-        if limit == math.inf:
-            return solved
         fits = norm <= limit
-        if isinstance(self.base, FusedBase):
+        if limit < math.inf and isinstance(self.base, FusedBase):
             narrow = norm.is_cuda and torch.float16 in self.base.kept_dtypes()
             doubtful = not norm.is_cuda and bool(solved.solution.finite) and not fits
             if narrow or doubtful:
                 fits = overflow() == 0
+        fits = fits & norm.isfinite()
         solution = solved.solution.refused_unless(fits)
         known = not norm.is_cuda and bool(solved.solution.finite) and not fits
         return replace(solved, solution=solution, overflows=known)
@@ -683,9 +692,9 @@ class MOLLMOptimizer(Optimizer):
             norm = self._norm_of_grad(left.gradients.present())
             params = self._touched(strays=True)
             solved = self._solve(params)
-            clip = norm * found / left.norm if touched else 1.0
+            clip = torch.where(left.norm > 0, norm * found / left.norm, 1.0) if touched else 1.0
             self._write_direction(params, solved.solution, clip)
-            return solved
+            return self._held_by_grad(solved, params)
         return replace(left.solved, matrix=left.solved.matrix * (assumed / found) ** 2)
 
     def _step_along_grad(
