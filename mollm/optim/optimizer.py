@@ -32,6 +32,7 @@ from mollm.optim.directions import make_rule
 from mollm.optim.gradients import GradientStore
 from mollm.optim.groups import alike, columns_of, columns_of_means
 from mollm.optim.means import ObjectiveMeans, moved, next_means
+from mollm.optim.saved_state import check_number
 from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
 from mollm_ops import Solution, Status, combine, dots, gram
@@ -600,7 +601,8 @@ class MOLLMOptimizer(Optimizer):
                 `p.grad` is left of aggregate(); an earlier step was interrupted.
             ValueError: an option of a parameter group is out of range.
             FloatingPointError: the Gram matrix or the state after the step is not finite and
-                on_nonfinite="raise"; weights, state and gradients stay as they were.
+                on_nonfinite="raise"; weights and state stay as they were. After aggregate() the
+                gradients are dropped.
         """
         self._refuse_interrupted()
         loss = None
@@ -959,6 +961,9 @@ class MOLLMOptimizer(Optimizer):
                 "the state to load has a running mean of each objective's gradient: load it with "
                 "momentum='per-objective'."
             )
+        check_number("skipped_steps", mine.get("skipped_steps", 0), whole=True)
+        if mine.get("grad_scale") is not None:
+            check_number("grad_scale", mine["grad_scale"], positive=True)
         if isinstance(self.base, FusedBase):
             plain = self.base.fitted(plain)
         self._forget_gradients()
@@ -995,5 +1000,5 @@ class MOLLMOptimizer(Optimizer):
 def _copied_attributes(optimizer: Optimizer) -> dict[str, Any]:
     """What a copy takes over. A scheduler wraps `step` of this very object; a copy gets its own
     from the class."""
-    left = ("_optimizer_", "_zero_grad_profile_name", "step", "_opt_called")
-    return {k: v for k, v in optimizer.__dict__.items() if not k.startswith(left)}
+    left = ("_optimizer_", "_zero_grad_profile_name", "_opt_called")
+    return {k: v for k, v in optimizer.__dict__.items() if k != "step" and not k.startswith(left)}
