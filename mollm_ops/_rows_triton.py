@@ -223,13 +223,13 @@ def kl_rows_kernel(
                 z_ref = tl.load(ref_row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
                 a = _logits(z, logit_scale, softcap, HAS_CAP) - m
                 b = _logits(z_ref, ref_logit_scale, ref_softcap, HAS_REF_CAP) - m_ref
-                slope = _slope(z, logit_scale, softcap, HAS_CAP)
                 e = tl.exp(a)
                 p, p_ref = e / Z, tl.exp(b) / Z_ref
                 d = (b - a) - log_ratio
                 phi = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
                 term = tl.where(tl.abs(d) < 0.25, p_ref * phi, p - p_ref + p_ref * d)
                 sums += tl.where(j < V, tl.where(p_ref == 0, p, term), 0.0)
+                slope = _slope(z, logit_scale, softcap, HAS_CAP)
                 if NARROW:
                     # Shorter gradients of this block lie over logits that other threads read.
                     tl.debug_barrier()
