@@ -513,6 +513,13 @@ RowLoss row_loss_of(const std::optional<RowLossTuple>& loss, int64_t rows, int64
           reinterpret_cast<void*>(gradient), gradient_stride};
 }
 
+LogitMap map_of(const LogitMapTuple& map, const char* name) {
+  const auto [scale, cap] = map;
+  require(std::isfinite(scale) && scale > 0, name, "have a positive finite scale", scale);
+  require(std::isfinite(cap) && cap >= 0, name, "have a finite cap of at least 0", cap);
+  return {scale, cap};
+}
+
 void check_rows(const LogitRows& all, const RowLoss& ce, const RowLoss& kl) {
   in_range(all.vocab, 0, kMaxElements, "vocab");
   in_range(all.rows, 0, kMaxElements / std::max<int64_t>(all.vocab, 1), "rows");
@@ -544,8 +551,8 @@ void bind_rows(py::module_& m) {
                                reinterpret_cast<const void*>(reference),
                                reference_stride,
                                reinterpret_cast<const int64_t*>(target),
-                               {map.first, map.second},
-                               {reference_map.first, reference_map.second}};
+                               map_of(map, "map"),
+                               map_of(reference_map, "reference_map")};
         const RowLoss to_ce = row_loss_of(ce, rows, vocab, "ce");
         const RowLoss to_kl = row_loss_of(kl, rows, vocab, "kl");
         check_rows(all, to_ce, to_kl);

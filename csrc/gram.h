@@ -33,8 +33,8 @@ struct RunningMeans {
 
 // The diagonal metric of Adam in which gram multiplies, sum_e P_e g_i,e g_j,e:
 //     v' = beta2 v + (1 - beta2) sum_k weights_k g_k^2,  P = 1 / (sqrt(v' / correction) + eps)
-// Where v's dtype cannot hold v', P is NaN: the Gram matrix then says that the step must be
-// skipped.
+// P is NaN where the step could not compute or store v': the Gram matrix then says that the step
+// must be skipped.
 struct AdamMetric {
   const void* const* second = nullptr;  // v, [N]; null for zeros
   const DType* dtypes = nullptr;        // [N]

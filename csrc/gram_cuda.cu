@@ -180,37 +180,40 @@ struct Largest {
 };
 
 template <int K>
-__device__ inline Largest largest_of(const Row* rows, const Row& second) {
-  DType computed = second.data ? second.dtype : DType::kFloat32;
+__device__ inline Largest largest_of(const Row* rows, const Row* means, const Row& second) {
+  bool wide = second.data && second.dtype == DType::kFloat64;
 #pragma unroll
   for (int k = 0; k < K; ++k)
-    if (rows[k].data && rows[k].dtype == DType::kFloat64) computed = DType::kFloat64;
-  if (computed != DType::kFloat64) computed = DType::kFloat32;
-  const double square = largest_moment(computed);
+    wide |= (rows[k].data && rows[k].dtype == DType::kFloat64) ||
+            (means[k].data && means[k].dtype == DType::kFloat64);
+  const double square = largest_moment(wide ? DType::kFloat64 : DType::kFloat32);
   return {square, second.data ? fmin(square, largest_moment(second.dtype)) : square};
 }
 
-// sqrt(P) of one element: its gradients (or means) are x, its second moment so far v. NaN where the
-// step could not compute or store the coming second moment.
+// The sum of squares and the coming second moment of one element: its gradients (or means) are x,
+// its second moment so far v.
 template <int K, class S>
-__device__ inline S metric_scale(const DeviceMetric& metric, const S* x, S v, S correction,
-                                 const Largest& largest) {
-  S square = 0;
+__device__ inline void next_moment(const DeviceMetric& metric, const S* x, S v, S& square,
+                                   S& moment) {
+  square = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) square += static_cast<S>(metric.weights[k]) * x[k] * x[k];
-  const S moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
-  if (!(square <= static_cast<S>(largest.square) && moment <= static_cast<S>(largest.moment)))
-    return static_cast<S>(NAN);
-  return 1 / sqrt(sqrt(moment / correction) + static_cast<S>(metric.eps));
+  moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
+}
+
+// sqrt(P), where root is 1 / sqrt(1 - beta2^t).
+template <class S>
+__device__ inline S metric_scale(const DeviceMetric& metric, S moment, S root) {
+  return 1 / sqrt(sqrt(moment) * root + static_cast<S>(metric.eps));
 }
 
 // In double, one element at a time; each thread takes `run` neighbours at a turn.
 template <int K>
 __device__ inline void moved_elements(const Row* rows, const Row* means, Row second,
                                       const DeviceMeans& moving, const DeviceMetric& metric,
-                                      double correction, const Chunk& chunk, int run,
+                                      double root, const Chunk& chunk, int run,
                                       Products<K>& products) {
-  const Largest largest = largest_of<K>(rows, second);
+  const Largest largest = largest_of<K>(rows, means, second);
 #pragma unroll 1
   for (int64_t first = chunk.begin + threadIdx.x * run; first < chunk.end;
        first += kThreads * run) {
@@ -226,7 +229,11 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
       }
       if (metric.weights) {
         const double v = second.data ? load_one(second, at) : 0.0;
-        const double scale = metric_scale<K, double>(metric, x, v, correction, largest);
+        double square, moment;
+        next_moment<K, double>(metric, x, v, square, moment);
+        // NaN where the step could not compute or store the second moment.
+        const bool fits = square <= largest.square && moment <= largest.moment;
+        const double scale = fits ? metric_scale<double>(metric, moment, root) : NAN;
 #pragma unroll
         for (int k = 0; k < K; ++k) x[k] *= scale;
       }
@@ -242,10 +249,9 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
 template <int K>
 __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, const Row* means,
                                      Row second, const DeviceMeans& moving,
-                                     const DeviceMetric& metric, float correction,
-                                     const Chunk& chunk, Products<K>& products) {
+                                     const DeviceMetric& metric, float root, const Chunk& chunk,
+                                     Products<K>& products) {
   float sums[Products<K>::kPairs] = {};
-  const Largest largest = largest_of<K>(rows, second);
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
     float x[K][kVector];
 #pragma unroll
@@ -267,8 +273,15 @@ __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, 
       float y[K];
 #pragma unroll
       for (int k = 0; k < K; ++k) y[k] = x[k][e];
-      const float scale =
-          metric.weights ? metric_scale<K, float>(metric, y, v[e], correction, largest) : 1;
+      float scale = 1;
+      if (metric.weights) {
+        float square, moment;
+        next_moment<K, float>(metric, y, v[e], square, moment);
+        // NaN, and so left for moved_elements, already where a float is nearly full.
+        const float largest = second.dtype == DType::kFloat16 ? 0x1p15f : 0x1p126f;
+        const bool fits = square <= 0x1p126f && moment <= largest;
+        scale = fits ? metric_scale<float>(metric, moment, root) : NAN;
+      }
 #pragma unroll
       for (int i = 0; i < K; ++i)
 #pragma unroll
@@ -298,22 +311,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
     }
     bool packets = all_in_packets<K>(rows) && all_in_packets<K>(means);
-    double correction = 1;
+    double root = 1;
     if (metric.weights) {
       second = row_at(metric.second, metric.dtypes, chunk.tensor);
       const float step = *reinterpret_cast<const float*>(metric.steps[chunk.tensor]);
-      correction = 1 - pow(metric.beta2, static_cast<double>(step) + 1);
+      root = 1 / sqrt(1 - pow(metric.beta2, static_cast<double>(step) + 1));
       packets &= in_packets(second);
     }
     Chunk part = chunk;
     part.end = packets ? chunk.begin + (chunk.end - chunk.begin) / kVector * kVector : chunk.begin;
     bool done = moved_vectors<K>(lists, rows, means, second, moving, metric,
-                                 static_cast<float>(correction), part, products);
+                                 static_cast<float>(root), part, products);
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn, done = false) {  // what was left, then the odd elements
       const int run = turn == 0 ? kVector : 1;
-      if (!done)
-        moved_elements<K>(rows, means, second, moving, metric, correction, part, run, products);
+      if (!done) moved_elements<K>(rows, means, second, moving, metric, root, part, run, products);
       part = {chunk.tensor, part.end, chunk.end};
     }
   }

@@ -136,7 +136,8 @@ static bool in_double(const GramChunk& chunk) {
          (chunk.second && chunk.second_dtype == DType::kFloat64);
 }
 
-// Scales every row by sqrt(P), P the metric of Adam; by NaN where v' cannot be stored.
+// Scales every row by sqrt(P), P the metric of Adam; by NaN where the step could not
+// compute or store v'.
 template <class S>
 static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count,
                             S (*row)[kScratch]) {

@@ -149,5 +149,7 @@ def rows_cpu(
     eps: float,
     ce: tuple[int, int, int, int, int] | None,
     kl: tuple[int, int, int, int, int] | None,
+    map: tuple[float, float],
+    reference_map: tuple[float, float],
     threads: int,
 ) -> None: ...

@@ -33,7 +33,7 @@ class Slots(Protocol):
 
 
 class Moments(NamedTuple):
-    """What Adam's metric reads; see `mollm_ops.gram.AdamMetric`."""
+    """What Adam's metric reads; see `mollm_ops.operands.AdamMetric`."""
 
     second: Sequence[Tensor | None]
     steps: Sequence[Tensor]

@@ -129,6 +129,7 @@ def log_rows_kernel(
     HAS_CAP: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     for r in range(tl.program_id(0), R, tl.num_programs(0)):
@@ -152,6 +153,9 @@ def log_rows_kernel(
                     e = tl.exp(_logits(z, logit_scale, softcap, HAS_CAP) - m)
                     g = tl.where(j == t, at_target, at_others * e) * c
                     g *= _slope(z, logit_scale, softcap, HAS_CAP)
+                    if NARROW:
+                        # As in kl_rows_kernel: other threads read the logits under this block.
+                        tl.debug_barrier()
                     tl.store(out + j, g.to(out.dtype.element_ty), mask=j < V)
 
 
@@ -219,13 +223,13 @@ def kl_rows_kernel(
                 z_ref = tl.load(ref_row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
                 a = _logits(z, logit_scale, softcap, HAS_CAP) - m
                 b = _logits(z_ref, ref_logit_scale, ref_softcap, HAS_REF_CAP) - m_ref
-                slope = _slope(z, logit_scale, softcap, HAS_CAP)
                 e = tl.exp(a)
                 p, p_ref = e / Z, tl.exp(b) / Z_ref
                 d = (b - a) - log_ratio
                 phi = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
                 term = tl.where(tl.abs(d) < 0.25, p_ref * phi, p - p_ref + p_ref * d)
                 sums += tl.where(j < V, tl.where(p_ref == 0, p, term), 0.0)
+                slope = _slope(z, logit_scale, softcap, HAS_CAP)
                 if NARROW:
                     # Shorter gradients of this block lie over logits that other threads read.
                     tl.debug_barrier()
@@ -270,6 +274,7 @@ def log_rows_triton(
             HAS_CAP=transform.softcap is not None,
             HAS_EPS=eps is not None,
             HAS_GRADIENT=ce.gradient is not None,
+            NARROW=ce.gradient is not None and ce.gradient.dtype != logits.dtype,
             BLOCK=config.BLOCK,
             num_warps=config.num_warps,
         )

@@ -144,14 +144,16 @@ class LogitTransform:
     scale: float = 1.0
     """s > 0."""
     softcap: float | None = None
-    """c > 0; None, or infinity, for none."""
+    """c > 0; None, or more than 1e30, for none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
             raise ValueError(f"logit_scale must be a positive number, but got {self.scale}.")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be a positive number or None, but got {self.softcap}.")
-        if self.softcap == math.inf:
+        if not 1e-30 <= self.scale <= 1e30:  # kernels multiply and divide by it in float32
+            raise ValueError(f"logit_scale must be in [1e-30, 1e30], but got {self.scale}.")
+        if self.softcap is not None and self.softcap > 1e30:
             object.__setattr__(self, "softcap", None)
 
     def __call__(self, outputs: Tensor) -> Tensor:

@@ -111,6 +111,10 @@ def _check(logits: Tensor, ref_logits: Tensor | None, target: Tensor, *losses: R
         if written and tensor.numel() > 0 and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} must have contiguous rows, but got stride {tensor.stride()}.")
 
+    written_as = sorted({name_of(to.gradient.dtype) for to in losses if to.gradient is not None})
+    if len(written_as) > 1:
+        raise TypeError(f"gradients must have one dtype, but got {' and '.join(written_as)}.")
+
 
 def row_targets(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
     """target as the row kernels take it; out of range is an error on the CPU and `vocab` beyond."""

@@ -354,6 +354,8 @@ class AdamW(FusedBase):
         )
 
     def _check_own_options(self, group: dict[str, Any]) -> None:
+        if len(group["betas"]) != 2:
+            raise ValueError(f"betas must be two numbers, but got {group['betas']}.")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas must be in [0, 1), but got {group['betas']}.")
         _check_number("eps", group["eps"])

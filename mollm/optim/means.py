@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mollm.distributed.sharding import Lists, local
 from mollm.errors import UsageError
-from mollm.optim.saved_state import check_entry
+from mollm.optim.saved_state import check_entry, check_number
 from mollm_ops.operands import RunningMeans
 
 
@@ -71,7 +71,15 @@ class ObjectiveMeans:
         Raises:
             UsageError: it says which entry is wrong.
         """
-        for name, means in (state or {"held": {}})["held"].items():
+        if not state:
+            return
+        if not {"steps", "held"} <= set(state) or not isinstance(state["held"], Mapping):
+            raise UsageError(
+                f"the means in the state to load must have steps and held, but have "
+                f"{', '.join(map(str, state)) or 'nothing'}: load a state of this optimizer."
+            )
+        check_number("the number of steps behind the means", state["steps"])
+        for name, means in state["held"].items():
             if name not in objectives:
                 raise UsageError(
                     f"the state holds means of objective {name!r}, but the optimizer's objectives "

@@ -32,6 +32,7 @@ from mollm.optim.directions import make_rule
 from mollm.optim.gradients import GradientStore
 from mollm.optim.groups import alike, columns_of, columns_of_means
 from mollm.optim.means import ObjectiveMeans, moved, next_means
+from mollm.optim.saved_state import check_number
 from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
 from mollm_ops import Solution, Status, combine, dots, gram
@@ -397,7 +398,8 @@ class MOLLMOptimizer(Optimizer):
             self._store.scale(1 / scale)
         solved = self._solve(params)
         self._write_direction(params, solved.solution, 1.0 if scale is None else scale)
-        norm = None if scale is None or self._means is None else self._norm_of_grad(params)
+        solved = self._held_by_grad(solved, params)
+        norm = None if self._means is None else self._norm_of_grad(params)
         if not self._needs_gradients_after:
             self._store.clear()
         return _Aggregated(solved, Watched(params, self.base.param_groups[0]), scale, norm)
@@ -416,6 +418,15 @@ class MOLLMOptimizer(Optimizer):
             out = [_first(tensors) for tensors in zip(*lists, strict=True)] if in_place else None
             for p, d in zip(some, combine(rows, each, out=out), strict=True):
                 p.grad = None if d is None else placed_like(d.to(p.dtype), p)
+
+    def _held_by_grad(self, solved: _Solved, params: Sequence[Tensor]) -> _Solved:
+        """Refuses a d that has overflown in `p.grad`, as it may in float16."""
+        if all(p.dtype != torch.float16 for p in params):
+            return solved
+        norm = self._norm_of_grad(params)
+        known = not norm.is_cuda and bool(solved.solution.finite) and not bool(norm.isfinite())
+        solution = solved.solution.refused_unless(norm.isfinite())
+        return replace(solved, solution=solution, overflows=solved.overflows or known)
 
     @property
     def _needs_gradients_after(self) -> bool:
@@ -525,14 +536,13 @@ class MOLLMOptimizer(Optimizer):
                 more, so that it is called only where the norm leaves room for doubt.
         """
         limit = self._largest_direction()
-        if limit == math.inf:
-            return solved
         fits = norm <= limit
-        if isinstance(self.base, FusedBase):
+        if limit < math.inf and isinstance(self.base, FusedBase):
             narrow = norm.is_cuda and torch.float16 in self.base.kept_dtypes()
             doubtful = not norm.is_cuda and bool(solved.solution.finite) and not fits
             if narrow or doubtful:
                 fits = overflow() == 0
+        fits = fits & norm.isfinite()
         solution = solved.solution.refused_unless(fits)
         known = not norm.is_cuda and bool(solved.solution.finite) and not fits
         return replace(solved, solution=solution, overflows=known)
@@ -591,7 +601,8 @@ class MOLLMOptimizer(Optimizer):
                 `p.grad` is left of aggregate(); an earlier step was interrupted.
             ValueError: an option of a parameter group is out of range.
             FloatingPointError: the Gram matrix or the state after the step is not finite and
-                on_nonfinite="raise"; weights, state and gradients stay as they were.
+                on_nonfinite="raise"; weights and state stay as they were. After aggregate() the
+                gradients are dropped.
         """
         self._refuse_interrupted()
         loss = None
@@ -683,9 +694,9 @@ class MOLLMOptimizer(Optimizer):
             norm = self._norm_of_grad(left.gradients.present())
             params = self._touched(strays=True)
             solved = self._solve(params)
-            clip = norm * found / left.norm if touched else 1.0
+            clip = torch.where(left.norm > 0, norm * found / left.norm, 1.0) if touched else 1.0
             self._write_direction(params, solved.solution, clip)
-            return solved
+            return self._held_by_grad(solved, params)
         return replace(left.solved, matrix=left.solved.matrix * (assumed / found) ** 2)
 
     def _step_along_grad(
@@ -950,6 +961,9 @@ class MOLLMOptimizer(Optimizer):
                 "the state to load has a running mean of each objective's gradient: load it with "
                 "momentum='per-objective'."
             )
+        check_number("skipped_steps", mine.get("skipped_steps", 0), whole=True)
+        if mine.get("grad_scale") is not None:
+            check_number("grad_scale", mine["grad_scale"], positive=True)
         if isinstance(self.base, FusedBase):
             plain = self.base.fitted(plain)
         self._forget_gradients()
@@ -986,5 +1000,5 @@ class MOLLMOptimizer(Optimizer):
 def _copied_attributes(optimizer: Optimizer) -> dict[str, Any]:
     """What a copy takes over. A scheduler wraps `step` of this very object; a copy gets its own
     from the class."""
-    left = ("_optimizer_", "_zero_grad_profile_name", "step", "_opt_called")
-    return {k: v for k, v in optimizer.__dict__.items() if not k.startswith(left)}
+    left = ("_optimizer_", "_zero_grad_profile_name", "_opt_called")
+    return {k: v for k, v in optimizer.__dict__.items() if k != "step" and not k.startswith(left)}

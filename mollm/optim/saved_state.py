@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
     """Refuses what is no state of parameter n.
 
     Raises:
-        UsageError: it is not a tensor of a float dtype, or not of the shape and sharding of p.
+        UsageError: it is not a tensor of a float dtype, or not of the shape and sharding of p; an
+            element is not finite, or negative in exp_avg_sq.
     """
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -31,15 +33,27 @@ def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
             f"{what} of parameter {n} must be a tensor of a float dtype, but the state to load has "
             f"{got}."
         )
+    if is_sharded(value) != is_sharded(p):
+        raise UsageError(
+            f"{what} of parameter {n} must be sharded as the parameter is, but in the state to "
+            "load it is not: use torch.distributed.checkpoint.state_dict."
+        )
     if value.shape != p.shape or local(value).shape != local(p).shape:
         raise UsageError(
             f"{what} of parameter {n} must have shape {tuple(p.shape)}, but the state to load has "
             f"{tuple(value.shape)}: it is of another model, or of other parameters."
         )
-    if is_sharded(value) != is_sharded(p):
+
+    mine = local(value)
+    if not bool(mine.isfinite().all()):
         raise UsageError(
-            f"{what} of parameter {n} must be sharded as the parameter is, but in the state to "
-            "load it is not: use torch.distributed.checkpoint.state_dict."
+            f"{what} of parameter {n} must be finite, but the state to load has "
+            f"{int((~mine.isfinite()).sum())} elements that are not: load an earlier checkpoint."
+        )
+    if what == "exp_avg_sq" and bool((mine < 0).any()):
+        raise UsageError(
+            f"{what} of parameter {n} must not be negative, but the state to load has "
+            f"{float(mine.min())}: load an earlier checkpoint."
         )
 
 
@@ -51,9 +65,22 @@ def check_step(value: Any, n: int) -> float:
     """
     number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     steps = float(value) if number else -1.0
-    if not (0 <= steps < float("inf")):
-        raise UsageError(f"step of parameter {n} must be a number from 0 up, but got {value!r}.")
+    if not 0 <= steps < 2**32:
+        raise UsageError(f"step of parameter {n} must be in [0, 2³²), but got {value!r}.")
     return steps
+
+
+def check_number(what: str, value: Any, *, whole: bool = False, positive: bool = False) -> None:
+    """Refuses what is no finite number from 0 up, not whole or not above 0 where it must be.
+
+    Raises:
+        UsageError: it is none.
+    """
+    good = isinstance(value, int if whole else (int, float)) and 0 <= value < math.inf
+    if not good or (positive and value == 0):
+        kind = "an integer" if whole else "a finite number"
+        kind = "a positive finite number" if positive else f"{kind} from 0 up"
+        raise UsageError(f"{what} in the state to load must be {kind}, but is {value!r}.")
 
 
 def check_narrowing(what: str, value: Tensor, n: int, dtype: torch.dtype) -> None:
@@ -65,7 +92,7 @@ def check_narrowing(what: str, value: Tensor, n: int, dtype: torch.dtype) -> Non
     mine = local(value)
     if torch.finfo(dtype).max >= torch.finfo(mine.dtype).max or not mine.numel():
         return
-    if mine.isfinite().all() and not mine.to(dtype).isfinite().all():
+    if not mine.to(dtype).isfinite().all():
         raise UsageError(
             f"{what} of parameter {n} overflows in {dtype}: choose a wider state_dtype, such as "
             "torch.float32."

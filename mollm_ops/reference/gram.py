@@ -56,7 +56,7 @@ def scaled_by_metric_reference(
     gradients: GradientLists, metric: AdamMetric
 ) -> list[list[Tensor | None]]:
     """√P g_k in float64, whose plain Gram matrix is that of the metric; see `AdamMetric`. NaN where
-    v' is not finite."""
+    the step could not compute or store v'."""
     columns = []
     moments = zip(metric.exp_avg_sqs, metric.steps, strict=True)
     for tensors, (v, step) in zip(zip(*gradients, strict=True), moments, strict=True):

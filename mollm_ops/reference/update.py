@@ -93,10 +93,11 @@ def _next_state(
     v: Tensor | None,
     method: SgdStep | AdamWStep,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What one parameter steps along, and its next state, neither rounded."""
+    """What one parameter steps along, and its next state with AdamW's Σ g²; neither rounded."""
     wide = torch.promote_types(torch.float32, _widest([u for u in (x, m, v, *g) if u is not None]))
     terms = [(w, u.to(wide)) for w, u in zip(weights.to(wide), g, strict=True) if u is not None]
-    d = sum((w * u for w, u in terms), torch.zeros_like(x, dtype=wide))
+    # A list of weight 0 is not read: an infinity in it is inert.
+    d = sum((torch.where(w != 0, w * u, 0) for w, u in terms), torch.zeros_like(x, dtype=wide))
     new: dict[str, Tensor] = {}
     if isinstance(method, SgdStep):
         if m is not None:
@@ -108,6 +109,7 @@ def _next_state(
     if method.second_weights is not None:
         pairs = zip(method.second_weights.to(wide), g, strict=True)
         square = sum((c * u.to(wide) ** 2 for c, u in pairs if u is not None), torch.zeros_like(d))
+    new["square"] = square
     new["second"] = method.beta2 * v.to(wide) + (1 - method.beta2) * square
     if m is not None:
         new["first"] = d = method.beta1 * m.to(wide) + (1 - method.beta1) * d
@@ -131,10 +133,13 @@ def overflows(
     for n, (x, *g) in enumerate(zip(targets.params, *rows, strict=True)):
         m = None if targets.first is None else targets.first[n]
         v = None if targets.second is None else targets.second[n]
-        _, new = _next_state(g, weights, x, m, v, method)
-        for to, value in ((m, new.get("first")), (v, new.get("second"))):
-            if to is not None and value is not None:
-                over |= ~(value.abs() <= largest_moment(to.dtype)).all()
+        d, new = _next_state(g, weights, x, m, v, method)
+        kept = {"first": m, "second": v}
+        for name, value in new.items():
+            to = kept.get(name)
+            # The sum of squares is computed, though never kept.
+            limit = largest_moment(d.dtype if to is None else to.dtype)
+            over |= ~(value.abs() <= limit).all()
     return over
 
 

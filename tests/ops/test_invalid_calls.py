@@ -111,7 +111,8 @@ def extension_calls():
         "rows_cpu": {
             "rows": 3, "vocab": 7, "dtype": 0, "gradient_dtype": 0, "logits": logits.data_ptr(),
             "stride": 7, "reference": logits.data_ptr(), "reference_stride": 7,
-            "target": target.data_ptr(), "eps": 0.0, "ce": row_loss, "kl": row_loss, "threads": 2,
+            "target": target.data_ptr(), "eps": 0.0, "ce": row_loss, "kl": row_loss,
+            "map": (1.0, 0.0), "reference_map": (1.0, 0.0), "threads": 2,
         },
         "dual_space_solution": {"gram": square, "length": 0},
         "min_norm_solution": {"gram": square, "normalize": True, "length": 0},
@@ -142,6 +143,7 @@ def of_both(spoils):
     return [part(n, spoil) for n in range(2) for spoil in spoils]
 
 
+NAN = float("nan")
 SHORT_OR_LONG = [lambda x: x[:-1], longer, lambda x: []]
 CODES = [*SHORT_OR_LONG, entry(4), entry(-1), entry(2**40)]
 FULL_LIST = [*(part(0, s) for s in (*SHORT_OR_LONG, entry(0))), *(part(1, s) for s in CODES)]
@@ -150,6 +152,10 @@ MEMORY = [
     part(0, lambda address: 0),
     part(0, lambda address: address + 1),
     *(part(1, lambda n, by=by: n + by) for by in (-1, 1, 2**40)),
+]
+MAP = [
+    *(part(0, lambda s, x=x: x) for x in (0.0, -1.0, NAN, float("inf"))),
+    *(part(1, lambda c, x=x: x) for x in (-1.0, NAN, float("inf"))),
 ]
 NULL_OR_FAR = [lambda x: 0, lambda x: -1]
 SPOILS = {
@@ -190,6 +196,8 @@ SPOILS = {
     "stride": [lambda x: -1],
     "reference_stride": [lambda x: -1],
     "ce": [part(0, lambda a: 0), part(1, lambda s: -1), part(2, lambda a: 0), part(4, lambda s: 3)],
+    "map": MAP,
+    "reference_map": MAP,
     "kl": [part(0, lambda a: 0), part(2, lambda a: 0), part(4, lambda s: -7)],
 }
 SQUARE = [lambda G: G[:1], lambda G: np.eye(9), lambda G: np.zeros((0, 0)), lambda G: G[0]]

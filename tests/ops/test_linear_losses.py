@@ -862,3 +862,20 @@ def test_a_loss_is_captured_in_a_cuda_graph_and_replayed(loss):
     graph.replay()
     for a, b in zip(replayed, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_narrow_gradients_of_each_row_do_not_overwrite_logits_that_are_still_read():
+    """With reduction="none" cross-entropy writes bfloat16 over float32 logits."""
+    tensors = case(96, 64, 50257, torch.bfloat16, scale=2.0, device="cuda")
+    hidden, weight, target, ref_hidden = tensors
+    found = []
+    for reduction in ("none", "none", "mean"):
+        own = leaves(hidden, weight)
+        ce, kl = linear_ce_kl(*own, target, ref_hidden, reduction=reduction)
+        if reduction == "none":
+            ce, kl = (loss.sum() / (target != IGNORED).sum() for loss in (ce, kl))
+        found.append([ce.detach(), *torch.autograd.grad(ce + kl, own)])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    for each, mean in zip(found[0], found[2], strict=True):
+        torch.testing.assert_close(each, mean, rtol=5e-2, atol=1e-4)

@@ -344,6 +344,10 @@ def test_nan_in_a_row_or_its_reference_is_nan_in_loss_and_gradient(dtype, whole,
 
 def test_a_transform_that_is_none():
     assert LogitTransform(softcap=float("inf")) == IDENTITY
+    assert LogitTransform(softcap=1e31) == IDENTITY
+    for scale in (1e-31, 1e31):
+        with pytest.raises(ValueError, match=r"logit_scale must be in \[1e-30, 1e30\], but got 1e"):
+            LogitTransform(scale)
     with pytest.raises(ValueError, match=r"logit_scale must be a positive number, but got 0"):
         LogitTransform(0)
     with pytest.raises(ValueError, match=r"softcap must be a positive number or None, but got -1"):
@@ -377,6 +381,13 @@ def test_no_kernel_takes_memory_that_does_not_fit(kind, message, changed, path):
     given |= changed
     with pytest.raises(kind, match=message):
         kl_rows(torch.ones(3, 20), given["ref_logits"], given["target"], given["to"])
+
+
+def test_gradients_of_two_dtypes_are_refused(path):
+    logits, target = torch.ones(3, 20), torch.zeros(3).long()
+    ce = RowLoss(*R20[:2], torch.ones(3, 20, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="gradients must have one dtype, but got bfloat16 and flo"):
+        kl_rows(logits, logits, target, RowLoss(*R20), ce)
 
 
 def test_row_targets():

@@ -52,10 +52,20 @@ LOG = [
         log_rows_kernel,
         dtype,
         dtype,
-        {"HAS_EPS": eps, "HAS_GRADIENT": gradient, "HAS_CAP": capped},
+        {"HAS_EPS": eps, "HAS_GRADIENT": gradient, "HAS_CAP": capped, "NARROW": False},
     )
     for dtype in SHORT
     for eps, gradient in FLAGS
+    for capped in (False, True)
+] + [
+    (
+        log_rows_kernel,
+        torch.float32,
+        narrow,
+        {"HAS_EPS": False, "HAS_GRADIENT": True, "HAS_CAP": capped, "NARROW": True},
+    )
+    for narrow in SHORT
+    if narrow != torch.float32
     for capped in (False, True)
 ]
 KL = [

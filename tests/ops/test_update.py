@@ -9,7 +9,7 @@ import torch
 
 from mollm_ops.gram import gram_moved
 from mollm_ops.operands import AdamWStep, RunningMeans, SgdStep, Targets
-from mollm_ops.reference.update import update_reference
+from mollm_ops.reference.update import overflows, update_reference
 from mollm_ops.update import update_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -261,11 +261,21 @@ def test_strided_gradients_parameters_and_misaligned_views(device):
         torch.testing.assert_close(p, expected)
 
 
-def test_a_gradient_of_weight_zero_may_be_infinite():
+@pytest.mark.parametrize("step", [update_, update_reference])
+def test_a_gradient_of_weight_zero_may_be_infinite(step):
     p, g = torch.zeros(20), torch.full((20,), float("inf"))
     w = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    update_([[torch.ones(20)], [g]], w, Targets([p], None, None, [torch.ones(())]), SgdStep(1.0))
+    step([[torch.ones(20)], [g]], w, Targets([p], None, None, [torch.ones(())]), SgdStep(1.0))
     assert torch.equal(p, -torch.ones(20))
+
+
+def test_a_square_that_float32_cannot_hold_overflows_though_the_moment_would_not():
+    p = torch.zeros(3)
+    targets = Targets([p], None, [torch.zeros(3, dtype=torch.float32)], [torch.ones(())])
+    one = torch.ones(1, dtype=torch.float64)
+    for g, over in ((1.8446e19, False), (1.844674e19, True)):
+        found = overflows([[torch.full((3,), g)]], one, targets, AdamWStep(1e-3, beta2=0.99))
+        assert bool(found) is over
 
 
 def test_autograd_notices_that_a_saved_tensor_has_changed():

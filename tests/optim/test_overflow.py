@@ -150,8 +150,18 @@ def test_state_and_weights_stay_finite_whatever_finite_gradients_come(dtype, opt
     assert opt.skipped_steps > 0 or "momentum" in options  # whose means grow slowly
 
 
-@pytest.mark.parametrize("options", [{}, {"metric": "euclidean"}, {"base": torch.optim.AdamW}])
-@pytest.mark.parametrize("change", ["clip", "none", "nan"])
+AFTER_AGGREGATE = [
+    *(
+        (options, change)
+        for options in ({}, {"metric": "euclidean"}, {"base": torch.optim.AdamW})
+        for change in ("clip", "none", "nan")
+    ),
+    ({"base": "sgd"}, "nan"),  # which keeps no state
+    ({"base": "sgd", "momentum": 0.9}, "nan"),
+]
+
+
+@pytest.mark.parametrize(("options", "change"), AFTER_AGGREGATE)
 def test_also_after_aggregate(options, change):
     p, opt = make(**options)
     hand_in(opt, p, gradients(3))
@@ -169,6 +179,20 @@ def test_also_after_aggregate(options, change):
     assert opt.skipped_steps == 1
     assert torch.equal(p.detach(), before[0])
     assert str(opt.state_dict()["state"]) == str(before[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": "per-objective"}])
+def test_a_direction_that_overflows_in_a_float16_grad(options):
+    p, opt = make(2, torch.float16, base="sgd", direction="sum", **options)
+    before = p.detach().clone()
+    big = torch.zeros(2, 40)
+    big[:, 0] = 6e4
+    hand_in(opt, p, big)
+    opt.aggregate()
+    assert not p.grad.isfinite().all()
+    with pytest.warns(UserWarning, match="is not finite: the step was skipped"):
+        opt.step()
+    assert torch.equal(p.detach(), before)
 
 
 def test_it_can_raise_and_names_what_is_wrong():

@@ -66,12 +66,14 @@ class Halving(torch.optim.SGD):
     def __init__(self, params, lr):
         super().__init__(params, lr=lr)
         self.factor = 1.0
+        self.steps_taken = 0
 
     @torch.no_grad()
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
             p -= self.param_groups[0]["lr"] * self.factor * p.grad
         self.factor /= 2
+        self.steps_taken += 1
 
 
 def test_a_copy_of_a_base_keeps_its_attributes():
@@ -80,6 +82,7 @@ def test_a_copy_of_a_base_keeps_its_attributes():
     train(model, opt, 2)
     others = copy.deepcopy((model, opt))
     assert others[1].base.factor == 0.25
+    assert others[1].base.steps_taken == 2
     assert torch.equal(train(*others, 2), train(model, opt, 2))
 
 
@@ -181,6 +184,35 @@ def broken(change):
         ({}, broken(lambda e: e.pop("step")), "step of parameter 0"),
         ({}, broken(lambda e: e.update(step=torch.tensor(-1.0))), "step of parameter 0"),
         ({}, broken(lambda e: e.update(step=torch.tensor(float("nan")))), "step of parameter 0"),
+        ({}, broken(lambda e: e.update(step=torch.tensor(2.0**32))), "step of parameter 0"),
+        (
+            {},
+            broken(lambda e: e["exp_avg_sq"][0].fill_(float("inf"))),
+            "exp_avg_sq of parameter 0 must be finite, but .* has",
+        ),
+        (
+            {},
+            broken(lambda e: e["exp_avg_sq"][0].fill_(-1.0)),
+            r"exp_avg_sq of parameter 0 must not be negative, but .* -1\.0",
+        ),
+        ({}, lambda s: {**s, "mollm": {"skipped_steps": -1}}, "skipped_steps in the state"),
+        ({}, lambda s: {**s, "mollm": {"skipped_steps": 0.5}}, "must be an integer from 0"),
+        ({}, lambda s: {**s, "mollm": {"grad_scale": 0.0}}, "grad_scale in the state"),
+        (
+            {},
+            lambda s: {**s, "mollm": {"grad_scale": float("nan")}},
+            "must be a positive finite number",
+        ),
+        (
+            {"momentum": "per-objective"},
+            lambda s: {**s, "mollm": {"means": {"steps": -1.0, "held": {}}}},
+            "steps behind the means",
+        ),
+        (
+            {"momentum": "per-objective"},
+            lambda s: {**s, "mollm": {"means": {"steps": 1.0}}},
+            "must have steps and held",
+        ),
         ({}, broken(lambda e: e.update(row=torch.ones(3))), "has row for parameter 0"),
         (
             {"metric": "euclidean"},
@@ -191,6 +223,11 @@ def broken(change):
             {},
             lambda s: {**s, "param_groups": [s["param_groups"][0] | {"betas": (0.9, 2.0)}]},
             "betas must be in",
+        ),
+        (
+            {},
+            lambda s: {**s, "param_groups": [s["param_groups"][0] | {"betas": (0.9,)}]},
+            "betas must be two numbers, but",
         ),
         (
             {},
