@@ -53,7 +53,8 @@ class Examiner:
         """
         if "kl" in wanted:
             check_vocabularies(self.model, self._original())
-        context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        config = self.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or math.inf
         asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
         for row in rows:
             texts = [row.answer]

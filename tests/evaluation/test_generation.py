@@ -126,7 +126,9 @@ def test_a_text_is_asked_how_it_goes_on(tmp_path):
     assert chat.tokenizer.decode(asked.ids) == "<s>Once upon"
     assert row.ids[: len(asked.ids)] == asked.ids
     path.write_text('{"text": "O"}\n')
-    with pytest.raises(UsageError, match=r"line 1: the field text must hold at least two characters"):
+    with pytest.raises(
+        UsageError, match=r"line 1: the field text must hold at least two characters"
+    ):
         load_suite(path)
 
 

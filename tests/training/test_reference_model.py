@@ -7,8 +7,8 @@ import torch
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.errors import UsageError
 from mollm.models import forward
-from mollm.training.objectives import Objectives
 from mollm.system.precision import computing_in
+from mollm.training.objectives import Objectives
 from mollm.training.reference_model import AdapterReference, cache_name, make_reference
 
 peft = pytest.importorskip("peft")
