@@ -37,7 +37,7 @@ def test_templates_that_end_pass():
     ],
 )
 def test_a_template_that_does_not_end_is_refused_in_seconds(monkeypatch, template, words):
-    monkeypatch.setattr("mollm.data.templates._SECONDS", 1.0)
+    monkeypatch.setattr("mollm.data.vetting._SECONDS", 1.0)
     started = time.monotonic()
     with pytest.raises(UsageError, match=words) as caught:
         vet_template(tokenizer(template))
