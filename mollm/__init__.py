@@ -1,7 +1,12 @@
 """Multi-objective unlearning for language models: `from mollm import MOLLMOptimizer`."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# transformers fetches kernels from the hub, which are code, for a model whose config asks for it.
+# It reads this once, where it is imported: before any other module of this package.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 if TYPE_CHECKING:
     from mollm.data import Record, load_records

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes, which all know it
             print(f"mollm: {error}", file=sys.stderr)
@@ -72,9 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mollm: interrupted; existing results are unchanged.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what this prints has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SystemExit:
         raise
     except BaseException as error:  # also a panic in a package that is written in Rust
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            print(
+                "mollm: there is not enough memory: lower per_device_train_batch_size or "
+                "--max-length, or see what would fit with `mollm plan`.",
+                file=sys.stderr,
+            )
+            return 2
         return _report_defect(error)
     return status
 
@@ -89,15 +100,19 @@ def _report_defect(error: BaseException) -> int:
 
     if os.environ.get("MOLLM_TRACEBACK"):
         raise error
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="mollm-", suffix=".log", encoding="utf-8", errors="replace", delete=False
-    ) as log:
-        log.write(f"mollm {__version__} {sys.argv[1:]}\n\n")
-        traceback.print_exception(error, file=log)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mollm-", suffix=".log", encoding="utf-8", errors="replace", delete=False
+        ) as log:
+            log.write(f"mollm {__version__} {sys.argv[1:]}\n\n")
+            traceback.print_exception(error, file=log)
+        name = log.name
+    except OSError:  # a full disk, of all times
+        name = "what MOLLM_TRACEBACK=1 shows"
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
     print(
         f"mollm: this is a defect of mollm or of a package that it uses ({what}): please report it "
-        f"with {log.name}.",
+        f"with {name}.",
         file=sys.stderr,
     )
     return _DEFECT

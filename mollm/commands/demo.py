@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from mollm.commands.arguments import add_renamed
 from mollm.demo.settings import METHODS, DemoSettings
 from mollm.planning.settings import BYTES
+from mollm.system.parsing import user_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"one of {', '.join(METHODS)}; ga is plain gradient ascent",
     )
     add_renamed(parser, "--direction", "--method")
-    parser.add_argument("--out", type=Path, default=default.out, help="folder for the results")
+    parser.add_argument("--out", type=user_path, default=default.out, help="folder for the results")
     parser.add_argument("--device", default=default.device, help="a Torch device")
     parser.add_argument(
         "--compute-dtype",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
 from mollm.planning.settings import BYTES
-from mollm.system.parsing import parse_yaml
+from mollm.system.parsing import parse_yaml, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retain-logs",
         default=argparse.SUPPRESS,
-        type=Path,
+        type=user_path,
         metavar="PATH",
         help="examples.jsonl of a retain-only model, for forget_quality and priv_leak",
     )
@@ -143,7 +143,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="options of the chat template, such as '{enable_thinking: false}'",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/evaluate"), help="folder for the results"
+        "--out", type=user_path, default=Path("runs/evaluate"), help="folder for the results"
     )
     parser.add_argument(
         "--dtype",
@@ -183,10 +183,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
     system_prompt = given.get("system_prompt")
     template_options = _template_options(given.get("chat_template_kwargs"))
-    _refuse_other_logs(
-        given.get("retain_logs"),
-        {"system_prompt": system_prompt, "chat_template_kwargs": template_options},
-    )
     wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
     device = machine.find_device(
         given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -198,6 +194,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         loaded = {name: _load_judge(*judge, template, device) for name, judge in judges.items()}
         print(f"Loading {arguments.model} …")
         model, tokenizer = loading.load(source, device, dtype)
+        chat = ChatFormat(tokenizer, template_kwargs=template_options, system_prompt=system_prompt)
+        _refuse_other_logs(given.get("retain_logs"), chat.identity)
         evaluation = evaluate(
             model,
             tokenizer,
@@ -212,7 +210,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             **options,
         )
         evaluation.write(folder)
-        chat = ChatFormat(tokenizer, template_kwargs=template_options, system_prompt=system_prompt)
         _write_about(folder / "about.json", given, chat.identity, device)
     print(evaluation.table())
     print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
@@ -248,7 +245,7 @@ def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
     except (OSError, ValueError, TypeError, LookupError):
         return
     for name, value in chat.items():
-        if (known.get(name) or None) != (value or None):
+        if known.get(name) != value:
             raise UsageError(
                 f"the retain logs must be of the same {name}, but that is {value!r} now and was "
                 f"{known.get(name)!r} for {logs}: evaluate both models alike."
@@ -312,12 +309,7 @@ def _suite(given: Mapping[str, Any]) -> Suite:
 
 def _template_options(text: str | None) -> dict[str, Any] | None:
     """What --chat-template-kwargs says."""
-    import yaml
-
-    try:
-        options = None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError:
-        options = text
+    options = None if text is None else parse_yaml(text, "chat-template-kwargs")
     if isinstance(options, dict | None):
         return options
     raise UsageError(
@@ -327,5 +319,5 @@ def _template_options(text: str | None) -> dict[str, Any] | None:
 
 
 def _data(text: str) -> Any:
-    """A path or name, or a mapping with a path and options."""
-    return parse_yaml(text, "data") if text.startswith("{") else text
+    """A path or name, a mapping with a path and options, or a list of rows."""
+    return parse_yaml(text, "data") if text.startswith(("{", "[")) else text

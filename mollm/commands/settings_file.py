@@ -81,9 +81,6 @@ def _read_file(path: Path) -> dict[str, Any]:
     settings = parse_yaml(read_text(user_path(path)), str(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, but it does not.")
-    for name in settings:
-        if not isinstance(name, str):
-            raise UsageError(f"{path} must name settings by texts, but got {name!r}: quote it.")
     return settings
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.settings_file import OWN_SETTINGS, read_settings
 from mollm.errors import UsageError, did_you_mean
 from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
+from mollm.system.parsing import user_path
 
 if TYPE_CHECKING:
     from mollm.training.config import MOLLMConfig
@@ -121,7 +122,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     resume = given.pop("resume", False)
     settings = read_settings(given)
-    out = Path(settings.pop("out", None) or "runs/unlearn").expanduser()
+    out = user_path(settings.pop("out", None) or "runs/unlearn")
     _require(settings)
     args = _arguments(settings, out)  # the processes know of each other from here on
     try:
@@ -168,8 +169,6 @@ def _check_out(out: Path, resume: bool) -> None:
 
 
 def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
-    from transformers.integrations import get_reporting_integration_callbacks
-
     from mollm.training.config import MOLLMConfig
 
     options = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
@@ -179,7 +178,6 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
         raise UsageError(f"device must be cpu or cuda, but got {settings['device']!r}.")
     try:
         args = MOLLMConfig(output_dir=str(out), **options)
-        get_reporting_integration_callbacks(args.report_to)  # refuses names that it does not know
     except UsageError:
         raise
     except (ValueError, TypeError) as error:
@@ -301,7 +299,7 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
     for name in ("forget", "retain"):
         data = settings[name]
         words += [f"--{name}", data if isinstance(data, str) else json.dumps(data)]
-    if settings.get("system_prompt"):
+    if settings.get("system_prompt") is not None:
         words += ["--system-prompt", settings["system_prompt"]]
     if settings.get("chat_template_kwargs"):
         words += ["--chat-template-kwargs", json.dumps(settings["chat_template_kwargs"])]

@@ -180,7 +180,8 @@ class ChatFormat:
             found = self._end_after(ids, end, following[0])
             ended = found is not None
             counted |= {found} if found is not None else set()
-        if closed and not ended and (not self.has_template or not counted):
+        nothing = example.is_text and not example.answer.strip()
+        if not ended and (nothing or (closed and (not self.has_template or not counted))):
             final = self._final_id
             if final is not None:
                 counted.add(len(ids))
@@ -357,7 +358,8 @@ class ChatFormat:
 def ends_of(generation_config: Any) -> frozenset[int]:
     """The ids that end a turn by a model's generation config; empty where there is none."""
     ends = getattr(generation_config, "eos_token_id", None)
-    return frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    return frozenset(i for i in listed if type(i) is int and i >= 0)
 
 
 def vocabulary_of(config: Any) -> int | None:

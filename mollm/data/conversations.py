@@ -51,8 +51,9 @@ def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
     """
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         # So `datasets` gives a list of objects that was declared as a Sequence of columns.
-        columns = zip(*value.values(), strict=True)
-        value = [dict(zip(value, cells, strict=True)) for cells in columns]
+        columns = list(value.values())
+        if all(len(column) == len(columns[0]) for column in columns):
+            value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UsageError(
             f"{place}: the field {name} must be a list of turns with role and content, but got "

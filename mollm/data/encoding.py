@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mollm.data.chat import TRAIN_ON_TURNS, ChatFormat, Example, Tokens
-from mollm.data.conversations import SYSTEM, USER
+from mollm.data.conversations import ASSISTANT, SYSTEM, USER
 from mollm.data.records import Record
 from mollm.errors import UsageError
 
@@ -59,7 +59,7 @@ def encode_records(
             f"train_on_turns must be one of {', '.join(TRAIN_ON_TURNS)}, but got "
             f"{train_on_turns!r}."
         )
-    rows, shortened = [], 0
+    rows, shortened, lost = [], 0, 0
     for record in records:
         if record.is_text:
             some = chat.encode_text(record.answer, max_length)
@@ -67,8 +67,9 @@ def encode_records(
             example = example_of(record)
             tokens = _encode(example, record, chat, train_on_turns)
             if len(tokens.ids) > max_length:
-                tokens = _shorten(example, record, chat, max_length, train_on_turns)
+                tokens, answers = _shorten(example, record, chat, max_length, train_on_turns)
                 shortened += 1
+                lost += answers
             some = [tokens]
         if not all(chat.answer_length(tokens) > 0 for tokens in some) or not some:
             raise UsageError(
@@ -83,6 +84,11 @@ def encode_records(
         notes.append(
             f"{shortened} of {len(records)} {name} prompts were shortened to fit {max_length} "
             "tokens: they lost their beginning."
+        )
+    if lost and train_on_turns == "all":
+        notes.append(
+            f"With it, {lost} earlier answers of the {name} conversations were left out, and carry "
+            "no loss: raise max_length, or split the conversations."
         )
     return Encoded(rows, shortened, tuple(notes))
 
@@ -101,7 +107,9 @@ def _encode(example: Example, record: Record, chat: ChatFormat, on_turns: str) -
 
 def _shorten(
     example: Example, record: Record, chat: ChatFormat, max_length: int, on_turns: str
-) -> Tokens:
+) -> tuple[Tokens, int]:
+    """The row that fits, and how many earlier answers it left out."""
+
     def encode(history: int, cut: int = 0) -> Tokens:
         less = replace(
             example,
@@ -111,13 +119,17 @@ def _shorten(
         return _encode(less, record, chat, on_turns)
 
     turns = example.history
+
+    def answers_before(history: int) -> int:
+        return sum(turn.role == ASSISTANT for turn in turns[:history])
+
     first = next((i for i, turn in enumerate(turns) if turn.role != SYSTEM), len(turns))
     kept = turns[:first]
     starts = [i for i in range(first + 1, len(turns)) if turns[i].role == USER]
     for start in [*starts, len(turns)] if first < len(turns) else []:
         tokens = encode(start)
         if len(tokens.ids) <= max_length:
-            return tokens
+            return tokens, answers_before(start)
     last = len(example.question) - 1
     least = encode(len(turns), last)
     if len(least.ids) > max_length:
@@ -133,4 +145,5 @@ def _shorten(
 
     # The number of tokens falls as the cut moves right, so the search asks few times. Where it
     # does not quite, the cut found still fits: every cut that the search settles on was tried.
-    return encode(len(turns), bisect.bisect_left(range(last), True, key=fits))
+    cut = bisect.bisect_left(range(last), True, key=fits)
+    return encode(len(turns), cut), answers_before(len(turns))

@@ -8,7 +8,8 @@ A data set has one of these schemas, told by its columns:
     conversation   `messages`, or ShareGPT's `conversations`, of any number of turns
     text           running text without a prompt, such as books and news
 
-An answer may be a list of accepted ones, each of which becomes a record.
+An answer may be a list of accepted ones, each of which becomes a record. A column `system` holds
+the system's turn of a conversation that has none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mollm.data.conversations import ASSISTANT, USER, Turn, read_turns, split_turns
+from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn, read_turns, split_turns
 from mollm.data.files import read_table
 from mollm.data.table import Table, Unit, listed, shown
 from mollm.errors import UsageError
@@ -53,6 +54,8 @@ _PAIRS = (
 )
 _CONVERSATIONS = ("messages", "conversations")
 _TEXT = "text"
+_SYSTEM, _HISTORY = "system", "history"
+"""ShareGPT's and Alpaca's columns for the system's turn, and for the turns before the question."""
 ACCEPTED = "accepted_answers"
 """In a record's `extra`: all accepted answers of its row, where there are several."""
 _ONE_COLUMN = {"conversation": _CONVERSATIONS, "text": (_TEXT,)}
@@ -226,7 +229,9 @@ def load_records(
     table = read_table(source, config=config, split=split)
     read = _reader(table, schema, role, named, answer_field)
     records = [
-        record for number, values in table.rows for record in read(_Row(table, number, values))
+        record
+        for number, values in table.rows
+        for record in _with_its_system(_Row(table, number, values), read)
     ]
     if not records:
         kind = "unsafe" if role == "forget" else "safe"
@@ -234,6 +239,31 @@ def load_records(
             f"{table.name} must hold a response judged {kind} for the role {role}, but none is."
         )
     return records
+
+
+def _with_its_system(row: _Row, read: _Reader) -> list[Record]:
+    """The records of a row, after what its column for the system says, if they have no such turn.
+
+    Raises:
+        UsageError: As the reader; or what was said before is in a column of its own.
+    """
+    records = read(row)
+    if row.values.get(_HISTORY):
+        raise UsageError(
+            f"{row.place}: the field {_HISTORY} must be empty, for a conversation of many turns is "
+            f"one column, but got {shown(row.values[_HISTORY])}: write it as messages, or remove "
+            "the column."
+        )
+    said = row.values.get(_SYSTEM)
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return records
+    turn = Turn(SYSTEM, row.text(_SYSTEM))
+    return [
+        record
+        if record.is_text or any(one.role == SYSTEM for one in record.history)
+        else replace(record, history=(turn, *record.history))
+        for record in records
+    ]
 
 
 def _named(schema: str, prompt: str | None, answer: str | None) -> tuple[str, str] | None:

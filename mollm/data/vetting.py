@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from mollm.errors import UsageError
@@ -30,11 +31,13 @@ def vet_template(tokenizer: PreTrainedTokenizerBase) -> None:
     def write() -> None:
         texts = ["Question: What is it?\nAnswer: It is Lima."]
         if template is not None:
-            for turns, opened in (([_QUESTION], True), ([_QUESTION, _ANSWER], False)):
+            talks = ([_QUESTION], True), ([_QUESTION, _ANSWER], False)
+            named = template.values() if isinstance(template, dict) else [template]
+            for one, (turns, opened) in itertools.product(named, talks):
                 texts.append(
                     str(
                         tokenizer.apply_chat_template(
-                            turns, tokenize=False, add_generation_prompt=opened
+                            turns, chat_template=one, tokenize=False, add_generation_prompt=opened
                         )
                     )
                 )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from mollm.data.chat import Batch, ChatFormat, Example, collate
+from mollm.data.chat import Batch, ChatFormat, Example, collate, ends_of, vocabulary_of
 from mollm.demo import facts
 from mollm.demo.facts import Question, capital_question
 from mollm.demo.quiz import Score, quiz
@@ -78,7 +78,11 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         say(f"Loading {source.label} …")
         torch.manual_seed(settings.seed)
         model, tokenizer = loading.load(source, device)
-        chat = ChatFormat(tokenizer)
+        chat = ChatFormat(
+            tokenizer,
+            vocabulary=vocabulary_of(model.config),
+            ends=ends_of(getattr(model, "generation_config", None)),
+        )
 
         split, before = examine(model, chat, chosen, random.Random(settings.seed), say)
         history, seconds = train(model, chat, split, settings, say)

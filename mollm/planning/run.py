@@ -40,7 +40,8 @@ def check_memory(model: str, args: MOLLMConfig, adapter: Any | None) -> None:
     if args.device.type not in DEVICES or math.isinf(memory) or args.world_size > 1:
         return
     settings = plan_settings(args, adapter)
-    context = getattr(config, "max_position_embeddings", None) or settings.sequence_length
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = known or settings.sequence_length
     settings = replace(settings, sequence_length=min(context, settings.sequence_length))
     try:
         planned = plan(shape_of(config, label), settings)

@@ -125,7 +125,8 @@ def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> N
         mine = adapter_tensors(wrapped, trained_tensors(model, wrapped))
         saved = load_file(folder / _ADAPTER)
         _refuse_others(folder, mine, saved)
-        set_peft_model_state_dict(wrapped, {n: placed(t, mine[n]) for n, t in saved.items()})
+        tensors = {n: placed(t, mine[n]) for n, t in saved.items()}
+        set_peft_model_state_dict(wrapped, tensors, adapter_name=wrapped.active_adapter)
         return
     own, saved = own_tensors(model), load_file(folder / _WEIGHTS)
     _refuse_others(folder, own, saved)

@@ -21,7 +21,7 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4
-from mollm.optim.optimizer import PER_OBJECTIVE, MOLLMOptimizer
+from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
@@ -337,14 +337,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                     f"{name} must be left out with a base that is not adamw, but got "
                     f"{getattr(self, name)}: give the base's own options in optimizer_options."
                 )
-        options = self.for_optimizer()
-        means = base == "adamw" and options.get("momentum") == PER_OBJECTIVE
-        if self.max_grad_norm > 0 and means and options.get("metric") != "euclidean":
-            raise UsageError(
-                "max_grad_norm must be 0 with momentum 'per-objective' in AdamW's metric, but got "
-                f"{self.max_grad_norm}: leave it out, or add metric: euclidean to "
-                "optimizer_options."
-            )
 
     def _refuse_unknown_reports(self) -> None:
         from transformers.integrations.integration_utils import (

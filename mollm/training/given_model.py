@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 
@@ -32,6 +33,11 @@ def taken(model: Any, peft_config: Any | None, args: MOLLMConfig) -> tuple[Any, 
     """
     if isinstance(model, str | Path):
         return str(model), None, []
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            "model must be a name, a folder or a causal language model of transformers, but got "
+            f"{type(model).__name__}."
+        )
     model, compiled = uncompiled(model)
     notes = [_NOT_COMPILED] if compiled else []
     if hasattr(model, "get_base_model"):
@@ -80,7 +86,7 @@ def check_without_weights(source: loading.Source, args: MOLLMConfig, config: Any
 
 
 def loaded(
-    source: loading.Source, config: Any, args: MOLLMConfig, device: torch.device
+    source: loading.Source, config: Any, args: MOLLMConfig, device: torch.device, tokenizer: Any
 ) -> PreTrainedModel:
     """A model by name, on the first process alone with its weights where it will be cut.
 
@@ -95,7 +101,7 @@ def loaded(
     dtype = DTYPES[args.dtype]
     if args.sharding is not None and processes.rank() > 0:
         return loading.load_without_weights(source, dtype)
-    return loading.load(source, device, dtype, args.quantization)[0]
+    return loading.load(source, device, dtype, args.quantization, tokenizer)[0]
 
 
 def refuse_four_bits(model: PreTrainedModel, args: MOLLMConfig) -> None:

@@ -132,7 +132,14 @@ def public(value: Any) -> Any:
         return {key: public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [public(item) for item in value]
+    if isinstance(value, str) and _is_prose(value):
+        return _PATHS.sub(lambda found: public_name(found[0]), value)
     return public_name(str(value)) if isinstance(value, str | Path) else value
+
+
+def _is_prose(text: str) -> bool:
+    """Whether this is words, in which a path may stand, and no path with spaces in it."""
+    return len(text.split()) > 1 and not text.startswith(("/", "~", ".", "\\"))
 
 
 def _header(name: str) -> str:

@@ -33,6 +33,7 @@ from mollm.models.dropout import without_dropout
 from mollm.models.forward import freeze, head_weights, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.system.folders import clear_unfinished, complete, remove
+from mollm.system.precision import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -307,9 +308,10 @@ def _key(said: Iterable[tuple[int, int]]) -> str:
 
 
 def cache_name(model: PreTrainedModel, rows: Iterable[Tokens], fingerprint: str) -> str:
-    """A folder name that tells caches of other models and other rows apart."""
+    """A folder name that tells caches of other models, dtypes and rows apart."""
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     digest = hashlib.sha256(fingerprint.encode())
-    digest.update(str(model.dtype).encode())
+    digest.update(f"{model.dtype} {compute_dtype(device).name}".encode())
     for row in rows:
         digest.update(json.dumps([row.ids, row.labels]).encode())
     return f"reference-{digest.hexdigest()[:12]}"

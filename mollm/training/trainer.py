@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
-    GenerationConfig,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -46,6 +45,7 @@ from mollm.models.adapters import (
     not_finite,
     trained_tensors,
 )
+from mollm.models.checks import check_finite
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system import machine
@@ -55,6 +55,7 @@ from mollm.system.folders import (
     complete,
     replace_text,
 )
+from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar
@@ -71,7 +72,7 @@ from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
-from mollm.training.setting_roles import fixed_settings, free_settings
+from mollm.training.setting_roles import fixed_settings, free_settings, plain
 from mollm.training.step import accumulate
 
 if TYPE_CHECKING:
@@ -285,9 +286,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             template_kwargs=args.chat_template_kwargs,
             system_prompt=args.system_prompt,
             vocabulary=vocabulary_of(config),
-            ends=ends_of(_generation_config(model, source)),
+            ends=ends_of(
+                getattr(model, "generation_config", None)
+                if source is None
+                else loading.load_generation_config(source)
+            ),
         )
-        context = getattr(config, "max_position_embeddings", None)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
         if context is not None:
             args.max_length = min(args.max_length, context)
         self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
@@ -304,17 +309,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if isinstance(model, str):
             assert source is not None, "a model by name has a source"
             check_without_weights(source, args, peft_config)
-            self._base = loaded(source, config, args, device)
+            self._base = loaded(source, config, args, device, tokenizer)
         else:
             refuse_four_bits(model, args)
             self._base = model.to(device)
+            check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
-        broken = not_finite(dict(self._base.named_parameters()))
-        if broken:
-            raise UsageError(
-                f"the model must have finite weights, but {named(broken)} are not: it was trained "
-                "at too high a rate, or its files are damaged."
-            )
         return tokenizer
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
@@ -344,7 +344,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "objectives": list(OBJECTIVES),
             **fixed,
             "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
-            **self._chat.identity,
+            **{n: plain(v) for n, v in self._chat.identity.items() if n not in fixed},
         }
 
     @property
@@ -707,7 +707,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             folder = found[-1]
         else:
-            folder = Path(asked).expanduser()
+            folder = user_path(asked)
         return folder
 
     def _resume(self, folder: Path, before: Mapping[str, Any]) -> None:
@@ -770,7 +770,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the model, or its adapter, and the tokenizer, for `from_pretrained`."""
-        folder = Path(output_dir or self.args.output_dir).expanduser()
+        folder = user_path(output_dir or self.args.output_dir)
         broken = self._broken()
         weights = checkpoint.whole_weights(self._base, self._wrapped)
         with processes.agreeing():
@@ -793,7 +793,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with processes.agreeing():
             if model is not None:
                 _refuse_broken(not_finite(model.state_dict()))
-                loading.save(model, self.processing_class, Path(output_dir).expanduser())
+                loading.save(model, self.processing_class, user_path(output_dir))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Writes README.md into `output_dir`, see `mollm.training.model_card`."""
@@ -832,20 +832,6 @@ def _hash_of(rows: Sequence[Tokens]) -> str:
     for row in rows:
         digest.update(json.dumps([row.ids, row.labels]).encode())
     return digest.hexdigest()
-
-
-def _generation_config(model: str | PreTrainedModel, source: loading.Source | None) -> Any:
-    """That of the model, or None where it has none."""
-    if source is None:
-        return getattr(model, "generation_config", None)
-    if source.gguf_file:
-        return None
-    try:
-        return GenerationConfig.from_pretrained(
-            source.location, local_files_only=source.is_local, trust_remote_code=False
-        )
-    except OSError:
-        return None
 
 
 def _metric_of(args: MOLLMConfig) -> str | None:

@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 import tiny
+import torch
 
 import mollm
 from mollm.cli import main
@@ -162,3 +163,31 @@ def test_the_version_is_told(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"mollm {mollm.__version__}\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_is_told_with_what_needs_less(capsys, monkeypatch, error):
+    def hungry(arguments):
+        raise error
+
+    monkeypatch.setattr(demo, "_demo", hungry)
+    sentence = refused(capsys)
+    assert all(way in sentence for way in ("per_device_train_batch_size", "--max-length", "plan`"))
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_quietly():
+    command = [sys.executable, "-m", "mollm", "plan", "--shape", "smollm2-135m"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_a_defect_is_told_where_its_log_cannot_be_written(capsys, monkeypatch, tmp_path):
+    def broken(arguments):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    monkeypatch.setattr(demo, "_demo", broken)
+    assert main(["demo"]) == 70
+    assert "odd" in capsys.readouterr().err

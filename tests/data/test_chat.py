@@ -1,3 +1,5 @@
+import types
+
 import chat_templates
 import pytest
 import tiny
@@ -203,3 +205,9 @@ def test_answer_states_predict_the_answer_tokens(chat):
     first = next(i for i, label in enumerate(batch.labels[0].tolist()) if label != IGNORE_INDEX)
     assert targets[0] == batch.input_ids[0, first]
     torch.testing.assert_close(head(model)(states[0]), logits[first - 1], rtol=0.05, atol=0.05)
+
+
+def test_ids_that_end_a_turn_are_whole_numbers():
+    config = types.SimpleNamespace(eos_token_id=[2, "x", None, -1, True, 7])
+    assert ends_of(config) == {2, 7}
+    assert ends_of(types.SimpleNamespace(eos_token_id="x")) == ends_of(None) == set()

@@ -327,3 +327,15 @@ def test_a_pair_of_samplers_is_shared_like_each_of_them():
     ranks = [take(make_pair(rank=rank, world_size=2), 9) for rank in range(2)]
     together = [(a + c, b + d) for (a, b), (c, d) in zip(*ranks, strict=True)]
     assert together == take(make_pair(), 9)
+
+
+@pytest.mark.parametrize(("on_turns", "told"), [("all", True), ("last", False)])
+def test_answers_that_a_long_conversation_loses_are_told(on_turns, told):
+    history = tuple(Turn(role, "word " * 9) for role in ("user", "assistant") * 3)
+    record = Record("q", "a", history=history)
+    chat = ChatFormat(tiny.tokenizer())
+    encoded = encode_records([record], chat, max_length=150, train_on_turns=on_turns)
+    assert encoded.shortened == 1
+    lost = [note for note in encoded.notes if "earlier answers" in note]
+    assert len(lost) == told
+    assert all("2 earlier answers of the training conversations" in note for note in lost)

@@ -394,3 +394,38 @@ def test_every_shape_has_a_sample():
     texts = of("text.jsonl")
     assert all(record.is_text for record in texts)
     assert max(len(record.answer.split()) for record in texts) > 150
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "p", "input": "", "output": "a"},
+        {"prompt": [{"role": "user", "content": "p"}], "answer": "a"},
+    ],
+    ids=["ShareGPT", "Alpaca", "turns"],
+)
+def test_a_column_for_the_system_is_its_turn(write, row):
+    (record,) = load_records(write(row | {"system": "Be kind."}), role="forget")
+    assert record.history == (Turn("system", "Be kind."),)
+    for nothing in (None, "", " "):
+        (record,) = load_records(write(row | {"system": nothing}), role="forget")
+        assert record.history == ()
+    with pytest.raises(UsageError, match=r"line 1: the field system must be a text"):
+        load_records(write(row | {"system": 3}), role="forget")
+    assert load_records(write(row | {"history": []}), role="forget")
+    with pytest.raises(UsageError, match=r"line 1: the field history must be empty"):
+        load_records(write(row | {"history": [["q", "a"]]}), role="forget")
+
+
+def test_the_systems_turn_of_a_conversation_goes_before_that_of_its_column(write):
+    turns = [("system", "Be brief."), ("user", "p"), ("assistant", "a")]
+    row = {"messages": [{"role": r, "content": c} for r, c in turns], "system": "Be kind."}
+    (record,) = load_records(write(row), role="forget")
+    assert record.history == (Turn("system", "Be brief."),)
+
+
+def test_turns_in_columns_of_unlike_length_are_refused(write):
+    columns = {"role": ["user", "assistant"], "content": ["p"]}
+    with pytest.raises(UsageError, match=r"line 1: the field messages must be a list of turns"):
+        load_records(write({"messages": columns}), role="forget")

@@ -59,3 +59,10 @@ def test_a_task_that_ends_its_process_is_told():
         "it takes too much memory, or ends the process"
     )
     assert child.why_not(lambda: os.kill(os.getpid(), 9), 5, 1 << 30) is not None
+
+
+def test_every_template_of_several_is_tried():
+    with pytest.raises(UsageError, match="it fails: never"):
+        vet_template(tokenizer({"default": tiny.TEMPLATE, "rag": "{{ raise_exception('never') }}"}))
+    vet_template(tokenizer({"default": tiny.TEMPLATE, "rag": tiny.TEMPLATE}))
+    vet_template(tokenizer({"rag": tiny.TEMPLATE}))

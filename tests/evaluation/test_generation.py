@@ -14,7 +14,7 @@ from mollm.data.conversations import Turn
 from mollm.errors import UsageError
 from mollm.evaluation.evaluate import evaluate
 from mollm.evaluation.examine import Examiner
-from mollm.evaluation.generation import ask, generate_replies
+from mollm.evaluation.generation import Reply, ask, generate_replies
 from mollm.evaluation.suite import Row, Suite, load_suite
 
 
@@ -125,9 +125,27 @@ def test_a_text_is_asked_how_it_goes_on(tmp_path):
     assert chat.tokenizer.decode(row.ids) == "<s>Once upon a time."
     assert chat.tokenizer.decode(asked.ids) == "<s>Once upon"
     assert row.ids[: len(asked.ids)] == asked.ids
-    path.write_text('{"text": "Once"}\n')
-    with pytest.raises(UsageError, match=r"line 1: the field text must hold at least two words"):
+    path.write_text('{"text": "O"}\n')
+    with pytest.raises(
+        UsageError, match=r"line 1: the field text must hold at least two characters"
+    ):
         load_suite(path)
+
+
+def test_a_text_without_spaces_is_cut_between_characters(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    long = "むかしむかし、" * 30
+    path.write_text(f'{{"text": "昔話です"}}\n{{"text": "A {long}"}}\n', encoding="utf-8")
+    short, other = load_suite(path).forget
+    assert (short.question, short.answer) == ("昔話", "です")
+    assert other.question + other.answer == f"A {long}"
+    assert abs(len(other.question) - len(other.answer)) <= 2
+
+
+def test_a_limit_counts_rows_whatever_number_of_answers_they_accept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Where?", "answer": ["a", "b", "c"]}\n' * 3)
+    assert len(load_suite(path, limit=2).forget) == 2
 
 
 def test_conversations_and_texts_are_evaluated():
@@ -168,3 +186,21 @@ def test_padding_and_ids_beyond_the_embeddings():
     assert padded.value("forget_probability") == plain.value("forget_probability")
     with pytest.raises(UsageError, match=r"the row 'Where is it\?' of the set forget: the token"):
         evaluate(tiny.model(vocab_size=200), tokenizer, suite, **options)
+
+
+def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing():
+    chat = ChatFormat(tiny.tokenizer())
+    rows = [Row("Once upon", " a time.", is_text=True)] * 2
+    replies = [Reply("a time.", True), Reply("", True)]
+    encoded = []
+
+    class Original(Examiner):
+        def _score(self, model, rows):
+            encoded.extend(rows)
+            return super()._score(model, rows)
+
+    scores = Original(tiny.model(), chat, original=tiny.model())._replies(
+        rows, replies, {"reply_nll"}
+    )
+    assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a time."
+    assert [each["reply_tokens"] for each in scores] == [len(" a time."), 1]

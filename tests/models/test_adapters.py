@@ -3,7 +3,13 @@ import tiny
 import torch
 
 from mollm.errors import UsageError
-from mollm.models.adapters import adapted, checkpoint_activations, given, merged
+from mollm.models.adapters import (
+    adapted,
+    adapter_tensors,
+    checkpoint_activations,
+    given,
+    merged,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -85,3 +91,16 @@ def test_peft_models_that_cannot_train_are_refused():
     wrapped.requires_grad_(False)
     with pytest.raises(UsageError, match="must be loaded with is_trainable=True"):
         given(wrapped)
+
+
+def test_an_adapter_by_another_name_than_peft_gives_it_is_found():
+    wrapped = peft.get_peft_model(tiny.model(), config(target_modules=["q_proj"]), "mine")
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(adapter_tensors(wrapped, trained)) == len(trained) > 0
+
+
+def test_checkpointed_activations_of_a_class_without_them_are_refused():
+    model = tiny.model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UsageError, match="gradient_checkpointing must be left out for a LlamaFor"):
+        checkpoint_activations(model, None)

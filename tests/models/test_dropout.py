@@ -13,10 +13,13 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mollm.models.dropout import without_dropout
+from mollm.models.logits import check_logits
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NOISY = {
@@ -116,3 +119,21 @@ def test_the_dropout_of_an_adapter_acts_where_it_trains():
     assert all("lora_dropout" in name for name in acting)
     without_dropout(model, training=False)
     assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used before"])
+def test_the_weights_of_rwkv_are_not_divided_in_evaluation_mode(used):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2}
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).train()(ids).logits
+        if used:
+            model(ids)
+        check_logits(model)
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=0)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert model.config.rescale_every == 2  # is written

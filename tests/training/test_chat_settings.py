@@ -138,6 +138,12 @@ def test_the_commands_take_the_settings(tmp_path, capsys):
     other = ["--out", str(tmp_path / "other"), "--retain-logs", str(out)]
     assert main(["evaluate", *evaluate, *other, "--system-prompt", "Be brief."]) != 0
     assert "the retain logs must be of the same system_prompt" in capsys.readouterr().err
+    known, about["chat"]["chat template"] = about["chat"]["chat template"], "another"
+    (out / "about.json").write_text(json.dumps(about))
+    assert main(["evaluate", *evaluate, *other]) != 0
+    assert "the retain logs must be of the same chat template" in capsys.readouterr().err
+    about["chat"]["chat template"] = known
+    (out / "about.json").write_text(json.dumps(about))
     assert main(["evaluate", *evaluate, *other]) == 0
     assert main(["evaluate", *evaluate[:-1], "thinking"]) != 0
     assert "chat-template-kwargs must be options by name" in capsys.readouterr().err
@@ -145,6 +151,7 @@ def test_the_commands_take_the_settings(tmp_path, capsys):
 
 def test_the_next_command_repeats_the_settings(tmp_path):
     settings = {"model": "m", "forget": "f", "retain": "r", "system_prompt": "Be kind."}
+    assert "--system-prompt ''" in evaluate_line(settings | {"system_prompt": ""}, tmp_path)
     line = evaluate_line(settings | {"chat_template_kwargs": {"a": 1}}, tmp_path)
     assert "--system-prompt 'Be kind.'" in line
     assert """--chat-template-kwargs '{"a": 1}'""" in line

@@ -5,7 +5,7 @@ import yaml
 
 from mollm.methods.method import OBJECTIVES
 from mollm.training.history import StepRecord
-from mollm.training.model_card import model_card
+from mollm.training.model_card import model_card, public
 
 
 def record(step):
@@ -122,3 +122,10 @@ def test_data_settings_versions_and_notes_are_told():
     assert rows(text, "Settings") == ["| `method` | `project` |"]
     assert rows(text, "Versions") == ["| torch | 2 |"]
     assert "3 steps; losses before each" in text
+
+
+def test_words_stay_where_a_setting_is_a_text_and_paths_in_it_are_short():
+    assert public("Answer yes/no/maybe, and be kind.") == "Answer yes/no/maybe, and be kind."
+    assert public("Read /home/ann/notes.txt first.") == "Read notes.txt first."
+    assert public("/home/ann/my files/rows.jsonl") == "rows.jsonl"
+    assert public("~/my files/rows.jsonl") == "rows.jsonl"

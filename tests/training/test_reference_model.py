@@ -7,6 +7,7 @@ import torch
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.errors import UsageError
 from mollm.models import forward
+from mollm.system.precision import computing_in
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import AdapterReference, cache_name, make_reference
 
@@ -96,6 +97,11 @@ def test_a_cache_takes_as_many_bytes_as_its_states_and_is_used_again(tmp_path, m
     made("cache", model, folder=tmp_path / "cache")
     assert cache_name(model, ROWS, "a") != cache_name(model, ROWS, "b")
     assert cache_name(model, ROWS, "a") != cache_name(model, ROWS[:2], "a")
+    names = set()
+    for dtype in ("float32", "bfloat16"):
+        with computing_in(dtype):
+            names.add(cache_name(model, ROWS, "a"))
+    assert len(names) == 2
 
 
 def test_a_cache_that_was_begun_is_completed(tmp_path):
