@@ -337,14 +337,15 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "model": self._fingerprint,
             "adapter": None if self._wrapped is None else "LoRA",
             **{f"adapter {name}": value for name, value in adapter.items()},
-            "forget data": self._data.facts["forget"]["sha256"],
-            "retain data": self._data.facts["retain"]["sha256"],
-            "forget data as tokens": _hash_of(self._data.rows["forget"]),
-            "retain data as tokens": _hash_of(self._data.rows["retain"]),
             "objectives": list(OBJECTIVES),
             **fixed,
             "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
             **{n: plain(v) for n, v in self._chat.identity.items() if n not in fixed},
+            # Last: these change with most of what stands above, which is then named in their place.
+            "forget data": self._data.facts["forget"]["sha256"],
+            "retain data": self._data.facts["retain"]["sha256"],
+            "forget data as tokens": _hash_of(self._data.rows["forget"]),
+            "retain data as tokens": _hash_of(self._data.rows["retain"]),
         }
 
     @property
