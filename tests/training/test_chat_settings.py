@@ -66,7 +66,7 @@ def test_a_run_is_resumed_on_another_day_as_on_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"system_prompt": "Be kind."}, "system_prompt was None and is now Be kind"),
+        ({"system_prompt": "Be kind."}, "system_prompt was .* and is now Be kind"),
         ({"train_on_turns": "all"}, "train_on_turns was last and is now all"),
         ({"template": tiny.TEMPLATE + " "}, "chat template was .* and is now"),
     ],
