@@ -255,3 +255,17 @@ def test_means_go_on_from_a_state_dict_that_was_saved_under_a_scaler():
         clip_grad_norm_(model.parameters(), 0.5)
         scaler.step(opt)
     torch.testing.assert_close(flat(model), whole, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_zero_are_clipped_to_zero():
+    p = nn.Parameter(torch.ones(4))
+    options = {"base": "sgd", "momentum": "per-objective", "objectives": ("a", "b")}
+    opt = MOLLMOptimizer([p], lr=1e-2, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    opt.backward({name: scaler.scale((0 * p).sum()) for name in opt.objectives})
+    opt.aggregate()
+    scaler.unscale_(opt)
+    clip_grad_norm_([p], 0.5)
+    scaler.step(opt)
+    assert opt.skipped_steps == 0
+    assert torch.equal(p.detach(), torch.ones(4))
