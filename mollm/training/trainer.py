@@ -192,10 +192,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         # Of a model that is cut into parts, the first process alone reads the weights.
         from_first = args.sharding is not None and isinstance(model, str)
-        watch()
+        with processes.agreeing():
+            source, tokenizer = self._find(model, args, processing_class, peft_config)
+        watch()  # not before, for its threads would be copied where a tokenizer is tried out
         as_given = self._wrapped is not None
         with processes.agreeing():
-            tokenizer = self._prepare(model, args, processing_class, data, peft_config, notes)
+            self._prepare(model, source, args, tokenizer, data, peft_config, notes)
         read = not (from_first and processes.rank())
         found = processes.each(logit_transform(self._base) if read else None)
         set_logit_transform(self._base, found[0 if from_first else processes.rank()])
@@ -258,28 +260,39 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tokens = 0  # since then
         self._since = time.perf_counter()
 
-    def _prepare(
+    def _find(
         self,
         model: str | PreTrainedModel,
         args: MOLLMConfig,
         tokenizer: PreTrainedTokenizerBase | None,
-        data: tuple[Data, Data, Mapping[str, Data] | None],
         peft_config: Any | None,
-        notes: Sequence[str],
-    ) -> PreTrainedTokenizerBase:
-        """Reads the data and then loads the model; returns the tokenizer."""
+    ) -> tuple[loading.Source | None, PreTrainedTokenizerBase]:
+        """Where the model is, if it is given by name, and its tokenizer."""
         if peft_config is not None:
             check_adapter(peft_config)
         if processes.rank() == 0:
             check_writable(Path(args.output_dir))
         source = loading.find_model(model) if isinstance(model, str) else None
-        if tokenizer is None:
-            if source is None:
-                raise UsageError(
-                    "processing_class must be given where the model is not given by name, but got "
-                    "None: pass its tokenizer."
-                )
-            tokenizer = loading.load_tokenizer(source)
+        if tokenizer is not None:
+            return source, tokenizer
+        if source is None:
+            raise UsageError(
+                "processing_class must be given where the model is not given by name, but got "
+                "None: pass its tokenizer."
+            )
+        return source, loading.load_tokenizer(source)
+
+    def _prepare(
+        self,
+        model: str | PreTrainedModel,
+        source: loading.Source | None,
+        args: MOLLMConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        data: tuple[Data, Data, Mapping[str, Data] | None],
+        peft_config: Any | None,
+        notes: Sequence[str],
+    ) -> None:
+        """Reads the data and then loads the model."""
         config = loading.load_config(model)[0] if isinstance(model, str) else model.config
         self._chat = ChatFormat(
             tokenizer,
@@ -315,7 +328,6 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base = model.to(device)
             check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
-        return tokenizer
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
         rows, compares = self._data.rows, args.chosen_method.compares

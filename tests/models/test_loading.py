@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 import warnings
 
@@ -250,3 +251,26 @@ def test_the_frozen_copy_agrees_bit_for_bit_and_does_not_train():
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(forward.head(frozen).weight, forward.head(model).weight)
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused_in_a_sentence(saved):
+    source = loading.find_model(str(saved))
+    path = saved / "generation_config.json"
+    for text in ("[]", "3"):
+        path.write_text(text)
+        with pytest.raises(UsageError):
+            loading.load_generation_config(source)
+    path.unlink()
+    assert loading.load_generation_config(source) is None
+
+
+def test_kernels_are_not_fetched_even_where_transformers_was_imported_first(saved):
+    code = (
+        "import sys, transformers.integrations.hub_kernels as kernels\n"
+        "import mollm; from mollm.models import loading\n"
+        "loading.load_config(sys.argv[1])\n"
+        "print(kernels._kernels_enabled)"
+    )
+    command = [sys.executable, "-c", code, str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
