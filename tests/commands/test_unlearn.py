@@ -266,7 +266,7 @@ def empty(folder):
         (lambda _: {"optimizer_options": {"weight_decay": float("inf")}}, "must be a finite"),
         (
             lambda _: {"max_grad_norm": 1, "optimizer_options": {"momentum": "per-objective"}},
-            "max_grad_norm must be 0 with momentum 'per-objective'",
+            "max_grad_norm must be 0 with momentum='per-objective'",
         ),
         (lambda _: {"dataloader_num_workers": 4}, "dataloader_num_workers must be left out"),
         (lambda _: {"method": "npo", "uce_eps": 0.1}, "uce_eps must be left out with the method"),
