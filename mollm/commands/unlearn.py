@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.settings_file import OWN_SETTINGS, read_settings
 from mollm.errors import UsageError, did_you_mean
 from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
-from mollm.system.parsing import user_path
+from mollm.system.parsing import reason_of, user_path
 
 if TYPE_CHECKING:
     from mollm.training.config import MOLLMConfig
@@ -181,7 +181,7 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
     except UsageError:
         raise
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error, None)
         raise UsageError(f"the settings do not go together: {reason}.") from error
     for name, least, most in (
         ("seed", 0, 2**32 - 1),
@@ -248,7 +248,7 @@ def _adapter(lora: Any) -> Any:
         if unknown:
             reason = f"it has no {unknown[0]!r}{did_you_mean(unknown[0], known)}"
         else:
-            reason = " ".join(str(error).split()).rstrip(".") + "."
+            reason = reason_of(error, None) + "."
         raise UsageError(
             f"lora must be a rank or options of peft.LoraConfig, but got {lora!r}: {reason}"
         ) from error

@@ -12,6 +12,7 @@ from mollm.data.chat import ChatFormat, Tokens
 from mollm.data.encoding import encode_records
 from mollm.data.records import Record, Role, check_overlap, content_hash, load_records
 from mollm.errors import UsageError
+from mollm.system.parsing import reason_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -160,7 +161,7 @@ def _tabled(rows: Sequence[dict[str, Any]], role: Role) -> list[Record]:
     try:
         table = Dataset.from_list([{field: row.get(field) for field in fields} for row in rows])
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = reason_of(error, None)
         raise UsageError(
             f"the {role} data must have one kind of value in each field, but have not: {reason}."
         ) from error

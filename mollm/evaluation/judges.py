@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
+from mollm.system.parsing import reason_of
 from mollm_ops._dtypes import wide_dtype
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _load(
     except ModuleNotFoundError:
         raise  # the command line tells what to install
     except Exception as error:  # readers of configurations, tokenizers and weights have their own
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+        reason = reason_of(error)
         raise UsageError(f"the judge {name} cannot be loaded as a classifier: {reason}.") from error
     if report["missing_keys"]:
         # transformers would fill them with random numbers and only warn.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mollm.distributed import processes
 from mollm.errors import UsageError, did_you_mean
 from mollm.models import forward, four_bits
+from mollm.system.parsing import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +82,7 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
     try:
         wrapped = get_peft_model(model, config)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+        reason = reason_of(error)
         raise UsageError(
             f"the adapter does not suit {type(model).__name__}: {reason}: change peft_config."
         ) from error

@@ -23,6 +23,7 @@ from mollm.errors import UsageError
 from mollm.models.dropout import without_rescaling
 from mollm.models.forward import head, head_weights, hidden_states, in_evaluation_mode
 from mollm.models.four_bits import in_four_bits
+from mollm.system.parsing import reason_of
 from mollm.system.precision import autocast
 from mollm_ops.operands import LogitTransform
 
@@ -135,7 +136,7 @@ class _Probe:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that wants other inputs
-            reason = " ".join(str(error).split())[:200].rstrip(".")
+            reason = reason_of(error, 200)
             self._refuse(f"gives no logits for token ids alone ({type(error).__name__}: {reason})")
         finally:
             handle.remove()

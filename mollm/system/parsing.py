@@ -11,7 +11,7 @@ from mollm.errors import UsageError
 _YAML_BYTES = 1 << 20
 
 
-def reason_of(error: BaseException, length: int = 300) -> str:
+def reason_of(error: BaseException, length: int | None = 300) -> str:
     """What an error says, in one line without a full stop at its end; else its type."""
     return " ".join(str(error).split())[:length].rstrip(".") or type(error).__name__
 

@@ -22,6 +22,7 @@ from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_c
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4
 from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.system.parsing import reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
@@ -239,7 +240,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 [nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **options
             )
         except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
+            reason = reason_of(error, None)
             asked = {"preferences": self.preferences, **self.optimizer_options}
             told = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value)
             raise UsageError(
