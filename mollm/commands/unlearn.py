@@ -308,19 +308,18 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
 
 def summary(trainer: MOLLMTrainer) -> str:
     """Losses, weights and conflicts of a run as a table for the terminal."""
-    from mollm.methods.method import OBJECTIVES
-
     history = trainer.history
     if not history:
         return "No step was made."
-    rows = [
-        f"{'objective':<12}{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'conflicts':>11}"
-    ]
-    for name in OBJECTIVES:
+    names = list(history[0].losses)
+    width = max(12, *(len(name) + 2 for name in names))
+    head = f"{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'conflicts':>11}"
+    rows = [f"{'objective':<{width}}{head}"]
+    for name in names:
         first, last = history[0].losses[name], history[-1].losses[name]
         weight = sum(record.weights[name] for record in history) / len(history)
         conflicts = sum(record.conflicts.get(name, False) for record in history) / len(history)
-        rows.append(f"{name:<12}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{conflicts:>11.0%}")
+        rows.append(f"{name:<{width}}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{conflicts:>11.0%}")
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluated:
         shown = {k: v for k, v in evaluated[-1].items() if k.endswith("_loss")}

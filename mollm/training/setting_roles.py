@@ -138,6 +138,8 @@ FREE = frozenset(
         "per_device_train_batch_size",
         "preferences",
         "reference",
+        "relearn_lr",
+        "relearn_steps",
         "uce_eps",
         "warmup_ratio",
         "warmup_steps",

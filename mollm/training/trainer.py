@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,11 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from mollm.data.chat import Batch, ChatFormat, Tokens, collate, ends_of, vocabulary_of
 from mollm.data.encoding import encode_records
-from mollm.data.samplers import PairSampler, RowSampler
-from mollm.data.sets import read_data, records_of, role_of
+from mollm.data.samplers import JointSampler, RowSampler
+from mollm.data.sets import read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
-from mollm.methods.method import OBJECTIVES
 from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
@@ -71,14 +71,15 @@ from mollm.training.history import StepRecord, means_of, record_of, write_histor
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
+from mollm.training.relearning import relearnt, rows_to_relearn
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings, plain
-from mollm.training.step import accumulate
+from mollm.training.step import accumulate_forget, accumulate_retain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mollm.data.sets import Data
+    from mollm.data.sets import Data, Sets
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +131,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         args: A MOLLMConfig.
         forget_dataset: What to forget: a path or hub name, keyword arguments of
             `mollm.data.load_records` by name (`path` for its source), a list of
-            `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`.
-        retain_dataset: What to keep.
+            `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`. Several
+            such sets by name become objectives of their own, "forget_alice" and so on.
+        retain_dataset: What to keep: one set, or several by name.
         eval_dataset: Sets "forget" and "retain", or one of them, to evaluate on.
         processing_class: The tokenizer; needed where the model is not given by name.
         callbacks: More callbacks.
@@ -154,9 +156,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         model: str | Path | PreTrainedModel,
         args: MOLLMConfig,
         *,
-        forget_dataset: Data,
-        retain_dataset: Data,
-        eval_dataset: Mapping[str, Data] | None = None,
+        forget_dataset: Sets,
+        retain_dataset: Sets,
+        eval_dataset: Mapping[str, Sets] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
@@ -184,7 +186,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self,
         model: str | PreTrainedModel,
         args: MOLLMConfig,
-        data: tuple[Data, Data, Mapping[str, Data] | None],
+        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
         processing_class: PreTrainedTokenizerBase | None,
         callbacks: list[TrainerCallback] | None,
         peft_config: Any | None,
@@ -233,20 +235,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             fsdp.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)
         self.history: list[StepRecord] = []
         """A record of every step."""
-        self._divergence = DivergenceStop(self.history)
+        self._divergence = DivergenceStop(self.history, self._data.named("retain"))
         self._changes: list[dict[str, Any]] = []  # of settings, where the run was resumed
-        self._last_rows: tuple[list[Tokens], list[Tokens]] | None = None
+        self._last_rows: dict[str, list[Tokens]] | None = None
         super().__init__(
             model=self._wrapped or self._base,
             args=args,
             data_collator=self._batch,
-            train_dataset=self._data.rows["forget"],
+            train_dataset=self._longest,
             eval_dataset=list(self._data.evaluated.values()) or None,
             processing_class=tokenizer,
             callbacks=[self._divergence, *(callbacks or [])],
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossBar)
+            self.add_callback(LossBar(self.objectives))
         self._refuse_unlike_processes()
         if isinstance(reference, CachedReference):
             reference.fill(
@@ -288,7 +290,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         source: loading.Source | None,
         args: MOLLMConfig,
         tokenizer: PreTrainedTokenizerBase,
-        data: tuple[Data, Data, Mapping[str, Data] | None],
+        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
         peft_config: Any | None,
         notes: Sequence[str],
     ) -> None:
@@ -309,9 +311,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if context is not None:
             args.max_length = min(args.max_length, context)
         self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
+        args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
-        self.notes = (*self._data.notes, *notes)
+        self.notes = (*self._data.notes, *self._relearning_notes(args), *notes)
         """What the user should know about the data."""
         for note in self.notes:
             if processes.rank() == 0:
@@ -329,9 +332,29 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Their names: a loss on each set to forget, KL, and a loss on each set to retain."""
+        return (*self._data.named("forget"), "kl", *self._data.named("retain"))
+
+    @property
+    def _longest(self) -> list[Tokens]:
+        """The set to forget by which epochs are counted."""
+        return max((self._data.rows[name] for name in self._data.named("forget")), key=len)
+
+    def _relearning_notes(self, args: MOLLMConfig) -> list[str]:
+        seen = args.rows_per_step["forget"]
+        return [
+            f"the {name} data has {len(self._data.rows[name])} rows, no more than a step sees, so "
+            "that relearning is simulated on the rows of the step itself."
+            for name in self._data.named("forget")
+            if args.relearn_steps and len(self._data.rows[name]) <= seen
+        ]
+
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
         rows, compares = self._data.rows, args.chosen_method.compares
-        return [row for name in rows if "retain" in name or compares for row in rows[name]]
+        kept = [n for n in rows if compares or role_of(n.removeprefix("eval ")) == "retain"]
+        return [row for name in kept for row in rows[name]]
 
     @property
     def _folder(self) -> Path:
@@ -340,7 +363,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint must agree with, to be resumed from."""
-        fixed = fixed_settings(self.args.all_settings(), self.args.for_optimizer())
+        options = self.args.for_optimizer(self.objectives)
+        fixed = fixed_settings(self.args.all_settings(), options)
+        sets = [*self._data.named("forget"), *self._data.named("retain")]
         del fixed["dtype"]  # of the model as it is, below
         adapter = {} if self._wrapped is None else adapter_settings(self._wrapped)
         return {
@@ -349,15 +374,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "model": self._fingerprint,
             "adapter": None if self._wrapped is None else "LoRA",
             **{f"adapter {name}": value for name, value in adapter.items()},
-            "objectives": list(OBJECTIVES),
+            "objectives": list(self.objectives),
             **fixed,
             "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
             **{n: plain(v) for n, v in self._chat.identity.items() if n not in fixed},
             # Last: these change with most of what stands above, which is then named in their place.
-            "forget data": self._data.facts["forget"]["sha256"],
-            "retain data": self._data.facts["retain"]["sha256"],
-            "forget data as tokens": _hash_of(self._data.rows["forget"]),
-            "retain data as tokens": _hash_of(self._data.rows["retain"]),
+            **{f"{name} data": self._data.facts[name]["sha256"] for name in sets},
+            **{f"{name} data as tokens": _hash_of(self._data.rows[name]) for name in sets},
         }
 
     @property
@@ -392,18 +415,22 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 for decay, params in groups.items()
                 if params
             ],
-            objectives=OBJECTIVES,
-            **self.args.for_optimizer(),
+            **self.args.for_optimizer(self.objectives),
         )
         return optimizer
 
-    def _make_sampler(self) -> PairSampler[Tokens]:
+    @property
+    def _data_seed(self) -> int:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairSampler(
-            *(
-                RowSampler(self._data.rows[name], count, seed=seed, name=name)
-                for name, count in self.args.rows_per_step.items()
-            )
+        return int(seed)
+
+    def _make_sampler(self) -> JointSampler[Tokens]:
+        return JointSampler(
+            {
+                name: RowSampler(self._data.rows[name], count, seed=self._data_seed, name=name)
+                for role, count in self.args.rows_per_step.items()
+                for name in self._data.named(role_of(role))
+            }
         )
 
     def _batch(self, rows: Sequence[Tokens]) -> Batch:
@@ -442,10 +469,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_epoch_begin")
         self._since, self._tokens = time.perf_counter(), 0
         while self.state.global_step < self.state.max_steps:
-            epoch = self._sampler.forget.epoch
+            epoch = math.floor(self._epochs)
             self._train_step()
             last = self.state.global_step == self.state.max_steps
-            over = self._sampler.forget.epoch > epoch
+            over = math.floor(self._epochs) > epoch
             if over or last or self.control.should_epoch_stop:
                 self._tell("on_epoch_end")
             self._log_evaluate_save()
@@ -471,7 +498,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.create_optimizer()
         steps = self.args.max_steps
         if steps <= 0:
-            rows = self.args.num_train_epochs * len(self._data.rows["forget"])
+            rows = self.args.num_train_epochs * len(self._longest)
             steps = math.ceil(rows / self.args.rows_per_step["forget"])
         self.create_scheduler(num_training_steps=steps)
         self._groups = [options_of(group) for group in self.optimizer.param_groups]
@@ -496,18 +523,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _train_step(self) -> None:
         args, optimizer = self.args, self.optimizer
         self._tell("on_step_begin")
-        forget, retain = next(self._sampler)  # of all processes
-        totals = totals_of(forget), totals_of(retain)
-        self._last_rows = forget, retain
+        rows = self._last_rows = next(self._sampler)  # of all processes
         optimizer.zero_grad()
-        parts: list[Tensor] = []
-        for number, batches in enumerate(self._micro_batches(forget, retain)):
-            if number:
-                self._tell("on_substep_end")
-            last = number == args.gradient_accumulation_steps - 1
-            part = accumulate(self._objectives, optimizer, *batches, totals=totals, last=last)
-            parts.append(torch.stack(list(part.values())))
-        losses = processes.total(torch.stack(parts).double().sum(0))
+        losses = self._accumulate(rows)
         if args.max_grad_norm > 0:
             optimizer.aggregate()
             clip_grad_norm_(self._base.parameters(), args.max_grad_norm)
@@ -516,18 +534,72 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_optimizer_step")
         rate = float(optimizer.param_groups[0]["lr"])
         self.lr_scheduler.step()
-        named = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
-        self.history.append(record_of(self.state.global_step, rate, named, optimizer))
-        self._tokens += sum(len(row.ids) for row in (*forget, *retain))
+        self.history.append(record_of(self.state.global_step, rate, losses, optimizer))
+        self._tokens += sum(len(row.ids) for some in rows.values() for row in some)
         self.state.global_step += 1
-        drawn = self.state.global_step * args.rows_per_step["forget"]
-        self.state.epoch = drawn / len(self._data.rows["forget"])
+        self.state.epoch = self._epochs
         self._tell("on_step_end")
 
-    def _micro_batches(
-        self, forget: list[Tokens], retain: list[Tokens]
-    ) -> Iterator[tuple[Batch, Batch]]:
-        return zip(self._parts(forget), self._parts(retain), strict=True)
+    @property
+    def _epochs(self) -> float:
+        drawn: int = self.state.global_step * self.args.rows_per_step["forget"]
+        return drawn / len(self._longest)
+
+    def _accumulate(self, rows: Mapping[str, list[Tokens]]) -> dict[str, float]:
+        """Takes the gradients of all objectives on the rows of a step; returns the losses."""
+        forget, retain = self._data.named("forget"), self._data.named("retain")
+        totals = {name: totals_of(some) for name, some in rows.items()}
+        kept = sum(totals[name].tokens for name in retain)
+        final = self.args.gradient_accumulation_steps - 1
+        found: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
+
+        def add(losses: Mapping[str, Tensor]) -> None:
+            for name, loss in losses.items():
+                found[name].append(loss.double())
+
+        model, optimizer = self._objectives, self.optimizer
+        with self._relearnt(rows):
+            for name in forget:
+                for number, batch in enumerate(self._parts(rows[name])):
+                    how = {"name": name, "totals": totals[name], "last": number == final}
+                    add(accumulate_forget(model, optimizer, batch, **how))
+        for number, batches in enumerate(zip(*(self._parts(rows[n]) for n in retain), strict=True)):
+            if number:
+                self._tell("on_substep_end")
+            for name, batch in zip(retain, batches, strict=True):
+                last = number == final
+                how = {"name": name, "totals": totals[name], "last": last}
+                how |= {"share": totals[name].tokens / kept}
+                how |= {"last_of_kl": last and name == retain[-1]}
+                add(accumulate_retain(model, optimizer, batch, **how))
+        sums = processes.total(torch.stack([torch.stack(parts).sum() for parts in found.values()]))
+        return dict(zip(found, sums.tolist(), strict=True))
+
+    def _relearnt(self, rows: Mapping[str, list[Tokens]]) -> AbstractContextManager[None]:
+        """Within it the model has begun to relearn forgotten rows that this step does not see."""
+        if not self.args.relearn_steps:
+            return nullcontext()
+        step, seed, size = (
+            self.state.global_step,
+            self._data_seed,
+            self.args.per_device_train_batch_size,
+        )
+        learnt = [
+            row
+            for name in self._data.named("forget")
+            for row in rows_to_relearn(self._data.rows[name], rows[name], seed=seed, step=step)
+        ]
+        totals = totals_of(learnt)
+        batches = [learnt[start : start + size] for start in range(0, len(learnt), size)]
+        params = [p for p in self._base.parameters() if p.requires_grad]
+
+        def backward() -> None:
+            for some, mine in processes.shares(batches):
+                losses = self._objectives(relearn=self._batch(some), totals=(totals, totals))
+                torch.autograd.backward(losses["relearn"] * mine)
+            processes.add_up_gradients(params)
+
+        return relearnt(params, backward, steps=self.args.relearn_steps, lr=self.args.relearn_lr)
 
     def _parts(self, rows: list[Tokens]) -> Iterator[Batch]:
         """This process's share of a step's rows, so many at a time as the device takes."""
@@ -586,15 +658,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """The losses after the last step, on its own rows, if there was one."""
         if self._last_rows is None:
             return None
-        forget, retain = self._last_rows
-        totals = totals_of(forget), totals_of(retain)
-        parts = []
         with forward.in_evaluation_mode(self._base):
-            for batches in self._micro_batches(forget, retain):
-                part = self._objectives(*batches, totals=totals)
-                parts.append(torch.stack([part[name] for name in OBJECTIVES]))
-        losses = processes.total(torch.stack(parts).double().sum(0))
-        return dict(zip(OBJECTIVES, losses.tolist(), strict=True))
+            return self._mean_losses(self._last_rows)
 
     def _broken(self) -> list[str]:
         """Names of the weights that are not finite, on any process."""
@@ -624,40 +689,44 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         rows = self._data.evaluated
         if eval_dataset is not None:
             rows = {
-                role: encode_records(
-                    records_of(data, role_of(role)),
+                name: encode_records(
+                    records_of(data, role_of(name)),
                     self._chat,
                     max_length=self.args.max_length,
                     train_on_turns=self.args.train_on_turns,
                 ).rows
-                for role, data in eval_dataset.items()
+                for role, sets in eval_dataset.items()
+                for name, data in sets_to_evaluate(role, sets).items()
             }
         if not rows:
             raise UsageError(
                 "eval_dataset must hold a set 'forget' or 'retain', but there is none: give one to "
                 "the trainer or to evaluate()."
             )
-        losses: dict[str, float] = {}
-        computing = computing_in(self.args.compute_dtype)
-        with forward.in_evaluation_mode(self._base), computing:
-            for role in sorted(rows):
-                losses |= self._evaluate(role, rows[role])
+        with forward.in_evaluation_mode(self._base), computing_in(self.args.compute_dtype):
+            losses = self._mean_losses(rows)
         metrics = {f"{metric_key_prefix}_{name}_loss": loss for name, loss in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
         self.log(dict(metrics))
         self._tell("on_evaluate", metrics)
         return metrics
 
-    def _evaluate(self, role: str, rows: Sequence[Tokens]) -> dict[str, float]:
-        size, totals = self.args.per_device_eval_batch_size, totals_of(rows)
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _mean_losses(self, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, float]:
+        """The loss of every set by its name, and KL over all that is to be retained."""
+        size = self.args.per_device_eval_batch_size
+        totals = {name: totals_of(rows) for name, rows in sorted(sets.items())}
+        kept = sum(totals[name].tokens for name in totals if role_of(name) == "retain")
         sums: dict[str, Tensor] = {}
-        for some, mine in processes.shares(batches):
-            losses = self._objectives(**{role: self._batch(some)}, totals=(totals, totals))
-            for name, loss in losses.items():
-                known = sums.setdefault(name, torch.zeros_like(loss, dtype=torch.float64))
-                if mine:
-                    known += loss
+        for name, total in totals.items():
+            role, rows = role_of(name), sets[name]
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            for some, mine in processes.shares(batches):
+                losses = self._objectives(**{role: self._batch(some)}, totals=(total, total))
+                for what, loss in losses.items():
+                    as_what = "kl" if what == "kl" else name
+                    known = sums.setdefault(as_what, torch.zeros_like(loss, dtype=torch.float64))
+                    if mine:
+                        known += loss * (total.tokens / kept if what == "kl" else 1)
         return {name: float(processes.total(value)) for name, value in sums.items()}
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -852,9 +921,13 @@ def _metric_of(args: MOLLMConfig) -> str | None:
     return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
 
-def _metrics_on(roles: Collection[str]) -> list[str]:
-    losses = {"forget": ("forget",), "retain": ("kl", "retain")}
-    return [*(f"eval_{loss}_loss" for role in sorted(roles) for loss in losses[role]), "eval_loss"]
+def _metrics_on(sets: Iterable[str]) -> list[str]:
+    losses = [
+        loss
+        for name in sorted(sets)
+        for loss in (("kl", name) if role_of(name) == "retain" else (name,))
+    ]
+    return [*dict.fromkeys(f"eval_{loss}_loss" for loss in losses), "eval_loss"]
 
 
 def _check_metric(name: str | None, known: Collection[str]) -> None:
