@@ -39,6 +39,9 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: The file cannot be read, or a name in it or in `set` is not known.
     """
     given = dict(given)
+    for name in _DATA:
+        if str(given.get(name, "")).startswith(("{", "[")):
+            given[name] = parse_yaml(given[name], f"the {name} data")
     settings = _read_file(given.pop("config")) if "config" in given else {}
     for text in given.pop("set", ()):
         name, equals, value = text.partition("=")

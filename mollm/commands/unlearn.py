@@ -30,7 +30,7 @@ _EXAMPLE = """\
 A settings file:
 
   model: path/to/model
-  forget: forget.jsonl            # a file, a folder or a hub name, or with options:
+  forget: forget.jsonl            # a file, a folder or a hub name, several by name, or options:
   retain:
     path: locuslab/TOFU           # also schema, prompt_field, answer_field
     config: retain90
@@ -72,8 +72,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATH_OR_HUB_NAME",
         help="model to unlearn from: folder, .gguf file or hub name",
     )
-    parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="examples to forget")
-    parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain")
+    parser.add_argument(
+        "--forget",
+        metavar="PATH_OR_HUB_NAME",
+        help="examples to forget; several sets, each an objective, as '{ada: FILE, bob: FILE}'",
+    )
+    parser.add_argument(
+        "--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain, or several sets of them"
+    )
     parser.add_argument(
         "--eval-forget", metavar="PATH_OR_HUB_NAME", help="forget examples for evaluation"
     )
