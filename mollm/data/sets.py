@@ -125,7 +125,7 @@ def named_sets(data: Sets, role: Role) -> dict[str, Data]:
         >>> named_sets("retain.jsonl", "retain")
         {'retain': 'retain.jsonl'}
     """
-    options = inspect.signature(load_records).parameters
+    options = ("path", *inspect.signature(load_records).parameters)
     if not _by_name(data) or not data or any(name in options for name in data):
         return {role: cast("Data", data)}
     for name in data:
