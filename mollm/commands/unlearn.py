@@ -89,7 +89,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--num-train-epochs", type=float, metavar="N", help="passes over the forget examples"
     )
-    parser.add_argument("--per-device-train-batch-size", type=int, metavar="N")
+    parser.add_argument(
+        "--per-device-train-batch-size",
+        type=int,
+        metavar="N",
+        help="forget examples per micro-batch, and by default retain examples",
+    )
+    parser.add_argument(
+        "--per-device-retain-batch-size",
+        type=int,
+        metavar="N",
+        help="retain examples per micro-batch",
+    )
     parser.add_argument("--gradient-accumulation-steps", type=int, metavar="N")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per example, at most")
     parser.add_argument(

@@ -95,7 +95,14 @@ def encode_records(
 
 def example_of(record: Record) -> Example:
     """What a record asks and answers, after what was said before."""
-    return Example(record.prompt, record.answer, history=record.history, is_text=record.is_text)
+    return Example(
+        record.prompt,
+        record.answer,
+        record.opening,
+        record.closed,
+        history=record.history,
+        is_text=record.is_text,
+    )
 
 
 def _encode(example: Example, record: Record, chat: ChatFormat, on_turns: str) -> Tokens:

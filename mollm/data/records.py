@@ -90,6 +90,10 @@ class Record:
     """What was said before the prompt, a system prompt included."""
     is_text: bool = False
     """Whether this is running text without a prompt."""
+    opening: str = ""
+    """Words with which the assistant's answer has already begun: context without a loss."""
+    closed: bool = True
+    """Whether the assistant's turn ends with the answer; if so, its end carries a loss too."""
 
     @property
     def place(self) -> str:
@@ -442,12 +446,12 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
     Raises:
         UsageError: More than half of the records to forget are also to be retained.
     """
-    kept_pairs = {(_asked(record), _normalised(record.answer)) for record in retain}
+    kept_pairs = {(_asked(record), _answered(record)) for record in retain}
     kept_prompts = {asked for asked, _ in kept_pairs}
     pairs = prompts = 0
     for record in forget:
         asked = _asked(record)
-        if (asked, _normalised(record.answer)) in kept_pairs:
+        if (asked, _answered(record)) in kept_pairs:
             pairs += 1
         elif asked in kept_prompts and not record.is_text:
             prompts += 1
@@ -463,6 +467,10 @@ def _asked(record: Record) -> str:
     """What was said until the answer."""
     said = [text for turn in record.history for text in turn]
     return _normalised("\n".join([*said, record.prompt]))
+
+
+def _answered(record: Record) -> str:
+    return _normalised(f"{record.opening} {record.answer}")
 
 
 def _normalised(text: str) -> str:
@@ -482,5 +490,9 @@ def content_hash(records: Sequence[Record]) -> str:
             said["history"] = record.history
         if record.is_text:
             said["is_text"] = True
+        if record.opening:
+            said["opening"] = record.opening
+        if not record.closed:
+            said["closed"] = False
         digest.update(json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()

@@ -80,6 +80,7 @@ def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:
     original = "copy" if adapter is None else "adapter"
     return PlanSettings(
         batch_size=args.per_device_train_batch_size,
+        retain_batch_size=args.per_device_retain_batch_size,
         sequence_length=args.max_length,
         accumulation=args.gradient_accumulation_steps,
         dtype=args.dtype,

@@ -55,6 +55,7 @@ NOT_TOLD = (
 _PLAIN = (bool, int, float, str, list, dict)
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
+    "per_device_retain_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "max_length",
@@ -69,9 +70,10 @@ _OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
 class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     """Settings of a MOLLMTrainer: those of `TrainingArguments`, with a few more and other defaults.
 
-    A step sees `per_device_train_batch_size` x `gradient_accumulation_steps` rows to forget on each
-    process, and as many to retain; epochs are counted in rows to forget. Matrix products are in
-    bfloat16 where the device computes in it natively.
+    On each process a step sees `per_device_train_batch_size` x `gradient_accumulation_steps` rows
+    to forget, and as many to retain or, with `per_device_retain_batch_size`, another number of
+    these; epochs are counted in rows to forget. Matrix products are in bfloat16 where the device
+    computes in it natively.
 
     `fsdp="full_shard"`, or True, cuts the model into parts over all processes, "hybrid_shard" over
     those of a node; without it every process holds a copy. See `mollm.distributed.processes`.
@@ -119,6 +121,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default="auto",
         metadata={
             "help": "reference model: adapter, copy, cache, or auto, which takes the adapter if any"
+        },
+    )
+    per_device_retain_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "retain examples per micro-batch (default: per_device_train_batch_size, which "
+            "is that of the forget examples)"
         },
     )
     max_length: int = field(default=1024, metadata={"help": "tokens per example, at most"})
@@ -301,7 +310,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             _refuse_not_finite(f.name, getattr(self, f.name))
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            left_out = value is None and name == "per_device_retain_batch_size"
+            if not left_out and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
@@ -374,10 +384,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         return loss
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows to forget in a step of all processes; as many are to be retained."""
-        mine = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return int(mine * self.world_size)
+    def rows_per_step(self) -> dict[str, int]:
+        """Rows of the forget and of the retain set in a step of all processes."""
+        steps = self.gradient_accumulation_steps * self.world_size
+        forget = self.per_device_train_batch_size
+        retain = self.per_device_retain_batch_size or forget
+        return {"forget": forget * steps, "retain": retain * steps}
 
     def told(self) -> dict[str, Any]:
         """What a reader of the model card wants to know: the most telling, and what was changed."""
@@ -402,7 +414,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         return settings | {
             "data_seed": seed,
             "fsdp": self.sharding,
-            "rows_per_step": self.rows_per_step,
+            **{f"{name} rows per step": rows for name, rows in self.rows_per_step.items()},
         }
 
     def for_optimizer(self) -> dict[str, Any]:

@@ -134,6 +134,7 @@ FREE = frozenset(
         "max_steps",
         "num_train_epochs",
         "padding_side",
+        "per_device_retain_batch_size",
         "per_device_train_batch_size",
         "preferences",
         "reference",

@@ -401,8 +401,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return PairSampler(
             *(
-                RowSampler(self._data.rows[name], self.args.rows_per_step, seed=seed, name=name)
-                for name in ("forget", "retain")
+                RowSampler(self._data.rows[name], count, seed=seed, name=name)
+                for name, count in self.args.rows_per_step.items()
             )
         )
 
@@ -472,7 +472,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         steps = self.args.max_steps
         if steps <= 0:
             rows = self.args.num_train_epochs * len(self._data.rows["forget"])
-            steps = math.ceil(rows / self.args.rows_per_step)
+            steps = math.ceil(rows / self.args.rows_per_step["forget"])
         self.create_scheduler(num_training_steps=steps)
         self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
@@ -520,22 +520,21 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.history.append(record_of(self.state.global_step, rate, named, optimizer))
         self._tokens += sum(len(row.ids) for row in (*forget, *retain))
         self.state.global_step += 1
-        drawn = self.state.global_step * args.rows_per_step
+        drawn = self.state.global_step * args.rows_per_step["forget"]
         self.state.epoch = drawn / len(self._data.rows["forget"])
         self._tell("on_step_end")
 
     def _micro_batches(
         self, forget: list[Tokens], retain: list[Tokens]
     ) -> Iterator[tuple[Batch, Batch]]:
+        return zip(self._parts(forget), self._parts(retain), strict=True)
+
+    def _parts(self, rows: list[Tokens]) -> Iterator[Batch]:
         """This process's share of a step's rows, so many at a time as the device takes."""
-        rank, world, size = (
-            processes.rank(),
-            self.args.world_size,
-            self.args.per_device_train_batch_size,
-        )
-        for start in range(0, size * self.args.gradient_accumulation_steps, size):
-            some = slice(start, start + size)
-            yield self._batch(forget[rank::world][some]), self._batch(retain[rank::world][some])
+        mine = rows[processes.rank() :: self.args.world_size]
+        size = len(mine) // self.args.gradient_accumulation_steps
+        for start in range(0, len(mine), size):
+            yield self._batch(mine[start : start + size])
 
     def _log_evaluate_save(self) -> None:
         if self.control.should_log and self._logged < len(self.history):

@@ -80,10 +80,8 @@ class Page(HTMLParser):
 def test_every_file_is_written(run, tmp_path):
     write_run(run, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == FIGURES | {"summary.json", "answers.json", "history.jsonl", "report.html"}
+    assert names == FIGURES | {"summary.json", "answers.json", "report.html"}
     assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
-    lines = (tmp_path / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [r.as_dict() for r in run.history]
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert answers["heldout"][1]["after"] == "<script>Bergen</script>"
     assert answers["heldout"][1]["after_right"] is False
