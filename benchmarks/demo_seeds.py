@@ -29,6 +29,7 @@ from mollm.demo.report import conflict_rates
 from mollm.demo.settings import DemoSettings
 from mollm.models import loading
 from mollm.system import machine
+from mollm.system.units import GIB
 
 GROUPS = ("forget", "retain", "heldout", "general")
 METHODS = ("mollm", "project", "sum", "ga", "dual")
@@ -56,7 +57,7 @@ def run_seed(
             **{f"conflicts {name}": rate for name, rate in conflict_rates(trainer.history).items()},
             "steps": settings.steps,
             "training s": round(seconds, 1),
-            "GB": round(machine.peak_memory_gb(), 2),
+            "GiB": round(machine.peak_memory() / GIB, 2),
         }
         print_table([row], f"seed {seed}")
         (folder / f"{method}-{seed}.json").write_text(json.dumps(row))

@@ -30,6 +30,8 @@ from mollm.evaluation.generation import Reply
 from mollm.methods import answers_of
 from mollm.methods.method import OBJECTIVES
 from mollm.models import forward, loading
+from mollm.planning.run import check_memory
+from mollm.planning.settings import PlanSettings
 from quality.case import Batches, Case
 
 _NAMES = Path(__file__).with_name("capitals.tsv")
@@ -60,7 +62,12 @@ def make_case(seed: int, name: str | None, device: torch.device, cache: Path) ->
     What the model knows is asked once and kept in `cache`.
     """
     source = loading.find_model(name)
-    loading.check_memory(source, device)
+    check_memory(
+        source.name,
+        loading.load_config(source.name)[0],
+        PlanSettings(device=device.type),
+        step=False,
+    )
     model, tokenizer = loading.load(source, device)
     chat = ChatFormat(tokenizer)
     known = _known(model, chat, cache / f"capitals-{source.label}.json")

@@ -12,7 +12,6 @@ from mollm.planning import shapes
 from mollm.planning.settings import (
     BYTES,
     DEVICES,
-    GIB,
     GRADIENT_MEMORIES,
     METRICS,
     OPTIMIZERS,
@@ -21,6 +20,7 @@ from mollm.planning.settings import (
     SETTING_NAMES,
     PlanSettings,
 )
+from mollm.system.units import GIB
 
 if TYPE_CHECKING:
     from mollm.planning.memory import MemoryPlan
@@ -224,7 +224,7 @@ def _found_memory(device: str) -> float | None:
 
     if device == "cuda" and not torch.cuda.is_available():
         return None
-    memory = machine.available_memory_gb(torch.device(device)) * machine.GB
+    memory = machine.available_memory(torch.device(device))
     return memory if memory < float("inf") else None
 
 

@@ -210,13 +210,11 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
 def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.distributed import processes
     from mollm.models import loading
-    from mollm.planning.run import check_memory
     from mollm.system.precision import DTYPES
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))
     args.refuse_four_bits_without(adapter)
-    check_memory(settings["model"], args, adapter)
     with processes.agreeing():
         if processes.rank() == 0:
             size = loading.count_parameters(loading.find_model(settings["model"]))

@@ -116,7 +116,8 @@ def table(run: DemoRun) -> str:
     lines += [
         "",
         f"Updates in conflict: {rates}",
-        f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gb']:.1f} GB of memory",
+        f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gib']:.1f} GiB of "
+        "memory",
         "",
     ]
     return "\n".join(lines)

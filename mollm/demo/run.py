@@ -33,11 +33,14 @@ from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
 from mollm.methods import find_method
 from mollm.models import loading
+from mollm.planning.run import check_memory
 from mollm.system import machine
 from mollm.system.folders import staged
 from mollm.system.precision import compute_dtype, computing_in
+from mollm.system.units import GIB
 from mollm.training.config import MOLLMConfig
 from mollm.training.history import StepRecord
+from mollm.training.memory import plan_settings
 from mollm.training.trainer import MOLLMTrainer
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 _FORGET_COUNT = 6
 _FORGET_ROWS, _CAPITAL_ROWS, _EVERYDAY_ROWS = 6, 8, 5
 """Of a step: to forget, and to retain."""
+_LONGEST = 64
+"""Tokens of a row, about; for the memory that it takes."""
 _NO_LIMIT = 1e9
 """Nats: a baseline may ruin the model, for that is what it is there to show."""
 _SOURCE = "the demo's facts"
@@ -80,7 +85,8 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
     with staged(settings.out) as folder, computing_in(settings.compute_dtype):
         device = machine.find_device(settings.device)
         source = loading.find_model(settings.model)
-        loading.check_memory(source, device)
+        planned = plan_settings(_config(settings, folder), None, longest=_LONGEST)
+        check_memory(source.name, loading.load_config(source.name)[0], planned, step=False)
         say(f"Loading {source.label} …")
         torch.manual_seed(settings.seed)
         model, tokenizer = loading.load(source, device)
@@ -241,27 +247,45 @@ def train(
     started = time.perf_counter()
     trainer = MOLLMTrainer(
         model,
-        MOLLMConfig(
-            output_dir=str(folder),
-            method=settings.method,
-            learning_rate=settings.lr,
-            max_steps=settings.steps,
-            per_device_train_batch_size=min(_FORGET_ROWS, len(split.forget)),
-            per_device_retain_batch_size=_CAPITAL_ROWS + min(_EVERYDAY_ROWS, len(everyday)),
-            compute_dtype=settings.compute_dtype,
-            use_cpu=settings.device == "cpu",
-            seed=settings.seed,
-            divergence=_NO_LIMIT,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-        ),
+        _config(settings, folder, len(split.forget), len(everyday)),
         forget_dataset=forget_records(split),
         retain_dataset=retain_records(split, everyday),
         processing_class=chat.tokenizer,
     )
     trainer.train()
     return trainer, time.perf_counter() - started
+
+
+def _config(
+    settings: DemoSettings,
+    folder: Path,
+    countries: int = _FORGET_ROWS,
+    others: int = _EVERYDAY_ROWS,
+) -> MOLLMConfig:
+    """What the trainer is told.
+
+    Args:
+        settings: Those of the demo.
+        folder: For history and card.
+        countries: How many are to be forgotten.
+        others: How many everyday questions the model answers right.
+    """
+    return MOLLMConfig(
+        output_dir=str(folder),
+        method=settings.method,
+        learning_rate=settings.lr,
+        max_steps=settings.steps,
+        per_device_train_batch_size=min(_FORGET_ROWS, countries),
+        per_device_retain_batch_size=_CAPITAL_ROWS + min(_EVERYDAY_ROWS, others),
+        compute_dtype=settings.compute_dtype,
+        use_cpu=settings.device == "cpu",
+        seed=settings.seed,
+        divergence=_NO_LIMIT,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=False,
+    )
 
 
 def _summary(
@@ -290,7 +314,7 @@ def _summary(
         "skipped_steps": sum(not record.changes for record in history),
         "questions": {group: len(score.questions) for group, score in before.items()},
         "countries": split.countries(),
-        "peak_memory_gb": round(machine.peak_memory_gb(), 2),
+        "peak_memory_gib": round(machine.peak_memory() / GIB, 2),
         "device": machine.device_name(torch.device(settings.device)),
         "compute_dtype": compute_dtype(torch.device(settings.device)).name,
         "versions": machine.versions(),

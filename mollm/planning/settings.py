@@ -7,9 +7,6 @@ from dataclasses import dataclass, fields, replace
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
 
-GIB = 1 << 30
-
-
 BYTES = {"float32": 4, "bfloat16": 2}
 
 

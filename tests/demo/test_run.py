@@ -26,7 +26,7 @@ from mollm.training import trainer
 SUMMARY_KEYS = {
     *(f"{g}_accuracy_{w}" for g in ("forget", "retain", "heldout", "general")
       for w in ("before", "after")),
-    "steps", "seconds", "conflict_rate", "peak_memory_gb", "seed", "method", "lr",
+    "steps", "seconds", "conflict_rate", "peak_memory_gib", "seed", "method", "lr",
     "lr_schedule", "model", "countries", "versions", "device", "commit", "command",
     "compute_dtype",
 }  # fmt: skip
@@ -228,7 +228,7 @@ def test_smollm2_forgets_in_a_short_run(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["forget_accuracy_before"] == 1
     assert summary["questions"]["general"] >= 30
-    assert summary["peak_memory_gb"] < 6
+    assert summary["peak_memory_gib"] < 6
     losses = [record.losses["forget"] for record in finished.history]
     assert losses[-1] < 0.5 * losses[0]
 

@@ -20,9 +20,10 @@ from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.planning import memory as planning
 from mollm.planning.memory import plan
 from mollm.planning.proposals import proposals
-from mollm.planning.settings import GIB, PlanSettings
+from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import shape_named, shape_of
 from mollm.system import precision
+from mollm.system.units import GIB
 from mollm.training.reference_model import AdapterReference, CopyReference
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
