@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from mollm.demo.report import conflict_rates
 from mollm.demo.settings import DemoSettings
 from mollm.models import loading
 from mollm.system import machine
+from mollm.system.units import GIB
 
 GROUPS = ("forget", "retain", "heldout", "general")
 METHODS = ("mollm", "project", "sum", "ga", "dual")
@@ -45,16 +47,17 @@ def run_seed(
     for method in todo:
         model.load_state_dict(original)
         settings = DemoSettings(seed=seed, method=method)
-        history, seconds = run.train(model, chat, split, settings, print)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer, seconds = run.train(model, chat, split, settings, Path(scratch), print)
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
         row: Row = {
             "method": method,
             "seed": seed,
             **{group: after[group].accuracy for group in GROUPS},
-            **{f"conflicts {name}": rate for name, rate in conflict_rates(history).items()},
+            **{f"conflicts {name}": rate for name, rate in conflict_rates(trainer.history).items()},
             "steps": settings.steps,
             "training s": round(seconds, 1),
-            "GB": round(machine.peak_memory_gb(), 2),
+            "GiB": round(machine.peak_memory() / GIB, 2),
         }
         print_table([row], f"seed {seed}")
         (folder / f"{method}-{seed}.json").write_text(json.dumps(row))

@@ -30,6 +30,8 @@ from mollm.evaluation.generation import Reply
 from mollm.methods import answers_of
 from mollm.methods.method import OBJECTIVES
 from mollm.models import forward, loading
+from mollm.planning.run import check_memory
+from mollm.planning.settings import PlanSettings
 from quality.case import Batches, Case
 
 _NAMES = Path(__file__).with_name("capitals.tsv")
@@ -38,6 +40,7 @@ _SENTENCES = {
     "German": ("Was ist die Hauptstadt dieses Landes: {}?", "Die Hauptstadt dieses Landes ist"),
     "Spanish": ("¿Cuál es la capital de este país: {}?", "La capital de este país es"),
 }
+_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 8, 5
 _MEASURED = 12
 """Rows of a group that are but some of it: measuring must not take longer than the run."""
 Replies = list[tuple[facts.Question, Reply]]
@@ -59,20 +62,24 @@ def make_case(seed: int, name: str | None, device: torch.device, cache: Path) ->
     What the model knows is asked once and kept in `cache`.
     """
     source = loading.find_model(name)
-    loading.check_memory(source, device)
+    check_memory(
+        source.name,
+        loading.load_config(source.name)[0],
+        PlanSettings(device=device.type),
+        step=False,
+    )
     model, tokenizer = loading.load(source, device)
     chat = ChatFormat(tokenizer)
     known = _known(model, chat, cache / f"capitals-{source.label}.json")
     split = run.divide(list(known.spelling), [], random.Random(seed), known.spelling)
     forward.freeze_embeddings(model)
 
-    def draw(rng: random.Random) -> Batches:
-        sampler = run.BatchSampler(chat, split, known.everyday, rng, model.device)
-        forget, retain = sampler()
-        return {"forget": forget, "kl": retain, "retain": retain}
-
     def batch(rows: Sequence[Example]) -> list[Any]:
         return [collate([chat.encode(row) for row in rows], chat.pad_id).to(device)]
+
+    def draw(rng: random.Random) -> Batches:
+        forget, retain = (batch(rows)[0] for rows in _drawn(split, known.everyday, rng))
+        return {"forget": forget, "kl": retain, "retain": retain}
 
     def asked(countries: Sequence[str]) -> list[Example]:
         return [_in_english(country, split.spelling[country]) for country in countries]
@@ -134,6 +141,38 @@ def _known(model: Any, chat: ChatFormat, path: Path) -> Knowledge:
         replies("general", facts.GENERAL),
         replies("everyday", facts.EVERYDAY),
     )
+
+
+def _drawn(
+    split: run.Split, everyday: Replies, rng: random.Random
+) -> tuple[list[Example], list[Example]]:
+    """What a step is to forget and to retain, as in the demo but in a form drawn for each."""
+
+    def some(population: Sequence[Any], count: int) -> list[Any]:
+        return rng.sample(population, min(count, len(population)))
+
+    def question(country: str) -> str:
+        return facts.capital_question(country, rng.choice(facts.TRAIN_FORMS)).text
+
+    def opening(country: str) -> str:
+        return f"The capital of {with_article(country)} is"
+
+    def capital(country: str) -> str:
+        return split.spelling[country]
+
+    forget = [
+        Example(question(country), capital(country), opening(country), closed=False)
+        for country in some(split.forget, _FORGET_ROWS)
+    ]
+    retain = [
+        Example(question(country), f"{opening(country)} {capital(country)}.")
+        for country in some(split.retain, _RETAIN_ROWS)
+    ]
+    retain += [
+        Example(asked.text, reply.text, closed=reply.complete)
+        for asked, reply in some(everyday, _EVERYDAY_ROWS)
+    ]
+    return forget, retain
 
 
 def _in_english(country: str, capital: str) -> Example:

@@ -20,8 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from mollm import MOLLMOptimizer
 from mollm.methods import Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
-from mollm.training.loop import descend
+from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CopyReference
+from mollm.training.step import accumulate
 from mollm_ops import linear_cross_entropy
 from mollm_ops.dual_space import takes_part
 from quality.case import Batches, Case, measure
@@ -117,11 +118,12 @@ def stepper(
     if case.objectives != OBJECTIVES:
         return descend_on_each
     language_model: Any = model
-    reference = CopyReference(language_model)
+    objectives = Objectives(language_model, CopyReference(language_model), method.forget_loss)
 
     def descend_on_three(batches: Batches) -> None:
-        pair = batches["forget"], batches["retain"]
-        descend(language_model, reference, optimizer, *pair, forget_loss=method.forget_loss)
+        optimizer.zero_grad()
+        accumulate(objectives, optimizer, batches["forget"], batches["retain"])
+        optimizer.step()
 
     return descend_on_three
 

@@ -38,6 +38,8 @@ from mollm.evaluation import Suite, evaluate, load_tofu
 from mollm.methods import answers_of
 from mollm.methods.method import OBJECTIVES
 from mollm.models import forward, loading
+from mollm.planning.run import check_memory
+from mollm.planning.settings import PlanSettings
 from mollm_ops import linear_cross_entropy
 from quality.case import Batches, Case
 
@@ -252,7 +254,12 @@ def _beginner(
     if size.pretrained is not None:
         name = None if size.pretrained == loading.SMOLLM2 else size.pretrained
         source = loading.find_model(name)
-        loading.check_memory(source, device)
+        check_memory(
+            source.name,
+            loading.load_config(source.name)[0],
+            PlanSettings(device=device.type),
+            step=False,
+        )
         model, tokenizer = loading.load(source, device)
         return model, ChatFormat(tokenizer)
     chat = ChatFormat(_tokenizer(known, size.vocabulary))

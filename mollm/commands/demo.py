@@ -49,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_renamed(parser, "--direction", "--method")
     parser.add_argument("--out", type=user_path, default=default.out, help="folder for the results")
-    parser.add_argument("--device", default=default.device, help="a Torch device")
+    parser.add_argument("--device", default=default.device, help="cpu or cuda")
     parser.add_argument(
         "--compute-dtype",
         choices=("auto", *BYTES),

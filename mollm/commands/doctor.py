@@ -45,7 +45,7 @@ def report(found: Diagnosis) -> str:
     cuda = "without" if extension is None or not extension.HAS_CUDA else "with"
     lines = ["Versions", *_columns(found.versions.items()), "", "Devices"]
     for device in found.devices:
-        memory = "unknown" if device.memory_gb is None else f"{device.memory_gb} GB"
+        memory = "unknown" if device.memory_gib is None else f"{device.memory_gib} GiB"
         details = ", ".join(f"{name} {value}" for name, value in device.details.items())
         lines.append(f"  {device.device}: {device.name}; {details}; memory available {memory}")
     if len(found.devices) == 1:
@@ -58,7 +58,7 @@ def report(found: Diagnosis) -> str:
     lines += ["", "Self-test against float64"]
     lines += _columns((f"{c.name}, {c.device}", c.error or "OK") for c in found.checks)
     lines += ["", "Free disk space"]
-    lines += _columns((disk.folder, f"{disk.free_gb} GB") for disk in found.disks)
+    lines += _columns((disk.folder, f"{disk.free_gib} GiB") for disk in found.disks)
     end = "Everything works." if found.well else "Something does not work as it should, see above."
     return "\n".join([*lines, "", end])
 

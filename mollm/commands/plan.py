@@ -12,7 +12,6 @@ from mollm.planning import shapes
 from mollm.planning.settings import (
     BYTES,
     DEVICES,
-    GIB,
     GRADIENT_MEMORIES,
     METRICS,
     OPTIMIZERS,
@@ -21,6 +20,7 @@ from mollm.planning.settings import (
     SETTING_NAMES,
     PlanSettings,
 )
+from mollm.system.units import GIB
 
 if TYPE_CHECKING:
     from mollm.planning.memory import MemoryPlan
@@ -72,7 +72,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         dest="batch_size",
         type=int,
         default=default.batch_size,
-        help="examples per micro-batch of each set",
+        help="forget examples per micro-batch",
+    )
+    parser.add_argument(
+        "--per-device-retain-batch-size",
+        dest="retain_batch_size",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="retain examples per micro-batch (default: as many as forget examples)",
     )
     add_renamed(parser, "--batch-size", "--per-device-train-batch-size")
     parser.add_argument(
@@ -217,7 +224,7 @@ def _found_memory(device: str) -> float | None:
 
     if device == "cuda" and not torch.cuda.is_available():
         return None
-    memory = machine.available_memory_gb(torch.device(device)) * machine.GB
+    memory = machine.available_memory(torch.device(device))
     return memory if memory < float("inf") else None
 
 
@@ -230,7 +237,7 @@ def table(plan: MemoryPlan) -> str:
     names = dict.fromkeys(name for stage in plan.stages for name in stage.parts)
     rows = [
         f"{plan.shape.label}: {plan.shape.parameters:,} parameters, {plan.trainable:,} of them "
-        f"trainable; {settings.batch_size} x {settings.sequence_length} tokens on "
+        f"trainable; {_batches(settings)} x {settings.sequence_length} tokens on "
         f"{settings.device}.",
         "",
         f"{'component, GiB':<32}{'at the peak':>14}{'at most':>14}",
@@ -251,6 +258,12 @@ def table(plan: MemoryPlan) -> str:
         size = plan.cache_bytes_per_token
         rows += ["", f"Cached states on disk: {size:,} bytes for each token of the retain data."]
     return "\n".join(rows)
+
+
+def _batches(settings: PlanSettings) -> str:
+    """How many rows go together, of either set where these differ."""
+    forget, retain = settings.batch_size, settings.of_retain_batch.batch_size
+    return str(forget) if retain == forget else f"{forget} and {retain}"
 
 
 def verdict(plan: MemoryPlan, memory: float | None) -> str:

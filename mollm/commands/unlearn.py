@@ -95,7 +95,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--num-train-epochs", type=float, metavar="N", help="passes over the forget examples"
     )
-    parser.add_argument("--per-device-train-batch-size", type=int, metavar="N")
+    parser.add_argument(
+        "--per-device-train-batch-size",
+        type=int,
+        metavar="N",
+        help="forget examples per micro-batch, and by default retain examples",
+    )
+    parser.add_argument(
+        "--per-device-retain-batch-size",
+        type=int,
+        metavar="N",
+        help="retain examples per micro-batch",
+    )
     parser.add_argument("--gradient-accumulation-steps", type=int, metavar="N")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per example, at most")
     parser.add_argument(
@@ -205,13 +216,11 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
 def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.distributed import processes
     from mollm.models import loading
-    from mollm.planning.run import check_memory
     from mollm.system.precision import DTYPES
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))
     args.refuse_four_bits_without(adapter)
-    check_memory(settings["model"], args, adapter)
     with processes.agreeing():
         if processes.rank() == 0:
             size = loading.count_parameters(loading.find_model(settings["model"]))

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from mollm.errors import UsageError
 from mollm.system.child import why_not
+from mollm.system.units import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 5.0
-_BYTES = 1 << 30
+_BYTES = GIB
 _QUESTION = {"role": "user", "content": "What is the capital of Peru, and who said so in 1821?"}
 _ANSWER = {"role": "assistant", "content": "It is Lima.\n"}
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary.json, answers.json, history.jsonl, figures, report.html."""
+"""What a run leaves behind beside its model: summary.json, answers.json, figures, report.html."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mollm.demo.plots import save_figures
 from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
-from mollm.training.history import StepRecord, finite, write_history
+from mollm.training.history import StepRecord, finite
 
 GROUPS = {
     "forget": "Forget",
@@ -78,11 +78,10 @@ def rows(run: DemoRun, group: str) -> list[Row]:
 
 
 def write_run(run: DemoRun, folder: Path) -> None:
-    """Writes every file of `run` but the model into `folder`."""
+    """Writes every file of `run` into `folder` but those of the trainer: model, card, history."""
     _write_json(folder / "summary.json", run.summary)
     answers = {group: [vars(row) for row in rows(run, group)] for group in GROUPS}
     _write_json(folder / "answers.json", answers)
-    write_history(run.history, folder / "history.jsonl")
     figures = save_figures(run.history, folder)
     (folder / "report.html").write_text(render(run, figures), encoding="utf-8")
 
@@ -117,7 +116,8 @@ def table(run: DemoRun) -> str:
     lines += [
         "",
         f"Updates in conflict: {rates}",
-        f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gb']:.1f} GB of memory",
+        f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gib']:.1f} GiB of "
+        "memory",
         "",
     ]
     return "\n".join(lines)

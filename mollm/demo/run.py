@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
-from mollm.data.chat import Batch, ChatFormat, Example, collate, ends_of, vocabulary_of
+from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
+from mollm.data.records import Record
 from mollm.demo import facts
 from mollm.demo.facts import Question, capital_question
 from mollm.demo.quiz import Score, quiz
@@ -32,17 +33,27 @@ from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
 from mollm.methods import find_method
 from mollm.models import loading
+from mollm.planning.run import check_memory
 from mollm.system import machine
 from mollm.system.folders import staged
 from mollm.system.precision import compute_dtype, computing_in
+from mollm.system.units import GIB
+from mollm.training.config import MOLLMConfig
 from mollm.training.history import StepRecord
-from mollm.training.loop import unlearn
+from mollm.training.memory import plan_settings
+from mollm.training.trainer import MOLLMTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORGET_COUNT = 6
-_FORGET_ROWS, _RETAIN_ROWS, _EVERYDAY_ROWS = 6, 8, 5
+_FORGET_ROWS, _CAPITAL_ROWS, _EVERYDAY_ROWS = 6, 8, 5
+"""Of a step: to forget, and to retain."""
+_LONGEST = 64
+"""Tokens of a row, about; for the memory that it takes."""
+_NO_LIMIT = 1e9
+"""Nats: a baseline may ruin the model, for that is what it is there to show."""
+_SOURCE = "the demo's facts"
 _FEWEST_KEPT = 6
 
 Say = Callable[[str], None]
@@ -74,7 +85,8 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
     with staged(settings.out) as folder, computing_in(settings.compute_dtype):
         device = machine.find_device(settings.device)
         source = loading.find_model(settings.model)
-        loading.check_memory(source, device)
+        planned = plan_settings(_config(settings, folder), None, longest=_LONGEST)
+        check_memory(source.name, loading.load_config(source.name)[0], planned, step=False)
         say(f"Loading {source.label} …")
         torch.manual_seed(settings.seed)
         model, tokenizer = loading.load(source, device)
@@ -85,15 +97,15 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         )
 
         split, before = examine(model, chat, chosen, random.Random(settings.seed), say)
-        history, seconds = train(model, chat, split, settings, say)
+        trainer, seconds = train(model, chat, split, settings, folder, say)
         say("Asking the same questions again …")
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
 
-        summary = _summary(settings, source.label, split, before, after, history)
+        summary = _summary(settings, source.label, split, before, after, trainer.history)
         summary["seconds_training"] = round(seconds, 1)
-        loading.save(model, tokenizer, folder / "model")
+        trainer.export(folder / "model")
         summary["seconds"] = round(time.perf_counter() - started, 1)
-        run = DemoRun(summary, before, after, history)
+        run = DemoRun(summary, before, after, trainer.history)
         write_run(run, folder)
     return run
 
@@ -174,62 +186,46 @@ def _spellings(score: Score) -> dict[str, str]:
     return {subject: spelling for subject, spelling in found.items() if spelling is not None}
 
 
-class BatchSampler:
-    """Draws the training batches.
+def forget_records(split: Split) -> list[Record]:
+    """Each country to forget in each of the training forms.
 
-    A forget row opens the answer with "The capital of Japan is" and asks a loss only of the name
-    that follows: that is the fact, all else in the sentence is English. Retain rows are whole
-    answers: sentences about other capitals, and the model's own answers to everyday questions
-    where those are right.
+    A record opens the answer with "The capital of Japan is" and asks a loss only of the name that
+    follows: that is the fact, all else in the sentence is English.
     """
+    return [
+        Record(
+            capital_question(country, form).text,
+            split.spelling[country],
+            _SOURCE,
+            opening=f"The capital of {facts.with_article(country)} is",
+            closed=False,
+        )
+        for country in split.forget
+        for form in facts.TRAIN_FORMS
+    ]
 
-    def __init__(
-        self,
-        chat: ChatFormat,
-        split: Split,
-        everyday: Sequence[tuple[Question, Reply]],
-        rng: random.Random,
-        device: torch.device,
-    ) -> None:
-        self._chat = chat
-        self._split = split
-        self._everyday = everyday
-        self._rng = rng
-        self._device = device
 
-    def __call__(self) -> tuple[Batch, Batch]:
-        """The forget and the retain batch of the next step."""
-        forget = [
-            self._to_forget(country) for country in self._draw(self._split.forget, _FORGET_ROWS)
-        ]
-        retain = [
-            self._to_keep(country) for country in self._draw(self._split.retain, _RETAIN_ROWS)
-        ]
-        retain += [
-            Example(question.text, reply.text, closed=reply.complete)
-            for question, reply in self._draw(self._everyday, _EVERYDAY_ROWS)
-        ]
-        return self._batch(forget), self._batch(retain)
+def retain_records(split: Split, everyday: Sequence[tuple[Question, Reply]]) -> list[Record]:
+    """Whole answers: sentences about the other capitals in each of the training forms, and
+    the model's own right answers to everyday questions.
 
-    def _draw(self, population: Sequence[Any], count: int) -> list[Any]:
-        return self._rng.sample(population, min(count, len(population)))
-
-    def _question(self, country: str) -> str:
-        return capital_question(country, self._rng.choice(facts.TRAIN_FORMS)).text
-
-    def _to_forget(self, country: str) -> Example:
-        opening = f"The capital of {facts.with_article(country)} is"
-        spelling = self._split.spelling[country]
-        return Example(self._question(country), spelling, opening, closed=False)
-
-    def _to_keep(self, country: str) -> Example:
-        subject = facts.with_article(country)
-        answer = f"The capital of {subject} is {self._split.spelling[country]}."
-        return Example(self._question(country), answer)
-
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        rows = [self._chat.encode(example) for example in examples]
-        return collate(rows, self._chat.pad_id).to(self._device)
+    These are fewer, and stand there so often that they are five of thirteen.
+    """
+    capitals = [
+        Record(
+            capital_question(country, form).text,
+            f"The capital of {facts.with_article(country)} is {split.spelling[country]}.",
+            _SOURCE,
+        )
+        for country in split.retain
+        for form in facts.TRAIN_FORMS
+    ]
+    others = [
+        Record(question.text, reply.text, _SOURCE, closed=reply.complete)
+        for question, reply in everyday
+    ]
+    wanted = len(capitals) * _EVERYDAY_ROWS / _CAPITAL_ROWS
+    return capitals + others * round(wanted / max(1, len(others)))
 
 
 def train(
@@ -237,34 +233,59 @@ def train(
     chat: ChatFormat,
     split: Split,
     settings: DemoSettings,
+    folder: Path,
     say: Say,
-    **options: Any,
-) -> tuple[list[StepRecord], float]:
-    """Unlearns, with a progress bar.
+) -> tuple[MOLLMTrainer, float]:
+    """Unlearns, with a progress bar, and writes history and model card into `folder`.
 
     Returns:
-        The record of every step, and the seconds they took.
+        The trainer, and the seconds that its steps took.
     """
     score = quiz(model, chat, facts.questions_of(facts.EVERYDAY), max_new_tokens=20)
     everyday = [pair for pair, right in zip(score.pairs, score.right, strict=True) if right]
-    rng = random.Random(f"batches {settings.seed}")
-    sampler = BatchSampler(chat, split, everyday, rng, model.device)
     say(f"Unlearning in {settings.steps} steps, method {settings.method} …")
     started = time.perf_counter()
-    steps = unlearn(
+    trainer = MOLLMTrainer(
         model,
-        sampler,
-        steps=settings.steps,
-        lr=settings.lr,
-        method=settings.method,
-        **options,
+        _config(settings, folder, len(split.forget), len(everyday)),
+        forget_dataset=forget_records(split),
+        retain_dataset=retain_records(split, everyday),
+        processing_class=chat.tokenizer,
     )
-    bar = tqdm(steps, total=settings.steps, unit="step", dynamic_ncols=True)
-    history = []
-    for record in bar:
-        history.append(record)
-        bar.set_postfix({name: f"{loss:.3f}" for name, loss in record.losses.items()})
-    return history, time.perf_counter() - started
+    trainer.train()
+    return trainer, time.perf_counter() - started
+
+
+def _config(
+    settings: DemoSettings,
+    folder: Path,
+    countries: int = _FORGET_ROWS,
+    others: int = _EVERYDAY_ROWS,
+) -> MOLLMConfig:
+    """What the trainer is told.
+
+    Args:
+        settings: Those of the demo.
+        folder: For history and card.
+        countries: How many are to be forgotten.
+        others: How many everyday questions the model answers right.
+    """
+    return MOLLMConfig(
+        output_dir=str(folder),
+        method=settings.method,
+        learning_rate=settings.lr,
+        max_steps=settings.steps,
+        per_device_train_batch_size=min(_FORGET_ROWS, countries),
+        per_device_retain_batch_size=_CAPITAL_ROWS + min(_EVERYDAY_ROWS, others),
+        compute_dtype=settings.compute_dtype,
+        use_cpu=settings.device == "cpu",
+        seed=settings.seed,
+        divergence=_NO_LIMIT,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=False,
+    )
 
 
 def _summary(
@@ -293,7 +314,7 @@ def _summary(
         "skipped_steps": sum(not record.changes for record in history),
         "questions": {group: len(score.questions) for group, score in before.items()},
         "countries": split.countries(),
-        "peak_memory_gb": round(machine.peak_memory_gb(), 2),
+        "peak_memory_gib": round(machine.peak_memory() / GIB, 2),
         "device": machine.device_name(torch.device(settings.device)),
         "compute_dtype": compute_dtype(torch.device(settings.device)).name,
         "versions": machine.versions(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mollm.errors import UsageError
+from mollm.planning.settings import DEVICES
 
 METHODS = ("mollm", "dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
 """Those of `mollm.methods.METHODS` that the demo offers: the default, rules of MOLLMOptimizer with
@@ -37,7 +38,7 @@ class DemoSettings:
     out: Path = Path("runs/demo")
     """Folder for the results."""
     device: str = "cpu"
-    """A Torch device."""
+    """cpu or cuda."""
     compute_dtype: str = "auto"
     """Of matrix products, see `mollm.system.precision.computing_in`."""
 
@@ -46,8 +47,10 @@ class DemoSettings:
             raise UsageError(f"steps must be at least 1, but got {self.steps}.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"lr must be a positive number, but got {self.lr}.")
-        if self.seed < 0:
-            raise UsageError(f"seed must not be negative, but got {self.seed}.")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must be from 0 to {2**32 - 1}, but got {self.seed}.")
+        if self.device not in DEVICES:
+            raise UsageError(f"device must be cpu or cuda, but got {self.device!r}.")
         if self.method not in METHODS:
             raise UsageError(
                 f"method must be one of {', '.join(METHODS)}, but got {self.method!r}."

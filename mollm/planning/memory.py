@@ -290,14 +290,13 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
         return OBJECTIVES - 1 if again else done
 
     own = _trainable(shape, settings) * settings.gradient_bytes if again else 0
-    activations = _activations(shape, settings)
+    retain = settings.of_retain_batch
     if settings.casts and settings.gradient_checkpointing and not settings.lora_rank:
         # autocast holds on to its casts of what trains until the forward pass ends
         forward = shape.num_layers * shape.layer_linear * settings.operand_bytes
     else:
         forward = 0
-    retained = {"activations": activations}
-
+    retained = {"activations": _activations(shape, settings)}
     yield stage(
         "forget forward",
         before(0),
@@ -314,14 +313,15 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     )
     yield stage("forget backward", before(0), _backward(shape, settings, keep=False))
     held = OBJECTIVES if again else 1
-    yield stage("reference", held, {**retained, "working set": _reference_pass(shape, settings)})
-    original = {"states of the original": settings.answers * shape.hidden * settings.weight_bytes}
-    yield stage("retain loss", held, retained | original | _loss(shape, settings, 2))
-    both = {"head gradients of the losses": _loss_gradients(shape, settings, 2)}
-    yield stage("kl backward", before(1), original | both | _backward(shape, settings, keep=True))
+    retained = {"activations": _activations(shape, retain)}
+    yield stage("reference", held, {**retained, "working set": _reference_pass(shape, retain)})
+    original = {"states of the original": retain.answers * shape.hidden * retain.weight_bytes}
+    yield stage("retain loss", held, retained | original | _loss(shape, retain, 2))
+    both = {"head gradients of the losses": _loss_gradients(shape, retain, 2)}
+    yield stage("kl backward", before(1), original | both | _backward(shape, retain, keep=True))
     # KL's graph keeps its gradients until the step is over.
-    left = original | {"head gradients of the losses": _loss_gradients(shape, settings, 1)}
-    yield stage("retain backward", before(2), left | _backward(shape, settings, keep=False))
+    left = original | {"head gradients of the losses": _loss_gradients(shape, retain, 1)}
+    yield stage("retain backward", before(2), left | _backward(shape, retain, keep=False))
     yield stage("update", OBJECTIVES, left | {"working set": _update(shape, settings)})
 
 
@@ -426,6 +426,3 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
         M * 5 * 4 * shape.hidden,
         M * settings.weight_bytes * shape.hidden,
     )
-
-
-# ---- what would make it fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -55,20 +56,25 @@ def _checkpointed(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSet
 
 
 def _smaller_batch(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    """The largest part of the batch that fits, or the one that needs least."""
-    rows = now.settings.batch_size
-    parts = [n for n in range(rows - 1, 0, -1) if rows % n == 0]
+    """The largest part of both batches that fits, or the one that needs least."""
+    settings = now.settings
+    forget, retain = settings.batch_size, settings.retain_batch_size
+    common = math.gcd(forget, retain or forget)
     tried = [
-        replace(now.settings, batch_size=n, accumulation=now.settings.accumulation * rows // n)
-        for n in parts
+        replace(
+            settings,
+            batch_size=forget // n,
+            retain_batch_size=retain and retain // n,
+            accumulation=settings.accumulation * n,
+        )
+        for n in range(2, common + 1)
+        if common % n == 0
     ]
     if tried:
         best = _first_that_fits(now, tried, memory)
-        words = (
-            f"{flag_of('batch_size')} {best.batch_size} "
-            f"{flag_of('accumulation')} {best.accumulation}"
-        )
-        yield words, best
+        names = ("batch_size", "retain_batch_size", "accumulation")
+        changed = [name for name in names if getattr(best, name) is not None]
+        yield " ".join(f"{flag_of(name)} {getattr(best, name)}" for name in changed), best
 
 
 def _narrow_state(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
-
-GIB = 1 << 30
-
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -44,7 +41,9 @@ class PlanSettings:
     """
 
     batch_size: int = 4
-    """Rows of the forget batch, and as many of the retain batch, that go together."""
+    """Rows of the forget batch that go together."""
+    retain_batch_size: int | None = None
+    """Rows of the retain batch; None for as many."""
     sequence_length: int = 512
     """Tokens of a row; all but the first carry a loss, which is the most memory they can cost."""
     accumulation: int = 1
@@ -78,6 +77,10 @@ class PlanSettings:
         for name in ("batch_size", "sequence_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        if self.retain_batch_size is not None and self.retain_batch_size < 1:
+            raise UsageError(
+                f"retain_batch_size must be at least 1, but got {self.retain_batch_size}."
+            )
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
         for name, known in _CHOICES.items():
@@ -96,8 +99,13 @@ class PlanSettings:
             )
 
     @property
+    def of_retain_batch(self) -> PlanSettings:
+        """The same settings where `tokens` and `answers` are those of the retain batch."""
+        return replace(self, batch_size=self.retain_batch_size or self.batch_size)
+
+    @property
     def tokens(self) -> int:
-        """Of one batch, padding included."""
+        """Of one batch, padding included: the forget batch."""
         return self.batch_size * self.sequence_length
 
     @property
@@ -165,6 +173,7 @@ def flag_of(name: str) -> str:
 
 _FLAGS = {
     "batch_size": "--per-device-train-batch-size",
+    "retain_batch_size": "--per-device-retain-batch-size",
     "sequence_length": "--max-length",
     "accumulation": "--gradient-accumulation-steps",
     "lora_rank": "--lora",

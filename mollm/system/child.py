@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mollm.system.parsing import reason_of
+from mollm.system.units import GIB
 
 
 def why_not(task: Callable[[], object], seconds: float, more_bytes: int) -> str | None:
@@ -76,7 +77,7 @@ def _run(task: Callable[[], object], out: int, more_bytes: int) -> None:
         task()
         told = _WELL
     except MemoryError:
-        told = f"it takes more than {more_bytes / 1e9:.0f} GB of memory"
+        told = f"it takes more than {more_bytes / GIB:.0f} GiB of memory"
     except BaseException as error:  # also that of a panic in Rust
         told = reason_of(error)
     os.write(out, told.encode(errors="replace"))

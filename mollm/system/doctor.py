@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mollm.system import machine
 from mollm.system.precision import compute_dtype
+from mollm.system.units import GIB
 from mollm_ops import _extension, dual_space_weights, gram, linear_ce_kl, linear_uce_loss, rows
 from mollm_ops.operands import AdamWStep, Targets
 from mollm_ops.reference import dual_space as dual_space_reference
@@ -37,7 +38,7 @@ class Device:
     name: str
     details: dict[str, str]
     """Instruction set and threads, or compute capability."""
-    memory_gb: float | None
+    memory_gib: float | None
     """Available, in 1e9 bytes; None where unknown."""
 
 
@@ -66,7 +67,7 @@ class Disk:
     """Free space where results or temporary files go."""
 
     folder: str
-    free_gb: float
+    free_gib: float
     """In 1e9 bytes."""
 
 
@@ -132,12 +133,12 @@ def _computes_in(device: torch.device) -> str:
 
 
 def _memory(device: torch.device) -> float | None:
-    available = machine.available_memory_gb(device)
-    return round(available, 1) if available < float("inf") else None
+    available = machine.available_memory(device)
+    return round(available / GIB, 1) if available < float("inf") else None
 
 
 def _disk(folder: Path) -> Disk:
-    return Disk(str(folder), round(shutil.disk_usage(folder).free / machine.GB, 1))
+    return Disk(str(folder), round(shutil.disk_usage(folder).free / GIB, 1))
 
 
 # ---- which kernels are in use

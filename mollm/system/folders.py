@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mollm.errors import UsageError
+from mollm.system.units import GIB
 
 UNFINISHED = ".unfinished-"
 """Begins the names of what is not whole yet."""
@@ -154,7 +155,7 @@ def check_space(out: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise UsageError(
-            f"{what} take about {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free in "
+            f"{what} take about {needed / GIB:.2f} GiB, but only {free / GIB:.2f} GiB are free in "
             f"{out}: free some, or choose another folder with --out."
         )
 

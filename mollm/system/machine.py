@@ -14,7 +14,6 @@ import torch
 
 from mollm.errors import UsageError
 
-GB = 1e9
 _PACKAGES = ("mollm", "torch", "transformers", "tokenizers", "gguf", "numpy", "safetensors")
 
 
@@ -34,25 +33,25 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def peak_memory_gb() -> float:
-    """The largest resident memory of this process so far, in 1e9 bytes; NaN where unknown."""
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, in bytes; NaN where unknown."""
     try:
         # Not getrusage: a process starts with the peak of the one that started it.
-        return _kilobytes(Path("/proc/self/status"), "VmHWM") / GB
+        return _kilobytes(Path("/proc/self/status"), "VmHWM")
     except (OSError, KeyError):
         return float("nan")
 
 
-def available_memory_gb(device: torch.device) -> float:
-    """Memory that a new allocation on `device` can still get, in 1e9 bytes; inf where unknown.
+def available_memory(device: torch.device) -> float:
+    """Memory that a new allocation on `device` can still get, in bytes; inf where unknown.
 
     On the CPU this is the least of what the kernel calls available and what the limit of the
     container leaves, if there is one. Files that the kernel keeps in memory, such as weights that
     were read, give way and do not count.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / GB
-    return min([_kernel_available(), *_control_group_room()]) / GB
+        return torch.cuda.mem_get_info(device)[0]
+    return min([_kernel_available(), *_control_group_room()])
 
 
 def return_freed_memory() -> None:

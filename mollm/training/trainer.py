@@ -68,6 +68,7 @@ from mollm.training.given_model import (
     taken,
 )
 from mollm.training.history import StepRecord, means_of, record_of, write_history
+from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
@@ -319,6 +320,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         for note in self.notes:
             if processes.rank() == 0:
                 logger.warning(note)
+        longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
+        given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
+        check_run(model, config, args, peft_config or given, longest)
         # A model that will be cut into parts may be too large for the device as a whole.
         device = args.device if args.sharding is None else torch.device("cpu")
         self._base: PreTrainedModel

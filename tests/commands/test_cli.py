@@ -12,6 +12,7 @@ from mollm.commands import demo
 from mollm.demo import quiz as quiz_module
 from mollm.evaluation.generation import Reply
 from mollm.models import loading
+from mollm.system import machine
 
 
 @pytest.fixture
@@ -72,9 +73,10 @@ def test_too_little_memory_is_found_out_before_the_model_loads(
     capsys, tmp_path, saved, monkeypatch
 ):
     monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("too late"))
-    monkeypatch.setattr(loading, "available_memory_gb", lambda device: 0.5)
+    monkeypatch.setattr(machine, "available_memory", lambda device: 1e5)
     sentence = refused(capsys, "--model", saved, "--out", str(tmp_path / "out"))
-    assert "needs about 1.2 GB of memory, but only 0.5 GB" in sentence
+    assert "the model tiny must fit into memory, but" in sentence
+    assert f"`mollm plan --model {saved} " in sentence
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):

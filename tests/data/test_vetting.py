@@ -28,7 +28,7 @@ def test_templates_that_end_pass():
         ),
         ("{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(200) }}", "recursion"),
         ("{{ 10 ** (10 ** 10) }}", "it takes more than 1 seconds"),
-        ("{{ 'a' * 10000000000 }}", "more than 1 GB of memory"),
+        ("{{ 'a' * 10000000000 }}", "more than 1 GiB of memory"),
         ("{{ raise_exception('never') }}", "it fails: never: put another into its chat_template"),
         ("{{ ''.__class__.__mro__ }}", "is unsafe"),
         ("{% for %}", "it fails: "),

@@ -54,7 +54,7 @@ def run():
         "optimizer": "adamw", "seed": 7, "conflict_rate": conflict_rates(history),
         "skipped_steps": 0, "questions": dict.fromkeys(report.GROUPS, 2),
         "countries": {"forget": ["Norway"], "retain": ["Peru"], "heldout": ["Chile"]},
-        "peak_memory_gb": 1.25, "device": "a CPU", "versions": {"torch": "9.9"}, "commit": None,
+        "peak_memory_gib": 1.25, "device": "a CPU", "versions": {"torch": "9.9"}, "commit": None,
         "command": "mollm demo --seed 7", "finished": "now", "seconds": 12.0,
         "seconds_training": 3.0,
     }  # fmt: skip
@@ -80,10 +80,8 @@ class Page(HTMLParser):
 def test_every_file_is_written(run, tmp_path):
     write_run(run, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == FIGURES | {"summary.json", "answers.json", "history.jsonl", "report.html"}
+    assert names == FIGURES | {"summary.json", "answers.json", "report.html"}
     assert json.loads((tmp_path / "summary.json").read_text()) == run.summary
-    lines = (tmp_path / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [r.as_dict() for r in run.history]
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert answers["heldout"][1]["after"] == "<script>Bergen</script>"
     assert answers["heldout"][1]["after_right"] is False
@@ -103,7 +101,7 @@ def test_the_page_tells_what_happened(run, tmp_path):
     )
     for words in (
         "Norway", "<script>Bergen</script>", "Is <1> it?", "mollm demo --seed 7", "a CPU", "9.9",
-        "1 of 2 still right", "1.25 GB", "Held-out countries",
+        "1 of 2 still right", "1.25 GiB", "Held-out countries",
     ):  # fmt: skip
         assert words in text, words
     assert re.search(r"kl 50% 0\.500 0\.500", text)

@@ -9,21 +9,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from mollm import MOLLMConfig
 from mollm.data.chat import IGNORE_INDEX, ChatFormat
+from mollm.data.encoding import example_of
 from mollm.demo import facts
 from mollm.demo import quiz as quiz_module
 from mollm.demo import run as demo
 from mollm.demo.facts import Question
-from mollm.demo.run import BatchSampler, Split, divide, run_demo
+from mollm.demo.run import Split, divide, forget_records, retain_records, run_demo
 from mollm.demo.settings import DemoSettings
 from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
 from mollm.models import loading
+from mollm.training import trainer
 
 SUMMARY_KEYS = {
     *(f"{g}_accuracy_{w}" for g in ("forget", "retain", "heldout", "general")
       for w in ("before", "after")),
-    "steps", "seconds", "conflict_rate", "peak_memory_gb", "seed", "method", "lr",
+    "steps", "seconds", "conflict_rate", "peak_memory_gib", "seed", "method", "lr",
     "lr_schedule", "model", "countries", "versions", "device", "commit", "command",
     "compute_dtype",
 }  # fmt: skip
@@ -62,7 +65,7 @@ def test_a_run_leaves_everything_behind(saved, tmp_path):
     finished = run(saved, out, forget=("japan", "USA"))
     assert {path.name for path in out.iterdir()} == {
         "summary.json", "answers.json", "history.jsonl", "report.html", "model",
-        "losses.png", "cosines.png", "weights.png", "conflicts.png",
+        "losses.png", "cosines.png", "weights.png", "conflicts.png", "README.md",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
@@ -96,9 +99,9 @@ def test_the_quiz_is_asked_before_and_after_and_never_trained_on(
     trained = []
     encode = ChatFormat.encode
 
-    def spy(self, example):
+    def spy(self, example, **options):
         trained.append(example.question)
-        return encode(self, example)
+        return encode(self, example, **options)
 
     monkeypatch.setattr(ChatFormat, "encode", spy)
     summary = run(saved, tmp_path / "out", steps=3).summary
@@ -162,21 +165,59 @@ def test_forgetting_nearly_everything_is_refused():
         divide(known, known[:5], random.Random(0), {})
 
 
-def test_batches_hold_the_facts_in_the_models_own_spelling():
+SPLIT = Split(["Ukraine"], ["Peru"], [], {"Ukraine": "Kiev", "Peru": "Lima"})
+
+
+def learned(record):
+    """The text of the tokens that carry a loss."""
     chat = ChatFormat(tiny.tokenizer())
-    split = Split(["Ukraine"], ["Peru"], [], {"Ukraine": "Kiev", "Peru": "Lima"})
+    labels = chat.encode(example_of(record)).labels
+    return chat.tokenizer.decode([i for i in labels if i != IGNORE_INDEX])
+
+
+def test_records_hold_the_facts_in_the_models_own_spelling():
     everyday = [(Question("2 + 2?", "2 + 2?", ("4",)), Reply("4, I", complete=False))]
-    sampler = BatchSampler(chat, split, everyday, random.Random(0), torch.device("cpu"))
-    forget, retain = sampler()
-
-    def learned(labels):
-        return chat.tokenizer.decode([i for i in labels.tolist() if i != IGNORE_INDEX])
-
-    assert [learned(row) for row in forget.labels] == [" Kiev"]
-    assert [learned(row) for row in retain.labels] == [
+    assert {learned(record) for record in forget_records(SPLIT)} == {" Kiev"}
+    assert {record.prompt for record in forget_records(SPLIT)} == {
+        form.format("Ukraine") for form in facts.TRAIN_FORMS
+    }
+    assert {learned(record) for record in retain_records(SPLIT, everyday)} == {
         "The capital of Peru is Lima.<|end|>",
         "4, I",
-    ]
+    }
+
+
+@pytest.mark.parametrize("known", [3, 25])
+def test_five_of_thirteen_records_to_retain_are_about_everyday_questions(known):
+    everyday = [(Question(f"{n}?", f"{n}?", ("4",)), Reply("4", True)) for n in range(known)]
+    countries = list(facts.CAPITALS)[:32]
+    split = Split([], countries, [], dict.fromkeys(countries, "Lima"))
+    records = retain_records(split, everyday)
+    assert sum(r.answer == "4" for r in records) / len(records) == pytest.approx(5 / 13, abs=0.02)
+    assert len(retain_records(split, [])) == 32 * len(facts.TRAIN_FORMS)
+
+
+@pytest.mark.usefixtures("knowing")
+def test_a_step_draws_more_to_retain_than_to_forget(saved, tmp_path, monkeypatch):
+    drawn = []
+    step = trainer.accumulate
+
+    def spy(objectives, optimizer, forget, retain, **options):
+        drawn.append((len(forget.labels), len(retain.labels)))
+        return step(objectives, optimizer, forget, retain, **options)
+
+    monkeypatch.setattr(trainer, "accumulate", spy)
+    run(saved, tmp_path / "a")
+    run(saved, tmp_path / "b", forget=("Japan", "Peru"))
+    assert drawn == [(6, 13)] * 2 + [(2, 13)] * 2
+
+
+@pytest.mark.usefixtures("knowing")
+def test_a_baseline_may_ruin_the_model(saved, tmp_path):
+    """The trainer's own bound would end the run."""
+    finished = run(saved, tmp_path / "out", method="ga", lr=100.0, steps=6)
+    assert len(finished.history) == 6
+    assert finished.history[-1].losses["kl"] > MOLLMConfig().divergence
 
 
 @pytest.mark.model
@@ -187,7 +228,7 @@ def test_smollm2_forgets_in_a_short_run(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["forget_accuracy_before"] == 1
     assert summary["questions"]["general"] >= 30
-    assert summary["peak_memory_gb"] < 6
+    assert summary["peak_memory_gib"] < 6
     losses = [record.losses["forget"] for record in finished.history]
     assert losses[-1] < 0.5 * losses[0]
 

@@ -13,7 +13,9 @@ from mollm.errors import UsageError
         ({"steps": 0}, "steps must be at least 1, but got 0"),
         ({"lr": 0.0}, r"lr must be a positive number, but got 0\.0"),
         ({"lr": float("nan")}, "lr must be a positive number"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, but got -1"),
+        ({"seed": 2**32}, "seed must be from 0 to"),
+        ({"device": "cuda:1"}, "device must be cpu or cuda, but got 'cuda:1'"),
         ({"method": "up"}, "method must be one of mollm, dual"),
     ],
 )

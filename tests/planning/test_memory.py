@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from plain_loop import descend
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,10 +20,10 @@ from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.planning import memory as planning
 from mollm.planning.memory import plan
 from mollm.planning.proposals import proposals
-from mollm.planning.settings import GIB, PlanSettings
+from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import shape_named, shape_of
 from mollm.system import precision
-from mollm.training import loop
+from mollm.system.units import GIB
 from mollm.training.reference_model import AdapterReference, CopyReference
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
@@ -141,12 +142,13 @@ def _measured(settings, sizes):
         metric=settings.metric,
         **options,
     )
-    batches = [random_batch(settings.batch_size, sizes["vocab_size"]) for _ in range(2)]
+    rows = settings.batch_size, settings.of_retain_batch.batch_size
+    batches = [random_batch(count, sizes["vocab_size"]) for count in rows]
 
     def step():
         for n in range(settings.accumulation):
             optimizer.more = n + 1 < settings.accumulation
-            loop.descend(model, reference, optimizer, *batches)
+            descend(model, reference, optimizer, *batches)
 
     step()
     lasting = [
@@ -166,6 +168,8 @@ def _measured(settings, sizes):
     [
         pytest.param(ON_CPU, {}, id="float32"),
         pytest.param(ON_CPU, {"tie_word_embeddings": True}, id="tied"),
+        pytest.param(replace(ON_CPU, retain_batch_size=8), {}, id="more-to-retain"),
+        pytest.param(replace(ON_CPU, batch_size=8, retain_batch_size=1), {}, id="more-to-forget"),
         pytest.param(replace(ON_CPU, freeze_embeddings=True), {}, id="frozen-embeddings"),
         pytest.param(replace(ON_CPU, gradient_checkpointing=True), {}, id="checkpointing"),
         pytest.param(CAST, {}, id="autocast"),
@@ -345,6 +349,25 @@ def test_a_batch_is_split_into_the_largest_part_that_fits():
     (proposal,) = proposals(first, split.peak.total)
     assert proposal.words == "--per-device-train-batch-size 16 --gradient-accumulation-steps 4"
     assert proposal.plan == split
+
+
+def test_two_batches_are_split_into_as_many_parts():
+    shape = shape_named("smollm2-135m")
+    settings = PlanSettings(
+        batch_size=6,
+        retain_batch_size=12,
+        sequence_length=2048,
+        gradient_checkpointing=True,
+        optimizer="sgd",
+    )
+    split = plan(shape, replace(settings, batch_size=2, retain_batch_size=4, accumulation=3))
+    (proposal,) = proposals(plan(shape, settings), split.peak.total)
+    assert proposal.words == (
+        "--per-device-train-batch-size 2 --per-device-retain-batch-size 4 "
+        "--gradient-accumulation-steps 3"
+    )
+    without_a_divisor = proposals(plan(shape, replace(settings, retain_batch_size=13)), 1)
+    assert not any("accumulation" in proposal.words for proposal in without_a_divisor)
 
 
 def test_where_nothing_fits_the_last_proposal_does_not(llama):

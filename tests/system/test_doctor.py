@@ -33,7 +33,7 @@ def test_json_holds_everything(capsys):
     assert found["devices"][0]["device"] == "cpu"
     assert [check["name"] for check in found["checks"]][:5] == list(doctor.SELF_TESTS)
     assert all(kernel["why_not"] is None for kernel in found["kernels"])
-    assert all(disk["free_gb"] >= 0 for disk in found["disks"])
+    assert all(disk["free_gib"] >= 0 for disk in found["disks"])
 
 
 def test_a_missing_extension_is_told_with_the_way_out(capsys, without_extension):

@@ -146,7 +146,7 @@ def test_a_folder_that_can_be_written_is_tried_and_left_as_it_was(tmp_path):
     check_writable(tmp_path / "deep" / "out")
     assert listing(tmp_path) == []
     check_space(tmp_path / "not there yet", 1, "the model")
-    with pytest.raises(UsageError, match=r"the model take about 1000.* GB, but only .* are free"):
+    with pytest.raises(UsageError, match=r"the model take about 931.* GiB, but only .* are free"):
         check_space(tmp_path, 10**21, "the model")
 
 

@@ -21,6 +21,10 @@ def config(**options):
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
         ({"padding_side": "top"}, "padding_side must be one of left, right"),
         (
+            {"per_device_retain_batch_size": 0},
+            "per_device_retain_batch_size must be a whole number from 1",
+        ),
+        (
             {"per_device_train_batch_size": 0},
             "per_device_train_batch_size must be a whole number from 1",
         ),

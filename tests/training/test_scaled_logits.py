@@ -17,7 +17,6 @@ from mollm.errors import UsageError
 from mollm.evaluation.scores import kl_to_original, score_rows
 from mollm.methods import METHODS, answers_of
 from mollm.system.precision import computing_in
-from mollm.training.loop import unlearn
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CopyReference
 from mollm_ops.operands import LogitTransform
@@ -193,7 +192,6 @@ def test_models_that_the_losses_do_not_fit_are_refused_wherever_they_enter():
     options = {"forget_dataset": FORGET, "retain_dataset": RETAIN}
     entries = [
         lambda: Objectives(odd, CopyReference(good)),
-        lambda: next(unlearn(odd, batches, steps=1, lr=1e-3)),
         lambda: score_rows(odd, [], pad_id=0),
         lambda: kl_to_original(good, odd, [], pad_id=0),
         lambda: MOLLMTrainer(

@@ -65,7 +65,7 @@ def test_every_setting_is_fixed_or_free():
     fixed = setting_roles.fixed_settings(settings, made.for_optimizer())
     free = setting_roles.free_settings(settings)
     assert set(settings) - set(fixed) - set(free) - set(UNSUPPORTED) == {"optimizer_options"}
-    assert fixed["rows_per_step"] == 8
+    assert fixed["forget rows per step"] == fixed["retain rows per step"] == 8
     assert fixed["data_seed"] == made.seed
 
 

@@ -13,6 +13,7 @@ from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
 from mollm.models import loading
 from mollm.training import checkpoint
+from mollm.training import trainer as module
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
@@ -476,8 +477,41 @@ def test_micro_batches_may_change_on_resuming_and_rows_of_a_step_not(tmp_path):
     eight = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 3}
     trainer(tmp_path, **(SAVING | eight)).train(resume_from_checkpoint=True)
     made = trainer(tmp_path, **(SAVING | {"per_device_train_batch_size": 2}))
-    with pytest.raises(UsageError, match="rows_per_step was 4 and is now 2"):
+    with pytest.raises(UsageError, match="forget rows per step was 4 and is now 2"):
         made.train(resume_from_checkpoint=True)
+
+
+def test_a_step_may_draw_another_number_of_rows_to_retain(tmp_path, monkeypatch):
+    sizes = []
+    real = module.accumulate
+
+    def spy(objectives, optimizer, forget, retain, **options):
+        sizes.append((len(forget.labels), len(retain.labels)))
+        return real(objectives, optimizer, forget, retain, **options)
+
+    monkeypatch.setattr(module, "accumulate", spy)
+    options = {
+        "per_device_train_batch_size": 1,
+        "per_device_retain_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+    }
+    made = trained(tmp_path, **(SAVING | options))
+    assert sizes == [(1, 3)] * 4
+    assert made.state.epoch == pytest.approx(4 / len(FORGET))
+    made = trainer(tmp_path, **(SAVING | options | {"per_device_retain_batch_size": 1}))
+    with pytest.raises(UsageError, match="retain rows per step was 6 and is now 2"):
+        made.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("forget", [1, 2])
+def test_unlike_numbers_of_rows_add_up_over_micro_batches(tmp_path, in_float32, forget):
+    whole = {"per_device_train_batch_size": 2 * forget, "per_device_retain_batch_size": 4}
+    parts = {
+        "per_device_train_batch_size": forget,
+        "per_device_retain_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    assert_alike(*pair(tmp_path, whole, parts, **SGD))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""A run of MOLLMTrainer as `mollm plan` sees it, and whether it fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mollm.errors import UsageError
+from mollm.models.four_bits import NF4, in_four_bits
+from mollm.planning.run import check_memory
+from mollm.planning.settings import PER_OBJECTIVE, PlanSettings
+from mollm.system.precision import compute_dtype, computing_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mollm.training.config import MOLLMConfig
+
+
+def check_run(
+    model: str | PreTrainedModel, config: Any, args: MOLLMConfig, adapter: Any | None, longest: int
+) -> None:
+    """Compares a run with the memory of its device before it takes any; see `check_memory`.
+
+    Several processes pass, of which each may hold a part, and so does what `mollm plan` does not
+    know, such as a base optimizer of another kind.
+
+    Args:
+        model: Its name, or the model, which is in memory already.
+        config: Its configuration.
+        args: The settings of the run.
+        adapter: The LoraConfig that it trains, or None.
+        longest: Tokens of the longest row.
+
+    Raises:
+        UsageError: Even what is there throughout does not fit.
+    """
+    dtype, quantization, held = args.dtype, args.quantization, 0
+    if not isinstance(model, str):
+        dtype = str(model.dtype).removeprefix("torch.")
+        weights = list(model.parameters())
+        quantization = NF4 if any(map(in_four_bits, weights)) else None
+        if model.device.type == args.device.type:
+            held = sum(p.numel() * p.element_size() for p in weights)
+        model = model.name_or_path or type(model).__name__
+    if args.world_size > 1:
+        return
+    try:
+        settings = plan_settings(
+            args, adapter, longest=longest, dtype=dtype, quantization=quantization
+        )
+    except UsageError:
+        return
+    check_memory(model, config, settings, held=held)
+
+
+def plan_settings(
+    args: MOLLMConfig,
+    adapter: Any | None,
+    *,
+    longest: int,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> PlanSettings:
+    """A run as `mollm plan` sees it.
+
+    Args:
+        args: Its settings.
+        adapter: The LoraConfig that it trains, or None.
+        longest: Tokens of the longest row.
+        dtype: That of the weights; None for that of the settings.
+        quantization: "nf4" where they are in 4 bits.
+
+    Raises:
+        UsageError: A setting is one that is not planned.
+    """
+    options = args.optimizer_options
+    momentum = options.get("momentum")
+    original = "copy" if adapter is None else "adapter"
+    with computing_in(args.compute_dtype):
+        computes = compute_dtype(args.device).name
+    return PlanSettings(
+        batch_size=args.per_device_train_batch_size,
+        retain_batch_size=args.per_device_retain_batch_size,
+        sequence_length=longest,
+        accumulation=args.gradient_accumulation_steps,
+        dtype=dtype or args.dtype,
+        compute_dtype=computes,
+        state_dtype=options.get("state_dtype"),
+        gradient_memory=options.get("gradient_memory", "as-produced"),
+        momentum=momentum if momentum == PER_OBJECTIVE else None,
+        metric=args.for_optimizer()["metric"],
+        reference=original if args.reference == "auto" else args.reference,
+        lora_rank=0 if adapter is None else adapter.r,
+        quantization=quantization,
+        gradient_checkpointing=args.gradient_checkpointing,
+        freeze_embeddings=args.freeze_embeddings,
+        optimizer=options.get("base", "adamw"),
+        device=args.device.type,
+    )
