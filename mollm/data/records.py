@@ -442,12 +442,12 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
     Raises:
         UsageError: More than half of the records to forget are also to be retained.
     """
-    kept_pairs = {(_asked(record), _normalised(record.answer)) for record in retain}
+    kept_pairs = {substance(record) for record in retain}
     kept_prompts = {asked for asked, _ in kept_pairs}
     pairs = prompts = 0
     for record in forget:
-        asked = _asked(record)
-        if (asked, _normalised(record.answer)) in kept_pairs:
+        asked, answer = substance(record)
+        if (asked, answer) in kept_pairs:
             pairs += 1
         elif asked in kept_prompts and not record.is_text:
             prompts += 1
@@ -459,10 +459,10 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
     return Overlap(len(forget), pairs, prompts)
 
 
-def _asked(record: Record) -> str:
-    """What was said until the answer."""
+def substance(record: Record) -> tuple[str, str]:
+    """What was said until the answer, and the answer, whatever their case and spacing."""
     said = [text for turn in record.history for text in turn]
-    return _normalised("\n".join([*said, record.prompt]))
+    return _normalised("\n".join([*said, record.prompt])), _normalised(record.answer)
 
 
 def _normalised(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from mollm.data.chat import ChatFormat, Tokens
-from mollm.data.encoding import encode_records
+from mollm.data.encoding import Encoded, encode_records
 from mollm.data.records import Record, Role, check_overlap, content_hash, load_records
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
@@ -38,11 +38,17 @@ shuffles all of them."""
 class TrainingData:
     """The sets of a run by name: forget, retain and, to evaluate on, "eval forget" and so on."""
 
-    rows: dict[str, list[Tokens]]
+    records: dict[str, list[Record]]
+    encoded: dict[str, Encoded]
     facts: dict[str, dict[str, Any]]
     """Source, number of rows and hash of each."""
     notes: tuple[str, ...]
     """What the user should know."""
+
+    @property
+    def rows(self) -> dict[str, list[Tokens]]:
+        """What is trained and evaluated on."""
+        return {name: each.rows for name, each in self.encoded.items()}
 
     @property
     def evaluated(self) -> dict[str, list[Tokens]]:
@@ -85,7 +91,8 @@ def read_data(
     }
     notes = [overlap, *(note for each in encoded.values() for note in each.notes)]
     return TrainingData(
-        rows={name: each.rows for name, each in encoded.items()},
+        records=records,
+        encoded=encoded,
         facts={
             name: {"source": r[0].source or "records", "rows": len(r), "sha256": content_hash(r)}
             for name, r in records.items()

@@ -49,6 +49,7 @@ NOT_TOLD = (
     "hub_token",
     "report_to",
     "run_name",
+    "sample_replies",
     "use_cpu",
 )
 """What readers of a model card need not know."""
@@ -60,7 +61,7 @@ _AT_LEAST_ONE = (
     "max_length",
 )
 _POSITIVE = ("learning_rate", "divergence")
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
+_NOT_NEGATIVE = ("sample_replies", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 _OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
@@ -158,6 +159,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
         },
     )
+    sample_replies: int = field(
+        default=0,
+        metadata={"help": "questions of each set to ask before and after, for the report"},
+    )
     divergence: float = field(
         default=5.0,
         metadata={"help": "stop once KL, or the rise of the retain loss, exceeds this many nats"},
@@ -184,6 +189,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 "fsdp must be full_shard where the launcher does not say how many processes a node "
                 "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
+            )
+        if self.sample_replies and self.sharding:
+            raise UsageError(
+                f"sample_replies must be 0 where processes hold parts of the model, but got "
+                f"{self.sample_replies}: ask the exported model, with `mollm ask`."
             )
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)

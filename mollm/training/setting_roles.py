@@ -175,6 +175,7 @@ FREE = frozenset(
         "project",
         "report_to",
         "run_name",
+        "sample_replies",
         "save_steps",
         "save_strategy",
         "save_total_limit",

@@ -17,6 +17,7 @@ FLOORS = (
     "demo",
     "planning",
     "training",
+    "report",
     "evaluation",
     "methods",
     "optim",
