@@ -264,6 +264,7 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
             print(text)
 
     trainer.more_facts["command"] = shlex.join(["mollm", *sys.argv[1:]])
+    trainer.more_facts["given"] = {n: _told(settings[n]) for n in ("forget", "retain")}
     if processes.rank() == 0:
         found = trainer.preview(1, known=True)
         print(shown(found, colour=has_colour(sys.stdout), most_lines=_PREVIEWED), flush=True)
@@ -284,6 +285,14 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
     if _skips(trainer):
         tell(f"Mind that the run made less than it was asked for{_skips(trainer)}.")
     return 0
+
+
+def _told(data: Any) -> str:
+    """Data as `mollm evaluate` takes it, from any folder."""
+    if isinstance(data, str):
+        path = user_path(data)
+        return str(path.resolve()) if path.exists() else data
+    return json.dumps(data)
 
 
 def _skips(trainer: MOLLMTrainer) -> str:

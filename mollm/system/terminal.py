@@ -22,6 +22,10 @@ Done = Callable[[int], None]
 """Called with how much more is done."""
 
 
+def quietly(count: int) -> None:
+    """Shows nothing."""
+
+
 def has_colour(stream: TextIO) -> bool:
     """Whether colours are shown: on a terminal, as NO_COLOR and FORCE_COLOR have it."""
     if os.environ.get("NO_COLOR"):
@@ -105,7 +109,7 @@ def progress(total: int, what: str, stream: TextIO | None = None) -> Iterator[Do
     """
     stream = stream or sys.stderr
     if not total:
-        yield lambda count: None
+        yield quietly
     elif stream.isatty():
         from tqdm import tqdm
 
