@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.preview import shown
 from mollm.commands.settings_file import OWN_SETTINGS, read_settings, require
 from mollm.errors import UsageError, did_you_mean
+from mollm.planning.settings import GIB
 from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
 from mollm.system.parsing import reason_of, user_path
 from mollm.system.terminal import has_colour
@@ -205,7 +206,7 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
 
     adapter = _adapter(settings.get("lora"))
     args.refuse_four_bits_without(adapter)
-    check_memory(settings["model"], args, adapter)
+    planned = check_memory(settings["model"], args, adapter)
     with processes.agreeing():
         if processes.rank() == 0:
             size = loading.count_parameters(loading.find_model(settings["model"]))
@@ -216,7 +217,7 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
         for name in ("forget", "retain")
         if f"eval_{name}" in settings
     }
-    return MOLLMTrainer(
+    trainer = MOLLMTrainer(
         settings["model"],
         args,
         forget_dataset=settings["forget"],
@@ -224,6 +225,12 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
         eval_dataset=evaluated or None,
         peft_config=adapter,
     )
+    trainer.more_facts = {
+        "command": shlex.join(["mollm", *sys.argv[1:]]),
+        "given": {name: _told(settings[name]) for name in ("forget", "retain")},
+        "planned_gib": None if planned is None else planned / GIB,
+    }
+    return trainer
 
 
 def _adapter(lora: Any) -> Any:
@@ -263,8 +270,6 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
         if processes.rank() == 0:
             print(text)
 
-    trainer.more_facts["command"] = shlex.join(["mollm", *sys.argv[1:]])
-    trainer.more_facts["given"] = {n: _told(settings[n]) for n in ("forget", "retain")}
     if processes.rank() == 0:
         found = trainer.preview(1, known=True)
         print(shown(found, colour=has_colour(sys.stdout), most_lines=_PREVIEWED), flush=True)
@@ -276,6 +281,8 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
         tell(f"Failed: {trainer.stopped_because}")
         tell(f"Stopped early, and wrote no model; {last}{_skips(trainer)}.")
         return _STOPPED
+    if trainer.target_told is not None:
+        tell(f"stop_when: {trainer.target_told}")
     with processes.on_the_first(complete(out / _MODEL)) as folder:
         trainer.export(folder or out)
         if folder is not None:

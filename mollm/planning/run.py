@@ -23,11 +23,14 @@ logger = logging.getLogger(__name__)
 _LASTING = ("parameters", "reference model", "optimizer state", "running means")
 
 
-def check_memory(model: str, args: MOLLMConfig, adapter: Any | None) -> None:
+def check_memory(model: str, args: MOLLMConfig, adapter: Any | None) -> float | None:
     """Compares what `mollm plan` predicts with the device's memory, before weights are loaded.
 
     A model that is not planned passes, and so do a device whose memory is not known and several
     processes, of which each may hold a part.
+
+    Returns:
+        The peak in bytes that is predicted, None where none is.
 
     Raises:
         UsageError: Even what is there throughout does not fit.
@@ -38,7 +41,7 @@ def check_memory(model: str, args: MOLLMConfig, adapter: Any | None) -> None:
     config, label = loading.load_config(model)
     memory = machine.available_memory_gb(args.device) * machine.GB
     if args.device.type not in DEVICES or math.isinf(memory) or args.world_size > 1:
-        return
+        return None
     settings = plan_settings(args, adapter)
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = known or settings.sequence_length
@@ -46,7 +49,7 @@ def check_memory(model: str, args: MOLLMConfig, adapter: Any | None) -> None:
     try:
         planned = plan(shape_of(config, label), settings)
     except UsageError:  # of another family
-        return
+        return None
     way_out = f"see what would fit with `{plan_line(model, settings)}`."
     there = f"{memory / GIB:.2f} GiB are available on {settings.device}"
     lasting = sum(planned.component(name) for name in _LASTING)
@@ -61,6 +64,7 @@ def check_memory(model: str, args: MOLLMConfig, adapter: Any | None) -> None:
             f"allows, would take {planned.peak.total / GIB:.2f} GiB, but only {there}: "
             f"{way_out}"
         )
+    return planned.peak.total
 
 
 def plan_settings(args: MOLLMConfig, adapter: Any | None) -> PlanSettings:

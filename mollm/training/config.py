@@ -159,6 +159,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
         },
     )
+    stop_when: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "end the run at a target: {forget_probability: 0.1, retain_probability: 0.5, "
+            "steps: 10}"
+        },
+    )
     sample_replies: int = field(
         default=0,
         metadata={"help": "questions of each set to ask before and after, for the report"},
@@ -190,11 +197,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "fsdp must be full_shard where the launcher does not say how many processes a node "
                 "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
             )
-        if self.sample_replies and self.sharding:
-            raise UsageError(
-                f"sample_replies must be 0 where processes hold parts of the model, but got "
-                f"{self.sample_replies}: ask the exported model, with `mollm ask`."
-            )
+        for name in ("stop_when", "sample_replies"):
+            if getattr(self, name) and self.sharding:
+                raise UsageError(
+                    f"{name} must be left out where processes hold parts of the model, but got "
+                    f"{getattr(self, name)} with {self.sharding}."
+                )
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -204,6 +212,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name, kind, what in (
             ("system_prompt", str, "a text"),
             ("chat_template_kwargs", dict, "options by name"),
+            ("stop_when", dict, "options by name"),
         ):
             if not isinstance(getattr(self, name), kind | None):
                 raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")

@@ -176,6 +176,7 @@ FREE = frozenset(
         "report_to",
         "run_name",
         "sample_replies",
+        "stop_when",
         "save_steps",
         "save_strategy",
         "save_total_limit",

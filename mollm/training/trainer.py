@@ -88,6 +88,7 @@ from mollm.training.replies import ReplySamples
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings, plain
 from mollm.training.step import accumulate
+from mollm.training.targets import StopRule, StopWhen, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -254,6 +255,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base, self._chat, self._data.records, args.sample_replies
         )
         self._divergence = DivergenceStop(self.history)
+        self._target = self._stop_rule(args)
         self._changes: list[dict[str, Any]] = []  # of settings, where the run was resumed
         self._last_rows: tuple[list[Tokens], list[Tokens]] | None = None
         super().__init__(
@@ -263,7 +265,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             train_dataset=self._data.rows["forget"],
             eval_dataset=list(self._data.evaluated.values()) or None,
             processing_class=tokenizer,
-            callbacks=[self._divergence, *(callbacks or [])],
+            callbacks=[
+                self._divergence,
+                *([] if self._target is None else [self._target]),
+                *(callbacks or []),
+            ],
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
@@ -393,6 +399,25 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             raise UsageError(
                 f"all processes must be given the same {' and '.join(unlike)}, but they were not."
             )
+
+    def _stop_rule(self, args: MOLLMConfig) -> StopWhen | None:
+        if args.stop_when is None:
+            return None
+        rows = {
+            role: self._data.evaluated.get(role, self._data.rows[role])
+            for role in ("forget", "retain")
+        }
+
+        def measure() -> dict[str, float]:
+            size = args.per_device_eval_batch_size
+            return measured(self._base, rows, self._chat.pad_id, size)
+
+        return StopWhen(StopRule.of(args.stop_when), measure)
+
+    @property
+    def target_told(self) -> str | None:
+        """How the last run ended with regard to `stop_when`, in a sentence."""
+        return None if self._target is None else self._target.told
 
     @property
     def stopped_because(self) -> str | None:
@@ -894,6 +919,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return model_card(history=self.history, **self._card())
 
     def _card(self) -> dict[str, Any]:
+        ending = self.target_told
         return {
             "base_model": self._base.name_or_path or type(self._base).__name__,
             "changes": self._changes,
@@ -907,7 +933,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "versions": machine.versions(
                 "peft", *(["bitsandbytes"] if self.args.quantization else [])
             ),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *([] if ending is None else [f"stop_when: {ending}"])],
         }
 
 
