@@ -11,6 +11,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 if TYPE_CHECKING:
     from mollm.data import Record, load_records
     from mollm.errors import UsageError
+    from mollm.evaluation.preview import preview
     from mollm.optim.optimizer import MOLLMOptimizer
     from mollm.optim.step_report import StepReport
     from mollm.training.config import MOLLMConfig
@@ -30,6 +31,7 @@ __all__ = [
     "StepReport",
     "UsageError",
     "load_records",
+    "preview",
 ]
 
 _HOME = {
@@ -42,6 +44,7 @@ _HOME = {
     "StepReport": "mollm.optim.step_report",
     "UsageError": "mollm.errors",
     "load_records": "mollm.data",
+    "preview": "mollm.evaluation.preview",
 }
 
 

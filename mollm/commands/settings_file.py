@@ -62,6 +62,19 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def require(settings: Mapping[str, Any]) -> None:
+    """Refuses settings that do not name a model and both sets.
+
+    Raises:
+        UsageError: One is missing.
+    """
+    for name in ("model", "forget", "retain"):
+        if not settings.get(name):
+            raise UsageError(
+                f"{name} must be given, but it is not: add it to the settings file, or --{name}."
+            )
+
+
 def _own(name: str, value: Any) -> Any:
     """The value of a setting that is no field of MOLLMConfig."""
     if value is None or name == "lora":

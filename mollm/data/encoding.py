@@ -18,11 +18,18 @@ class Encoded:
 
     rows: list[Tokens]
     """One a record, but of a long text one a window."""
-    shortened: int
-    """How many prompts lost their beginning."""
+    origins: list[int]
+    """For each row the place of its record among those given."""
+    cut: tuple[int, ...]
+    """The places of the records whose prompts lost their beginning."""
     notes: tuple[str, ...]
     """Sentences that the user should see. Sets encoded for one tokenizer share a note about its
     format: show the union."""
+
+    @property
+    def shortened(self) -> int:
+        """How many prompts lost their beginning."""
+        return len(self.cut)
 
 
 def encode_records(
@@ -59,8 +66,8 @@ def encode_records(
             f"train_on_turns must be one of {', '.join(TRAIN_ON_TURNS)}, but got "
             f"{train_on_turns!r}."
         )
-    rows, shortened, lost = [], 0, 0
-    for record in records:
+    rows, origins, cut, lost = [], [], [], 0
+    for place, record in enumerate(records):
         if record.is_text:
             some = chat.encode_text(record.answer, max_length)
         else:
@@ -68,7 +75,7 @@ def encode_records(
             tokens = _encode(example, record, chat, train_on_turns)
             if len(tokens.ids) > max_length:
                 tokens, answers = _shorten(example, record, chat, max_length, train_on_turns)
-                shortened += 1
+                cut.append(place)
                 lost += answers
             some = [tokens]
         if not all(chat.answer_length(tokens) > 0 for tokens in some) or not some:
@@ -79,10 +86,11 @@ def encode_records(
         for tokens in some:
             chat.refuse_unknown(tokens, record.place)
         rows += some
+        origins += [place] * len(some)
     notes = [] if chat.note is None else [chat.note]
-    if shortened:
+    if cut:
         notes.append(
-            f"{shortened} of {len(records)} {name} prompts were shortened to fit {max_length} "
+            f"{len(cut)} of {len(records)} {name} prompts were shortened to fit {max_length} "
             "tokens: they lost their beginning."
         )
     if lost and train_on_turns == "all":
@@ -90,7 +98,7 @@ def encode_records(
             f"With it, {lost} earlier answers of the {name} conversations were left out, and carry "
             "no loss: raise max_length, or split the conversations."
         )
-    return Encoded(rows, shortened, tuple(notes))
+    return Encoded(rows, origins, tuple(cut), tuple(notes))
 
 
 def example_of(record: Record) -> Example:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 from mollm.data.chat import ChatFormat, Tokens
-from mollm.data.encoding import encode_records
+from mollm.data.encoding import Encoded, encode_records
 from mollm.data.records import Record, Role, check_overlap, content_hash, load_records
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
@@ -47,7 +47,8 @@ class TrainingData:
     Where a role has several sets, they are "forget_alice", "forget_bob" and so on.
     """
 
-    rows: dict[str, list[Tokens]]
+    records: dict[str, list[Record]]
+    encoded: dict[str, Encoded]
     facts: dict[str, dict[str, Any]]
     """Source, number of rows and hash of each."""
     notes: tuple[str, ...]
@@ -55,7 +56,18 @@ class TrainingData:
 
     def named(self, role: Role) -> list[str]:
         """The sets to train on that have this role."""
-        return [name for name in self.rows if not name.startswith(_EVAL) and role_of(name) == role]
+        return [n for n in self.rows if not n.startswith(_EVAL) and of_role(n) == role]
+
+    @property
+    def rows(self) -> dict[str, list[Tokens]]:
+        """What is trained and evaluated on."""
+        return {name: each.rows for name, each in self.encoded.items()}
+
+    def looked_at(self, role: Role) -> list[str]:
+        """The sets by which a model is judged: those to evaluate on, if any has this role."""
+        return [n for n in self.rows if n.startswith(_EVAL) and of_role(n) == role] or (
+            self.named(role)
+        )
 
     @property
     def evaluated(self) -> dict[str, list[Tokens]]:
@@ -104,7 +116,8 @@ def read_data(
     }
     notes = [*overlap, *(note for each in encoded.values() for note in each.notes)]
     return TrainingData(
-        rows={name: each.rows for name, each in encoded.items()},
+        records=records,
+        encoded=encoded,
         facts={
             name: {"source": r[0].source or "records", "rows": len(r), "sha256": content_hash(r)}
             for name, r in records.items()
@@ -223,6 +236,11 @@ def _tabled(rows: Sequence[dict[str, Any]], role: Role) -> list[Record]:
             f"the {role} data must have one kind of value in each field, but have not: {reason}."
         ) from error
     return load_records(table, role=role)
+
+
+def of_role(name: str) -> Role:
+    """The role of a set of TrainingData."""
+    return role_of(name.removeprefix(_EVAL))
 
 
 def role_of(name: str) -> Role:

@@ -49,6 +49,7 @@ NOT_TOLD = (
     "hub_token",
     "report_to",
     "run_name",
+    "sample_replies",
     "use_cpu",
 )
 """What readers of a model card need not know."""
@@ -61,7 +62,14 @@ _AT_LEAST_ONE = (
     "max_length",
 )
 _POSITIVE = ("learning_rate", "divergence", "relearn_lr")
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "relearn_steps")
+_NOT_NEGATIVE = (
+    "sample_replies",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_epsilon",
+    "warmup_steps",
+    "relearn_steps",
+)
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -182,6 +190,17 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
         },
     )
+    stop_when: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "end the run at a target: {forget_probability: 0.1, retain_probability: 0.5, "
+            "steps: 10}"
+        },
+    )
+    sample_replies: int = field(
+        default=0,
+        metadata={"help": "questions of each set to ask before and after, for the report"},
+    )
     divergence: float = field(
         default=5.0,
         metadata={"help": "stop once KL, or the rise of the retain loss, exceeds this many nats"},
@@ -209,6 +228,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "fsdp must be full_shard where the launcher does not say how many processes a node "
                 "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
             )
+        for name in ("stop_when", "sample_replies"):
+            if getattr(self, name) and self.sharding:
+                raise UsageError(
+                    f"{name} must be left out where processes hold parts of the model, but got "
+                    f"{getattr(self, name)} with {self.sharding}."
+                )
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -218,6 +243,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name, kind, what in (
             ("system_prompt", str, "a text"),
             ("chat_template_kwargs", dict, "options by name"),
+            ("stop_when", dict, "options by name"),
         ):
             if not isinstance(getattr(self, name), kind | None):
                 raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")

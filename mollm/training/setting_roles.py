@@ -178,6 +178,8 @@ FREE = frozenset(
         "project",
         "report_to",
         "run_name",
+        "sample_replies",
+        "stop_when",
         "save_steps",
         "save_strategy",
         "save_total_limit",

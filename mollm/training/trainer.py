@@ -10,6 +10,8 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +26,18 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from mollm.data.chat import Batch, ChatFormat, Tokens, collate, ends_of, vocabulary_of
 from mollm.data.encoding import encode_records
+from mollm.data.preview import Preview, preview_of
+from mollm.data.records import ROLES
 from mollm.data.samplers import JointSampler, RowSampler
-from mollm.data.sets import read_data, records_of, role_of, sets_to_evaluate
+from mollm.data.sets import of_role, read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
+from mollm.evaluation.preview import with_likelihoods
 from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
@@ -48,6 +53,8 @@ from mollm.models.adapters import (
 from mollm.models.checks import check_finite
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.report.page import REPORT_FILE, write_report
+from mollm.report.run_file import write_run
 from mollm.system import machine
 from mollm.system.folders import (
     check_writable,
@@ -57,6 +64,7 @@ from mollm.system.folders import (
 )
 from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
+from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar
 from mollm.training.config import NOT_TOLD, MOLLMConfig
@@ -67,15 +75,24 @@ from mollm.training.given_model import (
     refuse_kept_parts,
     taken,
 )
-from mollm.training.history import StepRecord, means_of, record_of, write_history
+from mollm.training.history import (
+    StepRecord,
+    finite,
+    means_of,
+    record_of,
+    skipped_in,
+    write_history,
+)
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
 from mollm.training.relearning import relearnt, rows_to_relearn
+from mollm.training.replies import ReplySamples
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings, plain
 from mollm.training.step import accumulate_forget, accumulate_retain
+from mollm.training.targets import StopRule, StopWhen, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -169,6 +186,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 f"args must be a mollm.MOLLMConfig, but got {type(args).__name__}: MOLLMConfig "
                 "takes the fields of TrainingArguments, and a few more."
             )
+        self._given = _place_of(model)
         model, self._wrapped, notes = taken(model, peft_config, args)
         if self._wrapped is None:
             args.refuse_four_bits_without(peft_config)
@@ -236,7 +254,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             fsdp.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)
         self.history: list[StepRecord] = []
         """A record of every step."""
+        self.more_facts: dict[str, Any] = {}
+        """What run.json is to hold besides, such as the command."""
+        self._samples = ReplySamples(self._base, self._chat, self._data, args.sample_replies)
         self._divergence = DivergenceStop(self.history, self._data.named("retain"))
+        self._target = self._stop_rule(args)
         self._changes: list[dict[str, Any]] = []  # of settings, where the run was resumed
         self._last_rows: dict[str, list[Tokens]] | None = None
         super().__init__(
@@ -246,7 +268,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             train_dataset=self._longest,
             eval_dataset=list(self._data.evaluated.values()) or None,
             processing_class=tokenizer,
-            callbacks=[self._divergence, *(callbacks or [])],
+            callbacks=[
+                self._divergence,
+                *([] if self._target is None else [self._target]),
+                *(callbacks or []),
+            ],
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar(self.objectives))
@@ -322,7 +348,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 logger.warning(note)
         longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
-        check_run(model, config, args, peft_config or given, longest)
+        self._planned = check_run(model, config, args, peft_config or given, longest)
         # A model that will be cut into parts may be too large for the device as a whole.
         device = args.device if args.sharding is None else torch.device("cpu")
         self._base: PreTrainedModel
@@ -357,7 +383,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
         rows, compares = self._data.rows, args.chosen_method.compares
-        kept = [n for n in rows if compares or role_of(n.removeprefix("eval ")) == "retain"]
+        kept = [n for n in rows if compares or of_role(n) == "retain"]
         return [row for name in kept for row in rows[name]]
 
     @property
@@ -400,6 +426,25 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             raise UsageError(
                 f"all processes must be given the same {' and '.join(unlike)}, but they were not."
             )
+
+    def _stop_rule(self, args: MOLLMConfig) -> StopWhen | None:
+        if args.stop_when is None:
+            return None
+        rows: dict[str, list[Tokens]] = {
+            role: [row for name in self._data.looked_at(role) for row in self._data.rows[name]]
+            for role in ROLES
+        }
+
+        def measure() -> dict[str, float]:
+            size = args.per_device_eval_batch_size
+            return measured(self._base, rows, self._chat.pad_id, size)
+
+        return StopWhen(StopRule.of(args.stop_when), measure)
+
+    @property
+    def target_told(self) -> str | None:
+        """How the last run ended with regard to `stop_when`, in a sentence."""
+        return None if self._target is None else self._target.told
 
     @property
     def stopped_because(self) -> str | None:
@@ -463,6 +508,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if found is not None:
                 before = checkpoint.check(found, self.about)
         self._begin()
+        self._ask()
         if found is not None:
             self._resume(found, before)
         self._divergence.first = len(self.history)
@@ -509,6 +555,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._take_state(TrainerState(), steps)
         self.history.clear()
         self._changes.clear()
+        self._samples.forget_all()
+        self._started = time.time()
         self._last_rows = None
         self._logged = 0
         set_seed(self.args.seed + processes.rank())  # each draws its own dropout
@@ -643,15 +691,28 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if self.args.load_best_model_at_end and best is not None:
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
         self._look_at_the_end()
+        total = [sum(record.losses.values()) for record in self.history]
+        loss = sum(total) / max(1, len(total))
+        made = self.state.global_step - self._divergence.first
+        rows = made * self.args.rows_per_step["forget"]
+        summary = speed_metrics("train", self._started, num_samples=rows, num_steps=made)
+        summary["train_loss"] = loss
+        self.log(dict(summary))
+        if self.stopped_because is None:
+            self._ask()
         with processes.agreeing():
             if processes.rank() == 0:
                 write_history(self.history, self._folder / "history.jsonl")
                 self.create_model_card()
+                self._write_report()
         self._tell("on_train_end")
         self.is_in_train = False
-        total = [sum(record.losses.values()) for record in self.history]
-        loss = sum(total) / max(1, len(total))
-        return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
+        return TrainOutput(self.state.global_step, loss, summary)
+
+    def _ask(self) -> None:
+        """Has the model answer some questions, on the first process."""
+        if self.args.sample_replies and processes.rank() == 0:
+            self._samples.ask()
 
     def _look_at_the_end(self) -> None:
         if self.stopped_because is None:
@@ -671,6 +732,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return list(dict.fromkeys(name for names in processes.each(mine) for name in names))
 
     # ---- evaluation
+
+    def preview(self, rows: int = 2, *, known: bool = False) -> Preview:
+        """What this run trains on, row for row, see `mollm.preview`.
+
+        Args:
+            rows: How many rows of each set to show.
+            known: Whether to compute the likelihood of answers to forget. Not where processes hold
+                parts of the model.
+        """
+        found = preview_of(self._data, self._chat, self.args.max_length, rows)
+        if not known or self.args.sharding is not None:
+            return found
+        with computing_in(self.args.compute_dtype):
+            return with_likelihoods(found, self._data, self._chat, self._base)
 
     @torch.no_grad()
     def evaluate(
@@ -884,24 +959,63 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """Writes README.md into `output_dir`, see `mollm.training.model_card`."""
         replace_text(self._folder / "README.md", self.model_card())
 
+    def _write_report(self) -> None:
+        """Writes run.json and, with the package jinja2, report.html into `output_dir`."""
+        write_run(finite(self._facts()), self._folder)
+        if find_spec("jinja2") is not None:
+            write_report([self._folder], self._folder / REPORT_FILE)
+
+    def _facts(self) -> dict[str, Any]:
+        """What run.json says of this run."""
+        card = self._card()
+        return {
+            **card,
+            "model": self._given,
+            "label": card["base_model"],
+            "steps": self.state.global_step,
+            "resumed_at": self._divergence.first,
+            "skipped_steps": skipped_in(self.history),
+            "device": machine.device_name(self.args.device),
+            "processes": self.args.world_size,
+            "seconds": round(time.time() - self._started, 1),
+            "peak_memory_gib": round(machine.peak_memory() / GIB, 2),
+            "planned_gib": None if self._planned is None else round(self._planned / GIB, 2),
+            "evaluations": [log for log in self.state.log_history if "eval_loss" in log],
+            "replies": self._samples.rows(),
+            "commit": machine.commit(),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self.more_facts,
+        }
+
     def model_card(self) -> str:
         """Data with hashes, settings, and the weights of every step, as Markdown."""
-        return model_card(
-            base_model=self._base.name_or_path or type(self._base).__name__,
-            changes=self._changes,
-            failure=self.stopped_because,
-            data=self._data.facts,
-            settings={
+        return model_card(history=self.history, **self._card())
+
+    def _card(self) -> dict[str, Any]:
+        ending = self.target_told
+        return {
+            "base_model": self._base.name_or_path or type(self._base).__name__,
+            "changes": self._changes,
+            "failure": self.stopped_because,
+            "data": self._data.facts,
+            "settings": {
                 **self.args.told(),
                 **({} if self._wrapped is None else adapter_told(self._wrapped)),
                 "steps": self.state.global_step,
             },
-            history=self.history,
-            versions=machine.versions(
+            "versions": machine.versions(
                 "peft", *(["bitsandbytes"] if self.args.quantization else [])
             ),
-            notes=self.notes,
-        )
+            "notes": [*self.notes, *([] if ending is None else [f"stop_when: {ending}"])],
+        }
+
+
+def _place_of(model: str | Path | PreTrainedModel) -> str | None:
+    """Where the original is, for those who compare with it; None where it was given as a module."""
+    if not isinstance(model, str | Path):
+        return None
+    path = user_path(model)
+    return str(path.resolve()) if path.exists() else str(model)
 
 
 def _refuse_broken(names: Sequence[str]) -> None:
