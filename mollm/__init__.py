@@ -11,6 +11,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 if TYPE_CHECKING:
     from mollm.data import Record, load_records
     from mollm.errors import UsageError
+    from mollm.models.blocks import find_blocks
     from mollm.optim.optimizer import MOLLMOptimizer
     from mollm.optim.step_report import StepReport
     from mollm.training.config import MOLLMConfig
@@ -29,6 +30,7 @@ __all__ = [
     "Record",
     "StepReport",
     "UsageError",
+    "find_blocks",
     "load_records",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "Record": "mollm.data",
     "StepReport": "mollm.optim.step_report",
     "UsageError": "mollm.errors",
+    "find_blocks": "mollm.models.blocks",
     "load_records": "mollm.data",
 }
 

@@ -5,11 +5,16 @@
 
 and the original model's final hidden states on the retain batch, see
 `mollm.training.reference_model`.
+
+If the optimizer streams gradients, these backwards end at the last block, and its `step()` resumes
+there, see `MOLLMOptimizer.streamed`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 from torch.autograd import backward
 
 from mollm.data.chat import Batch
@@ -28,6 +33,7 @@ def accumulate(
     *,
     totals: tuple[Totals, Totals] | None = None,
     last: bool = True,
+    blocks: Sequence[nn.Module] = (),
 ) -> dict[str, Tensor]:
     """Adds the gradients of the three losses on one pair of batches to the optimizer's objectives.
 
@@ -41,10 +47,16 @@ def accumulate(
             and losses add up to those of the whole.
         last: Whether the step has no more micro-batches, so that the gradients of processes that
             hold copies of the model are added up now.
+        blocks: Those of the model, for an optimizer that streams gradients, see
+            `mollm.find_blocks`.
 
     Returns:
         The three losses before the step, detached.
     """
+    if optimizer.streams:
+        with optimizer.streamed(blocks):
+            losses = _taken(objectives(forget=forget, totals=totals), optimizer)
+            return losses | _taken(objectives(retain=retain, totals=totals), optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def descend(name: str, loss: Tensor, retain_graph: bool = False) -> None:
@@ -59,3 +71,9 @@ def accumulate(
     descend("kl", losses["kl"], retain_graph=True)
     descend("retain", losses["retain"])
     return {name: losses[name].detach() for name in OBJECTIVES}
+
+
+def _taken(losses: dict[str, Tensor], optimizer: MOLLMOptimizer) -> dict[str, Tensor]:
+    """The losses without their graphs, which lead to the last block alone and are used up."""
+    optimizer.backward(losses)
+    return {name: loss.detach() for name, loss in losses.items()}

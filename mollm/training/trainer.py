@@ -45,6 +45,7 @@ from mollm.models.adapters import (
     not_finite,
     trained_tensors,
 )
+from mollm.models.blocks import find_blocks
 from mollm.models.checks import check_finite
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
@@ -169,6 +170,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         model, self._wrapped, notes = taken(model, peft_config, args)
         if self._wrapped is None:
             args.refuse_four_bits_without(peft_config)
+        args.refuse_streaming_with(self._wrapped or peft_config)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -216,6 +218,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
+            self._blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
             reference = make_reference(
@@ -505,7 +508,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if number:
                 self._tell("on_substep_end")
             last = number == args.gradient_accumulation_steps - 1
-            part = accumulate(self._objectives, optimizer, *batches, totals=totals, last=last)
+            part = accumulate(
+                self._objectives,
+                optimizer,
+                *batches,
+                totals=totals,
+                last=last,
+                blocks=self._blocks,
+            )
             parts.append(torch.stack(list(part.values())))
         losses = processes.total(torch.stack(parts).double().sum(0))
         if args.max_grad_norm > 0:
