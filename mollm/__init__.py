@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mollm.data import Record, load_records
     from mollm.errors import UsageError
     from mollm.evaluation.preview import preview
+    from mollm.models.blocks import find_blocks
     from mollm.optim.optimizer import MOLLMOptimizer
     from mollm.optim.step_report import StepReport
     from mollm.training.config import MOLLMConfig
@@ -30,6 +31,7 @@ __all__ = [
     "Record",
     "StepReport",
     "UsageError",
+    "find_blocks",
     "load_records",
     "preview",
 ]
@@ -43,6 +45,7 @@ _HOME = {
     "Record": "mollm.data",
     "StepReport": "mollm.optim.step_report",
     "UsageError": "mollm.errors",
+    "find_blocks": "mollm.models.blocks",
     "load_records": "mollm.data",
     "preview": "mollm.evaluation.preview",
 }

@@ -21,6 +21,7 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
+from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
@@ -295,11 +296,58 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
+        if optimizer.streams:
+            self._refuse_with_streaming()
         if self.max_grad_norm > 0 and not optimizer.can_aggregate:
             raise UsageError(
                 f"max_grad_norm must be 0 with momentum='per-objective' in AdamW's metric, but got "
                 f"{self.max_grad_norm}: leave it out, or add metric='euclidean' to "
                 "optimizer_options."
+            )
+
+    def _refuse_with_streaming(self) -> None:
+        streamed = "with gradient_memory='streamed'"
+        if callable(self.optimizer_options.get("base")):
+            raise UsageError(
+                f"base must be adamw or sgd {streamed}, but got "
+                f"{plain(self.optimizer_options['base'])}, which wants all gradients at once."
+            )
+        if self.max_grad_norm > 0:
+            raise UsageError(
+                f"max_grad_norm must be 0 {streamed}, where no gradient is ever there as a whole, "
+                f"but got {self.max_grad_norm}: leave it out."
+            )
+        if self.relearn_steps:
+            raise UsageError(
+                f"relearn_steps must be 0 {streamed}, whose gradients are taken once the weights are "
+                f"put back, but got {self.relearn_steps}: leave it out."
+            )
+        if self.gradient_checkpointing:
+            raise UsageError(
+                f"gradient_checkpointing must be left out {streamed}, which computes every block "
+                "again anyway, but got True."
+            )
+        if self.world_size > 1:
+            raise UsageError(
+                f"gradient_memory must be another one than 'streamed' with several processes, but "
+                f"there are {self.world_size}: cut the model into parts with fsdp=full_shard."
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether gradients are made block by block, see `MOLLMOptimizer.streamed`."""
+        return bool(self.optimizer_options.get("gradient_memory") == STREAMED)
+
+    def refuse_streaming_with(self, adapter: Any | None) -> None:
+        """Says that an adapter has nothing to stream.
+
+        Raises:
+            UsageError: There is one, and its gradients are to be streamed.
+        """
+        if self.streams and adapter is not None:
+            raise UsageError(
+                f"gradient_memory must be another one than {STREAMED!r} with an adapter, whose "
+                "gradients take next to no memory as they are: leave it out."
             )
 
     def refuse_four_bits_without(self, adapter: Any | None) -> None:

@@ -50,6 +50,7 @@ from mollm.models.adapters import (
     not_finite,
     trained_tensors,
 )
+from mollm.models.blocks import find_blocks
 from mollm.models.checks import check_finite
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
@@ -190,6 +191,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         model, self._wrapped, notes = taken(model, peft_config, args)
         if self._wrapped is None:
             args.refuse_four_bits_without(peft_config)
+        args.refuse_streaming_with(self._wrapped or peft_config)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -237,6 +239,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
+            self._blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
             reference = make_reference(
@@ -609,12 +612,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             for name, loss in losses.items():
                 found[name].append(loss.double())
 
-        model, optimizer = self._objectives, self.optimizer
+        model, optimizer, blocks = self._objectives, self.optimizer, self._blocks
         with self._relearnt(rows):
             for name in forget:
                 for number, batch in enumerate(self._parts(rows[name])):
                     how = {"name": name, "totals": totals[name], "last": number == final}
-                    add(accumulate_forget(model, optimizer, batch, **how))
+                    add(accumulate_forget(model, optimizer, batch, blocks=blocks, **how))
         for number, batches in enumerate(zip(*(self._parts(rows[n]) for n in retain), strict=True)):
             if number:
                 self._tell("on_substep_end")
@@ -623,7 +626,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 how = {"name": name, "totals": totals[name], "last": last}
                 how |= {"share": totals[name].tokens / kept}
                 how |= {"last_of_kl": last and name == retain[-1]}
-                add(accumulate_retain(model, optimizer, batch, **how))
+                add(accumulate_retain(model, optimizer, batch, blocks=blocks, **how))
         sums = processes.total(torch.stack([torch.stack(parts).sum() for parts in found.values()]))
         return dict(zip(found, sums.tolist(), strict=True))
 
