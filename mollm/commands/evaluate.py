@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
 from mollm.planning.settings import BYTES
-from mollm.system.parsing import parse_yaml, user_path
+from mollm.system.parsing import parse_json, parse_yaml, read_text, user_path
 
 if TYPE_CHECKING:
     import torch
 
     from mollm.evaluation.judges import Judge
     from mollm.evaluation.suite import Suite
+
+
+_ABOUT_BYTES = 1 << 24
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -241,8 +244,8 @@ def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
         return
     try:
         path = (logs if logs.is_dir() else logs.parent) / "about.json"
-        known = dict(json.loads(path.read_text(encoding="utf-8"))["chat"])
-    except (OSError, ValueError, TypeError, LookupError):
+        known = dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
+    except (ValueError, TypeError, LookupError):
         return
     for name, value in chat.items():
         if known.get(name) != value:
