@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.commands.arguments import add_loading, device_of, template_options
 from mollm.errors import UsageError
-from mollm.system.parsing import parse_yaml, user_path
+from mollm.system.parsing import parse_json, parse_yaml, read_text, user_path
 from mollm.system.terminal import has_colour, progress
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NO_ORIGINAL = "none"
 _OWN = ("run", "no_cache", "explain", "json")
+_ABOUT_BYTES = 1 << 24
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -380,8 +381,8 @@ def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
         return
     try:
         path = (logs if logs.is_dir() else logs.parent) / "about.json"
-        known = dict(json.loads(path.read_text(encoding="utf-8"))["chat"])
-    except (OSError, ValueError, TypeError, LookupError):
+        known = dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
+    except (ValueError, TypeError, LookupError):
         return
     for name, value in chat.items():
         if known.get(name) != value:

@@ -17,6 +17,8 @@ _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 OWN_SETTINGS = ("model", *_DATA, "out", "lora", "device")
 
 
+_BYTES = 1 << 18
+"""The most that a settings file may have."""
 _LONGEST = 255
 """Bytes of a file's name."""
 _KINDS = {
@@ -94,7 +96,7 @@ def _own(name: str, value: Any) -> Any:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    settings = parse_yaml(read_text(user_path(path)), str(path))
+    settings = parse_yaml(read_text(user_path(path), _BYTES), str(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, but it does not.")
     return settings

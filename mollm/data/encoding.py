@@ -11,6 +11,9 @@ from mollm.data.conversations import ASSISTANT, SYSTEM, USER
 from mollm.data.records import Record
 from mollm.errors import UsageError
 
+_SHORT = 16
+"""Characters, more than most tokens have."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -160,5 +163,10 @@ def _shorten(
 
     # The number of tokens falls as the cut moves right, so the search asks few times. Where it
     # does not quite, the cut found still fits: every cut that the search settles on was tried.
-    cut = bisect.bisect_left(range(last), True, key=fits)
+    # It begins with the end alone, lest every try reads all of a long text.
+    width = _SHORT * max_length
+    while width < last and fits(last - width):
+        width *= 2
+    first_cut = max(0, last - width)
+    cut = bisect.bisect_left(range(last), True, lo=first_cut, key=fits)
     return encode(len(turns), cut), answers_before(len(turns))

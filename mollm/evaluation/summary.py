@@ -136,7 +136,7 @@ class Evaluation:
             figures = json.loads(path.read_text(encoding="utf-8"))
             estimates = {name: Estimate(**entry) for name, entry in figures["metrics"].items()}
             return cls(read_records(folder), estimates, figures["missing"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(

@@ -319,8 +319,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
         if self.relearn_steps:
             raise UsageError(
-                f"relearn_steps must be 0 {streamed}, whose gradients are taken once the weights are "
-                f"put back, but got {self.relearn_steps}: leave it out."
+                f"relearn_steps must be 0 {streamed}, whose gradients are taken once the weights "
+                f"are put back, but got {self.relearn_steps}: leave it out."
             )
         if self.gradient_checkpointing:
             raise UsageError(
