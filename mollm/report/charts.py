@@ -13,6 +13,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 10, 26
 _MOST_POINTS = 240
 _TICKS = 4
 _ROOM = 0.06
+_LETTER = 6
+"""The width of a letter of 11 pixels, about."""
 
 
 @dataclass(frozen=True)
@@ -86,26 +88,26 @@ def line_chart(
 def raster_chart(title: str, rows: Sequence[Series]) -> Markup:
     """A line of marks for each series, as strong as its value, from 0 to 1."""
     height = 26 * len(rows) + _BOTTOM
+    left = max([_LEFT, *(_LETTER * len(row.name) + 10 for row in rows)])
     last = max(2, max((len(row.values) for row in rows), default=1))
     parts = []
     for number, row in enumerate(rows):
         top = 26 * number + 4
         parts.append(
-            f'<text x="{_LEFT - 6}" y="{top + 13}" text-anchor="end">{escape(row.name)}</text>'
-            f'<rect class="track" x="{_LEFT}" y="{top}" '
-            f'width="{_WIDTH - _LEFT - _RIGHT}" height="18"/>'
+            f'<text x="{left - 6}" y="{top + 13}" text-anchor="end">{escape(row.name)}</text>'
+            f'<rect class="track" x="{left}" y="{top}" '
+            f'width="{_WIDTH - left - _RIGHT}" height="18"/>'
         )
         cells = _thinned(row.values, 80)
-        width = (_WIDTH - _LEFT - _RIGHT) / max(1, len(cells))
+        width = (_WIDTH - left - _RIGHT) / max(1, len(cells))
         for place, (_, value) in enumerate(cells):
             if value > 0:
                 parts.append(
-                    f'<rect class="mark {row.colour}" x="{_LEFT + place * width:.1f}" '
+                    f'<rect class="mark {row.colour}" x="{left + place * width:.1f}" '
                     f'y="{top}" width="{max(1.0, width):.1f}" height="18" '
                     f'fill-opacity="{0.25 + 0.75 * min(1, value):.2f}"/>'
                 )
     for step in _steps(last):
-        left = _LEFT
         at = left + (_WIDTH - left - _RIGHT) * (step - 1) / (last - 1)
         parts.append(_step_label(at, height, step, last))
     return _svg(title, parts, height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from mollm.errors import UsageError
 from mollm.evaluation.reading import by_theme, reading_of
 from mollm.evaluation.summary import METRICS_FILE, Estimate
-from mollm.methods.method import OBJECTIVES
+from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.report.run_file import read_run
 from mollm.system.folders import public_name, replace_text
 from mollm.system.parsing import is_file, parse_json, read_text, user_path
@@ -110,26 +111,26 @@ def environment(*packages: str) -> Any:
         series_of=series_of,
         differences=differences,
         line_chart=line_chart,
-        objectives=OBJECTIVES,
+        colours_of=_colours_of,
         raster_chart=raster_chart,
         reading_of=reading_of,
     )
-    made.filters.update(digits=digits, public=public, seconds=duration)
+    made.filters.update(digits=digits, public=public, role=role_of_objective, seconds=duration)
     return made
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the figures of a page show, from the records of its steps."""
     pairs = list(history[0]["cosines"]) if history else []
+    names = list(history[0]["losses"]) if history else OBJECTIVES
     return {
-        "losses": {n: [step["losses"][n] for step in history] for n in OBJECTIVES},
+        "losses": {n: [step["losses"][n] for step in history] for n in names},
         "parts": {
-            n: [_product(step["weights"][n], step["norms"][n]) for step in history]
-            for n in OBJECTIVES
+            n: [_product(step["weights"][n], step["norms"][n]) for step in history] for n in names
         },
         "cosines": {pair: [step["cosines"].get(pair) for step in history] for pair in pairs},
         "conflicts": {
-            n: [float(step["conflicts"].get(n, False)) for step in history] for n in OBJECTIVES
+            n: [float(step["conflicts"].get(n, False)) for step in history] for n in names
         },
         "gap": [step["pareto_gap"] for step in history],
     }
@@ -159,18 +160,29 @@ def public(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) and "/" in value else value
 
 
+def _colours_of(names: Sequence[str]) -> list[str]:
+    """That of its role for the first objective of each; the others of the palette in turn."""
+    rest = itertools.cycle([name for name in _COLOURS if name not in OBJECTIVES])
+    roles = [role_of_objective(name) for name in names]
+    return [
+        role if role in OBJECTIVES and role not in roles[:place] else next(rest)
+        for place, role in enumerate(roles)
+    ]
+
+
 def _product(weight: float | None, norm: float | None) -> float | None:
     return None if weight is None or norm is None else weight * norm
 
 
 def _of_one(run: ReportedRun) -> dict[str, Any]:
     history = run.history
+    shown = curves(history)
     return {
         "run": run,
         "facts": run.facts,
         "history": history,
-        "curves": curves(history),
-        "means": {n: _means(history, n) for n in OBJECTIVES},
+        "curves": shown,
+        "means": {n: _means(history, n) for n in shown["losses"]} if history else {},
         "tables": _tables(run.metrics),
         "examples": _examples(run),
         "columns": list(run.metrics),
@@ -259,8 +271,9 @@ def _of_several(runs: Sequence[ReportedRun]) -> dict[str, Any]:
         "runs": runs,
         "names": names,
         "colours": _COLOURS,
+        "objectives": dict.fromkeys(n for run in runs for n in curves(run.history)["losses"]),
         "series": lambda name: [
-            Series(names[i], [step["losses"][name] for step in run.history], _COLOURS[i])
+            Series(names[i], [step["losses"].get(name) for step in run.history], _COLOURS[i])
             for i, run in enumerate(runs)
         ],
         "unlike": {name: [each.get(name) for each in settings] for name in unlike},

@@ -66,7 +66,7 @@ def test_it_tells_what_was_asked_for_and_how_it_went(folder):
     page = Page(render([read_reported(folder)]))
     for words in (
         "Unlearning in tiny", "12 steps, method mollm", "learning rate 1e-05", "75 s on a CPU",
-        "forget.jsonl 12", "locuslab/TOFU 24", "ab" * 32, "1.16 GiB", "mollm unlearn --config",
+        "forget.jsonl 12", "locuslab/TOFU 24", "ab" * 32, "1.25 GiB", "mollm unlearn --config",
         "Not measured yet", "torch 9.9", "kl 1.5 1.61 1.5 33%", "10 1.5 0.25",
     ):  # fmt: skip
         assert words in page.text, words
