@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
-from mollm.system.precision import autocast
+from mollm.system.precision import autocast, computing_in
 from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def generate_replies(
     batch_size: int = 16,
     done: Done = quietly,
 ) -> list[Reply]:
-    """Greedy replies to `questions`, in their order, padded on the left.
+    """Greedy replies to `questions`, in their order.
 
     Questions of like length are answered together. Every run of white space in a reply becomes one
     space, and a thought that comes before the answer is left out.
@@ -94,13 +95,16 @@ def ask(
         chat: The format of its tokenizer.
         texts: Questions, or examples whose answers are left out.
         max_new_tokens: Where an answer is cut off.
-        batch_size: Questions that are answered together, padded on the left.
+        batch_size: Questions that are answered together, padded on the left; of a model that then
+            answers otherwise, as recurrent ones do, each is answered alone.
         done: Called with the number of questions of each batch.
     """
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     rows = [chat.encode_prompt(text) for text in texts]
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
     replies: dict[int, Reply] = {}
+    if batch_size > 1 and len(rows) > 1 and not answers_alike_in_company(model):
+        batch_size = 1
     for start in range(0, len(rows), batch_size):
         places = order[start : start + batch_size]
         batch = collate([rows[place] for place in places], chat.pad_id, side="left")
@@ -118,6 +122,44 @@ def ask(
         replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
         done(len(places))
     return [replies[place] for place in range(len(rows))]
+
+
+@torch.no_grad()
+def answers_alike_in_company(model: PreTrainedModel) -> bool:
+    """Whether rows of a batch that is padded on the left are answered as each is alone.
+
+    Found by a try, then known. Recurrent models, and some whose positions are learned, take padding
+    for tokens whatever the mask says; some mix the states of rows up.
+    """
+    known: bool | None = getattr(model, "_mollm_answers_alike", None)
+    if known is None:
+        ids = torch.arange(1, 11, device=model.device).view(2, 5)
+        ids = ids % model.get_input_embeddings().weight.shape[0]
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        together = _first_logits(model, ids, mask)
+        alone = _first_logits(model, ids[:1], mask[:1]), _first_logits(model, ids[1:, 2:], None)
+        apart = (together - torch.cat(alone)).abs().max() / together.abs().max()
+        known = bool(apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2))
+        vars(model)["_mollm_answers_alike"] = known
+    return known
+
+
+def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, 3, V]: of the tokens that are written first."""
+    with computing_in("float32"), autocast(model.device):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            min_new_tokens=3,
+            max_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    logits: Tensor = torch.stack(output.logits, 1).double()
+    return logits.masked_fill(~logits.isfinite(), 0)
 
 
 def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:
