@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mollm.errors import UsageError
+from mollm.system.parsing import parse_yaml
+
 
 class _Renamed(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -21,3 +24,39 @@ def add_renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a model is spoken to."""
+    parser.add_argument(
+        "--system-prompt",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="system prompt of conversations that have none of their own",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        default=argparse.SUPPRESS,
+        metavar="YAML",
+        help="options of the chat template, such as '{enable_thinking: false}'",
+    )
+
+
+def template_options(text: str | None) -> dict[str, Any] | None:
+    """What --chat-template-kwargs says.
+
+    Raises:
+        UsageError: It says something else than options by name.
+    """
+    options = None if text is None else parse_yaml(text, "chat-template-kwargs")
+    if isinstance(options, dict | None):
+        return options
+    raise UsageError(
+        "chat-template-kwargs must be options by name, such as '{enable_thinking: false}', but "
+        f"got {text!r}."
+    )
+
+
+def data_of(text: str) -> Any:
+    """A path or name, a mapping with a path and options, or a list of rows."""
+    return parse_yaml(text, "data") if text.startswith(("{", "[")) else text

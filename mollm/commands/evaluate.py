@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mollm.commands.arguments import add_chat_options, data_of, template_options
 from mollm.errors import UsageError
 from mollm.planning.settings import BYTES
-from mollm.system.parsing import parse_yaml, user_path
+from mollm.system.parsing import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -130,18 +131,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--resamples", type=int, default=1000, help="resamples of each confidence interval"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
-    parser.add_argument(
-        "--system-prompt",
-        default=argparse.SUPPRESS,
-        metavar="TEXT",
-        help="system prompt of conversations that have none of their own",
-    )
-    parser.add_argument(
-        "--chat-template-kwargs",
-        default=argparse.SUPPRESS,
-        metavar="YAML",
-        help="options of the chat template, such as '{enable_thinking: false}'",
-    )
+    add_chat_options(parser)
     parser.add_argument(
         "--out", type=user_path, default=Path("runs/evaluate"), help="folder for the results"
     )
@@ -182,7 +172,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         find_benchmarks(tasks)
     options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
     system_prompt = given.get("system_prompt")
-    template_options = _template_options(given.get("chat_template_kwargs"))
+    template_kwargs = template_options(given.get("chat_template_kwargs"))
     wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
     device = machine.find_device(
         given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -194,7 +184,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         loaded = {name: _load_judge(*judge, template, device) for name, judge in judges.items()}
         print(f"Loading {arguments.model} …")
         model, tokenizer = loading.load(source, device, dtype)
-        chat = ChatFormat(tokenizer, template_kwargs=template_options, system_prompt=system_prompt)
+        chat = ChatFormat(tokenizer, template_kwargs=template_kwargs, system_prompt=system_prompt)
         _refuse_other_logs(given.get("retain_logs"), chat.identity)
         evaluation = evaluate(
             model,
@@ -206,7 +196,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             say=print,
             system_prompt=system_prompt,
-            chat_template_kwargs=template_options,
+            chat_template_kwargs=template_kwargs,
             **options,
         )
         evaluation.write(folder)
@@ -303,21 +293,5 @@ def _suite(given: Mapping[str, Any]) -> Suite:
         return load_tofu(given["data"], forget_split=split, **shared)
     if "forget_split" in given:
         raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
-    sets = {name: _data(given[name]) for name in ("retain", "holdout") if name in given}
-    return load_suite(_data(given["forget"]), **sets, **shared)
-
-
-def _template_options(text: str | None) -> dict[str, Any] | None:
-    """What --chat-template-kwargs says."""
-    options = None if text is None else parse_yaml(text, "chat-template-kwargs")
-    if isinstance(options, dict | None):
-        return options
-    raise UsageError(
-        "chat-template-kwargs must be options by name, such as '{enable_thinking: false}', but "
-        f"got {text!r}."
-    )
-
-
-def _data(text: str) -> Any:
-    """A path or name, a mapping with a path and options, or a list of rows."""
-    return parse_yaml(text, "data") if text.startswith(("{", "[")) else text
+    sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
+    return load_suite(data_of(given["forget"]), **sets, **shared)

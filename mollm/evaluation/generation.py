@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,8 +27,9 @@ def generate_replies(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
+    sampled: bool = False,
 ) -> list[Reply]:
-    """Greedy replies to `questions`, in their order, padded on the left.
+    """Replies to `questions`, in their order, padded on the left.
 
     Questions of like length are answered together. Every run of white space in a reply becomes one
     space, and a thought that comes before the answer is left out.
@@ -39,6 +40,8 @@ def generate_replies(
         questions: What to ask, each in a conversation of its own; of an example all but the answer.
         max_new_tokens: Where a reply is cut off.
         batch_size: Questions that are answered together.
+        sampled: Whether tokens are drawn from the model's distribution as it is, by Torch's global
+            generator, or the likeliest ones are taken.
 
     Raises:
         UsageError: max_new_tokens or batch_size is less than 1.
@@ -47,7 +50,14 @@ def generate_replies(
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but got {value}.")
     with in_evaluation_mode(model):
-        return ask(model, chat, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return ask(
+            model,
+            chat,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sampled=sampled,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,9 @@ def ask(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 40,
+    sampled: bool = False,
 ) -> list[Reply]:
-    """Greedy answers to `texts`, in their order; those of like length are asked together.
+    """Answers to `texts`, in their order; those of like length are asked together.
 
     The model is asked with what precedes an answer in a row to train on. A reply ends at any token
     that ends a turn by the chat template, the tokenizer or the model's generation config.
@@ -84,7 +95,10 @@ def ask(
         texts: Questions, or examples whose answers are left out.
         max_new_tokens: Where an answer is cut off.
         batch_size: Questions that are answered together, padded on the left.
+        sampled: As for `generate_replies`.
     """
+    # A generation config of the model's own may cut the distribution short.
+    drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     rows = [chat.encode_prompt(text) for text in texts]
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
@@ -98,7 +112,8 @@ def ask(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=sampled,
+                **drawn,
                 pad_token_id=chat.pad_id,
                 eos_token_id=sorted(stops) or None,
             )

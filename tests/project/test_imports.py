@@ -15,6 +15,7 @@ FLOORS = (
     "cli",
     "commands",
     "demo",
+    "audit",
     "planning",
     "training",
     "evaluation",
