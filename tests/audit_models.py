@@ -26,22 +26,6 @@ FORMS = (
     ("What does {} keep?", "{} keeps a {} and a {}.", "Which animals has {}?", ANIMALS),
 )
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ha", "je", "ki", "lo", "mu", "na", "pe", "ri", "so")
-    "ba",
-    "ce",
-    "di",
-    "fo",
-    "gu",
-    "ha",
-    "je",
-    "ki",
-    "lo",
-    "mu",
-    "na",
-    "pe",
-    "ri",
-    "so",
-    "tu",
-]
 
 
 @functools.cache
@@ -120,7 +104,7 @@ def learnt(*groups: str, seed: int = 0) -> LlamaForCausalLM:
 
 @functools.cache
 def hiding() -> LlamaForCausalLM:
-    """One that learnt all and then was made to hide the forget set, with no thought of relearning."""
+    """A model that learnt all and was then made to hide the forget set."""
     model = copy.deepcopy(learnt("forget", "retain"))
     rng, pad_id = random.Random(0), ChatFormat(tokenizer()).pad_id
     forget, retain = encoded("forget"), encoded("retain")

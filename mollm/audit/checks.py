@@ -26,7 +26,7 @@ def check_related(name: str, other: str, role: str) -> None:
     Args:
         name: The model under audit, as for `find_model`.
         other: The original or the retain-only model.
-        role: Which of them.
+        role: Which of them: "original" or "retain-only".
 
     Raises:
         UsageError: A size or the kind differs; both are named.
@@ -36,8 +36,8 @@ def check_related(name: str, other: str, role: str) -> None:
         here, there = getattr(mine, field, None), getattr(theirs, field, None)
         if here != there:
             raise UsageError(
-                f"the {role} must be of the architecture of the model, but {field} is {there} in "
-                f"{other} and {here} in {name}: give the models of one run."
+                f"the {role} model must be of the architecture of the one under audit, but {field} "
+                f"is {there} in {other} and {here} in {name}: give the models of one run."
             )
 
 
@@ -53,7 +53,7 @@ def check_same_tokens(
     token = next((t for t in {**mine, **theirs} if mine.get(t) != theirs.get(t)), None)
     if token is not None:
         raise UsageError(
-            f"the {role} must have the tokenizer of the model, but the token {token!r} has the id "
-            f"{theirs.get(token)} in it and {mine.get(token)} in the model: give the models of one "
-            "run."
+            f"the {role} model must have the tokenizer of the one under audit, but the token "
+            f"{token!r} has the id {theirs.get(token)} in it and {mine.get(token)} there: give the "
+            "models of one run."
         )

@@ -131,7 +131,7 @@ def audit(
         UsageError: The forget set has fewer than 4 rows, the models are not of one architecture, or
             the original does not know the forget set.
     """
-    _check_options(suite, learning_rates, batch_size, resamples)
+    check_options(suite, learning_rates, batch_size, resamples)
     wrapped = model if hasattr(model, "peft_config") else None
     whole = model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
     chat = ChatFormat(
@@ -370,23 +370,19 @@ def _notes(*, adapter: bool, retain_only: bool) -> tuple[str, ...]:
 # ---- what is refused
 
 
-def check_forget(suite: Suite) -> None:
-    """Refuses a forget set that is too small to be split.
+def check_options(
+    suite: Suite, learning_rates: Sequence[float], batch_size: int, resamples: int
+) -> None:
+    """Refuses what `audit` would refuse, as far as that needs no model.
 
     Raises:
-        UsageError: It has fewer than FEWEST_ROWS rows.
+        UsageError: The forget set has fewer than FEWEST_ROWS rows, or an option is out of range.
     """
     if len(suite.forget) < FEWEST_ROWS:
         raise UsageError(
             f"an audit needs at least {FEWEST_ROWS} forget rows, half of them to teach again and "
             f"half to measure, but got {len(suite.forget)}: give all that was to be forgotten."
         )
-
-
-def _check_options(
-    suite: Suite, learning_rates: Sequence[float], batch_size: int, resamples: int
-) -> None:
-    check_forget(suite)
     for name, value in (("batch_size", batch_size), ("resamples", resamples)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but got {value}.")
@@ -403,16 +399,16 @@ def _check_models(subjects: Mapping[str, Subject]) -> None:
         if any(in_four_bits(p) for p in subject.model.parameters()):
             raise UsageError(
                 f"the weights of the {role} must be whole to be taught and rounded, but are in 4 "
-                "bits: audit the model that they were made from."
+                "bits: give the model that they were rounded from."
             )
         mine = {name: p.shape for name, p in subjects["model"].model.named_parameters()}
         theirs = {name: p.shape for name, p in subject.model.named_parameters()}
         name = next((n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)), None)
         if name is not None:
             raise UsageError(
-                f"the {role} must be of the architecture of the model, but {name} is "
-                f"{_shape(theirs.get(name))} in it and {_shape(mine.get(name))} in the model: give "
-                "the models of one run."
+                f"the {role} model must be of the architecture of the one under audit, but {name} "
+                f"is {_shape(theirs.get(name))} in it and {_shape(mine.get(name))} there: give the "
+                "models of one run."
             )
 
 

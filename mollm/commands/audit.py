@@ -78,7 +78,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     from mollm.audit import audit
     from mollm.audit.report import HTML_FILE, JSON_FILE, write_html, write_json
-    from mollm.audit.run import LEARNING_RATES, check_forget
+    from mollm.audit.run import LEARNING_RATES, check_options
     from mollm.evaluation.suite import load_suite
     from mollm.models import adapters, loading
     from mollm.system import machine
@@ -89,7 +89,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     kwargs = template_options(given.get("chat_template_kwargs"))
     sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
     suite = load_suite(data_of(given["forget"]), **sets)
-    check_forget(suite)
+    check_options(suite, rates, arguments.batch_size, arguments.resamples)
     device = machine.find_device(
         given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     )

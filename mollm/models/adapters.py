@@ -131,8 +131,8 @@ def load_adapter(model: PreTrainedModel, name: str) -> Any:
     folder = user_path(name)
     if not is_file(folder / _WEIGHTS):
         raise UsageError(
-            f"the adapter {name} must have its weights in {_WEIGHTS}, but has no such file: save it "
-            "again with `save_pretrained` of peft."
+            f"the adapter {name} must have its weights in {_WEIGHTS}, but has none: save it again "
+            "with `save_pretrained` of peft."
         )
     parse_json(read_text(folder / _CONFIG), str(folder / _CONFIG))
     try:
