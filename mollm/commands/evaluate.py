@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, device_of, template_options
+from mollm.commands.arguments import add_loading, data_of, device_of, template_options
 from mollm.errors import UsageError
-from mollm.system.parsing import parse_json, parse_yaml, read_text, user_path
+from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
 
 if TYPE_CHECKING:
@@ -443,10 +443,5 @@ def _suite(given: Mapping[str, Any]) -> Suite:
         return load_tofu(given["data"], forget_split=split, **shared)
     if "forget_split" in given:
         raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
-    sets = {name: _data(given[name]) for name in ("retain", "holdout") if name in given}
-    return load_suite(_data(given["forget"]), **sets, **shared)
-
-
-def _data(text: str) -> Any:
-    """A path or name, a mapping with a path and options, or a list of rows."""
-    return parse_yaml(text, "data") if text.startswith(("{", "[")) else text
+    sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
+    return load_suite(data_of(given["forget"]), **sets, **shared)

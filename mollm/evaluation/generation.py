@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ def generate_replies(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
+    sampled: bool = False,
     done: Done = quietly,
 ) -> list[Reply]:
-    """Greedy replies to `questions`, in their order.
+    """Replies to `questions`, in their order.
 
     Questions of like length are answered together. Every run of white space in a reply becomes one
     space, and a thought that comes before the answer is left out.
@@ -42,6 +43,8 @@ def generate_replies(
         questions: What to ask, each in a conversation of its own; of an example all but the answer.
         max_new_tokens: Where a reply is cut off.
         batch_size: Questions that are answered together.
+        sampled: Whether tokens are drawn from the model's distribution as it is, by Torch's global
+            generator, or the likeliest ones are taken.
         done: Called with the number of questions of each batch.
 
     Raises:
@@ -57,6 +60,7 @@ def generate_replies(
             questions,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            sampled=sampled,
             done=done,
         )
 
@@ -83,9 +87,10 @@ def ask(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 40,
+    sampled: bool = False,
     done: Done = quietly,
 ) -> list[Reply]:
-    """Greedy answers to `texts`, in their order; those of like length are asked together.
+    """Answers to `texts`, in their order; those of like length are asked together.
 
     The model is asked with what precedes an answer in a row to train on. A reply ends at any token
     that ends a turn by the chat template, the tokenizer or the model's generation config.
@@ -97,8 +102,11 @@ def ask(
         max_new_tokens: Where an answer is cut off.
         batch_size: Questions that are answered together, padded on the left; of a model that then
             answers otherwise, as recurrent ones do, each is answered alone.
+        sampled: As for `generate_replies`.
         done: Called with the number of questions of each batch.
     """
+    # A generation config of the model's own may cut the distribution short.
+    drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     rows = [chat.encode_prompt(text) for text in texts]
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
@@ -114,7 +122,8 @@ def ask(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=sampled,
+                **drawn,
                 pad_token_id=chat.pad_id,
                 eos_token_id=sorted(stops) or None,
             )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mollm.distributed import processes
 from mollm.errors import UsageError, did_you_mean
 from mollm.models import forward, four_bits
-from mollm.system.parsing import reason_of
+from mollm.system.parsing import is_file, parse_json, read_text, reason_of, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ ALL_LINEAR = "all-linear"
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")
 _TASKS = (None, "CAUSAL_LM")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def _all_are(kind: type) -> Callable[[Any], bool]:
@@ -170,6 +171,35 @@ def given(model: Any) -> Any:
     _let_gradients_through_four_bits(model)
     _refuse_heads_out_of_reach(model.get_base_model(), config)
     return model
+
+
+def is_adapter(name: str) -> bool:
+    """Whether there is a folder of that name with an adapter and no whole model."""
+    folder = user_path(name)
+    return is_file(folder / _CONFIG) and not is_file(folder / "config.json")
+
+
+def load_adapter(model: PreTrainedModel, name: str) -> Any:
+    """The model in the wrapper of `peft`, with the adapter of a folder; not to be trained.
+
+    Raises:
+        UsageError: The adapter cannot be read, is pickled, or was made for another model.
+    """
+    from peft import PeftModel
+
+    folder = user_path(name)
+    if not is_file(folder / _WEIGHTS):
+        raise UsageError(
+            f"the adapter {name} must have its weights in {_WEIGHTS}, but has none: save it again "
+            "with `save_pretrained` of peft."
+        )
+    parse_json(read_text(folder / _CONFIG), str(folder / _CONFIG))
+    try:
+        return PeftModel.from_pretrained(model, str(folder), local_files_only=True).eval()
+    except Exception as error:  # readers of configurations and weights raise what they like
+        raise UsageError(
+            f"the adapter {name} cannot be put on {model.name_or_path}: {reason_of(error)}."
+        ) from error
 
 
 def check_adapter(config: Any, *, of_given_model: bool = False) -> None:

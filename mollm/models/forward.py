@@ -100,13 +100,16 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     dtype = compute_dtype(device).dtype
     if dtype != torch.float32:
-        after = set(head(copied).modules())
-        for module in copied.modules():
-            if isinstance(module, nn.Linear) and not (
-                module in after or in_four_bits(module.weight)
-            ):
+        for module in linears_before_head(copied):
+            if not in_four_bits(module.weight):
                 module.weight.data = module.weight.data.to(dtype)
     return copied
+
+
+def linears_before_head(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear layers of a model but for those of its head."""
+    after = set(head(model).modules())
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m not in after]
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

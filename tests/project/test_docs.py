@@ -23,7 +23,10 @@ PAGES = {
     str(path.relative_to(DOCS)): path.read_text(encoding="utf-8")
     for path in sorted(DOCS.glob("**/*.md"))
 }
-PACKAGES = ("mollm", "mollm_ops", "mollm_ops.reference", "mollm.methods", "mollm.evaluation")
+PACKAGES = (
+    *("mollm", "mollm_ops", "mollm_ops.reference"),
+    *("mollm.methods", "mollm.evaluation", "mollm.audit"),
+)
 SETTINGS = pages.blocks(PAGES["guide/trainer.md"], "yaml")[0]
 
 
