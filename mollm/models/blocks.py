@@ -86,7 +86,7 @@ def _size(modules: Sequence[nn.Module]) -> int:
 
 
 def _ids(model: PreTrainedModel) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(2 * _TOKENS, device=model.device).reshape(2, _TOKENS)
     return ids % vocabulary
 

@@ -341,7 +341,6 @@ class Tape:
                 if call.number == number:
                     self._back(call, params, pending, rows, first)
             yield from self._touched(params, rows)
-            del rows
         if any(pending):
             self._refuse_order()
         self._complete = True
@@ -419,4 +418,7 @@ class Tape:
     def _touched(self, params: list[Tensor], rows: Rows) -> Iterator[tuple[list[Tensor], Rows]]:
         some = [n for n in range(len(params)) if any(row[n] is not None for row in rows)]
         if some:
-            yield [params[n] for n in some], [[row[n] for n in some] for row in rows]
+            found = [[row[n] for n in some] for row in rows]
+            yield [params[n] for n in some], found
+            for row in found:
+                row.clear()  # before the next ones are made

@@ -529,7 +529,10 @@ class MOLLMOptimizer(Optimizer):
 
     def _pieces(self, params: Sequence[Tensor]) -> Iterator[tuple[Sharding, list[Tensor], Lists]]:
         for some, lists in self._store.buckets(params):
-            yield from by_sharding(some, lists)
+            for sharding, mine, rows in by_sharding(some, lists):
+                yield sharding, mine, rows
+                for row in rows:
+                    row.clear()  # before the next ones arrive, whoever still has the lists
 
     def _grams(
         self, params: Sequence[Tensor], lists: Lists, clip: Tensor | None

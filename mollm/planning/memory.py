@@ -105,7 +105,7 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
         shape=shape,
         settings=settings,
         trainable=_trainable(shape, settings),
-        stages=tuple(_stages(shape, settings)),
+        stages=tuple((_streamed_stages if settings.streams else _stages)(shape, settings)),
         host_bytes=(
             OBJECTIVES * _trainable(shape, settings) * settings.gradient_bytes
             if settings.gradient_memory == "host" and settings.device == "cuda"
@@ -426,3 +426,83 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
         M * 5 * 4 * shape.hidden,
         M * settings.weight_bytes * shape.hidden,
     )
+
+
+# ---- the stages of a step that streams its gradients
+
+
+def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
+    """Forward of both sides up to the last block, losses, and the sweeps over the blocks.
+
+    Micro-batches wait for the sweeps with all of their block inputs.
+    """
+    lasting = _lasting(shape, settings)
+    stream = settings.tokens * settings.weight_bytes * shape.hidden
+    side = (shape.num_layers + 1) * stream  # what blocks are given, and what the last one returns
+    earlier = settings.accumulation - 1
+    size = settings.gradient_bytes
+    ends = (_trainable(shape, settings) - shape.num_layers * shape.layer_parameters) * size
+    dW = shape.embedding * size if settings.trains_head else 0
+    late = 0 if shape.tied else dW  # embeddings of their own have no gradient before the sweeps
+
+    def stage(name: str, sides: int, cotangents: int, ends: int, parts: Mapping[str, int]) -> Stage:
+        everything = lasting | {
+            "block inputs": (2 * earlier + sides) * side,
+            "cotangents": (OBJECTIVES * earlier + cotangents) * stream,
+            "embeddings, head and norm": ends,
+            **parts,
+        }
+        return Stage(name, {part: n for part, n in everything.items() if n})
+
+    def top(objectives: int) -> int:
+        """Bytes of the gradients outside of the blocks that the losses have left by then."""
+        return (OBJECTIVES if earlier else objectives) * (ends - late)
+
+    final = {"activations": _final(shape, settings)}
+    forward = {"working set": _forward_pass(shape, settings)}
+    original = {"states of the original": settings.answers * shape.hidden * settings.weight_bytes}
+    _, norm, _ = _working_sets(shape, settings)
+
+    def backward(losses: int) -> dict[str, int]:
+        waiting = {"head gradients of the losses": _loss_gradients(shape, settings, losses)}
+        return final | waiting | {"working set": norm + (dW if earlier else 0)}
+
+    yield stage("forget forward", 1, 0, top(0), forward)
+    yield stage("forget loss", 1, 0, top(0), final | _loss(shape, settings, 1))
+    yield stage("forget backward, head", 1, 1, top(1), backward(1))
+    yield stage("retain forward", 2, 1, top(1), forward)
+    yield stage("reference", 2, 1, top(1), {"working set": _reference_pass(shape, settings)})
+    yield stage("retain loss", 2, 1, top(1), final | original | _loss(shape, settings, 2))
+    yield stage("retain backward, head", 2, 3, top(3), original | backward(2))
+    whole = OBJECTIVES * ends
+    block = max(_block_moments(shape, settings), key=lambda parts: sum(parts.values()))
+    yield stage("blocks, twice", 2, 2 * OBJECTIVES, whole, block)
+    if dW:  # on top of those of a tied head
+        yield stage("embeddings", 2, 2 * OBJECTIVES, whole, {"gradient in the making": dW - late})
+
+
+def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, int]]:
+    """The fullest moments of a block's K backwards: KL, whose activations stay, and retain."""
+    layer = shape.layer_parameters * settings.gradient_bytes
+    down = shape.hidden * shape.intermediate * settings.gradient_bytes
+    mlp, norm, residual = _working_sets(shape, settings)
+    freed = settings.tokens * settings.product_bytes * shape.intermediate
+    again = settings.accumulation > 1  # then all objectives' are there from the last micro-batch
+
+    def moment(gradients: int, working: int, kept: bool = True) -> dict[str, int]:
+        return {
+            "gradients of a block": gradients,
+            "activations": kept * _layer(shape, settings),
+            "working set": working,
+        }
+
+    before = (OBJECTIVES if again else OBJECTIVES - 1) * layer
+    yield moment(before + again * layer, norm + residual)
+    yield moment(before + down, mlp + residual - freed)
+    yield moment(before + layer, norm + residual, kept=False)
+
+
+def _forward_pass(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of a layer's forward pass of which nothing is kept, at the end of its MLP."""
+    r, p = settings.weight_bytes, settings.product_bytes
+    return settings.tokens * (2 * r * shape.hidden + 3 * p * shape.intermediate)

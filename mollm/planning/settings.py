@@ -13,7 +13,10 @@ BYTES = {"float32": 4, "bfloat16": 2}
 DEVICES = ("cpu", "cuda")
 
 
-GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host")
+STREAMED = "streamed"
+
+
+GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
 
 
 REFERENCES = ("copy", "adapter", "cache")
@@ -97,6 +100,16 @@ class PlanSettings:
                 f"quantization must be left out without LoRA, but got {self.quantization!r}: give "
                 "a lora_rank."
             )
+        if self.streams and self.lora_rank:
+            raise UsageError(
+                f"gradient_memory must be another one than {STREAMED!r} with LoRA, whose gradients "
+                "take next to no memory as they are: leave it out."
+            )
+        if self.streams and self.gradient_checkpointing:
+            raise UsageError(
+                f"gradient_checkpointing must be left out with gradient_memory {STREAMED!r}, which "
+                "computes every block again anyway: leave it out."
+            )
 
     @property
     def of_retain_batch(self) -> PlanSettings:
@@ -143,6 +156,10 @@ class PlanSettings:
         if self.gradient_memory == "host" and self.device == "cuda":
             return 0
         return 2 if self.gradient_memory == "bfloat16" else self.gradient_bytes
+
+    @property
+    def streams(self) -> bool:
+        return self.gradient_memory == STREAMED
 
     @property
     def trains_head(self) -> bool:
