@@ -7,7 +7,7 @@ import functools
 import random
 
 import torch
-from mollm.training.loop import unlearn
+from plain_loop import unlearn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
