@@ -13,6 +13,7 @@ from mollm.errors import UsageError
 from mollm.evaluation import metrics
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 from mollm.evaluation.registry import choose, columns_of, obstacle
+from mollm.system.tables import aligned
 
 METRICS_FILE = "metrics.json"
 _HARMFUL = "forget_harmful_rate"
@@ -69,11 +70,10 @@ class Evaluation:
 
     def table(self) -> str:
         """All figures, one per line, then those that are missing with the reason."""
-        width = max(map(len, self.estimates), default=0)
-        lines = [
-            f"{name:<{width}}  {e.value:>10.4g}  [{e.low:.4g}, {e.high:.4g}]  n={e.examples}"
+        lines = aligned(
+            (name, f"{e.value:.4g}", f"[{e.low:.4g}, {e.high:.4g}]", f"n={e.examples}")
             for name, e in self.estimates.items()
-        ]
+        )
         reasons: dict[str, list[str]] = {}
         for name, reason in self.missing.items():
             reasons.setdefault(reason.partition(" needs ")[2], []).append(name)
