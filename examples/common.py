@@ -16,7 +16,7 @@ from mollm import CopyReference, Objectives
 from mollm.data import load_records
 from mollm.data.chat import ChatFormat, collate
 from mollm.data.encoding import encode_records
-from mollm.data.samplers import PairSampler, RowSampler
+from mollm.data.samplers import RowSampler
 from mollm.models.loading import find_model, load
 
 SAMPLES = Path(mollm.__file__).parent / "samples"
@@ -55,6 +55,6 @@ def batches(
     for role, name in (("forget", "authors-forget.jsonl"), ("retain", "authors-retain.jsonl")):
         rows = encode_records(load_records(SAMPLES / name, role=role), chat, max_length=512).rows
         samplers.append(RowSampler(rows, 8, seed=0, name=role, rank=rank, world_size=world_size))
-    for pair in PairSampler(*samplers):
+    for pair in zip(*samplers, strict=True):
         forget, retain = (vars(collate(rows, chat.pad_id).to(device)) for rows in pair)
         yield forget, retain

@@ -11,6 +11,8 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 if TYPE_CHECKING:
     from mollm.data import Record, load_records
     from mollm.errors import UsageError
+    from mollm.evaluation.preview import preview
+    from mollm.models.blocks import find_blocks
     from mollm.optim.optimizer import MOLLMOptimizer
     from mollm.optim.step_report import StepReport
     from mollm.training.config import MOLLMConfig
@@ -29,7 +31,9 @@ __all__ = [
     "Record",
     "StepReport",
     "UsageError",
+    "find_blocks",
     "load_records",
+    "preview",
 ]
 
 _HOME = {
@@ -41,7 +45,9 @@ _HOME = {
     "Record": "mollm.data",
     "StepReport": "mollm.optim.step_report",
     "UsageError": "mollm.errors",
+    "find_blocks": "mollm.models.blocks",
     "load_records": "mollm.data",
+    "preview": "mollm.evaluation.preview",
 }
 
 

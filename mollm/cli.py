@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from mollm import __version__
-from mollm.commands import demo, doctor, evaluate, plan, unlearn
+from mollm.commands import ask, demo, doctor, evaluate, plan, preview, report, unlearn
 from mollm.errors import UsageError
 
-_COMMANDS = (demo, unlearn, evaluate, plan, doctor)
+_COMMANDS = (demo, preview, unlearn, evaluate, ask, report, plan, doctor)
 _EXTRAS = (
     "accelerate",
     "bitsandbytes",

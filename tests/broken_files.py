@@ -105,6 +105,18 @@ class Case:
     kind: str
     name: str
     argv: list[str]
+    names: str = ""
+    """What a sentence about it must name."""
+    refused: bool = False
+    """Whether it can only be an error."""
+
+    def wrong(self, outcome: Outcome) -> str | None:
+        """What the command line should not have done; None where all is well."""
+        if outcome.wrong is None and self.refused and outcome.status == 0:
+            return "not refused"
+        if outcome.wrong is None and outcome.status == 2 and self.names not in outcome.err:
+            return f"does not name {self.names}"
+        return outcome.wrong
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,10 @@ class Inputs:
         order = (0, 1, 0, 2, 0, 1, 0, 2, 0, 1) if forget is None else (0, 1)
         number = 3 if forget is None and number % 20 == 11 else order[number % len(order)]
         return commands[number]
+
+
+Make = Callable[[Inputs, int], Iterator[Case]]
+"""Makes all cases from a seed."""
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -575,9 +591,9 @@ def run(argv: list[str], scratch: Path) -> Outcome:
         ended, wait, used = os.wait4(pid, os.WNOHANG)
         if ended:
             break
-        if time.monotonic() - started > 3 * SECONDS:
+        if time.monotonic() - started > 9 * SECONDS or _processor_seconds(pid) > 2 * SECONDS:
             os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+        time.sleep(0.02)
     return Outcome(
         os.waitstatus_to_exitcode(wait),
         out.read_text(errors="replace"),
@@ -586,6 +602,11 @@ def run(argv: list[str], scratch: Path) -> Outcome:
         used.ru_utime + used.ru_stime,
         used.ru_maxrss * 1024,
     )
+
+
+def _processor_seconds(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _in_child(argv: list[str], out: Path, err: Path) -> int:
@@ -633,7 +654,9 @@ def prepare() -> None:
     import mollm.training.trainer  # noqa: F401
 
 
-def try_all(seed: int, chosen: Callable[[int, Case], bool]) -> tuple[Counter[str], list[str]]:
+def try_all(
+    make: Make, seed: int, chosen: Callable[[int, Case], bool]
+) -> tuple[Counter[str], list[str]]:
     """Tries the chosen cases: how many of each kind, and what was wrong."""
     prepare()
     tried: Counter[str] = Counter()
@@ -642,17 +665,18 @@ def try_all(seed: int, chosen: Callable[[int, Case], bool]) -> tuple[Counter[str
         tempfile.tempdir = folder  # logs of defects
         try:
             inputs = Inputs(Path(folder) / "inputs")
-            for number, case in enumerate(cases(inputs, seed)):
+            for number, case in enumerate(make(inputs, seed)):
                 if not chosen(number, case):
                     continue
                 outcome = run(case.argv, Path(folder))
                 tried[case.kind] += 1
-                if outcome.wrong:
+                reason = case.wrong(outcome)
+                if reason:
                     log = "".join(
                         path.read_text()[-1500:] for path in Path(folder).glob("mollm-*.log")
                     )
                     wrong.append(
-                        f"{number} {case.kind}, {case.name}: {outcome.wrong} "
+                        f"{number} {case.kind}, {case.name}: {reason} "
                         f"({outcome.status}, {outcome.seconds:.1f} s, {outcome.peak >> 20} MiB): "
                         f"mollm {case.argv[0]}: {outcome.err[-500:]}{log}"
                     )
@@ -664,15 +688,20 @@ def try_all(seed: int, chosen: Callable[[int, Case], bool]) -> tuple[Counter[str
     return tried, wrong
 
 
-def main() -> int:
-    """Tries the cases that are asked for and prints what was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_options(about: str | None) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--kind", default="", help="the beginning of the kinds to try")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="one case in N")
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def run_all(make: Make, asked: argparse.Namespace) -> int:
+    """Tries the cases that are asked for and prints what was wrong."""
     begun = time.monotonic()
     tried, wrong = try_all(
+        make,
         asked.seed,
         lambda number, case: case.kind.startswith(asked.kind) and number % asked.every == 0,
     )
@@ -684,4 +713,4 @@ def main() -> int:
 if __name__ == "__main__":
     for folder in (Path(__file__).parent, Path(__file__).parents[1]):
         sys.path.insert(0, str(folder))
-    sys.exit(main())
+    sys.exit(run_all(cases, run_options(__doc__)))

@@ -51,6 +51,9 @@ OPTIONS = {
         "gradient_checkpointing": True,
     },
     "lora cached": {"lora": {"modules_to_save": ["lm_head"]}, "reference": "cache"},
+    "several sets": {"several": True, "preferences": {"kl": 20, "retain_b": 2}},
+    "relearning": {"relearn_steps": 2, "per_device_train_batch_size": 2},
+    "relearning with lora": {"relearn_steps": 2, "lora": {"target_modules": "all-linear"}},
 }
 
 
@@ -67,7 +70,16 @@ class StopAfter(TrainerCallback):
 
 
 def trainer(
-    out, layout="one", *, model=None, steps=3, tied=False, lora=None, dtype=torch.float64, **options
+    out,
+    layout="one",
+    *,
+    model=None,
+    steps=3,
+    tied=False,
+    lora=None,
+    dtype=torch.float64,
+    several=False,
+    **options,
 ):
     """A trainer whose steps see the same rows whatever the number of processes."""
     world = processes.world_size()
@@ -92,11 +104,12 @@ def trainer(
         "max_length": 128,
         "fsdp": SHARDED.get(layout),
     }
+    sets = [{"a": rows[:6], "b": rows[6:]} if several else rows for rows in (FORGET, RETAIN)]
     return MOLLMTrainer(
         tiny.model(tie_word_embeddings=tied).to(dtype) if model is None else model,
         MOLLMConfig(output_dir=str(out), **(settings | options)),
-        forget_dataset=FORGET,
-        retain_dataset=RETAIN,
+        forget_dataset=sets[0],
+        retain_dataset=sets[1],
         eval_dataset={"forget": FORGET[:3], "retain": RETAIN[:5]},
         processing_class=tiny.tokenizer(),
         peft_config=peft_config,
@@ -234,7 +247,7 @@ KINDS = {
     "unlike": unlike,
     "in_bfloat16": in_bfloat16,
 }
-COPIES = ("adamw", "in micro-batches", "clipped", "cached", "lora")
+COPIES = ("adamw", "in micro-batches", "clipped", "cached", "lora", "several sets", "relearning")
 PARTS = tuple(OPTIONS)
 RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"))
 
@@ -245,7 +258,9 @@ def cases_for(world):
         return [
             ("train", "copies", "adamw"),
             ("train", "copies", "in micro-batches"),
+            ("train", "copies", "several sets"),
             ("train", "hsdp", "adamw"),
+            ("train", "hsdp", "relearning"),
             ("read", "hsdp", "adamw"),
             ("stopped", "copies", "adamw"),
         ]

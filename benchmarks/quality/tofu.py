@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mollm.data.chat import Batch, ChatFormat, Example, Tokens, collate
 from mollm.data.files import read_table
+from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.evaluation import Suite, evaluate, load_tofu
 from mollm.methods import answers_of
@@ -95,16 +96,16 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
     known = [example for part in parts.values() for example in part]
     blank, chat = _beginner(known, size, seed, device)
     rows = {name: [chat.encode(e) for e in part] for name, part in parts.items()}
-    name = f"tofu-{seed}-{hashlib.sha256(repr(size).encode()).hexdigest()[:12]}"
+    name = _name(seed, size)
 
-    def taught(names: Sequence[str], file: str) -> LlamaForCausalLM:
+    def taught(names: Sequence[str], file: Path) -> LlamaForCausalLM:
         lessons = [row for name in names for row in rows[name]]
-        return _taught(blank, lessons, chat.pad_id, size, seed, cache / file)
+        return _taught(blank, lessons, chat.pad_id, size, seed, file)
 
-    model = taught(list(rows), f"{name}.pt")
+    model = taught(list(rows), cache / f"{name}.pt")
     suite = _suite(data, parts)
     others = [name for name in rows if name not in ("forget", "rephrased")]
-    retrained = taught(others, f"{name}-retain-only.pt")
+    retrained = taught(others, _retain_only_file(cache, name))
     logs = evaluate(
         retrained,
         chat.tokenizer,
@@ -148,6 +149,32 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
         rewordings={"forget, rephrased": rephrased},
         figures=lambda model: _figures_of_a_run(model, chat, suite),
     )
+
+
+def records(data: Path, seed: int, size: Size) -> tuple[dict[str, list[Record]], Any]:
+    """What the model of a case is to forget and to retain, for a trainer, and its tokenizer."""
+    parts = _draw(data, random.Random(f"authors {seed}"), size)
+    known = [example for part in parts.values() for example in part]
+    _, chat = _beginner(known, size, seed, torch.device("cpu"))
+    named = {n: [Record(e.question, e.answer) for e in parts[n]] for n in ("forget", "retain")}
+    return named, chat.tokenizer
+
+
+def retain_only(seed: int, size: Size, case: Case, cache: Path) -> Any:
+    """The model of the case that has never learnt what is to be forgotten, once it is made."""
+    model = copy.deepcopy(case.model)
+    model.load_state_dict(
+        torch.load(_retain_only_file(cache, _name(seed, size)), weights_only=True)
+    )
+    return model
+
+
+def _name(seed: int, size: Size) -> str:
+    return f"tofu-{seed}-{hashlib.sha256(repr(size).encode()).hexdigest()[:12]}"
+
+
+def _retain_only_file(cache: Path, name: str) -> Path:
+    return cache / f"{name}-retain-only.pt"
 
 
 def _answers(model: Any, batch: Batch) -> Any:

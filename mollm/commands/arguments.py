@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mollm.errors import UsageError
+from mollm.planning.settings import BYTES
+from mollm.system.parsing import parse_yaml
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Renamed(argparse.Action):
@@ -21,3 +28,54 @@ def add_renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of commands that load a model and ask it."""
+    parser.add_argument(
+        "--system-prompt",
+        metavar="TEXT",
+        help="system prompt of conversations that have none of their own",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="YAML",
+        help="options of the chat template, such as '{enable_thinking: false}'",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=BYTES,
+        default="float32",
+        help="dtype of weights and computation (default: float32)",
+    )
+    parser.add_argument(
+        "--device", help="a Torch device (default: cuda where there is a GPU, else cpu)"
+    )
+
+
+def template_options(text: str | None) -> dict[str, Any] | None:
+    """What --chat-template-kwargs says.
+
+    Raises:
+        UsageError: It is no mapping.
+    """
+    options = None if text is None else parse_yaml(text, "chat-template-kwargs")
+    if isinstance(options, dict | None):
+        return options
+    raise UsageError(
+        "chat-template-kwargs must be options by name, such as '{enable_thinking: false}', but "
+        f"got {text!r}."
+    )
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name; None for a GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    import torch
+
+    from mollm.system import machine
+
+    return machine.find_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mollm.commands.arguments import add_loading, device_of, template_options
 from mollm.errors import UsageError
-from mollm.planning.settings import BYTES
-from mollm.system.parsing import parse_yaml, user_path
+from mollm.system.parsing import parse_json, parse_yaml, read_text, user_path
+from mollm.system.terminal import has_colour, progress
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mollm.evaluation.judges import Judge
     from mollm.evaluation.suite import Suite
+    from mollm.evaluation.summary import Evaluation
+    from mollm.models.loading import Source
+
+_NO_ORIGINAL = "none"
+_OWN = ("run", "no_cache", "explain", "json")
+_ABOUT_BYTES = 1 << 24
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,10 +37,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "evaluate",
         help="measure what a model forgot and what it still knows",
         description=(
-            "Measures a model on the files that it was unlearned with or on those of TOFU, with "
-            "confidence intervals, and writes metrics.json, for each question examples.jsonl, and "
-            "about.json with the settings and versions. Pass the examples.jsonl of a model trained "
-            "without the forget set as --retain-logs."
+            "Measures a model, and the original beside it, on the files that it was unlearned with "
+            "or on those of TOFU, with confidence intervals, and writes metrics.json, for each "
+            "question examples.jsonl, and about.json with the settings and versions. Of a run of "
+            "`mollm unlearn` the original and the files are known, and its report gets the "
+            "metrics. Pass the examples.jsonl of a model trained without the forget set as "
+            "--retain-logs."
         ),
         epilog=(
             "To train such a model, start from what it was before it learnt the data and give all "
@@ -43,11 +57,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    model = "a model folder, a .gguf file or a hub name"
+    model = "a run, a model folder, a .gguf file or a hub name"
     parser.add_argument(
         "--model", required=True, default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--data",
         default=argparse.SUPPRESS,
@@ -60,7 +74,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="PATH_OR_HUB_NAME",
         help="instead of TOFU: the examples to forget, as for `mollm unlearn`, optionally with "
-        "options: '{path: locuslab/TOFU, config: forget10}'",
+        "options: '{path: locuslab/TOFU, config: forget10}' (default: those of the run)",
     )
     for name, purpose in (
         ("retain", "examples to retain"),
@@ -88,7 +102,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--original",
         default=argparse.SUPPRESS,
         metavar="PATH_OR_HUB_NAME",
-        help="the model before unlearning, for KL and perplexity",
+        help="the model before unlearning, or none (default: as the run or the card says); its "
+        "figures are kept for the next time",
     )
     parser.add_argument(
         "--judge",
@@ -131,47 +146,40 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
     parser.add_argument(
-        "--system-prompt",
+        "--no-cache", action="store_true", help="measure the original even if that is known"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="say why figures are missing, and how to get them"
+    )
+    parser.add_argument(
+        "--out",
+        type=user_path,
         default=argparse.SUPPRESS,
-        metavar="TEXT",
-        help="system prompt of conversations that have none of their own",
+        help="folder for the results (default: evaluation in the folder of the run, else "
+        "runs/evaluate)",
     )
-    parser.add_argument(
-        "--chat-template-kwargs",
-        default=argparse.SUPPRESS,
-        metavar="YAML",
-        help="options of the chat template, such as '{enable_thinking: false}'",
-    )
-    parser.add_argument(
-        "--out", type=user_path, default=Path("runs/evaluate"), help="folder for the results"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=BYTES,
-        default="float32",
-        help="dtype of weights and computation",
-    )
-    parser.add_argument(
-        "--device",
-        default=argparse.SUPPRESS,
-        help="a Torch device (default: cuda where there is a GPU, else cpu)",
-    )
+    add_loading(parser)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from mollm.data.chat import ChatFormat
-    from mollm.evaluation.benchmarks import find_benchmarks, general_benchmarks
-    from mollm.evaluation.evaluate import evaluate, wanted_scores
+    from mollm.evaluation.benchmarks import find_benchmarks
+    from mollm.evaluation.evaluate import wanted_scores
     from mollm.evaluation.judges import checked_template
     from mollm.models import loading
-    from mollm.system import machine
-    from mollm.system.folders import replace_text, staged
+    from mollm.report.page import ORIGINAL
+    from mollm.report.run_file import model_of, original_of, run_of
+    from mollm.system.folders import staged
 
-    given = vars(arguments)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given["model"] = model_of(arguments.model)
+    run = run_of(given["model"])
+    _fill_in(given, run)
+    out = given.setdefault("out", _default_out(run))
     names = given["metrics"].split(",") if "metrics" in given else None
-    _keep_logs(given.get("retain_logs"), arguments.out)
+    _keep_logs(given.get("retain_logs"), out)
     suite = _suite(given)
     judges = _judges(given.get("judge", ()))
     if "judge_template" in given and not judges:
@@ -180,50 +188,182 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
     if tasks is not None:
         find_benchmarks(tasks)
-    options = {name: given[name] for name in ("batch_size", "max_new_tokens", "resamples")}
-    system_prompt = given.get("system_prompt")
-    template_options = _template_options(given.get("chat_template_kwargs"))
-    wanted_scores(suite, names=names, original="original" in given, judges=judges, **options)
-    device = machine.find_device(
-        given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    )
-    source = loading.find_model(arguments.model)
-    first = loading.find_model(given["original"]) if "original" in given else None
-    dtype = getattr(torch, arguments.dtype)
-    with staged(arguments.out) as folder:
-        loaded = {name: _load_judge(*judge, template, device) for name, judge in judges.items()}
-        print(f"Loading {arguments.model} …")
-        model, tokenizer = loading.load(source, device, dtype)
-        chat = ChatFormat(tokenizer, template_kwargs=template_options, system_prompt=system_prompt)
-        _refuse_other_logs(given.get("retain_logs"), chat.identity)
-        evaluation = evaluate(
-            model,
-            tokenizer,
-            suite,
-            names=names,
-            original=None if first is None else loading.load(first, device, dtype)[0],
-            judges=loaded,
-            seed=arguments.seed,
-            say=print,
-            system_prompt=system_prompt,
-            chat_template_kwargs=template_options,
-            **options,
-        )
-        evaluation.write(folder)
-        _write_about(folder / "about.json", given, chat.identity, device)
-    print(evaluation.table())
-    print(f"Figures: {arguments.out / 'metrics.json'}   By question: examples.jsonl beside it")
-    general = arguments.out / "benchmarks.json"
+    first = given.get("original") or original_of(given["model"])
+    first = None if first == _NO_ORIGINAL else first
+    options: dict[str, Any] = {n: given[n] for n in ("batch_size", "max_new_tokens", "resamples")}
+    wanted_scores(suite, names=names, original=first is not None, judges=judges, **options)
+    options |= {
+        "names": names,
+        "seed": arguments.seed,
+        "system_prompt": given.get("system_prompt"),
+        "chat_template_kwargs": template_options(given.get("chat_template_kwargs")),
+    }
+    place = _Place(device_of(given.get("device")), getattr(torch, arguments.dtype), arguments.json)
+    source = loading.find_model(given["model"])
+    original = None if first is None else loading.find_model(first)
+    with staged(out) as folder:
+        loaded = {name: _load_judge(*judge, template, place) for name, judge in judges.items()}
+        measured = _measure(source, original, suite, loaded, options, given, place)
+        measured.result.write(folder)
+        if measured.original is not None:
+            measured.original.write(folder / ORIGINAL)
+        _write_about(folder / "about.json", given, measured.chat, place.device)
+    if measured.original is None:
+        shutil.rmtree(out / ORIGINAL, ignore_errors=True)
+    _tell(measured, out, arguments)
+    _write_report(run, out)
+    general = out / "benchmarks.json"
     general.unlink(missing_ok=True)
     if tasks is not None:
-        print(f"Running {', '.join(tasks)} …")
-        options = {"batch_size": arguments.batch_size, "limit": given.get("limit")}
-        found = general_benchmarks(model, tokenizer, tasks, **options)
-        for task, figures in found.items():
-            print(f"{task}  {', '.join(f'{name} {v:.4g}' for name, v in figures.items())}")
-        replace_text(general, json.dumps(found, indent=2, allow_nan=False) + "\n")
-        print(f"Benchmarks: {general}")
+        _run_benchmarks(measured, tasks, given, general, place)
     return 0
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where models compute, and whether what is printed is for a program."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quiet: bool
+
+    def say(self, text: str) -> None:
+        """A line about what is going on, which stays clear of a bar."""
+        if self.quiet:
+            print(text, file=sys.stderr)
+        elif sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text)
+        else:
+            print(text)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Both evaluations, and the model that was measured."""
+
+    result: Evaluation
+    original: Evaluation | None
+    chat: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
+    """Takes from the run what it knows and the command line does not say."""
+    if run is not None:
+        if "data" not in given and "forget" not in given:
+            given |= run.get("given", {})
+        for name in ("system_prompt", "chat_template_kwargs"):
+            value = run["settings"].get(name)
+            if value is not None and name not in given:
+                given[name] = value if isinstance(value, str) else json.dumps(value)
+    if "data" not in given and "forget" not in given:
+        raise UsageError(
+            "data must be given, but it is not: add --forget and --retain, or --data for TOFU."
+        )
+
+
+def _default_out(run: Mapping[str, Any] | None) -> Path:
+    from mollm.report.page import EVALUATION
+
+    return Path("runs/evaluate") if run is None else Path(run["folder"]) / EVALUATION
+
+
+def _measure(
+    source: Source,
+    original: Source | None,
+    suite: Suite,
+    judges: Mapping[str, Judge],
+    options: dict[str, Any],
+    given: Mapping[str, Any],
+    place: _Place,
+) -> _Measured:
+    from mollm.data.chat import ChatFormat
+    from mollm.evaluation.cache import cached, key_of
+    from mollm.evaluation.evaluate import evaluate
+    from mollm.models import loading
+
+    place.say(f"Loading {source.label} …")
+    model, tokenizer = loading.load(source, place.device, place.dtype)
+    chat = ChatFormat(
+        tokenizer,
+        template_kwargs=options["chat_template_kwargs"],
+        system_prompt=options["system_prompt"],
+    ).identity
+    _refuse_other_logs(given.get("retain_logs"), chat)
+    first = None
+    if original is not None:
+        place.say(f"Loading {original.label} …")
+        first = loading.load(original, place.device, place.dtype)
+
+    def measure(each: PreTrainedModel, its: PreTrainedTokenizerBase, what: str) -> Evaluation:
+        return evaluate(
+            each,
+            its,
+            suite,
+            original=None if first is None else first[0],
+            judges=judges,
+            say=place.say,
+            show=lambda total: progress(total, what),
+            **options,
+        )
+
+    before = None
+    if first is not None:
+        about = {**options, "judges": given.get("judge"), "template": given.get("judge_template")}
+        about |= {"dtype": str(place.dtype), "device": place.device.type}
+        key, make = key_of(*first, suite, about), partial(measure, *first, "Original")
+        before, known = (make(), False) if given["no_cache"] else cached(key, make)
+        if known:
+            place.say("The figures of the original are known from before.")
+    return _Measured(measure(model, tokenizer, "Result"), before, chat, model, tokenizer)
+
+
+def _tell(measured: _Measured, out: Path, arguments: argparse.Namespace) -> None:
+    from mollm.evaluation.summary import METRICS_FILE
+
+    result, original = measured.result, measured.original
+    if arguments.json:
+        models = (
+            {"result": result} if original is None else {"original": original, "result": result}
+        )
+        told = {
+            name: {figure: asdict(e) for figure, e in found.estimates.items()}
+            for name, found in models.items()
+        }
+        print(json.dumps({**told, "missing": dict(result.missing)}, indent=1, allow_nan=False))
+        return
+    print(result.table(original, explain=arguments.explain, colour=has_colour(sys.stdout)))
+    print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
+
+
+def _write_report(run: Mapping[str, Any] | None, out: Path) -> None:
+    """Adds the figures to the report of the run that they are in the folder of."""
+    from importlib.util import find_spec
+
+    from mollm.report.page import EVALUATION, REPORT_FILE, write_report
+
+    if run is not None and find_spec("jinja2") is not None:
+        folder = Path(run["folder"])
+        if out.resolve() == (folder / EVALUATION).resolve():
+            write_report([folder], folder / REPORT_FILE)
+
+
+def _run_benchmarks(
+    measured: _Measured, tasks: list[str], given: Mapping[str, Any], path: Path, place: _Place
+) -> None:
+    from mollm.evaluation.benchmarks import general_benchmarks
+    from mollm.system.folders import replace_text
+
+    place.say(f"Running {', '.join(tasks)} …")
+    options = {"batch_size": given["batch_size"], "limit": given.get("limit")}
+    found = general_benchmarks(measured.model, measured.tokenizer, tasks, **options)
+    for task, figures in found.items():
+        place.say(f"{task}  {', '.join(f'{name} {v:.4g}' for name, v in figures.items())}")
+    replace_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    place.say(f"Benchmarks: {path}")
 
 
 def _keep_logs(logs: Path | None, out: Path) -> None:
@@ -241,8 +381,8 @@ def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
         return
     try:
         path = (logs if logs.is_dir() else logs.parent) / "about.json"
-        known = dict(json.loads(path.read_text(encoding="utf-8"))["chat"])
-    except (OSError, ValueError, TypeError, LookupError):
+        known = dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
+    except (ValueError, TypeError, LookupError):
         return
     for name, value in chat.items():
         if known.get(name) != value:
@@ -258,7 +398,7 @@ def _write_about(
     from mollm.system import machine
 
     about = {
-        "settings": {name: value for name, value in given.items() if name != "run"},
+        "settings": {name: value for name, value in given.items() if name not in _OWN},
         "chat": dict(chat),
         "device": machine.device_name(device),
         "versions": machine.versions(*(["lm_eval"] if "benchmarks" in given else [])),
@@ -285,10 +425,10 @@ def _judges(texts: Iterable[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _load_judge(model: str, label: str, template: str, device: torch.device) -> Judge:
+def _load_judge(model: str, label: str, template: str, place: _Place) -> Judge:
     from mollm.evaluation.judges import ClassifierJudge
 
-    return ClassifierJudge(model, label, template=template, device=device)
+    return ClassifierJudge(model, label, template=template, device=place.device)
 
 
 def _suite(given: Mapping[str, Any]) -> Suite:
@@ -305,17 +445,6 @@ def _suite(given: Mapping[str, Any]) -> Suite:
         raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
     sets = {name: _data(given[name]) for name in ("retain", "holdout") if name in given}
     return load_suite(_data(given["forget"]), **sets, **shared)
-
-
-def _template_options(text: str | None) -> dict[str, Any] | None:
-    """What --chat-template-kwargs says."""
-    options = None if text is None else parse_yaml(text, "chat-template-kwargs")
-    if isinstance(options, dict | None):
-        return options
-    raise UsageError(
-        "chat-template-kwargs must be options by name, such as '{enable_thinking: false}', but "
-        f"got {text!r}."
-    )
 
 
 def _data(text: str) -> Any:

@@ -17,6 +17,8 @@ _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 OWN_SETTINGS = ("model", *_DATA, "out", "lora", "device")
 
 
+_BYTES = 1 << 18
+"""The most that a settings file may have."""
 _LONGEST = 255
 """Bytes of a file's name."""
 _KINDS = {
@@ -39,6 +41,9 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: The file cannot be read, or a name in it or in `set` is not known.
     """
     given = dict(given)
+    for name in _DATA:
+        if str(given.get(name, "")).startswith(("{", "[")):
+            given[name] = parse_yaml(given[name], f"the {name} data")
     settings = _read_file(given.pop("config")) if "config" in given else {}
     for text in given.pop("set", ()):
         name, equals, value = text.partition("=")
@@ -57,6 +62,19 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             _own(name, value) if name in OWN_SETTINGS else _typed(name, value, types[name])
         )
     return settings
+
+
+def require(settings: Mapping[str, Any]) -> None:
+    """Refuses settings that do not name a model and both sets.
+
+    Raises:
+        UsageError: One is missing.
+    """
+    for name in ("model", "forget", "retain"):
+        if not settings.get(name):
+            raise UsageError(
+                f"{name} must be given, but it is not: add it to the settings file, or --{name}."
+            )
 
 
 def _own(name: str, value: Any) -> Any:
@@ -78,7 +96,7 @@ def _own(name: str, value: Any) -> Any:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    settings = parse_yaml(read_text(user_path(path)), str(path))
+    settings = parse_yaml(read_text(user_path(path), _BYTES), str(path))
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must hold settings by name, but it does not.")
     return settings

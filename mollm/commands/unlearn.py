@@ -7,16 +7,19 @@ import contextlib
 import json
 import logging
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.settings_file import OWN_SETTINGS, read_settings
+from mollm.commands.preview import shown
+from mollm.commands.settings_file import OWN_SETTINGS, read_settings, require
 from mollm.errors import UsageError, did_you_mean
 from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
 from mollm.system.parsing import reason_of, user_path
 from mollm.system.tables import aligned
+from mollm.system.terminal import has_colour
 
 if TYPE_CHECKING:
     from mollm.training.config import MOLLMConfig
@@ -26,12 +29,16 @@ logger = logging.getLogger(__name__)
 
 _MODEL = "model"
 _STOPPED = 1
+_ASKED = 4
+"""Questions of each set, before and after."""
+_PREVIEWED = 12
+"""Lines of a row at the beginning of a run."""
 _MOST_STEPS = 10**9
 _EXAMPLE = """\
 A settings file:
 
   model: path/to/model
-  forget: forget.jsonl            # a file, a folder or a hub name, or with options:
+  forget: forget.jsonl            # a file, a folder or a hub name, several by name, or options:
   retain:
     path: locuslab/TOFU           # also schema, prompt_field, answer_field
     config: retain90
@@ -73,8 +80,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATH_OR_HUB_NAME",
         help="model to unlearn from: folder, .gguf file or hub name",
     )
-    parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="examples to forget")
-    parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain")
+    parser.add_argument(
+        "--forget",
+        metavar="PATH_OR_HUB_NAME",
+        help="examples to forget; several sets, each an objective, as '{ada: FILE, bob: FILE}'",
+    )
+    parser.add_argument(
+        "--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain, or several sets of them"
+    )
     parser.add_argument(
         "--eval-forget", metavar="PATH_OR_HUB_NAME", help="forget examples for evaluation"
     )
@@ -135,7 +148,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     resume = given.pop("resume", False)
     settings = read_settings(given)
     out = user_path(settings.pop("out", None) or "runs/unlearn")
-    _require(settings)
+    require(settings)
     args = _arguments(settings, out)  # the processes know of each other from here on
     try:
         with contextlib.ExitStack() as held:
@@ -154,14 +167,6 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 
 
 # ---- the run
-
-
-def _require(settings: Mapping[str, Any]) -> None:
-    for name in ("model", "forget", "retain"):
-        if not settings.get(name):
-            raise UsageError(
-                f"{name} must be given, but it is not: add it to the settings file, or --{name}."
-            )
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -184,6 +189,7 @@ def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
     from mollm.training.config import MOLLMConfig
 
     options = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
+    options.setdefault("sample_replies", 0 if options.get("fsdp") else _ASKED)
     if settings.get("device") == "cpu":
         options["use_cpu"] = True
     elif settings.get("device", "cuda") != "cuda":
@@ -226,7 +232,7 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
         for name in ("forget", "retain")
         if f"eval_{name}" in settings
     }
-    return MOLLMTrainer(
+    trainer = MOLLMTrainer(
         settings["model"],
         args,
         forget_dataset=settings["forget"],
@@ -234,6 +240,11 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
         eval_dataset=evaluated or None,
         peft_config=adapter,
     )
+    trainer.more_facts = {
+        "command": shlex.join(["mollm", *sys.argv[1:]]),
+        "given": {name: _told(settings[name]) for name in ("forget", "retain")},
+    }
+    return trainer
 
 
 def _adapter(lora: Any) -> Any:
@@ -266,12 +277,16 @@ def _adapter(lora: Any) -> Any:
 
 def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool) -> int:
     from mollm.distributed import processes
+    from mollm.report.page import REPORT_FILE
     from mollm.training import checkpoint
 
     def tell(text: str) -> None:
         if processes.rank() == 0:
             print(text)
 
+    if processes.rank() == 0:
+        found = trainer.preview(1, known=True)
+        print(shown(found, colour=has_colour(sys.stdout), most_lines=_PREVIEWED), flush=True)
     trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
     tell(summary(trainer))
     if trainer.stopped_because is not None:
@@ -280,15 +295,25 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
         tell(f"Failed: {trainer.stopped_because}")
         tell(f"Stopped early, and wrote no model; {last}{_skips(trainer)}.")
         return _STOPPED
+    if trainer.target_told is not None:
+        tell(f"stop_when: {trainer.target_told}")
     with processes.on_the_first(complete(out / _MODEL)) as folder:
         trainer.export(folder or out)
         if folder is not None:
             (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
-    tell(f"Model: {out / _MODEL}   History: {out / 'history.jsonl'}   Card: README.md beside both")
+    tell(f"Model: {out / _MODEL}   Report: {out / REPORT_FILE}   Card and history: beside it")
     tell(f"Next: {evaluate_line(settings, out)}")
     if _skips(trainer):
         tell(f"Mind that the run made less than it was asked for{_skips(trainer)}.")
     return 0
+
+
+def _told(data: Any) -> str:
+    """Data as `mollm evaluate` takes it, from any folder."""
+    if isinstance(data, str):
+        path = user_path(data)
+        return str(path.resolve()) if path.exists() else data
+    return json.dumps(data)
 
 
 def _skips(trainer: MOLLMTrainer) -> str:
@@ -318,13 +343,11 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
 
 def summary(trainer: MOLLMTrainer) -> str:
     """Losses, weights and conflicts of a run as a table for the terminal."""
-    from mollm.methods.method import OBJECTIVES
-
     history = trainer.history
     if not history:
         return "No step was made."
     cells = [("objective", "first loss", "last loss", "mean weight", "conflicts")]
-    for name in OBJECTIVES:
+    for name in history[0].losses:
         first, last = history[0].losses[name], history[-1].losses[name]
         weight = sum(record.weights[name] for record in history) / len(history)
         conflicts = sum(record.conflicts.get(name, False) for record in history) / len(history)

@@ -67,7 +67,7 @@ def _read_turn(turn: dict[str, Any], name: str, place: str, check: Check) -> Tur
         (shape for shape in _SHAPES if turn.get(shape[0]) is not None), _SHAPES[0]
     )
     role = turn.get(speaker)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise UsageError(
             f"{place}: {name}.{speaker} must be system, user or assistant, but got {shown(role)}: "
             "remove the turn or the row."
@@ -81,7 +81,8 @@ def _joined(content: Any, name: str, place: str) -> Any:
     if not isinstance(content, list):
         return content
     for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        texts = isinstance(part, dict) and part.get("type") in (None, "text")
+        if not texts or not isinstance(part.get("text"), str):
             raise UsageError(
                 f"{place}: every part of {name} must be of the type text, but got {shown(part)}: "
                 "remove the row."

@@ -11,6 +11,9 @@ from mollm.data.conversations import ASSISTANT, SYSTEM, USER
 from mollm.data.records import Record
 from mollm.errors import UsageError
 
+_SHORT = 16
+"""Characters, more than most tokens have."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -18,11 +21,18 @@ class Encoded:
 
     rows: list[Tokens]
     """One a record, but of a long text one a window."""
-    shortened: int
-    """How many prompts lost their beginning."""
+    origins: list[int]
+    """For each row the place of its record among those given."""
+    cut: tuple[int, ...]
+    """The places of the records whose prompts lost their beginning."""
     notes: tuple[str, ...]
     """Sentences that the user should see. Sets encoded for one tokenizer share a note about its
     format: show the union."""
+
+    @property
+    def shortened(self) -> int:
+        """How many prompts lost their beginning."""
+        return len(self.cut)
 
 
 def encode_records(
@@ -59,8 +69,8 @@ def encode_records(
             f"train_on_turns must be one of {', '.join(TRAIN_ON_TURNS)}, but got "
             f"{train_on_turns!r}."
         )
-    rows, shortened, lost = [], 0, 0
-    for record in records:
+    rows, origins, cut, lost = [], [], [], 0
+    for place, record in enumerate(records):
         if record.is_text:
             some = chat.encode_text(record.answer, max_length)
         else:
@@ -68,7 +78,7 @@ def encode_records(
             tokens = _encode(example, record, chat, train_on_turns)
             if len(tokens.ids) > max_length:
                 tokens, answers = _shorten(example, record, chat, max_length, train_on_turns)
-                shortened += 1
+                cut.append(place)
                 lost += answers
             some = [tokens]
         if not all(chat.answer_length(tokens) > 0 for tokens in some) or not some:
@@ -79,10 +89,11 @@ def encode_records(
         for tokens in some:
             chat.refuse_unknown(tokens, record.place)
         rows += some
+        origins += [place] * len(some)
     notes = [] if chat.note is None else [chat.note]
-    if shortened:
+    if cut:
         notes.append(
-            f"{shortened} of {len(records)} {name} prompts were shortened to fit {max_length} "
+            f"{len(cut)} of {len(records)} {name} prompts were shortened to fit {max_length} "
             "tokens: they lost their beginning."
         )
     if lost and train_on_turns == "all":
@@ -90,7 +101,7 @@ def encode_records(
             f"With it, {lost} earlier answers of the {name} conversations were left out, and carry "
             "no loss: raise max_length, or split the conversations."
         )
-    return Encoded(rows, shortened, tuple(notes))
+    return Encoded(rows, origins, tuple(cut), tuple(notes))
 
 
 def example_of(record: Record) -> Example:
@@ -152,5 +163,10 @@ def _shorten(
 
     # The number of tokens falls as the cut moves right, so the search asks few times. Where it
     # does not quite, the cut found still fits: every cut that the search settles on was tried.
-    cut = bisect.bisect_left(range(last), True, key=fits)
+    # It begins with the end alone, lest every try reads all of a long text.
+    width = _SHORT * max_length
+    while width < last and fits(last - width):
+        width *= 2
+    first_cut = max(0, last - width)
+    cut = bisect.bisect_left(range(last), True, lo=first_cut, key=fits)
     return encode(len(turns), cut), answers_before(len(turns))

@@ -84,7 +84,13 @@ def _cells_of_any_length() -> Iterator[None]:
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, each with the line on which it begins."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    if "\0" in text:  # UTF-16 without its mark, or a file that was never written to its end
+        raise UsageError(
+            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1} must hold no null "
+            "character, but it does: save it as UTF-8."
+        )
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         number = reader.line_num + 1
         try:

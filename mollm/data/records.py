@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Role = Literal["forget", "retain"]
+ROLES: tuple[Role, ...] = ("forget", "retain")
 Schema = Literal["auto", "pku-saferlhf", "tofu", "prompt-answer", "conversation", "text"]
 
 ROLES = ("forget", "retain")
@@ -446,12 +447,12 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
     Raises:
         UsageError: More than half of the records to forget are also to be retained.
     """
-    kept_pairs = {(_asked(record), _answered(record)) for record in retain}
+    kept_pairs = {substance(record) for record in retain}
     kept_prompts = {asked for asked, _ in kept_pairs}
     pairs = prompts = 0
     for record in forget:
-        asked = _asked(record)
-        if (asked, _answered(record)) in kept_pairs:
+        asked, answer = substance(record)
+        if (asked, answer) in kept_pairs:
             pairs += 1
         elif asked in kept_prompts and not record.is_text:
             prompts += 1
@@ -463,14 +464,11 @@ def check_overlap(forget: Sequence[Record], retain: Sequence[Record]) -> Overlap
     return Overlap(len(forget), pairs, prompts)
 
 
-def _asked(record: Record) -> str:
-    """What was said until the answer."""
+def substance(record: Record) -> tuple[str, str]:
+    """What was said until the answer, and the answer, whatever their case and spacing."""
     said = [text for turn in record.history for text in turn]
-    return _normalised("\n".join([*said, record.prompt]))
-
-
-def _answered(record: Record) -> str:
-    return _normalised(f"{record.opening} {record.answer}")
+    asked = _normalised("\n".join([*said, record.prompt]))
+    return asked, _normalised(f"{record.opening} {record.answer}")
 
 
 def _normalised(text: str) -> str:

@@ -115,29 +115,28 @@ class RowSampler(Generic[Row]):
         return drawn
 
 
-class PairSampler(Generic[Row]):
-    """A batch to forget and one to retain at every step, each set at its own pace."""
+class JointSampler(Generic[Row]):
+    """A batch of every set at each step, each set at its own pace."""
 
-    def __init__(self, forget: RowSampler[Row], retain: RowSampler[Row]) -> None:
-        self.forget = forget
-        self.retain = retain
+    def __init__(self, samplers: Mapping[str, RowSampler[Row]]) -> None:
+        self.samplers = dict(samplers)
 
-    def __iter__(self) -> Iterator[tuple[list[Row], list[Row]]]:
+    def __iter__(self) -> Iterator[dict[str, list[Row]]]:
         return self
 
-    def __next__(self) -> tuple[list[Row], list[Row]]:
-        """This process's part of the next two batches."""
-        return next(self.forget), next(self.retain)
+    def __next__(self) -> dict[str, list[Row]]:
+        """This process's part of the next batches, by set."""
+        return {name: next(sampler) for name, sampler in self.samplers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Both positions."""
-        return {"forget": self.forget.state_dict(), "retain": self.retain.state_dict()}
+        """All positions."""
+        return {name: sampler.state_dict() for name, sampler in self.samplers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to two saved positions.
+        """Goes to saved positions.
 
         Raises:
             UsageError: One of them is a position in another order.
         """
-        self.forget.load_state_dict(state["forget"])
-        self.retain.load_state_dict(state["retain"])
+        for name, sampler in self.samplers.items():
+            sampler.load_state_dict(state[name])

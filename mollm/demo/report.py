@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from mollm.demo.plots import save_figures
 from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
+from mollm.report.page import curves, environment
 from mollm.system.tables import aligned
 from mollm.training.history import StepRecord, finite
 
@@ -83,27 +81,24 @@ def write_run(run: DemoRun, folder: Path) -> None:
     _write_json(folder / "summary.json", run.summary)
     answers = {group: [vars(row) for row in rows(run, group)] for group in GROUPS}
     _write_json(folder / "answers.json", answers)
-    figures = save_figures(run.history, folder)
-    (folder / "report.html").write_text(render(run, figures), encoding="utf-8")
+    save_figures(run.history, folder)
+    (folder / "report.html").write_text(render(run), encoding="utf-8")
 
 
-def render(run: DemoRun, figures: Sequence[Path]) -> str:
+def render(run: DemoRun) -> str:
     """The report as one HTML page that needs no other file."""
-    environment = Environment(
-        loader=PackageLoader("mollm.demo", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    page: str = (
+        environment("mollm.demo")
+        .get_template("report.html.jinja")
+        .render(
+            summary=run.summary,
+            groups=GROUPS,
+            rows={group: rows(run, group) for group in GROUPS},
+            curves=curves([finite(record.as_dict()) for record in run.history]),
+            history=run.history,
+        )
     )
-    return environment.get_template("report.html.jinja").render(
-        summary=run.summary,
-        groups=GROUPS,
-        rows={group: rows(run, group) for group in GROUPS},
-        figures={path.stem: _data_uri(path) for path in figures},
-        history=run.history,
-        objectives=OBJECTIVES,
-    )
+    return page
 
 
 def table(run: DemoRun) -> str:
@@ -128,7 +123,3 @@ def table(run: DemoRun) -> str:
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

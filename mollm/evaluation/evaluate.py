@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
@@ -16,9 +17,12 @@ from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
 from mollm.models.logits import check_logits
 from mollm.system.precision import computing_in
+from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Show = Callable[[int], contextlib.AbstractContextManager[Done]]
 
 
 def evaluate(
@@ -36,6 +40,7 @@ def evaluate(
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     say: Say = lambda text: None,
+    show: Show | None = None,
 ) -> Evaluation:
     """Evaluates a model on a suite, in training too: no gradient, no change of mode or of seeds.
 
@@ -57,6 +62,8 @@ def evaluate(
         system_prompt: Of conversations that have none of their own.
         chat_template_kwargs: Options of the chat template, such as {"enable_thinking": False}.
         say: Called with a line of progress.
+        show: Called with how much there is to do; gives a context in which what it returns is
+            called with how much more is done.
 
     Raises:
         UsageError: A figure that was named cannot be computed, an option is out of range, or a row
@@ -96,7 +103,12 @@ def evaluate(
     for group, rows in groups.items():
         examiner.check(group, rows, wanted[group])
     of_one_dtype = all(_has_one_dtype(m) for m in (model, original) if m is not None)
-    with computing_in("float32") if of_one_dtype else contextlib.nullcontext():
+    total = sum(examiner.work(rows, wanted[group]) for group, rows in groups.items())
+    with (
+        computing_in("float32") if of_one_dtype else contextlib.nullcontext(),
+        contextlib.nullcontext(quietly) if show is None else show(total) as done,
+    ):
+        examiner = replace(examiner, done=done)
         for each in (model, original):
             if each is not None:
                 check_logits(each)

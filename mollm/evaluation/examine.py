@@ -16,6 +16,7 @@ from mollm.evaluation.records import Record
 from mollm.evaluation.registry import JUDGED
 from mollm.evaluation.scores import TokenScores, check_vocabularies, kl_to_original, score_rows
 from mollm.evaluation.suite import Row
+from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ _ANSWER = frozenset(
 _WRONG = frozenset({"correct_nll", "wrong_nll", "truth_ratio", "choice_probability"})
 _REPLY = frozenset({"rouge_l", "repetition"})
 _ORIGINAL_REPLY = frozenset({"reply_nll", "reply_tokens"})
+_REPLY_PASSES = 12
+"""As many passes as a reply takes the time of, about."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Examiner:
     batch_size: int = 16
     max_new_tokens: int = MAX_NEW_TOKENS
     say: Say = lambda text: None
+    done: Done = quietly
+
+    def work(self, rows: Sequence[Row], wanted: set[str]) -> int:
+        """How much there is to do for a set, in passes of a row; a reply counts as many."""
+        passes = 1 + 2 * ("kl" in wanted) + bool(wanted & _ORIGINAL_REPLY)
+        asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
+        wrong = sum(len(_choices(row)) for row in rows) if wanted & _WRONG else 0
+        return len(rows) * (passes + _REPLY_PASSES * asks) + wrong
 
     def check(self, group: str, rows: Sequence[Row], wanted: set[str]) -> None:
         """Encodes all that the wanted scores ask the model about.
@@ -145,6 +156,7 @@ class Examiner:
             encoded,
             pad_id=self.chat.pad_id,
             batch_size=self.batch_size,
+            done=lambda count: self.done(2 * count),
         )
         return [{"kl": float(value)} for value in kl]
 
@@ -155,6 +167,7 @@ class Examiner:
             [row.asked for row in rows],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
+            done=lambda count: self.done(_REPLY_PASSES * count),
         )
         thinking = sum(reply.thinking for reply in replies)
         if thinking:
@@ -204,7 +217,9 @@ class Examiner:
         return self.original
 
     def _score(self, model: PreTrainedModel, rows: Sequence[Tokens]) -> list[TokenScores]:
-        return score_rows(model, rows, pad_id=self.chat.pad_id, batch_size=self.batch_size)
+        return score_rows(
+            model, rows, pad_id=self.chat.pad_id, batch_size=self.batch_size, done=self.done
+        )
 
 
 def offers(

@@ -12,6 +12,7 @@ from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
 from mollm.system.precision import autocast
+from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ def generate_replies(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
+    done: Done = quietly,
 ) -> list[Reply]:
     """Greedy replies to `questions`, in their order, padded on the left.
 
@@ -39,6 +41,7 @@ def generate_replies(
         questions: What to ask, each in a conversation of its own; of an example all but the answer.
         max_new_tokens: Where a reply is cut off.
         batch_size: Questions that are answered together.
+        done: Called with the number of questions of each batch.
 
     Raises:
         UsageError: max_new_tokens or batch_size is less than 1.
@@ -47,7 +50,14 @@ def generate_replies(
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but got {value}.")
     with in_evaluation_mode(model):
-        return ask(model, chat, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return ask(
+            model,
+            chat,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            done=done,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ def ask(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 40,
+    done: Done = quietly,
 ) -> list[Reply]:
     """Greedy answers to `texts`, in their order; those of like length are asked together.
 
@@ -84,6 +95,7 @@ def ask(
         texts: Questions, or examples whose answers are left out.
         max_new_tokens: Where an answer is cut off.
         batch_size: Questions that are answered together, padded on the left.
+        done: Called with the number of questions of each batch.
     """
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     rows = [chat.encode_prompt(text) for text in texts]
@@ -104,6 +116,7 @@ def ask(
             )
         answers = written[:, batch.input_ids.shape[1] :].tolist()
         replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
+        done(len(places))
     return [replies[place] for place in range(len(rows))]
 
 

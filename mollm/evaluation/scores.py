@@ -22,6 +22,7 @@ from mollm.errors import UsageError
 from mollm.evaluation.metrics import Floats
 from mollm.models.forward import answer_states, head, head_weights, in_evaluation_mode
 from mollm.models.logits import logit_transform
+from mollm.system.terminal import Done, quietly
 from mollm_ops import linear_kl_div
 from mollm_ops._dtypes import wide_dtype
 
@@ -67,6 +68,7 @@ def score_rows(
     pad_id: int,
     batch_size: int = 16,
     side: Side = "right",
+    done: Done = quietly,
 ) -> list[TokenScores]:
     """Scores the tokens of every row that carry a loss.
 
@@ -76,6 +78,7 @@ def score_rows(
         pad_id: The id that fills a batch.
         batch_size: Rows that pass through the model together.
         side: Where rows are padded.
+        done: Called with the number of rows of each batch.
 
     Returns:
         Scores in the order of `rows`.
@@ -97,6 +100,7 @@ def score_rows(
             parts = torch.split(columns.double().cpu(), _counts(batch))
             for place, part in zip(places, parts, strict=True):
                 scores[place] = TokenScores(*_finite_array(part, place).T)
+            done(len(places))
     return [scores[place] for place in range(len(rows))]
 
 
@@ -108,6 +112,7 @@ def kl_to_original(
     *,
     pad_id: int,
     batch_size: int = 16,
+    done: Done = quietly,
 ) -> Floats:
     """KL(p_original ‖ p) in nats, the mean over the tokens of each row that carry a loss.
 
@@ -117,6 +122,7 @@ def kl_to_original(
         rows: Encoded examples.
         pad_id: The id that fills a batch.
         batch_size: Rows that pass through both models together.
+        done: Called with the number of rows of each batch.
 
     Returns:
         [len(rows)], in their order.
@@ -149,6 +155,7 @@ def kl_to_original(
             parts = torch.split(losses.double().cpu(), _counts(batch))
             for place, part in zip(places, parts, strict=True):
                 kl[place] = _finite_array(part, place).mean()
+            done(len(places))
     return kl
 
 

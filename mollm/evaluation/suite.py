@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from mollm.data import records as data
 from mollm.data.chat import Example
 from mollm.data.conversations import Turn
-from mollm.data.sets import records_of
+from mollm.data.sets import named_sets, records_of
 from mollm.errors import UsageError
 from mollm.evaluation.records import Record, read_records
 from mollm.system.parsing import user_path
 
 if TYPE_CHECKING:
-    from mollm.data.sets import Data
+    from mollm.data.sets import Data, Sets
 
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _ON_HUB = "locuslab/TOFU"
@@ -108,9 +108,9 @@ class Suite:
 
 
 def load_suite(
-    forget: Data,
+    forget: Sets,
     *,
-    retain: Data | None = None,
+    retain: Sets | None = None,
     holdout: Data | None = None,
     retain_logs: Path | str | None = None,
     limit: int | None = None,
@@ -140,10 +140,11 @@ def load_suite(
     """
     _check_limit(limit)
 
-    def read(source: Data, role: data.Role) -> tuple[Row, ...]:
+    def read(source: Sets, role: data.Role) -> tuple[Row, ...]:
         records = [
             record
-            for record in records_of(source, role)
+            for one in named_sets(source, role).values()
+            for record in records_of(one, role)
             if record.answer in record.extra.get(data.ACCEPTED, [record.answer])[:1]
         ]
         return tuple(

@@ -11,9 +11,10 @@ import numpy as np
 
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
+from mollm.evaluation.reading import by_theme, reading_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 from mollm.evaluation.registry import choose, columns_of, obstacle
-from mollm.system.tables import aligned
+from mollm.system.terminal import paint
 
 METRICS_FILE = "metrics.json"
 _HARMFUL = "forget_harmful_rate"
@@ -68,17 +69,49 @@ class Evaluation:
         """The value of the figure `name`; raises as `[name]` does."""
         return self[name].value
 
-    def table(self) -> str:
-        """All figures, one per line, then those that are missing with the reason."""
-        lines = aligned(
-            (name, f"{e.value:.4g}", f"[{e.low:.4g}, {e.high:.4g}]", f"n={e.examples}")
-            for name, e in self.estimates.items()
-        )
+    def table(
+        self, original: Evaluation | None = None, *, explain: bool = False, colour: bool = False
+    ) -> str:
+        """The figures by what they are about, one a line, with an arrow for which way is good.
+
+        Args:
+            original: The evaluation of the original model, to stand beside this one.
+            explain: Whether to say why figures are missing, and how to get them.
+            colour: Whether a change beyond the interval is coloured.
+        """
+        models = {"original": original, "result": self} if original else {"": self}
+        names = dict.fromkeys(n for found in models.values() for n in found.estimates)
+        cells = {
+            name: [_cell(found.estimates.get(name)) for found in models.values()] for name in names
+        }
+        first = max((len(f"{n} {reading_of(n).good}") for n in names), default=0) + 2
+        width = max((len(cell) for row in cells.values() for cell in row), default=0)
+        lines = []
+        if original is not None:
+            lines.append(" " * (first + 2) + "  ".join(f"{m:<{width}}" for m in models).rstrip())
+        for theme, some in by_theme(names).items():
+            lines.append(theme)
+            for name in some:
+                verdict = "" if original is None else _verdict(name, original, self)
+                last = f"{cells[name][-1]:<{width}}"
+                style = {"better": "good", "worse": "bad"}.get(verdict)
+                shown = paint(last, style, colour=colour) if style else last
+                label = f"{name} {reading_of(name).good}"
+                row = "  ".join(
+                    [*(f"{cell:<{width}}" for cell in cells[name][:-1]), shown, verdict]
+                )
+                lines.append(f"  {label:<{first}}{row}".rstrip())
+        return "\n".join([*lines, *self._missing_lines(explain)])
+
+    def _missing_lines(self, explain: bool) -> list[str]:
+        if not self.missing:
+            return []
+        if not explain:
+            return [f"not computed (--explain says why): {', '.join(self.missing)}"]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.missing.items():
             reasons.setdefault(reason.partition(" needs ")[2], []).append(name)
-        lines += [f"not computed: {', '.join(n)}: needs {r}" for r, n in reasons.items()]
-        return "\n".join(lines)
+        return [f"not computed: {', '.join(n)}: needs {r}" for r, n in reasons.items()]
 
     def write(self, folder: Path) -> None:
         """Writes examples.jsonl and metrics.json into `folder`."""
@@ -103,13 +136,27 @@ class Evaluation:
             figures = json.loads(path.read_text(encoding="utf-8"))
             estimates = {name: Estimate(**entry) for name, entry in figures["metrics"].items()}
             return cls(read_records(folder), estimates, figures["missing"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(
                 f"{folder} must be a folder that an evaluation was written to, but its "
                 f"{METRICS_FILE} cannot be read: {error}."
             ) from error
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:>8.4g}  [{estimate.low:.4g}, {estimate.high:.4g}]"
+
+
+def _verdict(name: str, original: Evaluation, result: Evaluation) -> str:
+    """Whether the result is better or worse than the original, beyond its interval."""
+    before, after = original.estimates.get(name), result.estimates.get(name)
+    if before is None or after is None or after.low <= before.value <= after.high:
+        return ""
+    return reading_of(name).verdict(before.value, after.value)
 
 
 def summarize(

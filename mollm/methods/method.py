@@ -68,3 +68,15 @@ answers other questions worse, long before the facts are forgotten."""
 
 
 OBJECTIVES = ("forget", "kl", "retain")
+"""Of a run with one set to forget and one to retain. Where there are several, each has an objective
+of its own, "forget_alice" or "retain_code"; KL is that of all that is to be retained."""
+
+
+def role_of_objective(name: str) -> str:
+    """Which of the three an objective is.
+
+    Example:
+        >>> role_of_objective("retain_code")
+        'retain'
+    """
+    return name.split("_")[0]

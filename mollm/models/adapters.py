@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,62 @@ if TYPE_CHECKING:
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")
 _TASKS = (None, "CAUSAL_LM")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def _all_are(kind: type) -> Callable[[Any], bool]:
+    def holds(value: Any) -> bool:
+        listing = isinstance(value, list | tuple | set)
+        return listing and all(isinstance(item, kind) for item in value)
+
+    return holds
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and 0 < value < float("inf")
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_RANK
+
+
+def _by_name(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(name, str) and holds(item) for name, item in value.items())
+    )
+
+
+_LARGEST_RANK = 1 << 20
+_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("r",), f"a whole number from 1 to {_LARGEST_RANK:,}", _is_rank),
+    (("lora_alpha",), "a positive number", _is_positive),
+    (("lora_dropout",), "a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    (
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        "a pattern or a list of names",
+        lambda v: isinstance(v, str) or _all_are(str)(v),
+    ),
+    (("modules_to_save", "target_parameters"), "a list of names", _all_are(str)),
+    (
+        ("layers_to_transform",),
+        "a whole number or a list of them",
+        lambda v: isinstance(v, int) or _all_are(int)(v),
+    ),
+    (
+        ("trainable_token_indices",),
+        "a list of token ids, or such lists by name",
+        lambda v: _all_are(int)(v) or _by_name(_all_are(int))(v),
+    ),
+    (("rank_pattern",), "ranks by name", _by_name(_is_rank)),
+    (("alpha_pattern",), "positive numbers by name", _by_name(_is_positive)),
+    (("bias",), "none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+    (("fan_in_fan_out", "use_rslora"), "true or false", lambda v: isinstance(v, bool)),
+)
+"""Fields of a LoraConfig, of which peft checks few: what each must be, in words and as a test."""
 
 FIXED_FIELDS = frozenset(
     {
@@ -144,6 +200,11 @@ def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
             "change the weights that the original is made of, or need data, but got "
             f"{config.init_lora_weights!r}."
         )
+    for names, rule, holds in _RULES:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise UsageError(f"{name} of an adapter must be {rule}, but got {value!r}.")
 
 
 def _refuse_unknown_names(model: PreTrainedModel, config: Any) -> None:

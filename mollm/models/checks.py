@@ -11,14 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mollm.errors import UsageError
-from mollm.system.parsing import is_file, parse_json, read_text, reason_of
+from mollm.system.parsing import (
+    is_file,
+    is_folder,
+    parse_json,
+    read_text,
+    reason_of,
+    refuse_no_file,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 _JSON_BYTES = 1 << 26
+_TOKENIZER_BYTES = 1 << 27
 _INDEX = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"
+_TEXTS = (".json", ".jinja", ".txt", ".model")
+_FLOATS = re.compile("B?F[0-9].*")  # F32, BF16, F8_E4M3 and so on, not I64, BOOL or C64
 
 _LIMITS: tuple[tuple[str, int], ...] = (
     # The largest known values are 128 layers, 512 experts, 10 million positions, 262144 tokens.
@@ -95,6 +106,30 @@ def _values(said: Any, name: str, depth: int, label: str) -> Iterator[tuple[str,
         yield from _values(value, str(key), depth + 1, label)
 
 
+def check_files(folder: Path) -> None:
+    """Refuses a folder in which a file of a model is something else, or of an absurd size.
+
+    Raises:
+        UsageError: There is such a file; it is named.
+    """
+    try:
+        places = [folder, folder / _TEMPLATES] if is_folder(folder / _TEMPLATES) else [folder]
+        found = sorted(path for place in places for path in place.iterdir())
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read: {error.strerror}.") from error
+    for path in found:
+        if path.suffix not in (*_TEXTS, ".safetensors"):
+            continue
+        refuse_no_file(path)
+        size, most = path.stat().st_size, _JSON_BYTES
+        if path.name == "tokenizer.json" or path.suffix == ".model":
+            most = _TOKENIZER_BYTES
+        if path.suffix in _TEXTS and size > most:
+            raise UsageError(
+                f"{path} must have at most {most:,} bytes, but has {size:,}: is it damaged?"
+            )
+
+
 def check_json_files(folder: Path) -> None:
     """Refuses a folder whose JSON files of a model cannot be read or hold something else.
 
@@ -113,7 +148,7 @@ def check_json_files(folder: Path) -> None:
         path = folder / name
         if not is_file(path):
             continue
-        text = read_text(path, None if name == "tokenizer.json" else _JSON_BYTES)
+        text = read_text(path)
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -131,17 +166,23 @@ def check_json_files(folder: Path) -> None:
                 ) from error
 
 
-def stored_elements(folder: Path, gguf_file: str | None) -> int | None:
+def stored_elements(folder: Path, gguf_file: str | None, *, packed: bool = False) -> int | None:
     """The number of elements of all weights in the files of a model, read from their headers.
 
+    Args:
+        folder: Where they are.
+        gguf_file: The name of a GGUF file there, if the weights are in one.
+        packed: Whether an element may hold several weights.
+
     Raises:
-        UsageError: A file is damaged or cut short, or the index names a file elsewhere.
+        UsageError: A file is damaged or cut short, the index names a file elsewhere, or weights
+            are no floating-point numbers though nothing is packed.
     """
     if gguf_file is not None:
         return _gguf_elements(folder / gguf_file)
     _check_index(folder)
     files = sorted(folder.glob("*.safetensors"))
-    return sum(_safetensors_elements(path) for path in files) if files else None
+    return sum(_safetensors_elements(path, packed) for path in files) if files else None
 
 
 def _check_index(folder: Path) -> None:
@@ -158,23 +199,34 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def _safetensors_elements(path: Path) -> int:
+def _safetensors_elements(path: Path, packed: bool) -> int:
     from safetensors import safe_open
 
     try:
         total = 0
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is no mapping
-                elements = 1
-                for size in file.get_slice(name).get_shape():
+                elements, stored = 1, file.get_slice(name)
+                if not (packed or _FLOATS.fullmatch(stored.get_dtype())) and _is_weight(name):
+                    raise UsageError(
+                        f"the weight file {path} must hold floating-point numbers, but {name} has "
+                        f"the dtype {stored.get_dtype()}, and its config names no quantization."
+                    )
+                for size in stored.get_shape():
                     elements *= size
                 total += elements
         return total
+    except UsageError:
+        raise
     except Exception as error:  # SafetensorError, OSError or what the header makes of it
         raise UsageError(
             f"the weight file {path} cannot be read, it is damaged or cut short: "
             f"{reason_of(error)}."
         ) from error
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))  # and no buffer, such as one of positions
 
 
 def _gguf_elements(path: Path) -> int:

@@ -20,6 +20,7 @@ from mollm.data.vetting import vet_template
 from mollm.errors import UsageError
 from mollm.models.checks import (
     check_config,
+    check_files,
     check_finite,
     check_json_files,
     check_size,
@@ -114,6 +115,7 @@ def find_model(name: str | None) -> Source:
             )
         if not is_file(path / "config.json"):
             raise UsageError(f"model must be a folder with a config.json, but {name} has none.")
+        check_files(path)
         return Source(path.name or str(path), str(path))
     there = is_file(path)
     if there or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
@@ -295,13 +297,14 @@ def _check_weight_files(source: Source, config: Any) -> None:
     """Compares what the config describes with what the files hold, before memory is taken."""
     if source.label == SMOLLM2 or not source.is_local:
         return
-    stored = stored_elements(Path(source.location), source.gguf_file)
+    packed = getattr(config, "quantization_config", None) is not None
+    stored = stored_elements(Path(source.location), source.gguf_file, packed=packed)
     described = _without_weights(source, copy.deepcopy(config), torch.float32)
     check_size(
         sum(parameter.numel() for parameter in described.parameters()),
         stored,
         source.label,
-        packed=getattr(config, "quantization_config", None) is not None,
+        packed=packed,
     )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mollm.distributed.sharding import Lists, local, local_gradient, placed_like
 
-MEMORIES = ("as-produced", "bfloat16", "host")
+STREAMED = "streamed"
+MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
 _BUCKET_BYTES = 1 << 28
 
 

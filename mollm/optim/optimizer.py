@@ -29,12 +29,13 @@ from mollm.distributed.sharding import (
 from mollm.errors import UsageError
 from mollm.optim.bases import SGD, AdamW, FusedBase
 from mollm.optim.directions import make_rule
-from mollm.optim.gradients import GradientStore
+from mollm.optim.gradients import STREAMED
 from mollm.optim.groups import alike, columns_of, columns_of_means
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import check_number
 from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
+from mollm.optim.streamed import StreamedGradients, make_store
 from mollm_ops import Solution, Status, combine, dots, gram
 from mollm_ops.gram import gram_moved
 from mollm_ops.operands import RunningMeans, largest_moment
@@ -157,7 +158,8 @@ class MOLLMOptimizer(Optimizer):
             orthonormal gradients), β₂ and ε are the group's, and there is no first moment; with
             other bases P = r. "euclidean": P = 1, and "adamw" is Torch's.
         gradient_memory: where gradients wait for the step: "as-produced"; "bfloat16", rounded;
-            "host", in pinned host memory.
+            "host", in pinned host memory; "streamed", nowhere: `step()` makes them twice, block by
+            block, see `streamed()`. That goes with the bases "adamw" and "sgd".
         on_nonfinite: what to do if a gradient is not finite, or so large that the state after the
             step would not be (in AdamW an element above 1.8e19, or about 8000 with a state in
             float16). "skip" leaves weights and state as they are, counts the step in
@@ -219,7 +221,7 @@ class MOLLMOptimizer(Optimizer):
         self.objectives = names
         self.on_nonfinite = on_nonfinite
         self.track_conflicts = track_conflicts
-        self._store = GradientStore(names, gradient_memory)
+        self._store = make_store(names, gradient_memory)
         self._means = ObjectiveMeans(mean_beta) if momentum == PER_OBJECTIVE else None
         self._skips = SkipCounter()
         self._open: str | None = None
@@ -232,6 +234,11 @@ class MOLLMOptimizer(Optimizer):
         if momentum is not None and not isinstance(momentum, str):
             base_options["momentum"] = momentum
         self.base = _make_base(base, params, lr, base_options)
+        if self.streams and not isinstance(self.base, FusedBase):
+            raise ValueError(
+                f"gradient_memory must be another one than {STREAMED!r} with a base that is not "
+                f"'adamw' or 'sgd', but got base {base!r}, which wants all gradients at once."
+            )
         self.metric = metric
         preconditioned = metric == "base" and isinstance(self.base, AdamW)
         self._second_weights = self._unopposed_weights().square() if preconditioned else None
@@ -309,6 +316,11 @@ class MOLLMOptimizer(Optimizer):
 
     def _lend(self, name: str) -> None:
         self._refuse_interrupted()
+        if self.streams:
+            raise RuntimeError(
+                f"objective {name!r} has no place for gradients with gradient_memory='streamed': "
+                "call optimizer.backward(losses) inside `with optimizer.streamed(blocks)`."
+            )
         if self._open is not None:
             raise RuntimeError(f"objective {name!r} was opened inside objective {self._open!r}.")
         if self._aggregated is not None:
@@ -331,11 +343,56 @@ class MOLLMOptimizer(Optimizer):
                     "backward() inside `with optimizer.objective(name)`."
                 )
 
+    @property
+    def streams(self) -> bool:
+        """Whether gradients are made block by block in `step()`."""
+        return self._store.memory == STREAMED
+
+    @contextmanager
+    def streamed(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Forward passes inside keep the inputs of blocks alone, for gradient_memory="streamed".
+
+        `backward()` then takes the losses of a micro-batch, and `step()` goes over the blocks
+        twice, from the last to the first. It computes each block once more and takes its K
+        gradients: the first time for the Gram matrix, the second time to change the block on the
+        spot. The step is that of the other gradient memories. Beside weights and state it takes the
+        blocks' inputs and K gradients of the largest block. Parameters outside of the blocks, such
+        as embeddings and head if they train, are a block of their own.
+
+        Args:
+            blocks: modules that run one after the other, such as `mollm.find_blocks(model)`.
+
+        Raises:
+            UsageError: the blocks do not run one after the other, share parameters, checkpoint
+                their activations or get a cache of keys (pass use_cache=False); several processes.
+            RuntimeError: the gradient_memory is another one.
+
+        Example:
+            >>> import torch
+            >>> body = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+            >>> optimizer = MOLLMOptimizer(
+            ...     body.parameters(), objectives=("a", "b"), gradient_memory="streamed"
+            ... )
+            >>> with optimizer.streamed(list(body)):
+            ...     y = body(torch.ones(1, 2))
+            ...     optimizer.backward({"a": y[0, 0], "b": y[0, 1]})
+            >>> optimizer.step()
+            >>> optimizer.last_step.conflicts
+            {'a': False, 'b': False}
+        """
+        self._refuse_interrupted()
+        if not isinstance(self._store, StreamedGradients):
+            raise RuntimeError(
+                f"streamed() needs gradient_memory={STREAMED!r}, but got {self._store.memory!r}."
+            )
+        with self._store.recording(blocks, self._parameters()):
+            yield
+
     def backward(self, losses: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
         """Backward of every objective's loss, when all their graphs are alive.
 
         Graphs may share parts (the forward of the retain batch, say); they are freed with the last
-        loss.
+        loss. Inside `streamed()` it may also be called for some of the objectives at a time.
 
         Args:
             losses: by objective.
@@ -347,6 +404,11 @@ class MOLLMOptimizer(Optimizer):
         """
         for name in losses:
             self._check_name(name)
+        if isinstance(self._store, StreamedGradients) and losses:
+            self._refuse_interrupted()
+            self._refuse_strays()
+            self._store.record(losses)
+            return
         missing = [name for name in self.objectives if name not in losses]
         if missing:
             raise ValueError(f"losses must have every objective, but {missing} are missing.")
@@ -375,6 +437,11 @@ class MOLLMOptimizer(Optimizer):
         self._refuse_interrupted()
         if self._aggregated is not None:
             return
+        if self.streams:
+            raise RuntimeError(
+                "aggregate() does not go with gradient_memory='streamed', where no gradient is "
+                "ever there as a whole: call step() alone, or choose another one."
+            )
         if not self.can_aggregate:
             raise RuntimeError(
                 "aggregate() does not go with momentum='per-objective' in AdamW's metric: call "
@@ -390,7 +457,7 @@ class MOLLMOptimizer(Optimizer):
     @property
     def can_aggregate(self) -> bool:
         """Whether `aggregate()` can be called, as for clipping; see its errors."""
-        return self._means is None or self._second_weights is None
+        return not self.streams and (self._means is None or self._second_weights is None)
 
     def _put_direction(self, params: list[Tensor]) -> _Aggregated:
         scale = self._scale  # the last one, until the step knows better
@@ -438,13 +505,15 @@ class MOLLMOptimizer(Optimizer):
         """The parameters with gradients that wait; `strays` allows for a p.grad besides."""
         missing = [name for name in self.objectives if name not in self._store]
         if missing:
+            inside = "streamed(blocks)" if self.streams else f"objective({missing[0]!r})"
             raise RuntimeError(
                 f"objective {missing[0]!r} has no gradient: run its backward() inside "
-                f"`with optimizer.objective({missing[0]!r})` before step()."
+                f"`with optimizer.{inside}` before step()."
             )
         if not strays:
             self._refuse_strays()
-        return self._store.touched(self._parameters())
+        params = self._parameters()
+        return params if self.streams else self._store.touched(params)
 
     def _moving(self, params: Sequence[Tensor], lists: Lists) -> RunningMeans | None:
         if self._means is None:
@@ -640,7 +709,7 @@ class MOLLMOptimizer(Optimizer):
         weights = self._effective_weights(solved.solution)
         proceed = solved.solution.finite if weights.is_cuda else None
         parts = _Parts()
-        base.make_state(params)
+        base.make_state(self._store.touched(params))
         with self._writing():
             for sharding, some, lists in self._pieces(params):
                 part = base.step_along(

@@ -141,6 +141,28 @@ class StepReport:
             for name, part in zip(self.objectives, takes_part(self.gram).tolist(), strict=True)
         }
 
+    def __str__(self) -> str:
+        changes, conflicts = self.changes or {}, self.conflicts or {}
+        width = max(len("objective"), *map(len, self.objectives))
+        rows = [f"{'objective':<{width}}  {'|g|':>10}  {'weight':>10}  {'change':>10}"]
+        for name, norm, weight in zip(
+            self.objectives, self.norms.tolist(), self.weights.tolist(), strict=True
+        ):
+            change = f"{changes[name]:.3g}" if name in changes else "-"
+            mark = "  conflict" if conflicts.get(name) else ""
+            rows.append(f"{name:<{width}}  {norm:>10.3g}  {weight:>10.3g}  {change:>10}{mark}")
+        cosines = self.cosines.tolist()
+        pairs = [
+            f"{a}·{b} {cosines[i][j]:.3g}"
+            for i, a in enumerate(self.objectives)
+            for j, b in enumerate(self.objectives)
+            if i < j
+        ]
+        rows.append(f"{self.status.name}, Pareto gap {self.pareto_gap:.3g}")
+        if pairs:
+            rows.append(f"cosines {', '.join(pairs)}")
+        return "\n".join(rows)
+
     def __repr__(self) -> str:
         return (
             f"StepReport(status={self.status.name}, pareto_gap={self.pareto_gap:.4g}, "

@@ -29,7 +29,7 @@ _LASTING = ("parameters", "reference model", "optimizer state", "running means")
 
 def check_memory(
     model: str, config: Any, settings: PlanSettings, *, held: int = 0, step: bool = True
-) -> None:
+) -> float | None:
     """Compares what `mollm plan` predicts with the memory that this machine has.
 
     A model that is not planned passes, and so does a device whose memory is not known.
@@ -41,17 +41,20 @@ def check_memory(
         held: Bytes of it that are in memory already.
         step: Whether to warn where a step may not fit.
 
+    Returns:
+        The peak in bytes that is predicted, None where none is.
+
     Raises:
         UsageError: Even what is there throughout does not fit.
     """
     memory = machine.available_memory(torch.device(settings.device)) + held
     if math.isinf(memory):
-        return
+        return None
     label = public_name(model)
     try:
         planned = plan(shape_of(config, label), settings)
     except UsageError:  # of another family
-        return
+        return None
     way_out = f"see what would fit with `{plan_line(model, settings)}`."
     there = f"{memory / GIB:.2f} GiB are available on {settings.device}"
     lasting = sum(planned.component(name) for name in _LASTING)
@@ -65,6 +68,7 @@ def check_memory(
             f"A step with rows of {settings.sequence_length} tokens, the longest of the data, "
             f"would take {planned.peak.total / GIB:.2f} GiB, but only {there}: {way_out}"
         )
+    return planned.peak.total
 
 
 def plan_line(model: str, settings: PlanSettings) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from mollm.errors import UsageError
 
-_YAML_BYTES = 1 << 20
+_YAML_BYTES = 1 << 18
 
 
 def reason_of(error: BaseException, length: int | None = 300) -> str:
@@ -32,6 +33,21 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def refuse_no_file(path: Path) -> None:
+    """Refuses what is there and can be opened but is no file, such as a pipe, which may never end.
+
+    Raises:
+        UsageError: It is such a thing, or cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {reason_of(error)}.") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise UsageError(f"{path} must be a file, but it is {what}.")
+
+
 def user_path(name: str | Path) -> Path:
     """The path of that name, where a leading ~ is the user's home."""
     try:
@@ -44,8 +60,10 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
     """The text of a UTF-8 file, with its own line ends and without a byte order mark.
 
     Raises:
-        UsageError: It cannot be read, is not UTF-8, or has more than `most_bytes`.
+        UsageError: It cannot be read, is not UTF-8, or has more than `most_bytes` or than fits into
+            the memory.
     """
+    refuse_no_file(path)
     try:
         if most_bytes is not None and path.stat().st_size > most_bytes:
             raise UsageError(
@@ -60,6 +78,11 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except MemoryError:
+        raise UsageError(
+            f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for: "
+            "split it."
+        ) from None
 
 
 def parse_json(text: str, place: str) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from mollm.distributed import processes
-from mollm.methods.method import OBJECTIVES
 from mollm.models.adapters import named
 from mollm.training.config import MOLLMConfig
 from mollm.training.history import StepRecord
@@ -26,17 +25,19 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     """Ends a run whose model falls apart, and says at the end whether it is one to keep.
 
     It stops where a loss is not finite, in a step or an evaluation, where KL exceeds `divergence`
-    nats, where the retain loss has risen by as much since the first step, or where ten steps in a
+    nats, where a retain loss has risen by as much since the first step, or where ten steps in a
     row had to be skipped because a gradient was not finite. A run that ends fails all the same
     where that holds of its last step, where all of its steps were skipped, and where weights are
     not finite.
 
     Args:
         history: The records of all steps, which the trainer adds to.
+        retained: The objectives that are a loss on what to keep.
     """
 
-    def __init__(self, history: Sequence[StepRecord]) -> None:
+    def __init__(self, history: Sequence[StepRecord], retained: Sequence[str]) -> None:
         self._history = history
+        self._retained = retained
         self._runs = False
         self.first = 0
         """The steps that were made before this start of the run."""
@@ -117,13 +118,13 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     def _found(self, losses: dict[str, float], step: int, bound: float) -> str | None:
         """What is wrong with the losses before a step, from 1."""
         first = self._history[0].losses
-        for name in OBJECTIVES:
-            if not math.isfinite(losses[name]):
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
                 return (
-                    f"the {name} loss must be finite, but in step {step} it is {losses[name]}: "
-                    f"{_WAY_OUT}"
+                    f"the {name} loss must be finite, but in step {step} it is {loss}: {_WAY_OUT}"
                 )
-        rises = {"kl": losses["kl"], "retain": losses["retain"] - first["retain"]}
+        rises = {"kl": losses["kl"]}
+        rises |= {name: losses[name] - first[name] for name in self._retained}
         for name, risen in rises.items():
             if risen > bound:
                 return (
@@ -143,7 +144,11 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
 
 
 class LossBar(ProgressCallback):  # type: ignore[misc]
-    """The progress bar of transformers, with the three losses in it in place of lines above it."""
+    """The progress bar of transformers, with the losses in it in place of lines above it."""
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        super().__init__()
+        self._objectives = objectives
 
     def on_log(
         self,
@@ -155,6 +160,6 @@ class LossBar(ProgressCallback):  # type: ignore[misc]
     ) -> None:
         if self.training_bar is None or not logs:
             return
-        shown = {name: logs[f"{name}_loss"] for name in OBJECTIVES if f"{name}_loss" in logs}
+        shown = {name: logs[f"{name}_loss"] for name in self._objectives if f"{name}_loss" in logs}
         if shown:
             self.training_bar.set_postfix({name: f"{loss:.3f}" for name, loss in shown.items()})

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -19,8 +19,9 @@ from transformers.trainer_utils import SaveStrategy
 from mollm.data.chat import TRAIN_ON_TURNS
 from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
-from mollm.methods.method import OBJECTIVES
+from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
+from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
@@ -49,6 +50,7 @@ NOT_TOLD = (
     "hub_token",
     "report_to",
     "run_name",
+    "sample_replies",
     "use_cpu",
 )
 """What readers of a model card need not know."""
@@ -60,8 +62,17 @@ _AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "max_length",
 )
-_POSITIVE = ("learning_rate", "divergence")
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
+_POSITIVE = ("learning_rate", "divergence", "relearn_lr")
+_NOT_NEGATIVE = (
+    "sample_replies",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_epsilon",
+    "warmup_steps",
+    "relearn_steps",
+)
+_FORGET_IS_ONE = ("retain-first", "forget-first")
+"""Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 _OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
@@ -109,9 +120,22 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     method: str = field(
         default="mollm", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
     )
-    preferences: list[float] | None = field(
+    preferences: list[float] | dict[str, float] | None = field(
         default=None,
-        metadata={"help": "weights of forget, kl and retain, for methods that take any"},
+        metadata={
+            "help": "weights of forget, kl and retain, or of objectives by name, such as "
+            "{kl: 20, retain_code: 2}; for methods that take any"
+        },
+    )
+    relearn_steps: int = field(
+        default=0,
+        metadata={
+            "help": "steps of an attacker that learns forgotten rows again, before each forget "
+            "loss; 3 makes forgetting last, at about twice the cost of a step"
+        },
+    )
+    relearn_lr: float = field(
+        default=3e-3, metadata={"help": "learning rate of that attacker; longer steps than his own"}
     )
     uce_eps: float = field(
         default=1e-4,
@@ -167,6 +191,17 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
         },
     )
+    stop_when: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "end the run at a target: {forget_probability: 0.1, retain_probability: 0.5, "
+            "steps: 10}"
+        },
+    )
+    sample_replies: int = field(
+        default=0,
+        metadata={"help": "questions of each set to ask before and after, for the report"},
+    )
     divergence: float = field(
         default=5.0,
         metadata={"help": "stop once KL, or the rise of the retain loss, exceeds this many nats"},
@@ -194,6 +229,12 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "fsdp must be full_shard where the launcher does not say how many processes a node "
                 "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
             )
+        for name in ("stop_when", "sample_replies"):
+            if getattr(self, name) and self.sharding:
+                raise UsageError(
+                    f"{name} must be left out where processes hold parts of the model, but got "
+                    f"{getattr(self, name)} with {self.sharding}."
+                )
         _one_of("method", self.method, METHODS)
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
@@ -203,6 +244,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name, kind, what in (
             ("system_prompt", str, "a text"),
             ("chat_template_kwargs", dict, "options by name"),
+            ("stop_when", dict, "options by name"),
         ):
             if not isinstance(getattr(self, name), kind | None):
                 raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
@@ -240,14 +282,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _try_optimizer(self) -> None:
         """Says now what MOLLMOptimizer would say once the model is loaded."""
-        options = self.for_optimizer()
+        # Names of objectives are not known before the data; what they are given is.
+        options = self.for_optimizer(_objectives_named(self.preferences))
         if callable(options.get("base")):  # its own options, and what it asks of parameters, wait
             known = inspect.signature(MOLLMOptimizer).parameters
             options = {name: options[name] for name in options if name in known} | {"base": "sgd"}
         try:
-            optimizer = MOLLMOptimizer(
-                [nn.Parameter(torch.zeros(1))], objectives=OBJECTIVES, **options
-            )
+            optimizer = MOLLMOptimizer([nn.Parameter(torch.zeros(1))], **options)
         except (TypeError, ValueError) as error:
             reason = reason_of(error, None)
             asked = {"preferences": self.preferences, **self.optimizer_options}
@@ -255,11 +296,58 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
+        if optimizer.streams:
+            self._refuse_with_streaming()
         if self.max_grad_norm > 0 and not optimizer.can_aggregate:
             raise UsageError(
                 f"max_grad_norm must be 0 with momentum='per-objective' in AdamW's metric, but got "
                 f"{self.max_grad_norm}: leave it out, or add metric='euclidean' to "
                 "optimizer_options."
+            )
+
+    def _refuse_with_streaming(self) -> None:
+        streamed = "with gradient_memory='streamed'"
+        if callable(self.optimizer_options.get("base")):
+            raise UsageError(
+                f"base must be adamw or sgd {streamed}, but got "
+                f"{plain(self.optimizer_options['base'])}, which wants all gradients at once."
+            )
+        if self.max_grad_norm > 0:
+            raise UsageError(
+                f"max_grad_norm must be 0 {streamed}, where no gradient is ever there as a whole, "
+                f"but got {self.max_grad_norm}: leave it out."
+            )
+        if self.relearn_steps:
+            raise UsageError(
+                f"relearn_steps must be 0 {streamed}, whose gradients are taken once the weights "
+                f"are put back, but got {self.relearn_steps}: leave it out."
+            )
+        if self.gradient_checkpointing:
+            raise UsageError(
+                f"gradient_checkpointing must be left out {streamed}, which computes every block "
+                "again anyway, but got True."
+            )
+        if self.world_size > 1:
+            raise UsageError(
+                f"gradient_memory must be another one than 'streamed' with several processes, but "
+                f"there are {self.world_size}: cut the model into parts with fsdp=full_shard."
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether gradients are made block by block, see `MOLLMOptimizer.streamed`."""
+        return bool(self.optimizer_options.get("gradient_memory") == STREAMED)
+
+    def refuse_streaming_with(self, adapter: Any | None) -> None:
+        """Says that an adapter has nothing to stream.
+
+        Raises:
+            UsageError: There is one, and its gradients are to be streamed.
+        """
+        if self.streams and adapter is not None:
+            raise UsageError(
+                f"gradient_memory must be another one than {STREAMED!r} with an adapter, whose "
+                "gradients take next to no memory as they are: leave it out."
             )
 
     def refuse_four_bits_without(self, adapter: Any | None) -> None:
@@ -341,6 +429,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"uce_eps must be left out with the method {self.method}, which does not use it, "
                 f"but got {self.uce_eps}."
             )
+        if self.relearn_lr != defaults["relearn_lr"] and not self.relearn_steps:
+            raise UsageError(
+                f"relearn_lr must be left out without relearn_steps, but got {self.relearn_lr}: "
+                "give relearn_steps, such as 3."
+            )
         base = self.optimizer_options.get("base", "adamw")
         for name in _OF_ADAMW:
             if base != "adamw" and getattr(self, name) != defaults[name]:
@@ -417,17 +510,70 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             **{f"{name} rows per step": rows for name, rows in self.rows_per_step.items()},
         }
 
-    def for_optimizer(self) -> dict[str, Any]:
-        """Keyword arguments for MOLLMOptimizer, but for parameters and objectives."""
+    def for_optimizer(self, objectives: Sequence[str] = OBJECTIVES) -> dict[str, Any]:
+        """Keyword arguments for MOLLMOptimizer, but for parameters.
+
+        Args:
+            objectives: Their names: forget, kl and retain, or where a role has several sets, names
+                that begin with forget_ or retain_.
+
+        Raises:
+            UsageError: The preferences name another objective, or the method does not go with
+                these.
+        """
         options = dict(self.optimizer_options)
         if options.get("state_dtype") in DTYPES:
             options["state_dtype"] = DTYPES[options["state_dtype"]]
         if options.get("base", "adamw") == "adamw":
             betas = (self.adam_beta1, self.adam_beta2)
             options = {"betas": betas, "eps": self.adam_epsilon, **options}
-        if self.preferences is not None:
-            options = {"preferences": self.preferences, **options}
-        return {"lr": self.learning_rate, **self.chosen_method.optimizer_options(), **options}
+        method = self.chosen_method.optimizer_options()
+        preferences = self._preferences_of(objectives, method["preferences"])
+        method["preferences"] = preferences
+        ordered = options.get("direction", method["direction"]) in _FORGET_IS_ONE
+        if ordered and sum(role_of_objective(name) == "forget" for name in objectives) > 1:
+            raise UsageError(
+                f"the method {self.method} must have one set to forget, but got "
+                f"{', '.join(objectives)}: choose another method."
+            )
+        return {
+            "lr": self.learning_rate,
+            "objectives": tuple(objectives),
+            **method,
+            **options,
+        }
+
+    def _preferences_of(
+        self, objectives: Sequence[str], default: Sequence[float] | None
+    ) -> Sequence[float] | None:
+        """One for each objective: by its name, or that of its role."""
+        asked = self.preferences
+        chosen = default if asked is None or isinstance(asked, Mapping) else asked
+        if asked is None and default is None:
+            return None
+        if chosen is not None and len(chosen) != len(OBJECTIVES):
+            return chosen  # which the optimizer refuses
+        by_name = dict(zip(OBJECTIVES, chosen or (1.0,) * len(OBJECTIVES), strict=True))
+        if isinstance(asked, Mapping):
+            known = dict.fromkeys((*OBJECTIVES, *objectives))
+            for name in asked:
+                if name not in known:
+                    raise UsageError(
+                        f"preferences must be of {', '.join(known)}, but got {name!r}"
+                        f"{did_you_mean(str(name), known)}"
+                    )
+            by_name |= asked
+        return [by_name.get(name, by_name[role_of_objective(name)]) for name in objectives]
+
+
+def _objectives_named(preferences: Any) -> list[str]:
+    """The three objectives, or more, so that every name in the preferences is one."""
+    named = [str(name) for name in preferences] if isinstance(preferences, Mapping) else []
+    return [
+        name
+        for role in OBJECTIVES
+        for name in [n for n in named if n.startswith(f"{role}_") and role != "kl"] or [role]
+    ]
 
 
 def _sharding(fsdp: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mollm.methods.method import OBJECTIVES
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.folders import replace_text
 from mollm_ops import Status
@@ -17,7 +17,7 @@ from mollm_ops import Status
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step, as history.jsonl holds it. Objectives stand in the order of OBJECTIVES."""
+    """One step, as history.jsonl holds it. Objectives stand in the order of the run."""
 
     step: int
     lr: float
@@ -42,24 +42,21 @@ class StepRecord:
         return asdict(self)
 
 
-def pairs() -> list[tuple[int, int]]:
-    """Index pairs of the objectives."""
-    count = len(OBJECTIVES)
-    return [(i, j) for i in range(count) for j in range(i + 1, count)]
-
-
 def record_of(
     step: int, lr: float, losses: dict[str, float], optimizer: MOLLMOptimizer
 ) -> StepRecord:
     """What the optimizer's last step did; waits for the device."""
-    last = optimizer.last_step
+    last, names = optimizer.last_step, optimizer.objectives
     return StepRecord(
         step=step,
         lr=lr,
         losses=losses,
-        norms=dict(zip(OBJECTIVES, map(float, last.norms), strict=True)),
-        cosines={f"{OBJECTIVES[i]}·{OBJECTIVES[j]}": float(last.cosines[i, j]) for i, j in pairs()},
-        weights=dict(zip(OBJECTIVES, map(float, last.weights), strict=True)),
+        norms=dict(zip(names, map(float, last.norms), strict=True)),
+        cosines={
+            f"{a}·{b}": float(last.cosines[i, j])
+            for (i, a), (j, b) in itertools.combinations(enumerate(names), 2)
+        },
+        weights=dict(zip(names, map(float, last.weights), strict=True)),
         status=last.status.name,
         pareto_gap=float(last.pareto_gap),
         changes=last.changes or {},
@@ -74,16 +71,16 @@ def means_of(records: Sequence[StepRecord]) -> dict[str, float]:
         return sum(values) / len(records)
 
     means = {"loss": mean(sum(record.losses.values()) for record in records)}
-    for name in OBJECTIVES:
+    first = records[0]
+    for name in first.losses:
         means |= {
             f"{name}_loss": mean(record.losses[name] for record in records),
             f"norm_{name}": mean(record.norms[name] for record in records),
             f"weight_{name}": mean(record.weights[name] for record in records),
             f"conflict_{name}": mean(record.conflicts.get(name, False) for record in records),
         }
-    for i, j in pairs():
-        a, b = OBJECTIVES[i], OBJECTIVES[j]
-        means[f"cosine_{a}_{b}"] = mean(record.cosines[f"{a}·{b}"] for record in records)
+    for pair in first.cosines:
+        means[f"cosine_{pair.replace('·', '_')}"] = mean(r.cosines[pair] for r in records)
     means["pareto_gap"] = mean(record.pareto_gap for record in records)
     return means
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def check_run(
     model: str | PreTrainedModel, config: Any, args: MOLLMConfig, adapter: Any | None, longest: int
-) -> None:
+) -> float | None:
     """Compares a run with the memory of its device before it takes any; see `check_memory`.
 
     Several processes pass, of which each may hold a part, and so does what `mollm plan` does not
@@ -30,6 +30,9 @@ def check_run(
         args: The settings of the run.
         adapter: The LoraConfig that it trains, or None.
         longest: Tokens of the longest row.
+
+    Returns:
+        The peak in bytes that is predicted, None where none is.
 
     Raises:
         UsageError: Even what is there throughout does not fit.
@@ -43,14 +46,14 @@ def check_run(
             held = sum(p.numel() * p.element_size() for p in weights)
         model = model.name_or_path or type(model).__name__
     if args.world_size > 1:
-        return
+        return None
     try:
         settings = plan_settings(
             args, adapter, longest=longest, dtype=dtype, quantization=quantization
         )
     except UsageError:
-        return
-    check_memory(model, config, settings, held=held)
+        return None
+    return check_memory(model, config, settings, held=held)
 
 
 def plan_settings(

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mollm.methods.method import OBJECTIVES
 from mollm.system.folders import public_name
 from mollm.training.history import StepRecord, skipped_in
 
@@ -46,6 +45,7 @@ def model_card(
         failure: Why the run is no success.
     """
     base_model = public_name(base_model)
+    names = list(history[0].losses) if history else []
     sentences = [*notes]
     if failure is not None:
         sentences.insert(0, f"This run failed: {failure}")
@@ -75,15 +75,15 @@ def model_card(
         _table(("setting", "value"), [(_code(k), _code(public(v))) for k, v in settings.items()]),
         *_changed(changes),
         "## Weights",
-        f"{len(history)} steps; losses before each, and the weights of the three gradients. All "
+        f"{len(history)} steps; losses before each, and the weights of the gradients. All "
         "steps are in `history.jsonl`.",
         _table(
-            ("step", *(f"{n} loss" for n in OBJECTIVES), *(f"w {n}" for n in OBJECTIVES)),
+            ("step", *(f"{n} loss" for n in names), *(f"w {n}" for n in names)),
             [
                 (
                     record.step + 1,
-                    *(f"{record.losses[n]:.4g}" for n in OBJECTIVES),
-                    *(f"{record.weights[n]:.3g}" for n in OBJECTIVES),
+                    *(f"{record.losses[n]:.4g}" for n in names),
+                    *(f"{record.weights[n]:.3g}" for n in names),
                 )
                 for record in _some(history)
             ],

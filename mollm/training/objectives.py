@@ -21,7 +21,7 @@ from mollm.models.dropout import without_dropout
 from mollm.models.forward import answer_states, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.training.reference_model import Reference
-from mollm_ops import linear_ce_kl
+from mollm_ops import linear_ce_kl, linear_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,7 @@ class Objectives(nn.Module):
         forget   forget_loss on the batch to forget, the unlearning cross-entropy of most methods
         kl       KL(original ‖ model) on the batch to retain
         retain   cross-entropy on the batch to retain, from the same forward
+        relearn  cross-entropy on a batch to forget: what an attacker minimises
 
     Losses read hidden states of answer tokens alone; no tensor [tokens, V] exists at any time.
     The model computes without dropout, whatever mode it is in, and is left in that mode: at the
@@ -79,8 +80,9 @@ class Objectives(nn.Module):
         forget: Batch | Mapping[str, Tensor] | None = None,
         retain: Batch | Mapping[str, Tensor] | None = None,
         totals: tuple[Totals, Totals] | None = None,
+        relearn: Batch | Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of the batches that are given: "forget", "kl" and "retain".
+        """The losses of the batches that are given: "forget", "kl" and "retain", or "relearn".
 
         Args:
             forget: input_ids, attention_mask and labels, [B, T] each; a label is the token itself
@@ -90,6 +92,7 @@ class Objectives(nn.Module):
                 batches are parts of a larger one; then losses and gradients add up to those of the
                 whole. Else each loss is the mean over the answer tokens of all processes' batches,
                 for an engine that averages gradients over processes.
+            relearn: A batch of what is to be forgotten, whose means divide as on the forget side.
         """
         without_dropout(self.model, training=torch.is_grad_enabled())
         losses: dict[str, Tensor] = {}
@@ -97,7 +100,19 @@ class Objectives(nn.Module):
             losses["forget"] = self._forget(_batch(forget), totals and totals[0])
         if retain is not None:
             losses["kl"], losses["retain"] = self._retain(_batch(retain), totals and totals[1])
+        if relearn is not None:
+            losses["relearn"] = self._relearn(_batch(relearn), totals and totals[0])
         return losses
+
+    def _relearn(self, batch: Batch, totals: Totals | None) -> Tensor:
+        answers = answers_of(self.model, batch, totals or _totals(batch))
+        return linear_cross_entropy(
+            answers.hidden,
+            answers.weight,
+            answers.target,
+            **answers.head_options,
+            normalizer=answers.tokens,
+        )
 
     def _forget(self, batch: Batch, totals: Totals | None) -> Tensor:
         answers = answers_of(self.model, batch, totals or _totals(batch))

@@ -7,8 +7,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +26,18 @@ from transformers import (
     TrainerState,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
 from mollm.data.chat import Batch, ChatFormat, Tokens, collate, ends_of, vocabulary_of
 from mollm.data.encoding import encode_records
-from mollm.data.samplers import PairSampler, RowSampler
-from mollm.data.sets import read_data, records_of, role_of
+from mollm.data.preview import Preview, preview_of
+from mollm.data.records import ROLES
+from mollm.data.samplers import JointSampler, RowSampler
+from mollm.data.sets import of_role, read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
-from mollm.methods.method import OBJECTIVES
+from mollm.evaluation.preview import with_likelihoods
 from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
@@ -45,9 +50,12 @@ from mollm.models.adapters import (
     not_finite,
     trained_tensors,
 )
+from mollm.models.blocks import find_blocks
 from mollm.models.checks import check_finite
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.report.page import REPORT_FILE, write_report
+from mollm.report.run_file import write_run
 from mollm.system import machine
 from mollm.system.folders import (
     check_writable,
@@ -57,6 +65,7 @@ from mollm.system.folders import (
 )
 from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
+from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar
 from mollm.training.config import NOT_TOLD, MOLLMConfig
@@ -67,19 +76,29 @@ from mollm.training.given_model import (
     refuse_kept_parts,
     taken,
 )
-from mollm.training.history import StepRecord, means_of, record_of, write_history
+from mollm.training.history import (
+    StepRecord,
+    finite,
+    means_of,
+    record_of,
+    skipped_in,
+    write_history,
+)
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives, totals_of
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
+from mollm.training.relearning import relearnt, rows_to_relearn
+from mollm.training.replies import ReplySamples
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings, plain
-from mollm.training.step import accumulate
+from mollm.training.step import accumulate_forget, accumulate_retain
+from mollm.training.targets import StopRule, StopWhen, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mollm.data.sets import Data
+    from mollm.data.sets import Data, Sets
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +151,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "trainer_output" as in transformers.
         forget_dataset: What to forget: a path or hub name, keyword arguments of
             `mollm.data.load_records` by name (`path` for its source), a list of
-            `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`.
-        retain_dataset: What to keep.
+            `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`. Several
+            such sets by name become objectives of their own, "forget_alice" and so on.
+        retain_dataset: What to keep: one set, or several by name.
         eval_dataset: Sets "forget" and "retain", or one of them, to evaluate on.
         processing_class: The tokenizer; needed where the model is not given by name.
         callbacks: More callbacks.
@@ -156,9 +176,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         model: str | Path | PreTrainedModel,
         args: MOLLMConfig | None = None,
         *,
-        forget_dataset: Data,
-        retain_dataset: Data,
-        eval_dataset: Mapping[str, Data] | None = None,
+        forget_dataset: Sets,
+        retain_dataset: Sets,
+        eval_dataset: Mapping[str, Sets] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
@@ -169,9 +189,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 f"args must be a mollm.MOLLMConfig, but got {type(args).__name__}: MOLLMConfig "
                 "takes the fields of TrainingArguments, and a few more."
             )
+        self._given = _place_of(model)
         model, self._wrapped, notes = taken(model, peft_config, args)
         if self._wrapped is None:
             args.refuse_four_bits_without(peft_config)
+        args.refuse_streaming_with(self._wrapped or peft_config)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -187,7 +209,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self,
         model: str | PreTrainedModel,
         args: MOLLMConfig,
-        data: tuple[Data, Data, Mapping[str, Data] | None],
+        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
         processing_class: PreTrainedTokenizerBase | None,
         callbacks: list[TrainerCallback] | None,
         peft_config: Any | None,
@@ -219,6 +241,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
+            self._blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
             reference = make_reference(
@@ -236,20 +259,28 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             fsdp.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)
         self.history: list[StepRecord] = []
         """A record of every step."""
-        self._divergence = DivergenceStop(self.history)
+        self.more_facts: dict[str, Any] = {}
+        """What run.json is to hold besides, such as the command."""
+        self._samples = ReplySamples(self._base, self._chat, self._data, args.sample_replies)
+        self._divergence = DivergenceStop(self.history, self._data.named("retain"))
+        self._target = self._stop_rule(args)
         self._changes: list[dict[str, Any]] = []  # of settings, where the run was resumed
-        self._last_rows: tuple[list[Tokens], list[Tokens]] | None = None
+        self._last_rows: dict[str, list[Tokens]] | None = None
         super().__init__(
             model=self._wrapped or self._base,
             args=args,
             data_collator=self._batch,
-            train_dataset=self._data.rows["forget"],
+            train_dataset=self._longest,
             eval_dataset=list(self._data.evaluated.values()) or None,
             processing_class=tokenizer,
-            callbacks=[self._divergence, *(callbacks or [])],
+            callbacks=[
+                self._divergence,
+                *([] if self._target is None else [self._target]),
+                *(callbacks or []),
+            ],
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossBar)
+            self.add_callback(LossBar(self.objectives))
         self._refuse_unlike_processes()
         if isinstance(reference, CachedReference):
             reference.fill(
@@ -291,7 +322,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         source: loading.Source | None,
         args: MOLLMConfig,
         tokenizer: PreTrainedTokenizerBase,
-        data: tuple[Data, Data, Mapping[str, Data] | None],
+        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
         peft_config: Any | None,
         notes: Sequence[str],
     ) -> None:
@@ -312,16 +343,17 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if context is not None:
             args.max_length = min(args.max_length, context)
         self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
+        args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
-        self.notes = (*self._data.notes, *notes)
+        self.notes = (*self._data.notes, *self._relearning_notes(args), *notes)
         """What the user should know about the data."""
         for note in self.notes:
             if processes.rank() == 0:
                 logger.warning(note)
         longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
-        check_run(model, config, args, peft_config or given, longest)
+        self._planned = check_run(model, config, args, peft_config or given, longest)
         # A model that will be cut into parts may be too large for the device as a whole.
         device = args.device if args.sharding is None else torch.device("cpu")
         self._base: PreTrainedModel
@@ -335,9 +367,29 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Their names: a loss on each set to forget, KL, and a loss on each set to retain."""
+        return (*self._data.named("forget"), "kl", *self._data.named("retain"))
+
+    @property
+    def _longest(self) -> list[Tokens]:
+        """The set to forget by which epochs are counted."""
+        return max((self._data.rows[name] for name in self._data.named("forget")), key=len)
+
+    def _relearning_notes(self, args: MOLLMConfig) -> list[str]:
+        seen = args.rows_per_step["forget"]
+        return [
+            f"the {name} data has {len(self._data.rows[name])} rows, no more than a step sees, so "
+            "that relearning is simulated on the rows of the step itself."
+            for name in self._data.named("forget")
+            if args.relearn_steps and len(self._data.rows[name]) <= seen
+        ]
+
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
         rows, compares = self._data.rows, args.chosen_method.compares
-        return [row for name in rows if "retain" in name or compares for row in rows[name]]
+        kept = [n for n in rows if compares or of_role(n) == "retain"]
+        return [row for name in kept for row in rows[name]]
 
     @property
     def _folder(self) -> Path:
@@ -346,7 +398,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint must agree with, to be resumed from."""
-        fixed = fixed_settings(self.args.all_settings(), self.args.for_optimizer())
+        options = self.args.for_optimizer(self.objectives)
+        fixed = fixed_settings(self.args.all_settings(), options)
+        sets = [*self._data.named("forget"), *self._data.named("retain")]
         del fixed["dtype"]  # of the model as it is, below
         adapter = {} if self._wrapped is None else adapter_settings(self._wrapped)
         return {
@@ -355,15 +409,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "model": self._fingerprint,
             "adapter": None if self._wrapped is None else "LoRA",
             **{f"adapter {name}": value for name, value in adapter.items()},
-            "objectives": list(OBJECTIVES),
+            "objectives": list(self.objectives),
             **fixed,
             "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
             **{n: plain(v) for n, v in self._chat.identity.items() if n not in fixed},
             # Last: these change with most of what stands above, which is then named in their place.
-            "forget data": self._data.facts["forget"]["sha256"],
-            "retain data": self._data.facts["retain"]["sha256"],
-            "forget data as tokens": _hash_of(self._data.rows["forget"]),
-            "retain data as tokens": _hash_of(self._data.rows["retain"]),
+            **{f"{name} data": self._data.facts[name]["sha256"] for name in sets},
+            **{f"{name} data as tokens": _hash_of(self._data.rows[name]) for name in sets},
         }
 
     @property
@@ -379,6 +431,25 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             raise UsageError(
                 f"all processes must be given the same {' and '.join(unlike)}, but they were not."
             )
+
+    def _stop_rule(self, args: MOLLMConfig) -> StopWhen | None:
+        if args.stop_when is None:
+            return None
+        rows: dict[str, list[Tokens]] = {
+            role: [row for name in self._data.looked_at(role) for row in self._data.rows[name]]
+            for role in ROLES
+        }
+
+        def measure() -> dict[str, float]:
+            size = args.per_device_eval_batch_size
+            return measured(self._base, rows, self._chat.pad_id, size)
+
+        return StopWhen(StopRule.of(args.stop_when), measure)
+
+    @property
+    def target_told(self) -> str | None:
+        """How the last run ended with regard to `stop_when`, in a sentence."""
+        return None if self._target is None else self._target.told
 
     @property
     def stopped_because(self) -> str | None:
@@ -398,18 +469,22 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 for decay, params in groups.items()
                 if params
             ],
-            objectives=OBJECTIVES,
-            **self.args.for_optimizer(),
+            **self.args.for_optimizer(self.objectives),
         )
         return optimizer
 
-    def _make_sampler(self) -> PairSampler[Tokens]:
+    @property
+    def _data_seed(self) -> int:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairSampler(
-            *(
-                RowSampler(self._data.rows[name], count, seed=seed, name=name)
-                for name, count in self.args.rows_per_step.items()
-            )
+        return int(seed)
+
+    def _make_sampler(self) -> JointSampler[Tokens]:
+        return JointSampler(
+            {
+                name: RowSampler(self._data.rows[name], count, seed=self._data_seed, name=name)
+                for role, count in self.args.rows_per_step.items()
+                for name in self._data.named(role_of(role))
+            }
         )
 
     def _batch(self, rows: Sequence[Tokens]) -> Batch:
@@ -438,6 +513,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if found is not None:
                 before = checkpoint.check(found, self.about)
         self._begin()
+        self._ask()
         if found is not None:
             self._resume(found, before)
         self._divergence.first = len(self.history)
@@ -448,10 +524,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_epoch_begin")
         self._since, self._tokens = time.perf_counter(), 0
         while self.state.global_step < self.state.max_steps:
-            epoch = self._sampler.forget.epoch
+            epoch = math.floor(self._epochs)
             self._train_step()
             last = self.state.global_step == self.state.max_steps
-            over = self._sampler.forget.epoch > epoch
+            over = math.floor(self._epochs) > epoch
             if over or last or self.control.should_epoch_stop:
                 self._tell("on_epoch_end")
             self._log_evaluate_save()
@@ -477,13 +553,15 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.create_optimizer()
         steps = self.args.max_steps
         if steps <= 0:
-            rows = self.args.num_train_epochs * len(self._data.rows["forget"])
+            rows = self.args.num_train_epochs * len(self._longest)
             steps = math.ceil(rows / self.args.rows_per_step["forget"])
         self.create_scheduler(num_training_steps=steps)
         self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
         self.history.clear()
         self._changes.clear()
+        self._samples.forget_all()
+        self._started = time.time()
         self._last_rows = None
         self._logged = 0
         set_seed(self.args.seed + processes.rank())  # each draws its own dropout
@@ -502,18 +580,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _train_step(self) -> None:
         args, optimizer = self.args, self.optimizer
         self._tell("on_step_begin")
-        forget, retain = next(self._sampler)  # of all processes
-        totals = totals_of(forget), totals_of(retain)
-        self._last_rows = forget, retain
+        rows = self._last_rows = next(self._sampler)  # of all processes
         optimizer.zero_grad()
-        parts: list[Tensor] = []
-        for number, batches in enumerate(self._micro_batches(forget, retain)):
-            if number:
-                self._tell("on_substep_end")
-            last = number == args.gradient_accumulation_steps - 1
-            part = accumulate(self._objectives, optimizer, *batches, totals=totals, last=last)
-            parts.append(torch.stack(list(part.values())))
-        losses = processes.total(torch.stack(parts).double().sum(0))
+        losses = self._accumulate(rows)
         if args.max_grad_norm > 0:
             optimizer.aggregate()
             clip_grad_norm_(self._base.parameters(), args.max_grad_norm)
@@ -522,18 +591,72 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_optimizer_step")
         rate = float(optimizer.param_groups[0]["lr"])
         self.lr_scheduler.step()
-        named = dict(zip(OBJECTIVES, losses.tolist(), strict=True))
-        self.history.append(record_of(self.state.global_step, rate, named, optimizer))
-        self._tokens += sum(len(row.ids) for row in (*forget, *retain))
+        self.history.append(record_of(self.state.global_step, rate, losses, optimizer))
+        self._tokens += sum(len(row.ids) for some in rows.values() for row in some)
         self.state.global_step += 1
-        drawn = self.state.global_step * args.rows_per_step["forget"]
-        self.state.epoch = drawn / len(self._data.rows["forget"])
+        self.state.epoch = self._epochs
         self._tell("on_step_end")
 
-    def _micro_batches(
-        self, forget: list[Tokens], retain: list[Tokens]
-    ) -> Iterator[tuple[Batch, Batch]]:
-        return zip(self._parts(forget), self._parts(retain), strict=True)
+    @property
+    def _epochs(self) -> float:
+        drawn: int = self.state.global_step * self.args.rows_per_step["forget"]
+        return drawn / len(self._longest)
+
+    def _accumulate(self, rows: Mapping[str, list[Tokens]]) -> dict[str, float]:
+        """Takes the gradients of all objectives on the rows of a step; returns the losses."""
+        forget, retain = self._data.named("forget"), self._data.named("retain")
+        totals = {name: totals_of(some) for name, some in rows.items()}
+        kept = sum(totals[name].tokens for name in retain)
+        final = self.args.gradient_accumulation_steps - 1
+        found: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
+
+        def add(losses: Mapping[str, Tensor]) -> None:
+            for name, loss in losses.items():
+                found[name].append(loss.double())
+
+        model, optimizer, blocks = self._objectives, self.optimizer, self._blocks
+        with self._relearnt(rows):
+            for name in forget:
+                for number, batch in enumerate(self._parts(rows[name])):
+                    how = {"name": name, "totals": totals[name], "last": number == final}
+                    add(accumulate_forget(model, optimizer, batch, blocks=blocks, **how))
+        for number, batches in enumerate(zip(*(self._parts(rows[n]) for n in retain), strict=True)):
+            if number:
+                self._tell("on_substep_end")
+            for name, batch in zip(retain, batches, strict=True):
+                last = number == final
+                how = {"name": name, "totals": totals[name], "last": last}
+                how |= {"share": totals[name].tokens / kept}
+                how |= {"last_of_kl": last and name == retain[-1]}
+                add(accumulate_retain(model, optimizer, batch, blocks=blocks, **how))
+        sums = processes.total(torch.stack([torch.stack(parts).sum() for parts in found.values()]))
+        return dict(zip(found, sums.tolist(), strict=True))
+
+    def _relearnt(self, rows: Mapping[str, list[Tokens]]) -> AbstractContextManager[None]:
+        """Within it the model has begun to relearn forgotten rows that this step does not see."""
+        if not self.args.relearn_steps:
+            return nullcontext()
+        step, seed, size = (
+            self.state.global_step,
+            self._data_seed,
+            self.args.per_device_train_batch_size,
+        )
+        learnt = [
+            row
+            for name in self._data.named("forget")
+            for row in rows_to_relearn(self._data.rows[name], rows[name], seed=seed, step=step)
+        ]
+        totals = totals_of(learnt)
+        batches = [learnt[start : start + size] for start in range(0, len(learnt), size)]
+        params = [p for p in self._base.parameters() if p.requires_grad]
+
+        def backward() -> None:
+            for some, mine in processes.shares(batches):
+                losses = self._objectives(relearn=self._batch(some), totals=(totals, totals))
+                torch.autograd.backward(losses["relearn"] * mine)
+            processes.add_up_gradients(params)
+
+        return relearnt(params, backward, steps=self.args.relearn_steps, lr=self.args.relearn_lr)
 
     def _parts(self, rows: list[Tokens]) -> Iterator[Batch]:
         """This process's share of a step's rows, so many at a time as the device takes."""
@@ -573,15 +696,28 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if self.args.load_best_model_at_end and best is not None:
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
         self._look_at_the_end()
+        total = [sum(record.losses.values()) for record in self.history]
+        loss = sum(total) / max(1, len(total))
+        made = self.state.global_step - self._divergence.first
+        rows = made * self.args.rows_per_step["forget"]
+        summary = speed_metrics("train", self._started, num_samples=rows, num_steps=made)
+        summary["train_loss"] = loss
+        self.log(dict(summary))
+        if self.stopped_because is None:
+            self._ask()
         with processes.agreeing():
             if processes.rank() == 0:
                 write_history(self.history, self._folder / "history.jsonl")
                 self.create_model_card()
+                self._write_report()
         self._tell("on_train_end")
         self.is_in_train = False
-        total = [sum(record.losses.values()) for record in self.history]
-        loss = sum(total) / max(1, len(total))
-        return TrainOutput(self.state.global_step, loss, {"train_loss": loss})
+        return TrainOutput(self.state.global_step, loss, summary)
+
+    def _ask(self) -> None:
+        """Has the model answer some questions, on the first process."""
+        if self.args.sample_replies and processes.rank() == 0:
+            self._samples.ask()
 
     def _look_at_the_end(self) -> None:
         if self.stopped_because is None:
@@ -592,15 +728,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """The losses after the last step, on its own rows, if there was one."""
         if self._last_rows is None:
             return None
-        forget, retain = self._last_rows
-        totals = totals_of(forget), totals_of(retain)
-        parts = []
         with forward.in_evaluation_mode(self._base):
-            for batches in self._micro_batches(forget, retain):
-                part = self._objectives(*batches, totals=totals)
-                parts.append(torch.stack([part[name] for name in OBJECTIVES]))
-        losses = processes.total(torch.stack(parts).double().sum(0))
-        return dict(zip(OBJECTIVES, losses.tolist(), strict=True))
+            return self._mean_losses(self._last_rows)
 
     def _broken(self) -> list[str]:
         """Names of the weights that are not finite, on any process."""
@@ -608,6 +737,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return list(dict.fromkeys(name for names in processes.each(mine) for name in names))
 
     # ---- evaluation
+
+    def preview(self, rows: int = 2, *, known: bool = False) -> Preview:
+        """What this run trains on, row for row, see `mollm.preview`.
+
+        Args:
+            rows: How many rows of each set to show.
+            known: Whether to compute the likelihood of answers to forget. Not where processes hold
+                parts of the model.
+        """
+        found = preview_of(self._data, self._chat, self.args.max_length, rows)
+        if not known or self.args.sharding is not None:
+            return found
+        with computing_in(self.args.compute_dtype):
+            return with_likelihoods(found, self._data, self._chat, self._base)
 
     @torch.no_grad()
     def evaluate(
@@ -630,40 +773,44 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         rows = self._data.evaluated
         if eval_dataset is not None:
             rows = {
-                role: encode_records(
-                    records_of(data, role_of(role)),
+                name: encode_records(
+                    records_of(data, role_of(name)),
                     self._chat,
                     max_length=self.args.max_length,
                     train_on_turns=self.args.train_on_turns,
                 ).rows
-                for role, data in eval_dataset.items()
+                for role, sets in eval_dataset.items()
+                for name, data in sets_to_evaluate(role, sets).items()
             }
         if not rows:
             raise UsageError(
                 "eval_dataset must hold a set 'forget' or 'retain', but there is none: give one to "
                 "the trainer or to evaluate()."
             )
-        losses: dict[str, float] = {}
-        computing = computing_in(self.args.compute_dtype)
-        with forward.in_evaluation_mode(self._base), computing:
-            for role in sorted(rows):
-                losses |= self._evaluate(role, rows[role])
+        with forward.in_evaluation_mode(self._base), computing_in(self.args.compute_dtype):
+            losses = self._mean_losses(rows)
         metrics = {f"{metric_key_prefix}_{name}_loss": loss for name, loss in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
         self.log(dict(metrics))
         self._tell("on_evaluate", metrics)
         return metrics
 
-    def _evaluate(self, role: str, rows: Sequence[Tokens]) -> dict[str, float]:
-        size, totals = self.args.per_device_eval_batch_size, totals_of(rows)
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _mean_losses(self, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, float]:
+        """The loss of every set by its name, and KL over all that is to be retained."""
+        size = self.args.per_device_eval_batch_size
+        totals = {name: totals_of(rows) for name, rows in sorted(sets.items())}
+        kept = sum(totals[name].tokens for name in totals if role_of(name) == "retain")
         sums: dict[str, Tensor] = {}
-        for some, mine in processes.shares(batches):
-            losses = self._objectives(**{role: self._batch(some)}, totals=(totals, totals))
-            for name, loss in losses.items():
-                known = sums.setdefault(name, torch.zeros_like(loss, dtype=torch.float64))
-                if mine:
-                    known += loss
+        for name, total in totals.items():
+            role, rows = role_of(name), sets[name]
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            for some, mine in processes.shares(batches):
+                losses = self._objectives(**{role: self._batch(some)}, totals=(total, total))
+                for what, loss in losses.items():
+                    as_what = "kl" if what == "kl" else name
+                    known = sums.setdefault(as_what, torch.zeros_like(loss, dtype=torch.float64))
+                    if mine:
+                        known += loss * (total.tokens / kept if what == "kl" else 1)
         return {name: float(processes.total(value)) for name, value in sums.items()}
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -817,24 +964,63 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """Writes README.md into `output_dir`, see `mollm.training.model_card`."""
         replace_text(self._folder / "README.md", self.model_card())
 
+    def _write_report(self) -> None:
+        """Writes run.json and, with the package jinja2, report.html into `output_dir`."""
+        write_run(finite(self._facts()), self._folder)
+        if find_spec("jinja2") is not None:
+            write_report([self._folder], self._folder / REPORT_FILE)
+
+    def _facts(self) -> dict[str, Any]:
+        """What run.json says of this run."""
+        card = self._card()
+        return {
+            **card,
+            "model": self._given,
+            "label": card["base_model"],
+            "steps": self.state.global_step,
+            "resumed_at": self._divergence.first,
+            "skipped_steps": skipped_in(self.history),
+            "device": machine.device_name(self.args.device),
+            "processes": self.args.world_size,
+            "seconds": round(time.time() - self._started, 1),
+            "peak_memory_gib": round(machine.peak_memory() / GIB, 2),
+            "planned_gib": None if self._planned is None else round(self._planned / GIB, 2),
+            "evaluations": [log for log in self.state.log_history if "eval_loss" in log],
+            "replies": self._samples.rows(),
+            "commit": machine.commit(),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self.more_facts,
+        }
+
     def model_card(self) -> str:
         """Data with hashes, settings, and the weights of every step, as Markdown."""
-        return model_card(
-            base_model=self._base.name_or_path or type(self._base).__name__,
-            changes=self._changes,
-            failure=self.stopped_because,
-            data=self._data.facts,
-            settings={
+        return model_card(history=self.history, **self._card())
+
+    def _card(self) -> dict[str, Any]:
+        ending = self.target_told
+        return {
+            "base_model": self._base.name_or_path or type(self._base).__name__,
+            "changes": self._changes,
+            "failure": self.stopped_because,
+            "data": self._data.facts,
+            "settings": {
                 **self.args.told(),
                 **({} if self._wrapped is None else adapter_told(self._wrapped)),
                 "steps": self.state.global_step,
             },
-            history=self.history,
-            versions=machine.versions(
+            "versions": machine.versions(
                 "peft", *(["bitsandbytes"] if self.args.quantization else [])
             ),
-            notes=self.notes,
-        )
+            "notes": [*self.notes, *([] if ending is None else [f"stop_when: {ending}"])],
+        }
+
+
+def _place_of(model: str | Path | PreTrainedModel) -> str | None:
+    """Where the original is, for those who compare with it; None where it was given as a module."""
+    if not isinstance(model, str | Path):
+        return None
+    path = user_path(model)
+    return str(path.resolve()) if path.exists() else str(model)
 
 
 def _refuse_broken(names: Sequence[str]) -> None:
@@ -858,9 +1044,13 @@ def _metric_of(args: MOLLMConfig) -> str | None:
     return name if name is None or name.startswith("eval_") else f"eval_{name}"
 
 
-def _metrics_on(roles: Collection[str]) -> list[str]:
-    losses = {"forget": ("forget",), "retain": ("kl", "retain")}
-    return [*(f"eval_{loss}_loss" for role in sorted(roles) for loss in losses[role]), "eval_loss"]
+def _metrics_on(sets: Iterable[str]) -> list[str]:
+    losses = [
+        loss
+        for name in sorted(sets)
+        for loss in (("kl", name) if role_of(name) == "retain" else (name,))
+    ]
+    return [*dict.fromkeys(f"eval_{loss}_loss" for loss in losses), "eval_loss"]
 
 
 def _check_metric(name: str | None, known: Collection[str]) -> None:

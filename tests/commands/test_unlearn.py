@@ -70,6 +70,8 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
         "checkpoint-4",
         "history.jsonl",
         "model",
+        "report.html",
+        "run.json",
     }
     assert len((whole / "history.jsonl").read_text().splitlines()) == 4
     (following,) = (line for line in told.splitlines() if line.startswith("Next: mollm "))

@@ -12,7 +12,7 @@ from mollm.data.conversations import Turn
 from mollm.data.encoding import encode_records
 from mollm.data.files import sample_path
 from mollm.data.records import Record, load_records
-from mollm.data.samplers import PairSampler, RowSampler
+from mollm.data.samplers import JointSampler, RowSampler
 from mollm.errors import UsageError
 
 SHORT = Record("Where is Oslo?", "In Norway.", "rows.jsonl", 1, "line")
@@ -303,30 +303,34 @@ def test_a_sampler_that_cannot_be_is_refused(rows, options, words):
         RowSampler(rows, **({"batch_size": 4, "seed": 0} | options))
 
 
-def make_pair(**options):
+def make_joint(**options):
     forget = RowSampler(range(5), 2, seed=0, name="forget", **options)
     retain = RowSampler(range(100, 117), 4, seed=0, name="retain", **options)
-    return PairSampler(forget, retain)
+    return JointSampler({"forget": forget, "retain": retain})
 
 
 def test_each_set_goes_round_at_its_own_pace_and_resumes():
-    steps = take(make_pair(), 20)
-    assert {len(forget) for forget, _ in steps} == {2}
-    assert Counter(row for forget, _ in steps for row in forget) == dict.fromkeys(range(5), 8)
-    retained = [row for _, retain in steps for row in retain]
+    steps = take(make_joint(), 20)
+    assert {len(step["forget"]) for step in steps} == {2}
+    forgotten = Counter(row for step in steps for row in step["forget"])
+    assert forgotten == dict.fromkeys(range(5), 8)
+    retained = [row for step in steps for row in step["retain"]]
     assert sorted(retained[:17]) == list(range(100, 117))
 
-    first = make_pair()
+    first = make_joint()
     take(first, 6)
-    resumed = make_pair()
+    resumed = make_joint()
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert take(resumed, 14) == steps[6:]
 
 
-def test_a_pair_of_samplers_is_shared_like_each_of_them():
-    ranks = [take(make_pair(rank=rank, world_size=2), 9) for rank in range(2)]
-    together = [(a + c, b + d) for (a, b), (c, d) in zip(*ranks, strict=True)]
-    assert together == take(make_pair(), 9)
+def test_joint_samplers_are_shared_like_each_of_them():
+    ranks = [take(make_joint(rank=rank, world_size=2), 9) for rank in range(2)]
+    together = [
+        {name: first[name] + second[name] for name in first}
+        for first, second in zip(*ranks, strict=True)
+    ]
+    assert together == take(make_joint(), 9)
 
 
 @pytest.mark.parametrize(("on_turns", "told"), [("all", True), ("last", False)])

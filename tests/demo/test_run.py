@@ -200,16 +200,19 @@ def test_five_of_thirteen_records_to_retain_are_about_everyday_questions(known):
 @pytest.mark.usefixtures("knowing")
 def test_a_step_draws_more_to_retain_than_to_forget(saved, tmp_path, monkeypatch):
     drawn = []
-    step = trainer.accumulate
 
-    def spy(objectives, optimizer, forget, retain, **options):
-        drawn.append((len(forget.labels), len(retain.labels)))
-        return step(objectives, optimizer, forget, retain, **options)
+    def counted(step):
+        def spy(objectives, optimizer, batch, **options):
+            drawn.append((options["name"], len(batch.labels)))
+            return step(objectives, optimizer, batch, **options)
 
-    monkeypatch.setattr(trainer, "accumulate", spy)
+        return spy
+
+    for step in ("accumulate_forget", "accumulate_retain"):
+        monkeypatch.setattr(trainer, step, counted(getattr(trainer, step)))
     run(saved, tmp_path / "a")
     run(saved, tmp_path / "b", forget=("Japan", "Peru"))
-    assert drawn == [(6, 13)] * 2 + [(2, 13)] * 2
+    assert drawn == [("forget", 6), ("retain", 13)] * 2 + [("forget", 2), ("retain", 13)] * 2
 
 
 @pytest.mark.usefixtures("knowing")

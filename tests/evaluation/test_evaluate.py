@@ -400,7 +400,8 @@ def test_missing_inputs_are_named_and_nothing_is_none(monkeypatch):
         found.value("priv_leak")
     with pytest.raises(UsageError, match="forget_kl needs the original model: give"):
         found["forget_kl"]
-    assert "not computed: forget_quality: needs the records" in found.table()
+    assert "not computed: forget_quality: needs the records" in found.table(explain=True)
+    assert len([x for x in found.table().splitlines() if x.startswith("not computed")]) == 1
     with pytest.raises(UsageError, match="forget_harmful_rate needs a judge of replies called"):
         found["forget_harmful_rate"]
     judged = evaluate(model, tokenizer, suite, judges={"length": length_judge}, **FAST)
@@ -657,7 +658,7 @@ def test_the_command(capsys, tmp_path):
     common = ["--data", str(tmp_path), "--max-new-tokens", "3", "--resamples", "5"]
     first = tmp_path / "first"
     model = ["evaluate", "--model", str(tmp_path / "retrained")]
-    assert main([*model, *common, "--out", str(first)]) == 0
+    assert main([*model, *common, "--explain", "--out", str(first)]) == 0
     assert "forget_quality: needs the records of a retain-only" in capsys.readouterr().out
 
     model = ["evaluate", "--model", str(tmp_path / "model")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mollm import MOLLMOptimizer
 from mollm.optim.step_report import StepReport
 from mollm_ops import Status, min_norm_weights
 
@@ -30,3 +31,16 @@ def test_a_skipped_step_has_neither_changes_nor_conflicts():
     assert step.status is Status.NON_FINITE
     assert step.changes is None
     assert step.conflicts is None
+
+
+def test_it_prints_as_a_table():
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = MOLLMOptimizer([x], objectives=("a", "b"), direction="sum", base="sgd")
+    optimizer.backward({"a": 4 * x[0], "b": x[1] - x[0]})
+    optimizer.step()
+    lines = str(optimizer.last_step).splitlines()
+    assert lines[0].split() == ["objective", "|g|", "weight", "change"]
+    assert lines[1].split()[:3] == ["a", "4", "1"]
+    assert lines[2].split()[:3] == ["b", "1.41", "1"]
+    assert lines[2].endswith("conflict")
+    assert lines[-1] == "cosines a·b -0.707"

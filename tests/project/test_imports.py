@@ -16,6 +16,7 @@ FLOORS = (
     "commands",
     "demo",
     "training",
+    "report",
     "planning",
     "evaluation",
     "methods",

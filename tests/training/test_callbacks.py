@@ -38,7 +38,7 @@ def record(losses, status=Status.RULE):
 
 
 def stopped(history):
-    callback, control = DivergenceStop(history), TrainerControl()
+    callback, control = DivergenceStop(history, ["retain"]), TrainerControl()
     callback.on_step_end(SimpleNamespace(divergence=5.0), None, control)
     assert control.should_training_stop is (callback.reason is not None)
     return callback.reason

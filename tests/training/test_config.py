@@ -13,6 +13,9 @@ def config(**options):
     return MOLLMConfig(output_dir="unused", use_cpu=True, **options)
 
 
+STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -49,6 +52,18 @@ def config(**options):
         (
             {"optimizer_options": {"momentum": "per-objective"}, "max_grad_norm": 1.0},
             "max_grad_norm must be 0 with momentum='per-objective'.* but got 1.0: leave it out",
+        ),
+        (
+            STREAMED | {"max_grad_norm": 1.0},
+            "max_grad_norm must be 0 with gradient_memory='streamed'.* but got 1.0: leave it out",
+        ),
+        (
+            STREAMED | {"gradient_checkpointing": True},
+            "gradient_checkpointing must be left out with gradient_memory='streamed'",
+        ),
+        (
+            {"optimizer_options": {"gradient_memory": "streamed", "base": torch.optim.SGD}},
+            "base must be adamw or sgd with gradient_memory='streamed', but got SGD",
         ),
     ],
 )

@@ -108,6 +108,22 @@ def test_a_cached_reference_is_the_frozen_copy(tmp_path, in_float32):
     assert len(list((tmp_path / "a").glob("reference-*"))) == 1
 
 
+STREAMED = {"gradient_memory": "streamed"}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("method", ["mollm", "npo"])
+def test_streamed_gradients_are_the_same(tmp_path, in_float32, method, frozen):
+    streamed = {"optimizer_options": {"base": "sgd"} | STREAMED}
+    options = {"method": method, "freeze_embeddings": frozen, "gradient_accumulation_steps": 2}
+    assert_alike(*pair(tmp_path, streamed, {}, **(SGD | options)))
+
+
+def test_streamed_gradients_go_with_no_adapter(tmp_path):
+    with pytest.raises(UsageError, match="another one than 'streamed' with an adapter"):
+        trainer(tmp_path, lora={}, optimizer_options=STREAMED)
+
+
 @pytest.mark.parametrize("other", ["copy", "cache"])
 def test_the_adapter_switched_off_is_the_original(tmp_path, in_float32, other):
     references = {"reference": "adapter"}, {"reference": other}
@@ -169,10 +185,11 @@ class StopAfter(TrainerCallback):
         {},
         {"lr_scheduler_type": "cosine", "warmup_steps": 2, "reference": "cache"},
         {"optimizer_options": {"momentum": "per-objective"}},
+        {"optimizer_options": STREAMED | {"state_dtype": "bfloat16"}, "freeze_embeddings": False},
         {"lora": {"lora_dropout": 0.3}},
         {"optimizer_options": {"base": "sgd", "momentum": 0.9}, "max_grad_norm": 0.1},
     ],
-    ids=["adamw", "cosine-cache", "means", "lora-dropout", "sgd-clipped"],
+    ids=["adamw", "cosine-cache", "means", "streamed", "lora-dropout", "sgd-clipped"],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2} | options
@@ -801,7 +818,7 @@ def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypa
         load_best_model_at_end=True,
         metric_for_best_model="loss",
     )
-    monkeypatch.setattr(made, "_evaluate", lambda role, rows: {role: float("nan")})
+    monkeypatch.setattr(made, "_mean_losses", lambda sets: dict.fromkeys(sets, float("nan")))
     made.train()
     assert made.state.best_global_step is None
     assert made.state.global_step == 1

@@ -1,0 +1,422 @@
+"""A forward pass that keeps the inputs of its blocks alone, and its backward block by block.
+
+    forward    h_b = block_b(h_{b−1}); of all that autograd would keep, only h_{b−1} stays
+    losses     for each objective k its cotangent ∂L_k/∂h_L, and its gradients outside of the blocks
+    sweep      from the last block to the first: compute the block once more, and for each k
+                   ∂L_k/∂θ_b,  ∂L_k/∂h_{b−1}  from  ∂L_k/∂h_b
+
+So K gradients of one block are alive at a time. A sweep can be repeated, and whoever reads it may
+change a block's parameters as soon as the sweep has come past it: nothing reads them any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.autograd.graph import saved_tensors_hooks
+
+from mollm.errors import UsageError
+
+Rows = list[list[Tensor | None]]
+"""Of K objectives, a gradient or None for each parameter."""
+
+
+def _drop(_: Tensor) -> None:
+    """In place of what autograd would save inside a block."""
+
+
+def _refuse_inside(_: Any) -> Tensor:
+    raise UsageError(
+        "a loss must read what a block returns, but one reads what a block computes inside, such "
+        "as a router's logits: leave that loss out, or choose another gradient_memory."
+    )
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments or results of a block with every tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return type(tree)((key, _mapped(value, change)) for key, value in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_mapped(value, change) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_mapped(value, change) for value in tree)
+    return tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Its tensors, each once."""
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        return found.setdefault(id(tensor), tensor)
+
+    _mapped(tree, note)
+    return list(found.values())
+
+
+def _refuse_caches(tree: Any) -> None:
+    """A cache of keys would get those of a block once more whenever the block is computed."""
+    from transformers import Cache
+
+    values = [*tree.values()] if isinstance(tree, dict) else [*tree]
+    if any(isinstance(value, Cache) for value in values):
+        raise UsageError(
+            "a model whose gradients are streamed must run with use_cache=False, but it hands its "
+            "blocks a cache: pass use_cache=False."
+        )
+
+
+@dataclass(eq=False)
+class _Call:
+    """One pass of a block, and what it takes to make it again."""
+
+    block: nn.Module
+    number: int
+    """Of the block."""
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: list[Tensor]
+    """Tensors among the arguments that gradients go back to."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """Leaves in place of what the block returned, as the losses and later blocks saw them."""
+    glued: bool = False
+    """Whether an input follows from an earlier block's output by way of something else."""
+
+    def __post_init__(self) -> None:
+        self._versions = [(t, t._version) for t in _tensors(self.arguments)]
+        self._modes = [module.training for module in self.block.modules()]
+        device = next((t.device for t in self.block.parameters()), torch.device("cpu"))
+        self._device = device
+        self._autocast = (
+            torch.get_autocast_dtype(device.type),
+            torch.is_autocast_enabled(device.type),
+        )
+        self._random: tuple[Tensor, Tensor | None] | None = None
+        if any(self._modes):
+            on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            self._random = torch.get_rng_state(), on_device
+
+    def again(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Computes the block once more, on inputs of its own; these and its outputs."""
+        if any(t._version != version for t, version in self._versions):
+            raise RuntimeError(
+                f"an input of block {self.number} was changed in place after the block had read "
+                "it, so that it cannot be computed again: choose another gradient_memory."
+            )
+        if self._modes != [module.training for module in self.block.modules()]:
+            raise RuntimeError(
+                f"block {self.number} was switched between train() and eval() after its forward: "
+                "switch before the forward or after step()."
+            )
+        own = {id(t): t.detach().requires_grad_() for t in self.inputs}
+        args, kwargs = _mapped(self.arguments, lambda t: own.get(id(t), t))
+        dtype, enabled = self._autocast
+        casting = torch.autocast(self._device.type, dtype, enabled, cache_enabled=False)
+        with self._same_random_numbers(), torch.enable_grad(), casting:
+            outputs = _live(self.block(*args, **kwargs))
+        return list(own.values()), outputs
+
+    @contextlib.contextmanager
+    def _same_random_numbers(self) -> Iterator[None]:
+        if self._random is None:
+            yield
+            return
+        on_host, on_device = self._random
+        with torch.random.fork_rng([] if on_device is None else [self._device]):
+            torch.set_rng_state(on_host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self._device)
+            yield
+
+
+def _live(result: Any) -> list[Tensor]:
+    return [t for t in _tensors(result) if t.requires_grad]
+
+
+class Tape:
+    """The passes of one step, of any number of micro-batches.
+
+    Args:
+        blocks: Modules that run one after the other, first to last. They share no parameters, and
+            each is given what it needs as arguments. What happens before, between and after them
+            is up to the model: its graph is kept as it is.
+        params: What trains, inside the blocks and outside of them.
+        objectives: K.
+
+    Raises:
+        UsageError: A module is listed twice, contains another one or shares a parameter with it;
+            or it checkpoints its own activations.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], params: Sequence[Tensor], objectives: int
+    ) -> None:
+        train = dict.fromkeys(params)
+        self.blocks = tuple(blocks)
+        self.inside: list[list[Tensor]] = [
+            [p for p in block.parameters() if p in train] for block in self.blocks
+        ]
+        own = [p for block in self.blocks for p in block.parameters()]
+        if not self.blocks or len(set(own)) < len(own):
+            raise UsageError(
+                "blocks must be at least one module, none in another one and none that shares "
+                f"parameters with another one, but got {len(self.blocks)} modules that do: choose "
+                "another gradient_memory."
+            )
+        within = set(own)
+        self.outside = [p for p in train if p not in within]
+        self._ends: Rows = [[None] * len(self.outside) for _ in range(objectives)]
+        """Gradients outside of the blocks: those of the losses, after a sweep all of them."""
+        self._cotangents: list[dict[int, Tensor]] = [{} for _ in range(objectives)]
+        """∂L_k/∂ every output of a block that a loss reads, by the output's id."""
+        self._calls: list[_Call] = []
+        self._of: dict[int, _Call] = {}  # by the ids of outputs
+        self._running: list[tuple[_Call, saved_tensors_hooks] | None] = []
+        self._begun = self._complete = False
+
+    # ---- forward
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, what the blocks compute with gradients is recorded."""
+        self._refuse_checkpointing()
+        handles = []
+        try:
+            for number, block in enumerate(self.blocks):
+                handles += self._watched(number, block)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_checkpointing(self) -> None:
+        # Reached by its own flag: what a block checkpoints inside of it is its own affair.
+        if any(getattr(block, "gradient_checkpointing", False) for block in self.blocks):
+            raise UsageError(
+                "gradient_checkpointing must be off where gradients are streamed, which computes "
+                "every block again anyway, but it is on: call gradient_checkpointing_disable()."
+            )
+
+    def _watched(self, number: int, block: nn.Module) -> list[Any]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._running.append(None)
+            if not torch.is_grad_enabled():
+                return
+            _refuse_caches(args)
+            _refuse_caches(kwargs)
+            inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+            call = _Call(module, number, (args, kwargs), inputs)
+            # In place of no_grad, so that a loss that reads a block's inside is noticed.
+            without_memory = saved_tensors_hooks(_drop, _refuse_inside)
+            without_memory.__enter__()
+            self._running[-1] = call, without_memory
+
+        def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+            running = self._running.pop()
+            if running is None:
+                return None
+            call, without_memory = running
+            without_memory.__exit__()
+            if result is None:
+                return None  # the block raised
+            return self._recorded(call, result)
+
+        return [
+            block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            block.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
+
+    def _recorded(self, call: _Call, result: Any) -> Any:
+        """The block's result, cut off from what made it."""
+        leaves = {id(t): t.detach().requires_grad_() for t in _live(result)}
+        if leaves:
+            call.outputs = list(leaves.values())
+            self._calls.append(call)
+            self._of |= {id(leaf): call for leaf in call.outputs}
+        torch.clear_autocast_cache()
+        return _mapped(result, lambda t: leaves.get(id(t), t))
+
+    # ---- losses
+
+    def record(self, objective: int, loss: Tensor, *, keep_graph: bool) -> bool:
+        """Takes the gradients of a loss with respect to what blocks returned, and outside of them.
+
+        Args:
+            objective: Its number.
+            loss: A scalar.
+            keep_graph: Whether another loss shares the graph.
+
+        Returns:
+            Whether there were any.
+        """
+        # What leads to a block's input may lead to the loss as well, and is needed in a sweep.
+        glue = any(id(t) not in self._of for call in self._calls for t in call.inputs)
+        cotangents, ends = self._reached([loss], None, keep_graph or glue, outside=True)
+        for leaf, g in cotangents:
+            self._add(self._cotangents[objective], leaf, g)
+        self._end(objective, ends)
+        return bool(cotangents) or any(g is not None for g in ends)
+
+    def _reached(
+        self,
+        roots: Sequence[Tensor],
+        grads: Sequence[Tensor] | None,
+        keep_graph: bool,
+        *,
+        outside: bool,
+    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor | None]]:
+        """Gradients of `roots` at blocks' outputs and, on demand, outside of blocks."""
+        leaves = [leaf for call in self._calls for leaf in call.outputs]
+        ends = self.outside if outside else []
+        inside = [p for params in self.inside for p in params]
+        found = grad(
+            roots,
+            [*leaves, *ends, *inside],
+            grads,
+            retain_graph=keep_graph,
+            allow_unused=True,
+        )
+        if any(g is not None for g in found[len(leaves) + len(ends) :]):
+            raise UsageError(
+                "the parameters of blocks must be read by the blocks alone, but a loss or another "
+                "part of the model reads one too: choose another gradient_memory."
+            )
+        reached = [(leaf, g) for leaf, g in zip(leaves, found, strict=False) if g is not None]
+        return reached, found[len(leaves) : len(leaves) + len(ends)]
+
+    @staticmethod
+    def _add(known: dict[int, Tensor], leaf: Tensor, g: Tensor) -> None:
+        before = known.get(id(leaf))
+        known[id(leaf)] = g if before is None else before + g
+
+    def _end(self, objective: int, found: Sequence[Tensor | None]) -> None:
+        row = self._ends[objective]
+        for n, g in enumerate(found):
+            if g is None:
+                continue
+            if g.is_sparse:
+                raise TypeError(
+                    f"the gradient of an embedding of shape {tuple(g.shape)} is sparse, but only "
+                    "dense ones can be combined: make the embedding with sparse=False."
+                )
+            known = row[n]
+            # In place, for a tied head has a gradient as large as a model has parameters.
+            row[n] = self._own(g) if known is None else known.add_(g)
+
+    def _own(self, g: Tensor) -> Tensor:
+        """A gradient that nothing else reads."""
+        kept = [t for row in self._ends for t in row if t is not None]
+        kept += [t for known in self._cotangents for t in known.values()]
+        shared = any(t.data_ptr() == g.data_ptr() for t in kept)
+        return g if g.is_contiguous() and not shared else g.clone()
+
+    # ---- backward
+
+    def sweep(self) -> Iterator[tuple[list[Tensor], Rows]]:
+        """Parameters that some objective reaches with their K lists of gradients: those of the
+        last block first, those outside of all blocks at the end.
+
+        Raises:
+            UsageError: The model is none whose blocks run one after the other.
+            RuntimeError: What a block read was changed since, or an earlier sweep was broken off.
+        """
+        if self._begun and not self._complete:
+            raise RuntimeError(
+                "the gradients of this step were lost where an earlier sweep over the blocks was "
+                "broken off: call zero_grad() and run forward and backward again."
+            )
+        first, self._begun = not self._complete, True
+        pending = [dict(cotangents) for cotangents in self._cotangents]
+        for number in reversed(range(len(self.blocks))):
+            params = self.inside[number]
+            rows: Rows = [[None] * len(params) for _ in pending]
+            for call in self._calls:
+                if call.number == number:
+                    self._back(call, params, pending, rows, first)
+            yield from self._touched(params, rows)
+            del rows
+        if any(pending):
+            self._refuse_order()
+        self._complete = True
+        yield from self._touched(self.outside, self._ends)
+
+    def _back(
+        self,
+        call: _Call,
+        params: list[Tensor],
+        pending: list[dict[int, Tensor]],
+        rows: Rows,
+        first: bool,
+    ) -> None:
+        """Backward of one pass of a block for every objective that reaches it."""
+        arrived = [[known.pop(id(leaf), None) for leaf in call.outputs] for known in pending]
+        reaching = [k for k, some in enumerate(arrived) if any(g is not None for g in some)]
+        if not reaching or not (params or call.inputs):
+            return
+        inputs, outputs = call.again()
+        for k in reaching:
+            pairs = [(o, g) for o, g in zip(outputs, arrived[k], strict=True) if g is not None]
+            found = grad(
+                [o for o, _ in pairs],
+                [*inputs, *params],
+                [g for _, g in pairs],
+                retain_graph=k != reaching[-1],
+                allow_unused=True,
+            )
+            arrived[k] = []
+            for n, g in enumerate(found[len(inputs) :]):
+                if g is not None:
+                    known = rows[k][n]
+                    rows[k][n] = g if known is None else known + g
+            self._hand_down(call, k, found[: len(inputs)], pending[k], first)
+
+    def _hand_down(
+        self,
+        call: _Call,
+        objective: int,
+        found: Sequence[Tensor | None],
+        pending: dict[int, Tensor],
+        first: bool,
+    ) -> None:
+        """Gradients at a block's inputs become those of what the inputs came from."""
+        glued = []
+        for tensor, g in zip(call.inputs, found, strict=True):
+            if g is None:
+                continue
+            if id(tensor) in self._of:
+                self._refuse_unless_earlier(tensor, call)
+                self._add(pending, tensor, g)
+            else:
+                glued.append((tensor, g))
+        if not glued or not (first or call.glued):
+            return
+        roots, grads = zip(*glued, strict=True)
+        reached, ends = self._reached(roots, grads, True, outside=first)
+        call.glued = call.glued or bool(reached)
+        for leaf, g in reached:
+            self._refuse_unless_earlier(leaf, call)
+            self._add(pending, leaf, g)
+        if first:
+            self._end(objective, ends)
+
+    def _refuse_unless_earlier(self, leaf: Tensor, call: _Call) -> None:
+        if self._of[id(leaf)].number >= call.number:
+            self._refuse_order()
+
+    def _refuse_order(self) -> None:
+        raise UsageError(
+            "blocks must run once each and in their order, but in this model one is run again or "
+            "out of order: choose another gradient_memory."
+        )
+
+    def _touched(self, params: list[Tensor], rows: Rows) -> Iterator[tuple[list[Tensor], Rows]]:
+        some = [n for n in range(len(params)) if any(row[n] is not None for row in rows)]
+        if some:
+            yield [params[n] for n in some], [[row[n] for n in some] for row in rows]

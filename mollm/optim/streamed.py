@@ -1,0 +1,111 @@
+"""Gradients of K objectives that are never held as a whole: made block by block, as often as read.
+
+    sweep 1    from the last block to the first: K gradients of the block, its part of the Gram
+               matrix G (AdamW's second moment after the step depends on gradients alone)
+    solve      w = rule(G); if G is not finite, nothing has been written
+    sweep 2    the same gradients again; state and parameters of the block change at once
+
+The numbers are those of the plain step. See `mollm.models.tape` for how a sweep is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from mollm.distributed.sharding import Lists, world_size
+from mollm.errors import UsageError
+from mollm.models.tape import Tape
+from mollm.optim.gradients import STREAMED, GradientStore
+
+
+class StreamedGradients(GradientStore):
+    """What `GradientStore` is, for gradients that a tape makes when they are asked for.
+
+    Args:
+        objectives: Their names, in the order of the Gram matrix.
+    """
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        super().__init__(objectives, STREAMED)
+        self._tape: Tape | None = None
+        self._recorded: set[str] = set()
+        self._seen: dict[Tensor, None] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._recorded
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_tape": None, "_recorded": set(), "_seen": {}}
+
+    def clear(self) -> None:
+        """Lets go of the tape."""
+        super().clear()
+        self._tape = None
+        self._recorded.clear()
+        self._seen.clear()
+
+    @contextmanager
+    def recording(self, blocks: Sequence[nn.Module], params: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, forward passes of the blocks are recorded for the coming step."""
+        if world_size() > 1:
+            raise UsageError(
+                f"gradient_memory must be another one than {STREAMED!r} with several processes, "
+                f"but there are {world_size()}: cut the model into parts with FSDP2, which divides "
+                "the memory of gradients by their number."
+            )
+        if self._tape is None:
+            self._tape = Tape(blocks, params, len(self.objectives))
+        elif self._tape.blocks != tuple(blocks):
+            raise ValueError(
+                "blocks must be the same throughout a step, but got others than before: call "
+                "step() or zero_grad() first."
+            )
+        with self._tape.recording():
+            yield
+
+    def record(self, losses: Mapping[str, Tensor]) -> None:
+        """Takes what a sweep needs of these losses, and frees their graphs.
+
+        Raises:
+            RuntimeError: Nothing was recorded, or a loss depends on no parameter.
+        """
+        tape = self._tape
+        if tape is None:
+            raise RuntimeError(
+                "backward() found no recorded pass: with gradient_memory='streamed', compute the "
+                "losses inside `with optimizer.streamed(blocks)`."
+            )
+        last = list(losses)[-1]
+        try:
+            for name, loss in losses.items():
+                number = self.objectives.index(name)
+                if not tape.record(number, loss, keep_graph=name != last):
+                    raise RuntimeError(
+                        f"objective {name!r} got no gradient: its loss must depend on the "
+                        "optimizer's parameters."
+                    )
+                self._recorded.add(name)
+        except BaseException:
+            self.clear()  # half of a micro-batch may be in it
+            raise
+
+    def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that have a gradient from some objective, as far as a sweep has told."""
+        return [p for p in params if p in self._seen]
+
+    def buckets(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Lists]]:
+        """All parameters block by block, whatever `params` are."""
+        assert self._tape is not None, "a step has losses"
+        for some, rows in self._tape.sweep():
+            self._seen.update(dict.fromkeys(some))
+            yield some, rows
+
+
+def make_store(objectives: Sequence[str], memory: str) -> GradientStore:
+    """The store for a gradient_memory."""
+    return (
+        StreamedGradients(objectives) if memory == STREAMED else GradientStore(objectives, memory)
+    )

@@ -1,0 +1,155 @@
+"""Curves as static SVG, in the colours of the page around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+_WIDTH, _HEIGHT = 340, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 10, 26
+_MOST_POINTS = 240
+_TICKS = 4
+_ROOM = 0.06
+_LETTER = 6
+"""The width of a letter of 11 pixels, about."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: a value for each step, None where it was not finite."""
+
+    name: str
+    values: Sequence[float | None]
+    colour: str
+    """The name of a colour of the page, such as forget."""
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    short: bool = False,
+) -> Markup:
+    """Curves over the steps of a run; of a long run the means of as many steps as need be.
+
+    Args:
+        title: What it shows, for those who do not see it.
+        series: The curves, of one or more values each.
+        least: A value that the axis reaches at least down to.
+        most: A value that it reaches at least up to.
+        short: Whether it is half as high, and its steps are those of the chart below it.
+    """
+    height = _HEIGHT // 2 if short else _HEIGHT
+    bottom = _TOP if short else _BOTTOM
+    curves = [_thinned(each.values) for each in series]
+    found = [v for curve in curves for _, v in curve]
+    low = min([*found, *([] if least is None else [least])], default=0.0)
+    high = max([*found, *([] if most is None else [most])], default=1.0)
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    room = _ROOM * (high - low)
+    low = low if low in (least, 0.0) else low - room
+    high = high if high == most else high + room
+    last = max(2, max((len(each.values) for each in series), default=1))
+
+    def x(step: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - 1) / (last - 1)
+
+    def y(value: float) -> float:
+        return _TOP + (height - _TOP - bottom) * (high - value) / (high - low)
+
+    parts = []
+    for tick in _ticks(low, high, 2 if short else _TICKS):
+        strong = " zero" if tick == 0 else ""
+        parts.append(
+            f'<line class="grid{strong}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" '
+            f'y2="{y(tick):.1f}"/><text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" '
+            f'text-anchor="end">{tick:g}</text>'
+        )
+    for step in [] if short else _steps(last):
+        parts.append(_step_label(x(step), height, step, last))
+    for each, curve in zip(series, curves, strict=True):
+        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
+        if len(curve) == 1:
+            ((step, value),) = curve
+            parts.append(
+                f'<circle class="{each.colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
+            )
+        elif curve:
+            parts.append(f'<polyline class="{each.colour}" points="{points}"/>')
+    return _svg(title, parts, height)
+
+
+def raster_chart(title: str, rows: Sequence[Series]) -> Markup:
+    """A line of marks for each series, as strong as its value, from 0 to 1."""
+    height = 26 * len(rows) + _BOTTOM
+    left = max([_LEFT, *(_LETTER * len(row.name) + 10 for row in rows)])
+    last = max(2, max((len(row.values) for row in rows), default=1))
+    parts = []
+    for number, row in enumerate(rows):
+        top = 26 * number + 4
+        parts.append(
+            f'<text x="{left - 6}" y="{top + 13}" text-anchor="end">{escape(row.name)}</text>'
+            f'<rect class="track" x="{left}" y="{top}" '
+            f'width="{_WIDTH - left - _RIGHT}" height="18"/>'
+        )
+        cells = _thinned(row.values, 80)
+        width = (_WIDTH - left - _RIGHT) / max(1, len(cells))
+        for place, (_, value) in enumerate(cells):
+            if value > 0:
+                parts.append(
+                    f'<rect class="mark {row.colour}" x="{left + place * width:.1f}" '
+                    f'y="{top}" width="{max(1.0, width):.1f}" height="18" '
+                    f'fill-opacity="{0.25 + 0.75 * min(1, value):.2f}"/>'
+                )
+    for step in _steps(last):
+        at = left + (_WIDTH - left - _RIGHT) * (step - 1) / (last - 1)
+        parts.append(_step_label(at, height, step, last))
+    return _svg(title, parts, height)
+
+
+def _step_label(x: float, height: int, step: int, last: int) -> str:
+    """The last one ends where the axis does: its middle there would be cut off."""
+    anchor = "end" if step == last else "middle"
+    return f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">{step}</text>'
+
+
+def _svg(title: str, parts: Sequence[str], height: int) -> Markup:
+    return Markup(
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _thinned(values: Sequence[float | None], most: int = _MOST_POINTS) -> list[tuple[float, float]]:
+    """(step from 1, value), of more than `most` the means of equal parts."""
+    size = max(1, math.ceil(len(values) / most))
+    points = []
+    for start in range(0, len(values), size):
+        part = [v for v in values[start : start + size] if v is not None and math.isfinite(v)]
+        if part:
+            end = min(start + size, len(values))
+            points.append(((start + 1 + end) / 2, sum(part) / len(part)))
+    return points
+
+
+def _ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
+    """About so many round values between two others."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
+
+
+def _steps(last: int) -> list[int]:
+    """Steps to name on the axis: the first, the last and round ones between."""
+    inner = [int(t) for t in _ticks(1, last) if t == int(t) and 1 < t < last]
+    gap = last / 8
+    return [1, *(t for t in inner if t - 1 > gap and last - t > gap), last]

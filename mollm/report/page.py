@@ -1,0 +1,296 @@
+"""report.html: one run, or several beside each other, as a page that needs no other file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mollm.errors import UsageError
+from mollm.evaluation.reading import by_theme, reading_of
+from mollm.evaluation.summary import METRICS_FILE, Estimate
+from mollm.methods.method import OBJECTIVES, role_of_objective
+from mollm.report.run_file import read_run
+from mollm.system.folders import public_name, replace_text
+from mollm.system.parsing import is_file, parse_json, read_text, user_path
+
+REPORT_FILE = "report.html"
+HISTORY_FILE = "history.jsonl"
+EVALUATION = "evaluation"
+"""The folder of a run that `mollm evaluate` writes to."""
+ORIGINAL = "original"
+"""In that, the folder of the original's evaluation."""
+_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6")
+
+Metrics = dict[str, dict[str, Estimate]]
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run as it lies in its folder."""
+
+    folder: Path
+    facts: dict[str, Any]
+    history: list[dict[str, Any]]
+    metrics: Metrics
+    """Estimates by name, of each model that was evaluated: original, result, retain-only."""
+
+    @property
+    def name(self) -> str:
+        """What it is called: the name of its folder."""
+        return self.folder.resolve().name
+
+
+def read_reported(folder: Path | str) -> ReportedRun:
+    """Reads what a run and its evaluation left.
+
+    Raises:
+        UsageError: It is no folder of a run, or a file in it is damaged.
+    """
+    facts = read_run(folder)
+    root = Path(facts["folder"])
+    history = []
+    if is_file(root / HISTORY_FILE):
+        lines = read_text(root / HISTORY_FILE).splitlines()
+        history = [
+            parse_json(line, f"{root / HISTORY_FILE}, line {number}")
+            for number, line in enumerate(lines, 1)
+        ]
+    return ReportedRun(root, facts, history, _metrics(root / EVALUATION))
+
+
+def write_report(folders: Sequence[Path | str], path: Path) -> None:
+    """Writes the page of a run, or of several beside each other.
+
+    Raises:
+        UsageError: A folder is not that of a run, or the file cannot be written.
+    """
+    replace_text(path, render([read_reported(folder) for folder in folders]))
+
+
+def render(runs: Sequence[ReportedRun]) -> str:
+    """The page as HTML; whatever is shown of data, settings or replies shows as the text it is.
+
+    Raises:
+        UsageError: There is no run.
+    """
+    if not runs:
+        raise UsageError("a report must be of at least one run, but got none.")
+    if len(runs) == 1:
+        return environment().get_template("run.html.jinja").render(**_of_one(runs[0]))
+    return environment().get_template("compare.html.jinja").render(**_of_several(runs))
+
+
+def environment(*packages: str) -> Any:
+    """The templates of this package, and of others that build on them."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    from mollm.report.charts import Series, line_chart, raster_chart
+    from mollm.report.differences import differences
+
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader(p, ".") for p in (*packages, "mollm.report")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+    def series_of(
+        values: Mapping[str, Sequence[float | None]], colours: Sequence[str]
+    ) -> list[Series]:
+        named = zip(values.items(), colours, strict=True)
+        return [Series(name, curve, colour) for (name, curve), colour in named]
+
+    made.globals.update(
+        Series=Series,
+        series_of=series_of,
+        differences=differences,
+        line_chart=line_chart,
+        colours_of=_colours_of,
+        raster_chart=raster_chart,
+        reading_of=reading_of,
+    )
+    made.filters.update(digits=digits, public=public, role=role_of_objective, seconds=duration)
+    return made
+
+
+def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the figures of a page show, from the records of its steps."""
+    pairs = list(history[0]["cosines"]) if history else []
+    names = list(history[0]["losses"]) if history else OBJECTIVES
+    return {
+        "losses": {n: [step["losses"][n] for step in history] for n in names},
+        "parts": {
+            n: [_product(step["weights"][n], step["norms"][n]) for step in history] for n in names
+        },
+        "cosines": {pair: [step["cosines"].get(pair) for step in history] for pair in pairs},
+        "conflicts": {
+            n: [float(step["conflicts"].get(n, False)) for step in history] for n in names
+        },
+        "gap": [step["pareto_gap"] for step in history],
+    }
+
+
+def digits(value: Any) -> str:
+    """A number in three digits; a sign where there is none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "—"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def public(value: Any) -> Any:
+    """A value for others to read, as text: without the folders of this machine."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {public(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(str(public(item)) for item in value)
+    return public_name(value) if isinstance(value, str) and "/" in value else value
+
+
+def _colours_of(names: Sequence[str]) -> list[str]:
+    """That of its role for the first objective of each; the others of the palette in turn."""
+    rest = itertools.cycle([name for name in _COLOURS if name not in OBJECTIVES])
+    roles = [role_of_objective(name) for name in names]
+    return [
+        role if role in OBJECTIVES and role not in roles[:place] else next(rest)
+        for place, role in enumerate(roles)
+    ]
+
+
+def _product(weight: float | None, norm: float | None) -> float | None:
+    return None if weight is None or norm is None else weight * norm
+
+
+def _of_one(run: ReportedRun) -> dict[str, Any]:
+    history = run.history
+    shown = curves(history)
+    return {
+        "run": run,
+        "facts": run.facts,
+        "history": history,
+        "curves": shown,
+        "means": {n: _means(history, n) for n in shown["losses"]} if history else {},
+        "tables": _tables(run.metrics),
+        "examples": _examples(run),
+        "columns": list(run.metrics),
+    }
+
+
+def _means(history: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
+    weights = [s["weights"][name] for s in history if s["weights"][name] is not None]
+    applied = [s["conflicts"][name] for s in history if s["conflicts"]]
+    return {
+        "weight": sum(weights) / len(weights) if weights else None,
+        "conflicts": sum(applied) / len(applied) if applied else None,
+    }
+
+
+def _tables(metrics: Metrics) -> dict[str, list[dict[str, Any]]]:
+    """For each theme its figures, with the estimate of every model."""
+    names = dict.fromkeys(name for estimates in metrics.values() for name in estimates)
+    return {
+        theme: [_row(name, metrics) for name in some] for theme, some in by_theme(names).items()
+    }
+
+
+def _row(name: str, metrics: Metrics) -> dict[str, Any]:
+    estimates = {model: found.get(name) for model, found in metrics.items()}
+    before, after = estimates.get("original"), estimates.get("result")
+    verdict = ""
+    if before is not None and after is not None and not after.low <= before.value <= after.high:
+        verdict = reading_of(name).verdict(before.value, after.value)
+    return {"name": name, "good": reading_of(name).good, "of": estimates, "verdict": verdict}
+
+
+def _examples(run: ReportedRun) -> list[dict[str, Any]]:
+    """Replies before and after: those that the run asked for."""
+    return list(run.facts.get("replies") or [])
+
+
+def _metrics(folder: Path) -> Metrics:
+    found = {
+        "original": _estimates(folder / ORIGINAL),
+        "result": _estimates(folder),
+        "retain-only": _estimates(_retain_only(folder)),
+    }
+    return {name: estimates for name, estimates in found.items() if estimates}
+
+
+def _estimates(folder: Path | None) -> dict[str, Estimate]:
+    if folder is None or not is_file(folder / METRICS_FILE):
+        return {}
+    path = folder / METRICS_FILE
+    try:
+        read = parse_json(read_text(path), str(path))
+        return {name: Estimate(**entry) for name, entry in read["metrics"].items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UsageError(
+            f"{path} must be as `mollm evaluate` wrote it, but it is not: remove {folder}, and "
+            "evaluate again."
+        ) from error
+
+
+def _retain_only(folder: Path) -> Path | None:
+    """Where the evaluation is that this one compared with."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        logs = user_path(about["settings"]["retain_logs"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    return logs if logs.is_dir() else logs.parent
+
+
+def _of_several(runs: Sequence[ReportedRun]) -> dict[str, Any]:
+    from mollm.report.charts import Series
+
+    if len(runs) > len(_COLOURS):
+        raise UsageError(
+            f"a report must be of at most {len(_COLOURS)} runs, but got {len(runs)}: compare fewer."
+        )
+    names = _names(runs)
+    settings = [run.facts.get("settings", {}) | {"model": run.facts["label"]} for run in runs]
+    for told, run in zip(settings, runs, strict=True):
+        told |= {f"{n} data": d["sha256"][:12] for n, d in run.facts["data"].items()}
+    known = dict.fromkeys(name for each in settings for name in each)
+    unlike = [n for n in known if len({str(each.get(n)) for each in settings}) > 1]
+    figures = dict.fromkeys(name for run in runs for name in run.metrics.get("result", {}))
+    return {
+        "runs": runs,
+        "names": names,
+        "colours": _COLOURS,
+        "objectives": dict.fromkeys(n for run in runs for n in curves(run.history)["losses"]),
+        "series": lambda name: [
+            Series(names[i], [step["losses"].get(name) for step in run.history], _COLOURS[i])
+            for i, run in enumerate(runs)
+        ],
+        "unlike": {name: [each.get(name) for each in settings] for name in unlike},
+        "alike": {name: settings[0].get(name) for name in known if name not in unlike},
+        "tables": {
+            theme: [(name, [run.metrics.get("result", {}).get(name) for run in runs])
+                    for name in some]
+            for theme, some in by_theme(figures).items()
+        },
+    }  # fmt: skip
+
+
+def _names(runs: Sequence[ReportedRun]) -> list[str]:
+    """Names that tell the runs apart: as much of the end of their paths as that takes."""
+    paths = [run.folder.resolve().parts for run in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({number})" for number, run in enumerate(runs, 1)]

@@ -1,0 +1,119 @@
+import json
+import re
+
+import pytest
+import tiny
+
+pytest.importorskip("transformers")
+pytest.importorskip("rouge_score")
+
+import reported_runs
+
+from mollm.cli import main
+from mollm.evaluation import Estimate, Evaluation
+from mollm.evaluation.cache import key_of
+from mollm.evaluation.suite import load_suite
+from mollm.models import loading
+
+FEW = ["--max-new-tokens", "3", "--resamples", "5"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run whose original and files are known, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    given = {}
+    for role in ("forget", "retain"):
+        rows = [{"question": f"Is it {role} {n}?", "answer": f"{n}."} for n in range(3)]
+        given[role] = str(tmp_path / f"{role}.jsonl")
+        (tmp_path / f"{role}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = reported_runs.run(tmp_path / "run", model=str(tmp_path / "tiny"), given=given)
+    loading.save(tiny.model(seed=1), tiny.tokenizer(), folder / "model")
+    return folder
+
+
+def test_a_run_is_measured_beside_its_original(run, capsys):
+    assert main(["evaluate", "--model", str(run), *FEW]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ +original +result$", out, re.MULTILINE)
+    themes = [line for line in out.splitlines() if line in ("forgotten", "kept", "fluency")]
+    assert themes == ["forgotten", "kept", "fluency"]
+    result = Evaluation.read(run / "evaluation")
+    original = Evaluation.read(run / "evaluation/original")
+    assert original.value("forget_kl") == pytest.approx(0, abs=1e-9)
+    assert result.value("forget_kl") > 1e-3
+    row = next(line for line in out.splitlines() if "forget_probability ↓" in line)
+    shown = [f"{e['forget_probability'].value:.4g}" for e in (original, result)]
+    assert [number for number in shown if f" {number} " in row] == shown
+    assert out.count("not computed") == 1
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "forget_\u200bprobability" in page
+    assert main(["evaluate", "--model", str(run), *FEW, "--original", "none"]) == 0
+    assert not (run / "evaluation/original").exists()
+    assert "original" not in capsys.readouterr().out
+
+
+def test_the_original_is_measured_once(run, capsys, monkeypatch):
+    from mollm.commands import evaluate as command
+
+    measured = []
+    progress = command.progress
+
+    def noting(total, what):
+        measured.append(what)
+        return progress(total, what)
+
+    monkeypatch.setattr(command, "progress", noting)
+    words = ["evaluate", "--model", str(run), *FEW]
+    for more, expected in (
+        ([], ["Original", "Result"]),
+        ([], ["Result"]),
+        (["--no-cache"], ["Original", "Result"]),
+        (["--seed", "3"], ["Original", "Result"]),
+    ):
+        measured.clear()
+        assert main([*words, *more]) == 0
+        assert measured == expected
+        assert ("known from before" in capsys.readouterr().out) == (expected == ["Result"])
+
+
+def test_json_is_all_that_is_printed(run, capsys):
+    assert main(["evaluate", "--model", str(run), *FEW, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"original", "result", "missing"}
+    assert found["result"]["forget_probability"].keys() == Estimate.__annotations__.keys()
+
+
+def test_without_a_run_data_must_be_given(tmp_path, capsys):
+    assert main(["evaluate", "--model", str(tmp_path / "x")]) == 2
+    assert "data must be given" in capsys.readouterr().err
+
+
+def test_a_key_is_of_everything(tmp_path):
+    suites = []
+    for answer in ("1.", "2."):
+        rows = [{"question": "Is it?", "answer": answer}, {"question": "So?", "answer": "So."}]
+        suites.append(load_suite(rows))
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    key = key_of(model, tokenizer, suites[0], {"seed": 0})
+    assert key == key_of(tiny.model(), tiny.tokenizer(), suites[0], {"seed": 0})
+    assert key != key_of(model, tokenizer, suites[1], {"seed": 0})
+    assert key != key_of(model, tokenizer, suites[0], {"seed": 1})
+    assert key != key_of(model, tiny.tokenizer(template=False), suites[0], {"seed": 0})
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-3
+    assert key != key_of(model, tokenizer, suites[0], {"seed": 0})
+
+
+def test_the_table_says_what_got_better():
+    def made(**values):
+        return Evaluation((), {n: Estimate(v, v - 0.1, v + 0.1, 9) for n, v in values.items()}, {})
+
+    before = made(forget_probability=0.9, retain_probability=0.9, forget_kl=0.0)
+    after = made(forget_probability=0.1, retain_probability=0.7, forget_kl=2.0)
+    lines = after.table(before).splitlines()
+    assert lines[0].split() == ["original", "result"]
+    assert [line.split()[-1] for line in lines[2:4]] == ["better", "2.1]"]
+    assert lines[-1].endswith("worse")
+    assert "\x1b[32m" in after.table(before, colour=True)
+    assert after.table().splitlines()[1].split()[:3] == ["forget_probability", "↓", "0.1"]

@@ -1,0 +1,540 @@
+"""Gradients that are streamed block by block: the step is the one that holds all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mollm import MOLLMOptimizer, UsageError, find_blocks
+from mollm.optim.directions import DIRECTIONS
+
+NAMES = ("forget", "kl", "retain")
+VOCAB = 48
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+}
+KINDS = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "dropout": {"attention_dropout": 0.2},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2},
+    "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},
+}
+
+
+def made(kind="llama", dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    name = kind if kind in ("gpt2", "mixtral") else "llama"
+    config = AutoConfig.for_model(name, **(SIZES | KINDS[kind] | options))
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def batches(micro, seed):
+    """Rows to forget and, of another length, to retain."""
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(micro):
+        yield torch.randint(VOCAB, (2, 7), generator=g), torch.randint(VOCAB, (3, 5), generator=g)
+
+
+def losses_of(model, forget, retain):
+    z, y = model(forget, use_cache=False).logits, model(retain, use_cache=False).logits
+    p = z[:, :-1].softmax(-1).gather(2, forget[:, 1:, None])
+    away = (y - torch.linspace(-1, 1, VOCAB, dtype=y.dtype)).square().mean()
+    return {
+        "forget": -torch.log1p(-0.99 * p).mean(),
+        "kl": away,
+        "retain": cross_entropy(y[:, :-1].flatten(0, 1), retain[:, 1:].flatten()),
+    }
+
+
+def hold(opt, losses):
+    """The plain way, loss by loss."""
+    for n, (name, loss) in enumerate(losses.items()):
+        with opt.objective(name):
+            loss.backward(retain_graph=n < len(losses) - 1)
+
+
+def trained(model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, **options):
+    """The model and its reports after some steps; lr below 0 stands for groups of their own."""
+    model = copy.deepcopy(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    memory = "streamed" if streamed else "as-produced"
+    opt = MOLLMOptimizer(
+        options.pop("groups", lambda params: params)(params),
+        **{"lr": 1e-2, "objectives": names, "gradient_memory": memory, **options},
+    )
+    blocks = find_blocks(model) if streamed else ()
+    reports = []
+    torch.manual_seed(3)
+    for step in range(steps):
+        opt.zero_grad()
+        for forget, retain in batches(micro, step):
+            with opt.streamed(blocks) if streamed else contextlib.nullcontext():
+                found = losses_of(model, forget, retain)
+                found = {name: found[name] for name in names}
+                if not streamed:
+                    hold(opt, found)
+                elif at_once:
+                    opt.backward(found)
+                else:
+                    opt.backward({"forget": found.pop("forget")})
+                    opt.backward(found)
+        opt.step()
+        reports.append(opt.last_step)
+    return model, opt, reports
+
+
+def assert_same(one, other, limit=1e-12):
+    (a, opt_a, reports_a), (b, opt_b, reports_b) = one, other
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=limit)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        mine, theirs = opt_a.state.get(p, {}), opt_b.state.get(q, {})
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=limit)
+    for x, y in zip(reports_a, reports_b, strict=True):
+        torch.testing.assert_close(x.gram, y.gram, rtol=1e-9, atol=limit)
+        torch.testing.assert_close(x.weights, y.weights, rtol=1e-7, atol=1e-9)
+        assert x.status == y.status
+        assert x.conflicts == y.conflicts
+        assert (x.changes is None) == (y.changes is None)
+        for name in x.changes or {}:
+            assert x.changes[name] == pytest.approx(y.changes[name], rel=1e-6, abs=1e-12)
+
+
+def moved(model, start):
+    pairs = zip(model.parameters(), start.parameters(), strict=True)
+    return any(not torch.equal(p, q) for p, q in pairs)
+
+
+def assert_equal_steps(model, limit=1e-12, **options):
+    plain = trained(model, streamed=False, **options)
+    assert moved(plain[0], model)
+    assert_same(plain, trained(model, streamed=True, **options), limit)
+
+
+@pytest.mark.parametrize("metric", ["base", "euclidean"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_rule_in_both_metrics(direction, metric):
+    assert_equal_steps(made(), direction=direction, metric=metric)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metric": "euclidean", "weight_decay": 0.1},
+        {"momentum": "per-objective"},
+        {"momentum": "per-objective", "metric": "euclidean"},
+        {"base": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+        {"normalize": True, "preferences": [1.0, 20.0, 1.0]},
+        {"names": ("forget", "retain"), "weight_decay": 0.1},
+        {"micro": 3},
+        {"micro": 2, "at_once": False},
+        {"track_conflicts": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_model(kind, options):
+    if kind == "gpt2" and "base" not in options:
+        # Its key biases have gradients of rounding alone, which AdamW would make steps of.
+        options = options | {"eps": 1e-4}
+    assert_equal_steps(made(kind).train(kind != "llama"), **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_frozen_embeddings(kind):
+    model = made(kind)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.requires_grad_(False)
+    assert_equal_steps(model, micro=2, eps=1e-4)
+
+
+def test_frozen_blocks():
+    """The lowest ones, one in between, and a block of which one matrix trains."""
+    model = made()
+    model.get_input_embeddings().requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    assert_equal_steps(model)
+    model = made()
+    model.model.layers[1].requires_grad_(False)
+    assert_equal_steps(model)
+    model.model.layers[1].mlp.up_proj.requires_grad_(True)
+    assert_equal_steps(model)
+
+
+def test_groups_of_their_own():
+    def groups(params):
+        return [
+            {"params": params[::3], "lr": 1e-2, "weight_decay": 0.1},
+            {"params": params[1::3], "lr": 3e-3, "betas": (0.8, 0.9)},
+            {"params": params[2::3], "eps": 1e-6},
+        ]
+
+    assert_equal_steps(made(), groups=groups)
+    assert_equal_steps(made("tied"), groups=groups, metric="euclidean", base="adamw")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["tied", "gpt2"])
+def test_narrow_dtypes_differ_by_no_more_than_rounding(kind, dtype):
+    """From the plain step in float64 both are as far away."""
+    model = made(kind)
+    exact = trained(model, streamed=False, steps=3)[0]
+    model = model.to(dtype)
+    ways = [trained(model, streamed=streamed, steps=3)[0] for streamed in (False, True)]
+    off = [
+        max((p - q.double()).abs().max() for p, q in zip(*pair, strict=True))
+        for pair in ((exact.parameters(), way.parameters()) for way in ways)
+    ]
+    assert off[1] <= 1.5 * off[0]
+
+
+def test_state_in_bfloat16_is_the_same():
+    options = {"state_dtype": torch.bfloat16, "lr": 1e-3}
+    model = made("tied", torch.float32)
+    # A sum in another order may round one element of the state the other way.
+    assert_equal_steps(model, limit=1e-5, steps=3, **options)
+
+
+def test_stochastic_rounding_is_unbiased_noise():
+    model = made("tied", torch.bfloat16)
+    found, _, reports = trained(model, streamed=True, stochastic_rounding=True, steps=2)
+    assert all(report.conflicts is not None for report in reports)
+    assert moved(found, model)
+
+
+def test_no_more_than_one_block_of_gradients_is_alive():
+    model = made(num_hidden_layers=6)
+    seen = []
+
+    class Watched(MOLLMOptimizer):
+        def _pieces(self, params):
+            for piece in super()._pieces(params):
+                seen.append(sum(p.numel() for p in piece[1]))
+                yield piece
+
+    opt = Watched(model.parameters(), gradient_memory="streamed")
+    with opt.streamed(find_blocks(model)):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    opt.step()
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    rest = sum(p.numel() for p in model.parameters()) - 6 * block
+    assert seen == 2 * [*[block] * 6, rest]
+
+
+# ---- a step that must not be
+
+
+@pytest.mark.parametrize("options", [{}, {"base": "sgd"}, {"momentum": "per-objective"}], ids=str)
+def test_a_gradient_that_is_not_finite_changes_nothing(options):
+    model = made()
+    opt = MOLLMOptimizer(model.parameters(), gradient_memory="streamed", **options)
+    blocks = find_blocks(model)
+
+    def step(factor):
+        with opt.streamed(blocks):
+            found = losses_of(model, *next(batches(1, 0)))
+            opt.backward(found | {"kl": factor * found["kl"]})
+        opt.step()
+
+    step(1.0)
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()["state"])
+    with pytest.warns(UserWarning, match="the gradient of kl is not finite: the step was skipped"):
+        step(float("nan"))
+    assert opt.skipped_steps == 1
+    assert opt.last_step.changes is None
+    after = model.state_dict(), opt.state_dict()["state"]
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+    step(1.0)
+    assert opt.last_step.changes is not None
+
+
+def test_a_step_may_raise_instead():
+    model = made()
+    opt = MOLLMOptimizer(model.parameters(), gradient_memory="streamed", on_nonfinite="raise")
+    with opt.streamed(find_blocks(model)):
+        found = losses_of(model, *next(batches(1, 0)))
+        opt.backward(found | {"kl": float("inf") * found["kl"]})
+    with pytest.raises(FloatingPointError, match="gradient of kl is not finite"):
+        opt.step()
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e25])
+def test_a_gradient_too_large_for_the_state_is_judged_as_ever(scale):
+    def run(memory):
+        model = made("tied", torch.float32)
+        opt = MOLLMOptimizer(
+            model.parameters(), gradient_memory=memory, metric="euclidean", direction="sum"
+        )
+        streamed = opt.streamed(find_blocks(model)) if opt.streams else contextlib.nullcontext()
+        with streamed:
+            found = losses_of(model, *next(batches(1, 0)))
+            found = {name: scale * loss for name, loss in found.items()}
+            opt.backward(found)
+        opt.step()
+        return opt.skipped_steps
+
+    for memory in ("as-produced", "streamed"):
+        skipped = pytest.warns(UserWarning, match="gradients this large is not finite")
+        with skipped if scale > 1e20 else contextlib.nullcontext():
+            assert run(memory) == (scale > 1e20)
+
+
+# ---- dropout, checkpoints, autocast
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_what_a_block_checkpoints_inside():
+    model = made()
+    plain = trained(model, streamed=False, steps=3)
+    for layer in model.model.layers:
+        layer.mlp = Checkpointed(layer.mlp)
+    assert_same(plain, trained(model, streamed=True, steps=3))
+
+
+def test_autocast():
+    model = made("tied", torch.float32)
+
+    def run(streamed):
+        opt = MOLLMOptimizer(
+            model_.parameters(), lr=1e-2, gradient_memory="streamed" if streamed else "as-produced"
+        )
+        around = opt.streamed(find_blocks(model_)) if streamed else contextlib.nullcontext()
+        with around:
+            with torch.autocast("cpu", torch.bfloat16):
+                found = losses_of(model_, *next(batches(1, 0)))
+            opt.backward(found)
+        with torch.autocast("cpu", torch.bfloat16):
+            opt.step()  # no cast of a weight may be left from before
+        return opt.last_step
+
+    reports = []
+    for streamed in (False, True):
+        model_ = copy.deepcopy(model)
+        reports.append(run(streamed))
+        torch.testing.assert_close(reports[0].gram, reports[-1].gram, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_on_hidden_states_in_between():
+    def run(streamed):
+        model = made()
+        opt = MOLLMOptimizer(
+            model.parameters(), lr=1e-2, gradient_memory="streamed" if streamed else "as-produced"
+        )
+        with opt.streamed(find_blocks(model)) if streamed else contextlib.nullcontext():
+            forget, retain = next(batches(1, 0))
+            found = losses_of(model, forget, retain)
+            found["forget"] = sum(
+                h.square().mean()
+                for h in model(forget, output_hidden_states=True, use_cache=False).hidden_states
+            )
+            opt.backward(found)
+        opt.step()
+        return model, opt, [opt.last_step]
+
+    assert_same(run(False), run(True))
+
+
+def test_modules_of_ones_own():
+    """What happens between the blocks has gradients too."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Linear(4, 4).double() for _ in range(3))
+            self.scale = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+        def forward(self, x):
+            x = x * self.scale
+            for block in self.blocks:
+                x = (block(x) * self.scale).tanh() + x
+            return x
+
+    def run(streamed):
+        net = Net()
+        opt = MOLLMOptimizer(
+            net.parameters(),
+            lr=1e-2,
+            objectives=("a", "b"),
+            gradient_memory="streamed" if streamed else "as-produced",
+        )
+        reports = []
+        for _ in range(10):
+            opt.zero_grad()
+            with opt.streamed(net.blocks) if streamed else contextlib.nullcontext():
+                y = net(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4))
+                opt.backward({"a": y.square().sum(), "b": (y - 1).square().sum()})
+            opt.step()
+            reports.append(opt.last_step)
+        return net, opt, reports
+
+    assert_same(run(False), run(True))
+
+
+# ---- what is refused
+
+
+def streaming(model, **options):
+    return MOLLMOptimizer(model.parameters(), gradient_memory="streamed", **options)
+
+
+def test_other_ways_in_and_out_are_refused():
+    model = made()
+    opt = streaming(model)
+    with pytest.raises(RuntimeError, match=r"call optimizer\.backward\(losses\) inside"):
+        opt.objective("kl").__enter__()
+    with pytest.raises(RuntimeError, match=r"aggregate\(\) does not go with"):
+        opt.aggregate()
+    with pytest.raises(RuntimeError, match="compute the losses inside"):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    with pytest.raises(RuntimeError, match=r"'forget' has no gradient.*streamed\(blocks\)"):
+        opt.step()
+    with pytest.raises(RuntimeError, match="needs gradient_memory='streamed', but got 'host'"):
+        MOLLMOptimizer(model.parameters(), gradient_memory="host").streamed([]).__enter__()
+    with pytest.raises(ValueError, match="must be another one than 'streamed' with a base"):
+        streaming(model, base=torch.optim.AdamW)
+    assert not opt.can_aggregate
+
+
+def test_losses_that_do_not_suit_are_refused():
+    model = made("mixtral", output_router_logits=True).train()
+    opt = streaming(model)
+    blocks = find_blocks(model)
+    forget, retain = next(batches(1, 0))
+
+    def refused(error, match, loss):
+        with opt.streamed(blocks), pytest.raises(error, match=match):
+            opt.backward(losses_of(model, forget, retain) | {"kl": loss()})
+        with pytest.raises(RuntimeError, match="has no gradient"):
+            opt.step()  # nothing is left of what was taken before
+
+    refused(
+        UsageError,
+        "a loss must read what a block returns",
+        lambda: model(forget, labels=forget, use_cache=False).loss,
+    )
+    refused(
+        UsageError,
+        "parameters of blocks must be read by the blocks alone",
+        lambda: model.model.layers[1].input_layernorm.weight.sum(),
+    )
+    refused(RuntimeError, "'kl' got no gradient", lambda: torch.zeros((), requires_grad=True) * 1)
+
+
+def test_a_cache_of_keys_is_refused():
+    model = made()
+    opt = streaming(model)
+    with (
+        opt.streamed(find_blocks(model)),
+        pytest.raises(UsageError, match="must run with use_cache=False"),
+    ):
+        model(next(batches(1, 0))[0], use_cache=True)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_checkpointed_blocks_are_refused():
+    model = made().train()
+    opt = streaming(model)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UsageError, match="gradient_checkpointing must be off"):
+        opt.streamed(find_blocks(model)).__enter__()
+
+
+def test_blocks_that_are_none_are_refused():
+    model = made()
+    opt = streaming(model)
+    layers = list(model.model.layers)
+    for blocks in ([], [layers[0], layers[0].mlp], [*layers, layers[0]]):
+        with pytest.raises(UsageError, match="blocks must be at least one module"):
+            opt.streamed(blocks).__enter__()
+    with opt.streamed(layers):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    with pytest.raises(ValueError, match="the same throughout a step"):
+        opt.streamed(layers[:1]).__enter__()
+
+
+def test_blocks_out_of_order_are_refused():
+    model = made()
+    opt = streaming(model)
+    with opt.streamed(list(model.model.layers)[::-1]):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    with pytest.raises(UsageError, match="run once each and in their order"):
+        opt.step()
+    with pytest.raises(RuntimeError, match="an earlier sweep over the blocks was broken off"):
+        opt.step()
+    opt.zero_grad()
+    with opt.streamed(list(model.model.layers)):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    opt.step()
+
+
+def test_what_changed_since_the_forward_is_refused():
+    model = made("dropout").train()
+    opt = streaming(model)
+    blocks = find_blocks(model)
+    with opt.streamed(blocks):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    model.eval()
+    with pytest.raises(RuntimeError, match="was switched between train"):
+        opt.step()
+    opt.zero_grad()
+    seen = []
+    blocks[1].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    with opt.streamed(blocks):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    with torch.no_grad():
+        seen[0].add_(1)
+    with pytest.raises(RuntimeError, match="an input of block 1 was changed in place"):
+        opt.step()
+
+
+def test_forwards_without_gradients_leave_no_trace():
+    model = made()
+    opt = streaming(model)
+    with opt.streamed(find_blocks(model)):
+        with torch.no_grad():
+            model(next(batches(1, 0))[0])
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+        model(next(batches(1, 0))[0], use_cache=False)  # with no loss
+    opt.step()
+    reference = made()
+    plain = MOLLMOptimizer(reference.parameters())
+    plain.backward(losses_of(reference, *next(batches(1, 0))))
+    plain.step()
+    torch.testing.assert_close(plain.last_step.gram, opt.last_step.gram)
+
+
+def test_an_optimizer_with_a_tape_can_be_copied():
+    model = made()
+    opt = streaming(model)
+    with opt.streamed(find_blocks(model)):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    copied = copy.deepcopy(opt)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        copied.step()
+    opt.step()

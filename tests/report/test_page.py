@@ -1,0 +1,176 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("jinja2")
+
+import reported_runs as runs
+
+from mollm import UsageError
+from mollm.cli import main
+from mollm.report.page import read_reported, render, write_report
+
+VOID = {"meta", "br", "line", "rect", "circle", "polyline", "link", "img"}
+
+
+class Page(HTMLParser):
+    """The tags, the words and what is loaded; every tag is closed by its own."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.open, self.loads = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return runs.run(tmp_path / "one")
+
+
+def test_a_page_loads_nothing_and_runs_nothing(folder):
+    runs.evaluated(folder / "evaluation")
+    page = Page(render([read_reported(folder)]))
+    assert not page.loads
+    assert not {"script", "iframe", "object", "link", "img", "form"} & set(page.tags)
+    assert page.tags.count("svg") == 7
+    assert "url(" not in render([read_reported(folder)])
+
+
+def test_what_others_wrote_shows_as_text(folder):
+    page = Page(render([read_reported(folder)]))
+    assert page.text.count("<script>alert('&')</script>") == 5
+
+
+def test_it_tells_what_was_asked_for_and_how_it_went(folder):
+    page = Page(render([read_reported(folder)]))
+    for words in (
+        "Unlearning in tiny", "12 steps, method mollm", "learning rate 1e-05", "75 s on a CPU",
+        "forget.jsonl 12", "locuslab/TOFU 24", "ab" * 32, "1.25 GiB", "mollm unlearn --config",
+        "Not measured yet", "torch 9.9", "kl 1.5 1.61 1.5 33%", "10 1.5 0.25",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert "/home/ann" not in page.text
+
+
+def test_differences_are_marked(folder):
+    text = render([read_reported(folder)])
+    assert "It was <del>Ann Øre, of course.</del>" in text
+    assert "<ins>&lt;script&gt;" in text
+
+
+def test_metrics_of_all_three_models(folder, tmp_path):
+    runs.evaluated(folder / "evaluation" / "original", value=0.9)
+    runs.evaluated(folder / "evaluation", value=0.2)
+    runs.evaluated(tmp_path / "logs", value=0.25, names=["forget_probability"])
+    runs.about(folder / "evaluation", retain_logs=str(tmp_path / "logs" / "examples.jsonl"))
+    text = render([read_reported(folder)])
+    page = Page(text)
+    assert "Metric original result retain-only forgotten forget_" in page.text
+    row = re.search(r"<tr><td>forget_\u200bprobability ↓</td>.*?</tr>", text, re.DOTALL)[0]
+    cells = re.findall(r'<td class="number (\w*)">\s*(.*?) <small>\[(.*?)\]', row)
+    assert cells == [
+        ("", "0.900", "0.8, 1"), ("better", "0.200", "0.1, 0.3"), ("", "0.250", "0.15, 0.35")
+    ]  # fmt: skip
+    row = re.search(r"<tr><td>retain_\u200bprobability ↑</td>.*?</tr>", text, re.DOTALL)[0]
+    assert 'class="number worse"' in row
+    assert "—" in row
+    assert "0.90 → 0.20" in page.text
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [runs.step(0)],
+        [runs.step(0, loss=float("nan")), runs.step(1, loss=-3.0)],
+        [runs.step(n) for n in range(2000)],
+    ],
+    ids=["no step", "one step", "losses without bounds", "many steps"],
+)
+def test_unusual_histories(history, tmp_path):
+    text = render([read_reported(runs.run(tmp_path / "one", history=history))])
+    Page(text)
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL).lower()
+    assert len(text) < 100_000
+
+
+def test_a_run_that_failed_says_so(tmp_path):
+    folder = runs.run(tmp_path / "one", failure="weights must be finite <b>.", replies=[])
+    page = Page(render([read_reported(folder)]))
+    assert "This run failed. weights must be finite <b>." in page.text
+    assert "Replies before" not in page.text
+
+
+def test_settings_that_changed_on_resuming_are_shown(tmp_path):
+    change = {"step": 4, "setting": "learning_rate", "was": 1, "is": 2}
+    folder = runs.run(tmp_path / "one", changes=[change], resumed_at=4)
+    text = Page(render([read_reported(folder)])).text
+    assert "5 learning_rate 1 2" in text
+    assert "since it was resumed at step 4" in text
+
+
+def test_several_runs_beside_each_other(tmp_path, capsys):
+    first = runs.run(tmp_path / "a/one")
+    second = runs.run(
+        tmp_path / "b/one", steps=5, settings={"method": "ga", "learning_rate": 1e-5, "seed": 42}
+    )
+    runs.evaluated(second / "evaluation", value=0.2)
+    assert main(["report", str(first), str(second / "model" / ".."), "--out", "x.txt"]) == 2
+    assert main(["report", str(first), str(second)]) == 0
+    path = first.parent / "comparison.html"
+    assert str(path) in capsys.readouterr().out.splitlines()[-1]
+    page = Page(path.read_text(encoding="utf-8"))
+    for words in ("a/one", "b/one", "method mollm ga", "forget_\u200bprobability ↓ — 0.200"):
+        assert words in page.text, words
+    assert not page.loads
+
+
+def test_too_many_runs_are_refused(folder):
+    with pytest.raises(UsageError, match="at most 6 runs, but got 7"):
+        render([read_reported(folder)] * 7)
+    with pytest.raises(UsageError, match="at least one run"):
+        render([])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must be a folder that `mollm unlearn` wrote" in capsys.readouterr().err
+
+
+def test_files_that_are_damaged_are_named(folder):
+    runs.evaluated(folder / "evaluation")
+    (folder / "evaluation/metrics.json").write_text('{"metrics": {"x": {"value": 1}}}')
+    with pytest.raises(UsageError, match=r"metrics\.json must be as `mollm evaluate` wrote it"):
+        read_reported(folder)
+    (folder / "run.json").write_text('{"format": 99}')
+    with pytest.raises(UsageError, match="must be of format 1"):
+        read_reported(folder)
+
+
+def test_a_page_is_written_anew(folder):
+    write_report([folder], folder / "report.html")
+    before = (folder / "report.html").read_text()
+    runs.evaluated(folder / "evaluation")
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text() != before

@@ -1,0 +1,83 @@
+"""Runs as they lie in their folders, made without training."""
+
+from __future__ import annotations
+
+import json
+
+from mollm.evaluation.records import Record
+from mollm.evaluation.summary import Estimate, Evaluation
+from mollm.methods.method import OBJECTIVES
+from mollm.report.run_file import write_run
+from mollm.training.history import StepRecord, write_history
+
+EVIL = "<script>alert('&')</script> a/very/long/" + "word" * 30
+
+
+def step(number, *, conflict="", loss=0.5, cosines=True):
+    pairs = {"forget·kl": 0.1, "forget·retain": -0.2, "kl·retain": 0.9}
+    return StepRecord(
+        step=number,
+        lr=1e-5,
+        losses={name: loss + i + 0.01 * number for i, name in enumerate(OBJECTIVES)},
+        norms=dict.fromkeys(OBJECTIVES, 2.0),
+        cosines=pairs,
+        weights=dict.fromkeys(OBJECTIVES, 1.5),
+        status="RULE",
+        pareto_gap=0.7,
+        changes={name: 1.0 if name == conflict else -1.0 for name in OBJECTIVES},
+        conflicts={name: name == conflict for name in OBJECTIVES},
+    )
+
+
+def run(folder, *, steps=12, history=None, **changed):
+    """Writes a run and returns its folder."""
+    folder.mkdir(parents=True)
+    facts = {
+        "model": "/home/ann/models/tiny",
+        "label": "tiny",
+        "failure": None,
+        "changes": [],
+        "data": {
+            "forget": {"source": "/home/ann/forget.jsonl", "rows": 12, "sha256": "ab" * 32},
+            "retain": {"source": "locuslab/TOFU", "rows": 24, "sha256": "cd" * 32},
+        },
+        "settings": {"method": "mollm", "learning_rate": 1e-5, "seed": 42, "steps": steps},
+        "versions": {"mollm": "0.1.0", "torch": "9.9"},
+        "notes": [EVIL],
+        "steps": steps,
+        "resumed_at": 0,
+        "skipped_steps": 0,
+        "device": "a CPU",
+        "processes": 1,
+        "seconds": 75.4,
+        "peak_memory_gib": 1.25,
+        "evaluations": [{"step": 10, "eval_loss": 1.5, "eval_kl_loss": 0.25}],
+        "replies": [
+            {
+                "set": role,
+                "question": "Who wrote it?",
+                "answer": EVIL,
+                "before": "It was Ann Øre, of course.",
+                "after": f"It was {EVIL}",
+            }
+            for role in ("forget", "retain")
+        ],
+        "commit": "abc",
+        "finished": "now",
+        "command": "mollm unlearn --config run.yaml",
+    }
+    write_run(facts | changed, folder)
+    made = [step(n, conflict="kl" if n % 3 == 0 else "") for n in range(steps)]
+    write_history(made if history is None else history, folder / "history.jsonl")
+    return folder
+
+
+def evaluated(folder, *, value=0.9, names=("forget_probability", "retain_probability", "mia_loss")):
+    """Writes an evaluation into a folder."""
+    estimates = {name: Estimate(value, value - 0.1, value + 0.1, 12) for name in names}
+    made = (Record("forget", "Who?", "Ann.", "Bob.", {"nll": 1.0}),)
+    Evaluation(made, estimates, {}).write(folder)
+
+
+def about(folder, **settings):
+    (folder / "about.json").write_text(json.dumps({"settings": settings}))
