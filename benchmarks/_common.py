@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
 import math
-import platform
 import shlex
 import statistics
 import subprocess
@@ -20,6 +18,9 @@ from typing import Any
 
 import torch
 
+from mollm.system import machine
+from mollm.system.tables import aligned
+
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 UNMEASURED = "the inputs"
@@ -27,25 +28,7 @@ UNMEASURED = "the inputs"
 
 def device_name(device: str) -> str:
     """What a reader calls the device: the GPU's name, or the CPU's with its number of threads."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "mollm", *packages):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return machine.device_name(torch.device(device))
 
 
 def provenance(device: str, *packages: str) -> Row:
@@ -58,7 +41,7 @@ def provenance(device: str, *packages: str) -> Row:
     return {
         "device": device_name(device),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(*packages),
+        "versions": machine.versions("triton", *packages),
         "commit": commit or "unknown",
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
@@ -135,10 +118,8 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(c), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
-    print(f"\n{title}")
-    for line in [columns, ["-" * w for w in widths], *cells]:
-        print("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)))
+    header, *lines = aligned([columns, *cells], left=0)
+    print("\n".join([f"\n{title}", header, "-" * len(header), *lines]))
 
 
 def _cell(value: Any) -> str:

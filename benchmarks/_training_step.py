@@ -36,10 +36,11 @@ from mollm import MOLLMOptimizer
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.methods import METHODS, method
 from mollm.models import forward
-from mollm.planning import memory, settings, shapes
+from mollm.planning import memory, shapes
 from mollm.planning.memory import MemoryPlan
 from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import Shape
+from mollm.system.units import GIB
 from mollm.training import step
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CachedReference, make_reference
@@ -315,8 +316,8 @@ def peak(call: Mollm, case: Case) -> Row:
     call()
     planned = case.plan.peak.total - memory.OVERHEAD_BYTES["cuda"]
     return {
-        "peak GiB": torch.cuda.max_memory_allocated() / settings.GIB,
-        "planned GiB": planned / settings.GIB,
+        "peak GiB": torch.cuda.max_memory_allocated() / GIB,
+        "planned GiB": planned / GIB,
     }
 
 

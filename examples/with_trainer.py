@@ -43,6 +43,7 @@ class Report(TrainerCallback):
 def main(argv: Sequence[str] | None = None) -> None:
     args = options(argv)
     settings = TrainingArguments(
+        output_dir="runs/with_trainer",
         max_steps=args.steps,
         learning_rate=args.lr,
         lr_scheduler_type="constant",

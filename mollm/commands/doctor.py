@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from mollm.system.tables import aligned
+
 if TYPE_CHECKING:
     from mollm.system.doctor import Diagnosis
 
@@ -64,6 +66,4 @@ def report(found: Diagnosis) -> str:
 
 
 def _columns(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    lines = list(pairs)
-    width = max((len(name) for name, _ in lines), default=0)
-    return [f"  {name:<{width}}  {value}" for name, value in lines]
+    return [f"  {line}" for line in aligned(pairs, left=2)]

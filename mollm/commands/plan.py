@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING
 
 from mollm.commands.arguments import add_renamed
 from mollm.errors import UsageError
-from mollm.models.four_bits import NF4
 from mollm.planning import shapes
-from mollm.planning.settings import (
-    BYTES,
-    DEVICES,
-    GRADIENT_MEMORIES,
-    METRICS,
-    OPTIMIZERS,
-    PER_OBJECTIVE,
-    REFERENCES,
-    SETTING_NAMES,
-    PlanSettings,
-)
+from mollm.planning.settings import OPTIONS, PlanSettings
+from mollm.system.options import add_options
+from mollm.system.tables import aligned
 from mollm.system.units import GIB
 
 if TYPE_CHECKING:
@@ -28,6 +19,12 @@ if TYPE_CHECKING:
     from mollm.planning.shapes import Shape
 
 _NO_FIT = 1
+_RENAMED = {
+    "--batch-size": "--per-device-train-batch-size",
+    "--sequence-length": "--max-length",
+    "--accumulation": "--gradient-accumulation-steps",
+    "--lora-rank": "--lora",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -66,113 +63,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    default = PlanSettings()
-    parser.add_argument(
-        "--per-device-train-batch-size",
-        dest="batch_size",
-        type=int,
-        default=default.batch_size,
-        help="forget examples per micro-batch",
-    )
-    parser.add_argument(
-        "--per-device-retain-batch-size",
-        dest="retain_batch_size",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="retain examples per micro-batch (default: as many as forget examples)",
-    )
-    add_renamed(parser, "--batch-size", "--per-device-train-batch-size")
-    parser.add_argument(
-        "--max-length",
-        dest="sequence_length",
-        type=int,
-        default=default.sequence_length,
-        help="tokens per example",
-    )
-    add_renamed(parser, "--sequence-length", "--max-length")
-    parser.add_argument(
-        "--gradient-accumulation-steps",
-        dest="accumulation",
-        type=int,
-        default=default.accumulation,
-        help="micro-batches per step",
-    )
-    add_renamed(parser, "--accumulation", "--gradient-accumulation-steps")
-    parser.add_argument("--dtype", choices=BYTES, default=default.dtype, help="weight dtype")
-    parser.add_argument(
-        "--compute-dtype",
-        choices=BYTES,
-        default=argparse.SUPPRESS,
-        help="dtype of matrix products (default: bfloat16 if the device has instructions for it)",
-    )
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="base optimizer"
-    )
-    parser.add_argument(
-        "--state-dtype",
-        choices=BYTES,
-        default=argparse.SUPPRESS,
-        help="optimizer-state dtype (default: that of the trainable parameters)",
-    )
-    parser.add_argument(
-        "--momentum",
-        choices=(PER_OBJECTIVE,),
-        default=argparse.SUPPRESS,
-        help="an EMA of each objective's gradient in place of the base's momentum",
-    )
-    parser.add_argument(
-        "--metric",
-        choices=METRICS,
-        default=default.metric,
-        help="metric of the Gram matrix; euclidean gives AdamW a first moment",
-    )
-    parser.add_argument(
-        "--gradient-memory",
-        choices=GRADIENT_MEMORIES,
-        default=default.gradient_memory,
-        help="how the objectives' gradients are kept until the step",
-    )
-    parser.add_argument(
-        "--reference",
-        choices=REFERENCES,
-        default=default.reference,
-        help="reference model: a frozen copy, the model with its adapter disabled, or a cache of "
-        "its final hidden states on disk",
-    )
-    parser.add_argument(
-        "--lora",
-        dest="lora_rank",
-        type=int,
-        default=default.lora_rank,
-        metavar="RANK",
-        help="rank of LoRA on all linear layers of the decoder; 0 for full training",
-    )
-    add_renamed(parser, "--lora-rank", "--lora")
-    parser.add_argument(
-        "--quantization",
-        choices=(NF4,),
-        default=argparse.SUPPRESS,
-        help="keep the decoder's linear layers in 4 bits (needs --lora)",
-    )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute each layer's activations in backward",
-    )
-    parser.add_argument(
-        "--freeze-embeddings",
-        action="store_true",
-        help="do not train token embeddings and head",
-    )
+    add_options(parser, PlanSettings)
+    for old, new in _RENAMED.items():
+        add_renamed(parser, old, new)
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default=argparse.SUPPRESS,
-        help="device to train on (default: cuda if there is a GPU, else cpu)",
-    )
     parser.add_argument(
         "--device-memory",
         type=float,
@@ -198,7 +94,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             if device == "cpu"
             else "bfloat16"
         }
-        | {name: given[name] for name in SETTING_NAMES if name in given}
+        | {name: given[name] for name in OPTIONS if name in given}
         | {"device": device}
     )
     memory = given["device_memory"] * GIB if "device_memory" in given else _found_memory(device)
@@ -240,16 +136,18 @@ def table(plan: MemoryPlan) -> str:
         f"trainable; {_batches(settings)} x {settings.sequence_length} tokens on "
         f"{settings.device}.",
         "",
-        f"{'component, GiB':<32}{'at the peak':>14}{'at most':>14}",
-        *(
-            f"{name:<32}{_gib(peak.parts.get(name, 0)):>14}{_gib(plan.component(name)):>14}"
-            for name in names
+        *aligned(
+            [
+                ("component, GiB", "at the peak", "at most"),
+                *((n, _gib(peak.parts.get(n, 0)), _gib(plan.component(n))) for n in names),
+            ]
         ),
         "",
-        "stage, GiB",
-        *(
-            f"{stage.name:<32}{_gib(stage.total):>14}{'   <- peak' if stage is peak else ''}"
-            for stage in plan.stages
+        *aligned(
+            [
+                ("stage, GiB", ""),
+                *((s.name, _gib(s.total), "<- peak" * (s is peak)) for s in plan.stages),
+            ]
         ),
     ]
     if plan.host_bytes:
@@ -280,7 +178,7 @@ def verdict(plan: MemoryPlan, memory: float | None) -> str:
     rows = [f"{peak} It does not fit into {_gib(memory)} GiB."]
     if found:
         rows += ["", "What saves memory, each on top of those before it:"]
-        rows += [_row(proposal) for proposal in found]
+        rows += [f"  {line}" for line in aligned(map(_cells, found))]
     last = found[-1].plan if found else plan
     if last.fits(memory):
         rows += [f"With these it fits, with {_gib(memory - last.peak.total)} GiB to spare."]
@@ -290,9 +188,12 @@ def verdict(plan: MemoryPlan, memory: float | None) -> str:
     return "\n".join(rows)
 
 
-def _row(proposal: Proposal) -> str:
-    peak = _gib(proposal.plan.peak.total)
-    return f"  {proposal.words:<40} saves {_gib(proposal.saves):>8}, peak {peak:>8}"
+def _cells(proposal: Proposal) -> tuple[str, str, str]:
+    return (
+        proposal.words,
+        f"saves {_gib(proposal.saves)}",
+        f"peak {_gib(proposal.plan.peak.total)}",
+    )
 
 
 def _gib(size: float) -> str:

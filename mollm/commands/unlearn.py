@@ -18,6 +18,7 @@ from mollm.commands.settings_file import OWN_SETTINGS, read_settings, require
 from mollm.errors import UsageError, did_you_mean
 from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
 from mollm.system.parsing import reason_of, user_path
+from mollm.system.tables import aligned
 from mollm.system.terminal import has_colour
 
 if TYPE_CHECKING:
@@ -345,15 +346,14 @@ def summary(trainer: MOLLMTrainer) -> str:
     history = trainer.history
     if not history:
         return "No step was made."
-    names = list(history[0].losses)
-    width = max(12, *(len(name) + 2 for name in names))
-    head = f"{'first loss':>12}{'last loss':>12}{'mean weight':>14}{'conflicts':>11}"
-    rows = [f"{'objective':<{width}}{head}"]
-    for name in names:
+    cells = [("objective", "first loss", "last loss", "mean weight", "conflicts")]
+    for name in history[0].losses:
         first, last = history[0].losses[name], history[-1].losses[name]
         weight = sum(record.weights[name] for record in history) / len(history)
         conflicts = sum(record.conflicts.get(name, False) for record in history) / len(history)
-        rows.append(f"{name:<{width}}{first:>12.4f}{last:>12.4f}{weight:>14.4f}{conflicts:>11.0%}")
+        numbers = f"{first:.4f}", f"{last:.4f}", f"{weight:.4f}", f"{conflicts:.0%}"
+        cells.append((name, *numbers))
+    rows = aligned(cells)
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluated:
         shown = {k: v for k, v in evaluated[-1].items() if k.endswith("_loss")}

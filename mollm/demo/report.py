@@ -12,6 +12,7 @@ from mollm.demo.plots import save_figures
 from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
 from mollm.report.page import curves, environment
+from mollm.system.tables import aligned
 from mollm.training.history import StepRecord, finite
 
 GROUPS = {
@@ -102,13 +103,14 @@ def render(run: DemoRun) -> str:
 
 def table(run: DemoRun) -> str:
     """The result as a table for the terminal."""
-    lines = ["", f"{'':10} {'questions':>9} {'before':>8} {'after':>8}"]
+    cells = [("", "questions", "before", "after")]
     for group, title in GROUPS.items():
         before, after = (run.summary[f"{group}_accuracy_{when}"] for when in ("before", "after"))
-        count = run.summary["questions"][group]
-        lines.append(f"{title:10} {count:9d} {before:8.0%} {after:8.0%}")
+        cells.append((title, str(run.summary["questions"][group]), f"{before:.0%}", f"{after:.0%}"))
     rates = ", ".join(f"{name} {rate:.0%}" for name, rate in run.summary["conflict_rate"].items())
-    lines += [
+    lines = [
+        "",
+        *aligned(cells),
         "",
         f"Updates in conflict: {rates}",
         f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gib']:.1f} GiB of "

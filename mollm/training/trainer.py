@@ -147,7 +147,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         model: A model folder, a .gguf file, a hub name, or a causal language model. Of a
             `peft.PeftModel` the adapter trains, and the original is the model with that adapter as
             it is given; what `torch.compile` made runs as it was before.
-        args: A MOLLMConfig.
+        args: A MOLLMConfig; without one, that of the defaults, with the `output_dir`
+            "trainer_output" as in transformers.
         forget_dataset: What to forget: a path or hub name, keyword arguments of
             `mollm.data.load_records` by name (`path` for its source), a list of
             `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`. Several
@@ -173,7 +174,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        args: MOLLMConfig,
+        args: MOLLMConfig | None = None,
         *,
         forget_dataset: Sets,
         retain_dataset: Sets,
@@ -182,6 +183,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         peft_config: Any | None = None,
     ) -> None:
+        args = MOLLMConfig() if args is None else args
         if not isinstance(args, MOLLMConfig):
             raise UsageError(
                 f"args must be a mollm.MOLLMConfig, but got {type(args).__name__}: MOLLMConfig "

@@ -1,10 +1,11 @@
+import argparse
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from mollm import MOLLMConfig
 from mollm.cli import main
-from mollm.commands.settings_file import read_settings
+from mollm.commands import unlearn
+from mollm.commands.settings_file import OWN_SETTINGS, read_settings
 from mollm.data.files import sample_path
 from mollm.errors import UsageError
 from mollm.models import loading
@@ -410,3 +413,16 @@ def test_a_killed_run_resumes_to_the_same_model(tmp_path):
 @pytest.mark.soak
 def test_a_run_killed_at_fifty_moments_resumes_to_the_same_model(tmp_path):
     print(killed(tmp_path, 50, timeout=1800))
+
+
+def test_every_option_is_a_setting_with_the_type_that_it_has_in_a_file():
+    own = {"config", "set", "resume", "help", *OWN_SETTINGS}
+    known = {f.name: f for f in fields(MOLLMConfig)}
+    commands = argparse.ArgumentParser().add_subparsers()
+    unlearn.add_parser(commands)
+    actions = {a.dest: a for a in commands.choices["unlearn"]._actions}
+    assert set(actions) - own <= set(known)
+    for name in set(actions) - own:
+        default, kind = known[name].default, actions[name].type or str
+        kind = bool if actions[name].const is True else kind
+        assert default is None or isinstance(default, kind | int), name

@@ -681,6 +681,15 @@ def test_a_compiled_model_leaves_no_name_of_it_in_a_file(tmp_path):
     assert any("compiled" in note for note in made.notes)
 
 
+def test_settings_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"forget_dataset": FORGET, "retain_dataset": RETAIN}
+    made = MOLLMTrainer(tiny.model(), processing_class=tiny.tokenizer(), **data)
+    assert made.args.to_dict() == MOLLMConfig().to_dict() | {
+        "max_length": tiny.model().config.max_position_embeddings
+    }
+
+
 def test_what_is_no_model_and_what_are_no_settings_is_said(tmp_path):
     from transformers import TrainingArguments
 
