@@ -179,19 +179,26 @@ def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tens
     if device.type == "cuda":
         _cuda.combine(rows, counts, weights, targets)
     else:
-        assert extension is not None, "_has_kernels implies the extension"
-        data, dtypes = listed("gradients", rows, counts, device)
-        extension.combine_cpu(
-            data=data,
-            dtypes=dtypes,
-            counts=counts,
-            weights=memory("weights", weights, torch.float64, device),
-            out=listed("out", targets, counts, device),
-            threads=torch.get_num_threads(),
-        )
+        _combine_cpu(rows, counts, weights, targets)
     for to, value in zip(out, targets, strict=True):
         if value.data_ptr() != to.data_ptr():
             to.copy_(value)
+
+
+def _combine_cpu(
+    rows: Sequence[Tensor | None], counts: Sequence[int], weights: Tensor, out: Sequence[Tensor]
+) -> None:
+    assert extension is not None, "_has_kernels implies the extension"
+    device = _device(rows)
+    data, dtypes = listed("gradients", rows, counts, device)
+    extension.combine_cpu(
+        data=data,
+        dtypes=dtypes,
+        counts=counts,
+        weights=memory("weights", weights, torch.float64, device),
+        out=listed("out", out, counts, device),
+        threads=torch.get_num_threads(),
+    )
 
 
 @_combine_.register_fake
