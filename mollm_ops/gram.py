@@ -37,9 +37,8 @@ from mollm_ops.dual_space import Solution, dual_space_weights
 from mollm_ops.operands import AdamMetric, RunningMeans
 from mollm_ops.reference.gram import (
     combine_reference,
+    gram_moved_reference,
     gram_reference,
-    moved_means_reference,
-    scaled_by_metric_reference,
     slices,
 )
 
@@ -381,11 +380,7 @@ def gram_moved(
                 metric.eps,
             ),
         )
-    if moving is not None:
-        gradients = moved_means_reference(gradients, moving)
-    if metric is not None:
-        gradients = scaled_by_metric_reference(gradients, metric)
-    return gram(gradients)
+    return gram_moved_reference(gradients, moving, metric)
 
 
 def combine(
