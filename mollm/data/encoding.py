@@ -11,7 +11,6 @@ from mollm.data.conversations import ASSISTANT, SYSTEM, USER
 from mollm.data.records import Record
 from mollm.errors import UsageError
 
-
 _SHORT = 16
 """Characters, more than most tokens have."""
 
