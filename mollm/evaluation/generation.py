@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
+from mollm.system.parsing import reason_of
 from mollm.system.precision import autocast
 
 if TYPE_CHECKING:
@@ -93,18 +94,48 @@ def ask(
         places = order[start : start + batch_size]
         batch = collate([rows[place] for place in places], chat.pad_id, side="left")
         batch = batch.to(model.device)
+        asked = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "pad_token_id": chat.pad_id,
+            "eos_token_id": sorted(stops) or None,
+        }
         with autocast(model.device):
-            written = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=chat.pad_id,
-                eos_token_id=sorted(stops) or None,
-            )
+            try:
+                written = model.generate(**asked)
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+                _refuse_generation_config(model, asked, error)
+                raise
         answers = written[:, batch.input_ids.shape[1] :].tolist()
         replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
     return [replies[place] for place in range(len(rows))]
+
+
+def _refuse_generation_config(
+    model: PreTrainedModel, asked: Mapping[str, Any], error: Exception
+) -> None:
+    """Says that the model's generation config is to blame, if all goes well without it."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.generate(**asked)
+    except Exception:
+        return
+    finally:
+        model.generation_config = own
+    raise UsageError(
+        f"the generation config of the model {model.name_or_path} must suit `generate` of "
+        f"transformers, but that fails with it: {reason_of(error)}: correct its "
+        "generation_config.json, or remove it."
+    ) from error
 
 
 def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:
