@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
+from mollm.system.parsing import reason_of
 from mollm.system.precision import autocast, computing_in
 from mollm.system.terminal import Done, quietly
 
@@ -117,16 +118,25 @@ def ask(
         places = order[start : start + batch_size]
         batch = collate([rows[place] for place in places], chat.pad_id, side="left")
         batch = batch.to(model.device)
+        asked = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": sampled,
+            **drawn,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "pad_token_id": chat.pad_id,
+            "eos_token_id": sorted(stops) or None,
+        }
         with autocast(model.device):
-            written = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=sampled,
-                **drawn,
-                pad_token_id=chat.pad_id,
-                eos_token_id=sorted(stops) or None,
-            )
+            try:
+                written = model.generate(**asked)
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+                _refuse_generation_config(model, asked, error)
+                raise
         answers = written[:, batch.input_ids.shape[1] :].tolist()
         replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
         done(len(places))
@@ -156,6 +166,8 @@ def answers_alike_in_company(model: PreTrainedModel) -> bool:
 
 def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
     """[B, 3, V]: of the tokens that are written first."""
+    from transformers import GenerationConfig
+
     with computing_in("float32"), autocast(model.device):
         output = model.generate(
             input_ids=ids,
@@ -163,12 +175,34 @@ def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> T
             min_new_tokens=3,
             max_new_tokens=3,
             do_sample=False,
+            generation_config=GenerationConfig(),  # its own may not work
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
         )
     logits: Tensor = torch.stack(output.logits, 1).double()
     return logits.masked_fill(~logits.isfinite(), 0)
+
+
+def _refuse_generation_config(
+    model: PreTrainedModel, asked: Mapping[str, Any], error: Exception
+) -> None:
+    """Says that the model's generation config is to blame, if all goes well without it."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.generate(**asked)
+    except Exception:
+        return
+    finally:
+        model.generation_config = own
+    raise UsageError(
+        f"the generation config of the model {model.name_or_path} must suit `generate` of "
+        f"transformers, but that fails with it: {reason_of(error)}: correct its "
+        "generation_config.json, or remove it."
+    ) from error
 
 
 def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:

@@ -43,8 +43,8 @@ def _check_number(name: str, value: Any, what: str = "") -> None:
         return  # the host would have to wait for it
     if not float(value) >= 0:
         raise ValueError(f"{what}{name} must not be negative, but got {value}.")
-    if float(value) == math.inf:
-        raise ValueError(f"{what}{name} must be finite, but got {value}.")
+    if float(value) > torch.finfo(torch.float32).max:  # kernels take it as that
+        raise ValueError(f"{what}{name} must be finite in float32, but got {value}.")
 
 
 class FusedBase(Optimizer, ABC):
