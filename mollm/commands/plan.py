@@ -108,6 +108,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="optimizer-state dtype (default: that of the trainable parameters)",
     )
     parser.add_argument(
+        "--adam-beta2",
+        type=float,
+        default=default.adam_beta2,
+        help="AdamW's second beta; with 0 it keeps no second moment",
+    )
+    parser.add_argument(
         "--momentum",
         choices=(PER_OBJECTIVE,),
         default=argparse.SUPPRESS,
@@ -279,7 +285,7 @@ def verdict(plan: MemoryPlan, memory: float | None) -> str:
 
 def _row(proposal: Proposal) -> str:
     peak = _gib(proposal.plan.peak.total)
-    return f"  {proposal.words:<40} saves {_gib(proposal.saves):>8}, peak {peak:>8}"
+    return f"  {proposal.words:<46} saves {_gib(proposal.saves):>8}, peak {peak:>8}"
 
 
 def _gib(size: float) -> str:

@@ -168,9 +168,18 @@ def _state(shape: Shape, settings: PlanSettings) -> int:
     if settings.optimizer == "sgd":
         return 0
     first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
-    moments = 2 if first else 1
-    size = BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
-    return moments * _trainable(shape, settings) * size
+    moments = first + (settings.adam_beta2 > 0)
+    return moments * _trainable(shape, settings) * _state_bytes(settings)
+
+
+def _state_bytes(settings: PlanSettings) -> int:
+    return BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
+
+
+def _passing_moment(settings: PlanSettings) -> int:
+    """Bytes of a parameter's second moment that no state holds, while the parameter changes."""
+    adam = settings.optimizer == "adamw"
+    return _state_bytes(settings) if adam and not settings.adam_beta2 else 0
 
 
 def _means(shape: Shape, settings: PlanSettings) -> int:
@@ -322,7 +331,9 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     # KL's graph keeps its gradients until the step is over.
     left = original | {"head gradients of the losses": _loss_gradients(shape, settings, 1)}
     yield stage("retain backward", before(2), left | _backward(shape, settings, keep=False))
-    yield stage("update", OBJECTIVES, left | {"working set": _update(shape, settings)})
+    moment = _trainable(shape, settings) * _passing_moment(settings)
+    update = {"working set": _update(shape, settings) + moment}
+    yield stage("update", OBJECTIVES, left | update)
 
 
 def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
@@ -445,9 +456,7 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     dW = shape.embedding * size if settings.trains_head else 0
     late = 0 if shape.tied else dW  # embeddings of their own have no gradient before the sweeps
 
-    def stage(
-        name: str, sides: int, cotangents: int, ends: int, parts: Mapping[str, int]
-    ) -> Stage:
+    def stage(name: str, sides: int, cotangents: int, ends: int, parts: Mapping[str, int]) -> Stage:
         everything = lasting | {
             "block inputs": (2 * earlier + sides) * side,
             "cotangents": (OBJECTIVES * earlier + cotangents) * stream,
@@ -479,10 +488,11 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     whole = OBJECTIVES * ends
     block = max(_block_moments(shape, settings), key=lambda parts: sum(parts.values()))
     yield stage("blocks, twice", 2, 2 * OBJECTIVES, whole, block)
-    if dW:  # on top of those of a tied head
-        yield stage(
-            "embeddings", 2, 2 * OBJECTIVES, whole, {"gradient in the making": dW - late}
-        )
+    made = {
+        "gradient in the making": dW - late,  # on top of those of a tied head
+        "second moment": ends // size * _passing_moment(settings),
+    }
+    yield stage("embeddings, head and norm", 2, 2 * OBJECTIVES, whole, made)
 
 
 def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, int]]:
@@ -504,6 +514,7 @@ def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, i
     yield moment(before + again * layer, norm + residual)
     yield moment(before + down, mlp + residual - freed)
     yield moment(before + layer, norm + residual, kept=False)
+    yield moment(before + layer, shape.layer_parameters * _passing_moment(settings), kept=False)
 
 
 def _forward_pass(shape: Shape, settings: PlanSettings) -> int:

@@ -58,6 +58,8 @@ class PlanSettings:
     """Of matrix products; autocast casts where the weights are wider."""
     state_dtype: str | None = None
     """Of the optimizer's state; None for that of the weights."""
+    adam_beta2: float = 0.999
+    """AdamW's β₂; with 0 it keeps no second moment."""
     gradient_memory: str = "as-produced"
     """See MOLLMOptimizer."""
     momentum: str | None = None
@@ -81,6 +83,8 @@ class PlanSettings:
         for name in ("batch_size", "sequence_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        if not 0 <= self.adam_beta2 < 1:
+            raise UsageError(f"adam_beta2 must be in [0, 1), but got {self.adam_beta2}.")
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
         for name, known in _CHOICES.items():
