@@ -2,6 +2,8 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --train    the whole training step, see _training_step.py
+    python benchmarks/step_time.py --train --shape llama-3-8b
+                                              one that trains in full on one card, streamed alone
 
 Bytes of an ideal implementation, P elements of s bytes, K gradients:
     Torch's AdamW     (1 + 3 + 3)·P·s      reads g, θ, m, v; writes θ, m, v
@@ -39,6 +41,7 @@ from torch import Tensor
 
 from mollm import MOLLMOptimizer
 from mollm.optim.bases import AdamW
+from mollm.planning import shapes
 
 OBJECTIVES = 3
 HELD = 23  # tensors of P elements: gradients, parameters, and the states of all that is compared
@@ -158,6 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="the whole training step against that of the weighted sum of the same losses",
     )
+    parser.add_argument(
+        "--shape",
+        choices=sorted(shapes.NAMED_SHAPES),
+        help="with --train: only the streamed step of this model, with random weights",
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elements = options.elements or elements_that_fit(device, HELD * torch.float32.itemsize)
@@ -186,7 +194,10 @@ def _train(options: argparse.Namespace, device: str) -> None:
     source = provenance(device, "transformers", "peft")
     path = options.json or results_folder(device) / "step_time_train.json"
     rows: list[Row] = []
-    for case in _training_step.cases(device, quick=options.quick):
+    cases = _training_step.cases(device, quick=options.quick)
+    if options.shape:
+        cases = iter([_training_step.streamed_case(options.shape, device)])
+    for case in cases:
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
         )

@@ -87,6 +87,9 @@ class PlanSettings:
             "default": "that of the trainable parameters",
         },
     )
+    adam_beta2: float = field(
+        default=0.999, metadata={"help": "AdamW's second beta; with 0 it keeps no second moment"}
+    )
     gradient_memory: str = field(
         default="as-produced",
         metadata={
@@ -157,6 +160,8 @@ class PlanSettings:
             raise UsageError(
                 f"retain_batch_size must be at least 1, but got {self.retain_batch_size}."
             )
+        if not 0 <= self.adam_beta2 < 1:
+            raise UsageError(f"adam_beta2 must be in [0, 1), but got {self.adam_beta2}.")
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
         for name, option in OPTIONS.items():

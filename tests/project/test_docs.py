@@ -78,7 +78,7 @@ def test_a_command_is_accepted(name, words):
 
 def test_the_settings_of_the_memory_page_are_those_of_the_optimizer():
     texts = re.findall(r'`--set "(optimizer_options=.*?)"`', PAGES["guide/memory.md"])
-    assert len(texts) == 3
+    assert len(texts) == 4
     for text in texts:
         MOLLMConfig(output_dir="runs", **read_settings({"set": [text]}))
 
