@@ -7,11 +7,12 @@ padding, or a cap that is missed, then shows.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,19 +149,35 @@ class Errors:
 
     losses: float
     gradients: float
+    own: Errors | None = None
+    """Those of the model's own logits in the same dtype, where that is narrow."""
 
     @property
     def right(self) -> bool:
-        return self.losses < 1e-3 and self.gradients < 1e-2
+        if self.own is None:
+            return self.losses < 1e-3 and self.gradients < 1e-2
+        losses, gradients = max(2e-2, 2 * self.own.losses), max(5e-2, 1.5 * self.own.gradients)
+        return self.losses < losses and self.gradients < gradients
+
+
+Found = tuple[dict[str, float], dict[str, Tensor]]
+
+
+def _errors(found: Found, truth: Found, own: Errors | None = None) -> Errors:
+    (losses, gradients), (true, exact) = found, truth
+    off = max(abs(losses[n] - true[n]) / max(abs(true[n]), 1e-3) for n in true)
+    turned = max(
+        float((gradients[n] - g).norm()) / (float(g.norm()) or 1.0) for n, g in exact.items()
+    )
+    return Errors(off, turned, own)
 
 
 class Walk:
     """The ways to train one kind of model; the truth is computed once for those that share it."""
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
         self.made = sharpen(zoo.model(kind))
-        self._truth: dict[tuple[bool, str], Any] = {}
+        self._known: dict[tuple[bool, str, bool], Found] = {}
 
     def errors(self, way: Way) -> Errors:
         """How far losses and gradients are from the truth.
@@ -170,59 +187,61 @@ class Walk:
         """
         with computing_in("bfloat16" if way.dtype == "autocast" else "float32"):
             model, reference, params = self._set_up(way)
-            losses, gradients = self._true(way)
             objectives = Objectives(model, reference)
             side: Any = way.side
-            ours = objectives(collate(FORGET, 0, side), collate(RETAIN, 0, side))
-            found = _gradients(ours.items(), params)
-        off = max(abs(float(ours[n]) - losses[n]) / max(abs(losses[n]), 1e-3) for n in losses)
-        lengths = {n: float(g.norm()) for n, g in gradients.items()}
-        turned = max(
-            float((found[n] - g).norm()) / lengths[n] if lengths[n] > 0 else float(found[n].norm())
-            for n, g in gradients.items()
-        )
-        return Errors(off, turned)
+            losses = objectives(collate(FORGET, 0, side), collate(RETAIN, 0, side))
+            found = _found(losses, params)
+        truth = self._of_own_logits(way, narrow=False)
+        if way.dtype == "float32":
+            return _errors(found, truth)
+        own = _errors(self._of_own_logits(way, narrow=True), truth)
+        return _errors(found, truth, own)
 
-    def _set_up(self, way: Way, *, plain: bool = False) -> tuple[Any, Any, list[Tensor]]:
+    def _set_up(self, way: Way) -> tuple[Any, Any, list[Tensor]]:
         model = copy.deepcopy(self.made)
         if way.dtype == "bfloat16":
             model = model.bfloat16()
         check_logits(model)
+        reference: Any
         if way.lora:
             from peft import LoraConfig
 
             torch.manual_seed(5)
-            wrapped = adapted(model, LoraConfig(r=4, target_modules="all-linear"))
-            reference: Any = AdapterReference(wrapped)
-            moved(model)
+            reference = AdapterReference(
+                adapted(model, LoraConfig(r=4, target_modules="all-linear"))
+            )
         else:
             reference = CopyReference(model)
-            moved(model)
-        if way.checkpointing and not plain:
+        moved(model)
+        if way.checkpointing:
             checkpoint_activations(model, None)
         return model, reference, [p for p in model.parameters() if p.requires_grad]
 
-    def _true(self, way: Way) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """From float32, in which a model of narrow weights is held for this."""
-        key = way.lora, "bfloat16" if way.dtype == "bfloat16" else "float32"
-        if key not in self._truth:
-            with computing_in("float32"):
-                model, reference, params = self._set_up(way, plain=True)
-            model.float().eval()
-            if way.lora:
+    def _of_own_logits(self, way: Way, *, narrow: bool) -> Found:
+        """In float32, which holds bfloat16 weights for this, or as the way has it."""
+        key = way.lora, way.dtype, narrow
+        if key in self._known:
+            return self._known[key]
+        with computing_in("float32"):
+            model, reference, params = self._set_up(replace(way, checkpointing=False))
+        model.eval()
+        if not narrow:
+            model.float()
+        first = model if way.lora else reference.model.eval()
+        if not narrow:
+            first.float()
 
-                def original(row: Tokens) -> Tensor:
-                    with reference.original.restored():
-                        return _logits(model, row)[0]
-            else:
-                first = reference.model.float().eval()
+        def original(row: Tokens) -> Tensor:
+            with reference.original.restored() if way.lora else contextlib.nullcontext():
+                return _logits(first, row)[0]
 
-                def original(row: Tokens) -> Tensor:
-                    return _logits(first, row)[0]
-
+        enabled = narrow and way.dtype == "autocast"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             losses = dict(own_losses(model, original))
-            self._truth[key] = (
-                {name: float(loss) for name, loss in losses.items()},
-                _gradients(losses.items(), params),
-            )
-        return self._truth[key]
+        self._known[key] = _found(losses, params)
+        return self._known[key]
+
+
+def _found(losses: dict[str, Tensor], params: list[Tensor]) -> Found:
+    gradients = _gradients(losses.items(), params)
+    return {name: float(loss.detach()) for name, loss in losses.items()}, gradients

@@ -512,6 +512,8 @@ def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | 
     if options["use_reentrant"]:
         # They pass no gradient on to adapters behind an input that asks for none.
         model.enable_input_require_grads()
+    else:  # which transformers enabled, and models that add to their embeddings in place forbid
+        model.disable_input_require_grads()
 
 
 def merged(model: PreTrainedModel, wrapped: Any | None, *, parts: bool) -> PreTrainedModel | None:

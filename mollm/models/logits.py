@@ -25,7 +25,7 @@ from mollm.models.dropout import without_rescaling
 from mollm.models.forward import head, head_weights, hidden_states, in_evaluation_mode
 from mollm.models.four_bits import in_four_bits
 from mollm.system.parsing import reason_of
-from mollm.system.precision import autocast
+from mollm.system.precision import autocast, compute_dtype
 from mollm_ops.operands import LogitTransform
 
 if TYPE_CHECKING:
@@ -105,10 +105,24 @@ class _Probe:
         return fitted
 
     def _refuse(self, what: str) -> NoReturn:
-        name = self.model.name_or_path or type(self.model).__name__
         raise UsageError(
-            f"the model {name} {what}, which the losses do not support: choose another model."
+            f"the model {self._name} {what}, which the losses do not support: choose another model."
         )
+
+    @property
+    def _name(self) -> str:
+        return self.model.name_or_path or type(self.model).__name__
+
+    def _runs_in_float32(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether it is autocast, which was on, that a model cannot bear."""
+        if compute_dtype(ids.device).dtype == torch.float32:
+            return False
+        try:
+            with in_evaluation_mode(self.model):
+                self.model(input_ids=ids, attention_mask=mask)
+        except Exception:  # then autocast is not what is wrong
+            return False
+        return True
 
     @torch.no_grad()
     def _run(self) -> _Seen:
@@ -139,6 +153,11 @@ class _Probe:
             raise
         except Exception as error:  # whatever a model raises that wants other inputs
             reason = reason_of(error, 200)
+            if self._runs_in_float32(ids, mask):
+                raise UsageError(
+                    f"the model {self._name} cannot compute its matrix products in bfloat16 "
+                    f"({type(error).__name__}: {reason}): set compute_dtype to float32."
+                ) from error
             self._refuse(f"gives no logits for token ids alone ({type(error).__name__}: {reason})")
         finally:
             handle.remove()
