@@ -12,10 +12,21 @@ import sys
 from collections.abc import Sequence
 
 from mollm import __version__
-from mollm.commands import ask, demo, doctor, evaluate, plan, preview, report, unlearn
+from mollm.commands import (
+    ask,
+    completion,
+    demo,
+    doctor,
+    evaluate,
+    init,
+    plan,
+    preview,
+    report,
+    unlearn,
+)
 from mollm.errors import UsageError
 
-_COMMANDS = (demo, preview, unlearn, evaluate, ask, report, plan, doctor)
+_COMMANDS = (demo, init, preview, unlearn, evaluate, ask, report, plan, doctor, completion)
 _EXTRAS = (
     "accelerate",
     "bitsandbytes",
@@ -28,6 +39,7 @@ _EXTRAS = (
     "rouge_score",
     "safetensors",
     "scipy",
+    "shtab",
     "sklearn",
     "tqdm",
     "transformers",
@@ -126,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
+    commands.choices["completion"].set_defaults(root=parser)
     for added in commands.choices.values():
         added.allow_abbrev = False
     return parser

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 
 from mollm.commands.arguments import add_renamed
 from mollm.demo.settings import METHODS, DemoSettings
@@ -56,17 +58,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=default.compute_dtype,
         help="dtype of matrix products; auto takes bfloat16 if the device has instructions for it",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON, and all else to stderr"
+    )
     parser.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from mollm.demo.report import table
     from mollm.demo.run import run_demo
+    from mollm.training.history import finite
 
-    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
     if "forget" in given:
         given["forget"] = tuple(given["forget"].split(","))
-    run = run_demo(DemoSettings(**given))
+    settings = DemoSettings(**given)
+    if arguments.json:
+        run = run_demo(settings, say=lambda text: print(text, file=sys.stderr))
+        print(json.dumps(finite(run.summary), indent=1, ensure_ascii=False))
+        return 0
+    run = run_demo(settings)
     print(table(run))
     print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")
     return 0

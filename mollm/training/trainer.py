@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -64,7 +65,7 @@ from mollm.system.folders import (
 from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
 from mollm.training import checkpoint, fsdp, serialization
-from mollm.training.callbacks import DivergenceStop, LossBar
+from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_TOLD, MOLLMConfig
 from mollm.training.given_model import (
     check_without_weights,
@@ -272,7 +273,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ],
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossBar)
+            self.add_callback(LossBar() if sys.stderr.isatty() else LossLines(self.history))
         self._refuse_unlike_processes()
         if isinstance(reference, CachedReference):
             reference.fill(
