@@ -22,11 +22,12 @@ from mollm.commands import (
     plan,
     preview,
     report,
+    tune,
     unlearn,
 )
 from mollm.errors import UsageError
 
-_COMMANDS = (demo, init, preview, unlearn, evaluate, ask, report, plan, doctor, completion)
+_COMMANDS = (demo, init, preview, tune, unlearn, evaluate, ask, report, plan, doctor, completion)
 _EXTRAS = (
     "accelerate",
     "bitsandbytes",

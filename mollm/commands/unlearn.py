@@ -222,7 +222,7 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.system.precision import DTYPES
     from mollm.training.trainer import MOLLMTrainer
 
-    adapter = _adapter(settings.get("lora"))
+    adapter = make_adapter(settings.get("lora"))
     args.refuse_four_bits_without(adapter)
     planned = check_memory(settings["model"], args, adapter)
     with processes.agreeing():
@@ -251,7 +251,12 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     return trainer
 
 
-def _adapter(lora: Any) -> Any:
+def make_adapter(lora: Any) -> Any:
+    """The LoraConfig that the setting `lora` asks for; None for none.
+
+    Raises:
+        UsageError: It is neither a rank nor options.
+    """
     if not lora:
         return None
     from peft import LoraConfig

@@ -84,15 +84,19 @@ def first_settings(
     last = found[-1].plan if found else first
     chosen = last.settings
     steps = math.ceil(_PASSES * forget_rows / (chosen.batch_size * chosen.accumulation))
-    size = last.shape.parameters
-    rate = next(rate for most, rate in _RATES if size <= most)
     return FirstSettings(
         last,
         tuple(proposal.words for proposal in found),
         None if memory is None else last.fits(memory),
-        max(rate, _ADAPTER_RATE) if chosen.lora_rank else rate,
+        rate_for(last.shape.parameters, adapter=bool(chosen.lora_rank)),
         min(_MOST, max(_FEWEST, steps)),
     )
+
+
+def rate_for(parameters: int, *, adapter: bool) -> float:
+    """A learning rate to begin with, for a model of so many parameters."""
+    rate = next(rate for most, rate in _RATES if parameters <= most)
+    return max(rate, _ADAPTER_RATE) if adapter else rate
 
 
 def written(data: Mapping[str, Any], first: FirstSettings, facts: str) -> str:

@@ -404,16 +404,17 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _stop_rule(self, args: MOLLMConfig) -> StopWhen | None:
         if args.stop_when is None:
             return None
+        return StopWhen(StopRule.of(args.stop_when), self.look)
+
+    def look(self) -> dict[str, float]:
+        """Mean likelihood of the answers of each set, and the share of their tokens that are the
+        likeliest: of the first 64 rows to evaluate on, else of those to train on."""
         rows = {
             role: self._data.evaluated.get(role, self._data.rows[role])
             for role in ("forget", "retain")
         }
-
-        def measure() -> dict[str, float]:
-            size = args.per_device_eval_batch_size
-            return measured(self._base, rows, self._chat.pad_id, size)
-
-        return StopWhen(StopRule.of(args.stop_when), measure)
+        size = self.args.per_device_eval_batch_size
+        return measured(self._base, rows, self._chat.pad_id, size)
 
     @property
     def target_told(self) -> str | None:
