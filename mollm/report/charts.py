@@ -53,7 +53,7 @@ def line_chart(
     room = _ROOM * (high - low)
     low = low if low in (least, 0.0) else low - room
     high = high if high == most else high + room
-    last = max(2, max((len(each.values) for each in series), default=1))
+    last: int = max(2, max((len(each.values) for each in series), default=1))
 
     def x(step: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - 1) / (last - 1)
