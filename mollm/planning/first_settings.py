@@ -115,12 +115,16 @@ def written(data: Mapping[str, Any], first: FirstSettings, facts: str) -> str:
         return f"{text:<44}  # {comment}" if comment else text
 
     peak = first.plan.peak.total / (1 << 30)
-    fits = {True: "fits", False: "DOES NOT FIT: use a smaller model or a larger device", None: ""}
+    fits = {
+        True: ": it fits.",
+        False: ": IT DOES NOT FIT, use a smaller model or a larger device.",
+        None: ".",
+    }
     chosen = first.by_name()
     lines = [
         "# Settings of a run: mollm unlearn --config THIS_FILE",
         f"# {facts}",
-        f"# Planned peak of memory: {peak:.2f} GiB. {fits[first.fits]}".rstrip(),
+        f"# Planned peak of memory: {peak:.2f} GiB{fits[first.fits]}",
         *(f"# To fit: {words}" for words in first.changes),
         "",
         *(line(name, value, _COMMENTS.get(name, "")) for name, value in data.items()),

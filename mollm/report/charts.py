@@ -74,9 +74,9 @@ def line_chart(
     for each, curve in zip(series, curves, strict=True):
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
         if len(curve) == 1:
-            ((step, value),) = curve
+            ((at, value),) = curve
             parts.append(
-                f'<circle class="{each.colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
+                f'<circle class="{each.colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3"/>'
             )
         elif curve:
             parts.append(f'<polyline class="{each.colour}" points="{points}"/>')
