@@ -12,10 +12,36 @@ import sys
 from collections.abc import Sequence
 
 from mollm import __version__
-from mollm.commands import ask, audit, demo, doctor, evaluate, plan, preview, report, unlearn
+from mollm.commands import (
+    ask,
+    audit,
+    completion,
+    demo,
+    doctor,
+    evaluate,
+    init,
+    plan,
+    preview,
+    report,
+    tune,
+    unlearn,
+)
 from mollm.errors import UsageError
 
-_COMMANDS = (demo, preview, unlearn, evaluate, audit, ask, report, plan, doctor)
+_COMMANDS = (
+    demo,
+    init,
+    preview,
+    tune,
+    unlearn,
+    evaluate,
+    audit,
+    ask,
+    report,
+    plan,
+    doctor,
+    completion,
+)
 _EXTRAS = (
     "accelerate",
     "bitsandbytes",
@@ -28,6 +54,7 @@ _EXTRAS = (
     "rouge_score",
     "safetensors",
     "scipy",
+    "shtab",
     "sklearn",
     "tqdm",
     "transformers",
@@ -127,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
+    commands.choices["completion"].set_defaults(root=parser)
     for added in commands.choices.values():
         added.allow_abbrev = False
     return parser
