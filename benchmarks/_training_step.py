@@ -49,7 +49,7 @@ from mollm.training import step
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CachedReference, make_reference
 
-METHOD = METHODS["project"]
+METHOD = METHODS["mollm"]
 LR = 1e-6
 PARTS = ("forward", "backward", "Gram", "update")
 

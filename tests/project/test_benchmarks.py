@@ -124,3 +124,35 @@ def test_the_gpu_script_stops_at_once_without_a_device(tmp_path):
     assert done.returncode == 1
     assert "needs a CUDA device" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_peer_that_fails_is_a_row_and_not_the_end(common):
+    def fails():
+        raise ValueError("no such kernel\nmore words")
+
+    reasons = {}
+    calls = {"ours": lambda: None, "theirs": fails}
+    seconds = common.interleaved_medians(calls, "cpu", peers=["theirs"], reasons=reasons)
+    assert reasons == {"theirs": "ValueError: no such kernel"}
+    assert math.isnan(seconds["theirs"])
+    with pytest.raises(ValueError, match="no such kernel"):
+        common.interleaved_medians({"ours": fails}, "cpu", peers=["theirs"])
+
+
+def test_the_bytes_of_a_step_are_those_it_reads_and_writes(common):
+    step_time = importlib.import_module("step_time")
+    P, K = 1000, 3
+    gradients = [[torch.randn(P)] for _ in range(K)]
+    counted = {}
+    for name, mode in step_time.MODES.items():
+        step = step_time.PreparedStep([torch.nn.Parameter(torch.zeros(P))], gradients, **mode)
+        step()
+        counted[name] = step.bytes_moved() / (4 * P)
+    assert counted == {
+        "AdamW, Adam's metric": 2 * K + 5,  # θ and v in and out, v once more
+        "AdamW, Adam's metric, no tracking": 2 * K + 5,
+        "AdamW, Adam's metric, momentum per objective": 5 * K + 5,
+        "AdamW, Euclidean metric": 2 * K + 6,
+        "AdamW, Euclidean metric, momentum per objective": 5 * K + 4,
+        "SGD with momentum": 2 * K + 4,
+    }
