@@ -120,17 +120,14 @@ def cases(device: str, *, quick: bool) -> Iterator[Case]:
                         break
 
 
-def streamed_case(shape: str, device: str) -> Case:
+def streamed_case(shape: str, device: str, *, quick: bool) -> Case:
     """A model that trains in full on one card, with nothing beside the streamed step."""
     on_device = _ON_GPU if device == "cuda" else replace(_ON_CPU, batch_size=1)
-    settings = replace(
-        on_device,
-        gradient_memory=STREAMED,
-        gradient_checkpointing=False,
-        freeze_embeddings=True,
-        reference="cache",
-    )
-    return Case(f"{shape}, streamed", shapes.NAMED_SHAPES[shape], settings)
+    settings = replace(on_device, freeze_embeddings=True, reference="cache")
+    if quick:
+        settings = replace(settings, sequence_length=16)
+    config = _TINY if quick else shapes.NAMED_SHAPES[shape]
+    return Case(f"{'tiny' if quick else shape}, streamed", config, settings).streamed
 
 
 def _ways(settings: PlanSettings) -> Iterator[tuple[str, PlanSettings]]:
@@ -391,7 +388,10 @@ def shares(call: WeightedSum | Mollm, device: str, steps: int = 2) -> Row:
 
 
 def peak(call: Mollm, case: Case) -> Row:
-    """Peak memory of one more step beside what was planned, without the allowance for Torch."""
+    """Peak memory of one more step beside what was planned, without the allowance for Torch.
+
+    A plan is for rows that are answers but for their first token; these have as long a prompt.
+    """
     planned = (case.streamed if isinstance(call, Streamed) else case).plan.peak.total
     planned -= memory.OVERHEAD_BYTES[case.settings.device]
     device = case.settings.device

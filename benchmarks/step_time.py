@@ -214,7 +214,7 @@ def _train(options: argparse.Namespace, device: str) -> None:
     rows: list[Row] = []
     cases = _training_step.cases(device, quick=options.quick)
     if options.shape:
-        cases = iter([_training_step.streamed_case(options.shape, device)])
+        cases = iter([_training_step.streamed_case(options.shape, device, quick=options.quick)])
     for case in cases:
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
