@@ -138,10 +138,7 @@ def measure(
                 "of copy": volume / (2 * unit) * seconds["copy"] / seconds[name],
                 "torch AdamW ms": 1e3 * seconds["torch"],
                 "torch GB/s": torch_bytes * unit / seconds["torch"] / 1e9,
-                "time / torch by bytes": seconds[name]
-                * torch_bytes
-                * unit
-                / (seconds["torch"] * volume),
+                "time / torch by bytes": seconds[name] / torch_by_bytes,
                 **({"out of memory": ", ".join(lost)} if lost else {}),
             }
         )
