@@ -153,7 +153,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     try:
         with contextlib.ExitStack() as held:
             held.enter_context(blaming_the_dead())
-            with processes.agreeing():
+            with processes.raise_on_all_ranks():
                 if processes.rank() == 0:
                     check_writable(out)
                     _check_out(out, resume)
@@ -221,8 +221,8 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = _adapter(settings.get("lora"))
-    args.refuse_four_bits_without(adapter)
-    with processes.agreeing():
+    args.require_adapter_if_quantized(adapter)
+    with processes.raise_on_all_ranks():
         if processes.rank() == 0:
             size = loading.count_parameters(loading.find_model(settings["model"]))
             needed = size * DTYPES[args.dtype].itemsize
@@ -289,15 +289,15 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
         print(shown(found, colour=has_colour(sys.stdout), most_lines=_PREVIEWED), flush=True)
     trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
     tell(summary(trainer))
-    if trainer.stopped_because is not None:
+    if trainer.stop_reason is not None:
         found = checkpoint.checkpoints(out)
         last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
-        tell(f"Failed: {trainer.stopped_because}")
+        tell(f"Failed: {trainer.stop_reason}")
         tell(f"Stopped early, and wrote no model; {last}{_skips(trainer)}.")
         return _STOPPED
     if trainer.target_told is not None:
         tell(f"stop_when: {trainer.target_told}")
-    with processes.on_the_first(complete(out / _MODEL)) as folder:
+    with processes.on_rank_zero(complete(out / _MODEL)) as folder:
         trainer.export(folder or out)
         if folder is not None:
             (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
