@@ -197,7 +197,7 @@ def test_states_and_targets_do_not_depend_on_padding(chat):
             torch.testing.assert_close(states, expected, rtol=0.05, atol=0.05)
 
 
-def test_answer_states_predict_the_answer_tokens(chat):
+def test_answer_hidden_states_predict_the_answer_tokens(chat):
     model = tiny.model()
     batch = collate([chat.encode(SENTENCE)], chat.pad_id)
     states, targets = answer_hidden_states(model, batch)

@@ -143,7 +143,7 @@ def test_membership_auc_counts_pairs():
     assert metrics.membership_auc([1, 2], [3, 4]) == 1
 
 
-def test_priv_leak_has_the_sign_of_muse():
+def test_privleak_has_the_sign_of_muse():
     # MUSE's AUC is one minus ours: (AUC' - AUC'_retrained) / AUC'_retrained.
     for auc, retrained in ((0.9, 0.6), (0.3, 0.45), (0.5, 0.5)):
         expected = 100 * ((1 - auc) - (1 - retrained)) / (1 - retrained + 1e-10)

@@ -128,7 +128,7 @@ def test_a_base_that_looks_at_its_parameters_is_not_tried():
 
 
 def test_the_card_is_told_what_was_changed():
-    told = config(save_steps=7, preferences=[1, 2, 3], run_name="secret").told()
+    told = config(save_steps=7, preferences=[1, 2, 3], run_name="secret").reported_settings()
     assert told["save_steps"] == 7
     assert told["preferences"] == [1, 2, 3]
     assert told["method"] == "mollm"
