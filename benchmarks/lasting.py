@@ -83,7 +83,7 @@ def unlearned(case: Case, data: Path, seed: int, settings: Mapping[str, Any]) ->
     return trainer.model, {
         "seconds": round(time.perf_counter() - started, 1),
         "conflicts": sum(conflicts) / len(conflicts),
-        "failed": trainer.stopped_because,
+        "failed": trainer.stop_reason,
     }
 
 

@@ -16,7 +16,7 @@ from mollm import CopyReference, Objectives
 from mollm.data import load_records
 from mollm.data.chat import ChatFormat, collate
 from mollm.data.encoding import encode_records
-from mollm.data.samplers import RowSampler
+from mollm.data.samplers import EndlessBatches
 from mollm.models.loading import find_model, load
 
 SAMPLES = Path(mollm.__file__).parent / "samples"
@@ -54,7 +54,9 @@ def batches(
     chat, samplers = ChatFormat(tokenizer), []
     for role, name in (("forget", "authors-forget.jsonl"), ("retain", "authors-retain.jsonl")):
         rows = encode_records(load_records(SAMPLES / name, role=role), chat, max_length=512).rows
-        samplers.append(RowSampler(rows, 8, seed=0, name=role, rank=rank, world_size=world_size))
+        samplers.append(
+            EndlessBatches(rows, 8, seed=0, name=role, rank=rank, world_size=world_size)
+        )
     for pair in zip(*samplers, strict=True):
         forget, retain = (vars(collate(rows, chat.pad_id).to(device)) for rows in pair)
         yield forget, retain

@@ -28,11 +28,11 @@ class Status(IntEnum):
     """No direction descends on every objective; the weights are zero."""
     NON_FINITE = 3
     """The Gram matrix holds an infinity or a NaN; the weights are zero."""
-    RULE = 4
+    SOLVED = 4
     """Another rule's weights."""
 
 
-def takes_part(gram: Tensor) -> Tensor:
+def active_objectives(gram: Tensor) -> Tensor:
     """[K] bool: the objectives whose gradient is not zero or negligible beside the largest."""
     square = gram.diagonal()
     return (square > 0) & (square >= dual_space_reference.NEGLIGIBLE * square.max())

@@ -22,7 +22,7 @@ def step(number, *, conflict="", loss=0.5, cosines=True):
         norms=dict.fromkeys(OBJECTIVES, 2.0),
         cosines=pairs,
         weights=dict.fromkeys(OBJECTIVES, 1.5),
-        status="RULE",
+        status="SOLVED",
         pareto_gap=0.7,
         changes={name: 1.0 if name == conflict else -1.0 for name in OBJECTIVES},
         conflicts={name: name == conflict for name in OBJECTIVES},

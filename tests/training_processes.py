@@ -144,7 +144,7 @@ def read(out, layout, key):
     if processes.rank() == 0:
         made = tiny.model(tie_word_embeddings=tied, rope_parameters=rope)
         loading.save(made, tiny.tokenizer(), out / "tiny")
-    processes.wait()
+    processes.barrier()
     load, loaded = loading.load, []
     loading.load = lambda *args: loaded.append(args) or load(*args)
     made = trainer(out, layout, model=str(out / "tiny"), **OPTIONS[key])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mollm.methods import Answers
+from mollm.methods import AnswerTokens
 
 Batches = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ class Case:
     """The first is forgetting."""
     draw: Callable[[random.Random], Batches]
     """The batch of each objective for the next step."""
-    answers: Callable[[nn.Module, Any], Answers]
+    answers: Callable[[nn.Module, Any], AnswerTokens]
     groups: Mapping[str, list[Any]]
     """Batches of whole groups: `forget`; `retain`, trained on; `heldout`, of the same kind but
     never trained on; and further ones by name, such as `outside`. Measured along a run."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mollm.methods import Answers
+from mollm.methods import AnswerTokens
 from quality.case import Batches, Case
 
 _SUBJECTS, _RELATIONS, _OBJECTS, _CLUSTERS = 24, 4, 48, 6
@@ -65,12 +65,12 @@ class FactModel(nn.Module):
         return h
 
 
-def answers(model: nn.Module, facts: Facts) -> Answers:
+def answers(model: nn.Module, facts: Facts) -> AnswerTokens:
     """One answer of one token for every fact."""
     assert isinstance(model, FactModel), "facts are asked of a FactModel"
     order = torch.arange(len(facts.object))
     head = model.head
-    return Answers(model(facts), head.weight, head.bias, facts.object, order, len(order))
+    return AnswerTokens(model(facts), head.weight, head.bias, facts.object, order, len(order))
 
 
 def make_case(objectives: int, seed: int) -> Case:

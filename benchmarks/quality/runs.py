@@ -24,7 +24,7 @@ from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CopyReference
 from mollm.training.step import accumulate
 from mollm_ops import linear_cross_entropy
-from mollm_ops.dual_space import takes_part
+from mollm_ops.dual_space import active_objectives
 from quality.case import Batches, Case, measure
 
 Row = dict[str, Any]
@@ -187,7 +187,7 @@ def _harmed(gram: Tensor, weights: Tensor) -> Tensor:
     """[K]: g_k · d < 0 beyond rounding. A direction on the edge of the dual cone harms nobody."""
     length = (weights @ gram @ weights).clamp(min=0).sqrt()
     rounding = 1e-9 * gram.diagonal().sqrt() * length
-    return (gram @ weights < -rounding) & takes_part(gram)
+    return (gram @ weights < -rounding) & active_objectives(gram)
 
 
 class RunFile:

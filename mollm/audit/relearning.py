@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mollm.data.chat import IGNORE_INDEX, Tokens, collate
-from mollm.methods.answers import Answers, Totals, answers_of
+from mollm.methods.answers import AnswerTokens, LossDenominators, answers_of
 from mollm.models.adapters import adapted
 from mollm.models.forward import freeze_embeddings, in_evaluation_mode
 from mollm_ops import linear_cross_entropy
@@ -61,7 +61,7 @@ def relearn(
     optimizer.zero_grad()
 
 
-def cross_entropy(answers: Answers) -> Tensor:
+def cross_entropy(answers: AnswerTokens) -> Tensor:
     """Σ_t -log p(y_t | x, y_<t) / tokens of the batch, or of the whole that it is a part of."""
     return linear_cross_entropy(
         answers.hidden,
@@ -114,7 +114,7 @@ def taught(
         after_step: Called after each step.
     """
     tokens = sum(label != IGNORE_INDEX for row in rows for label in row.labels[1:])
-    totals = Totals(tokens, len(rows))
+    totals = LossDenominators(tokens, len(rows))
 
     def losses() -> Iterator[Tensor]:
         for start in range(0, len(rows), batch_size):

@@ -33,13 +33,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _demo(arguments: argparse.Namespace) -> int:
     from mollm.demo.report import table
     from mollm.demo.run import run_demo
-    from mollm.training.history import finite
+    from mollm.training.history import nan_to_none
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
     settings = DemoSettings(**given)
     if arguments.json:
         run = run_demo(settings, say=lambda text: print(text, file=sys.stderr))
-        print(json.dumps(finite(run.summary), indent=1, ensure_ascii=False))
+        print(json.dumps(nan_to_none(run.summary), indent=1, ensure_ascii=False))
         return 0
     run = run_demo(settings)
     print(table(run))

@@ -34,10 +34,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     found = diagnose()
     if arguments.json:
-        print(json.dumps({"well": found.well, **asdict(found)}, indent=1))
+        print(json.dumps({"ok": found.ok, **asdict(found)}, indent=1))
     else:
         print(report(found))
-    return 0 if found.well else 1
+    return 0 if found.ok else 1
 
 
 def report(found: Diagnosis) -> str:
@@ -53,15 +53,13 @@ def report(found: Diagnosis) -> str:
     if len(found.devices) == 1:
         lines.append(f"  no GPU that Torch finds; the extension is built {cuda} its CUDA part")
     lines += ["", "Kernels"]
-    lines += _columns(
-        (f"{kernel.name}, {kernel.device}", f"NOT in use: {kernel.why_not}" if kernel.why_not
-         else "in use") for kernel in found.kernels
-    )  # fmt: skip
+    reasons = {k: f"NOT in use: {k.inactive_reason}" for k in found.kernels if k.inactive_reason}
+    lines += _columns((f"{k.name}, {k.device}", reasons.get(k, "in use")) for k in found.kernels)
     lines += ["", "Self-test against float64"]
     lines += _columns((f"{c.name}, {c.device}", c.error or "OK") for c in found.checks)
     lines += ["", "Free disk space"]
     lines += _columns((disk.folder, f"{disk.free_gib} GiB") for disk in found.disks)
-    end = "Everything works." if found.well else "Something does not work as it should, see above."
+    end = "Everything works." if found.ok else "Something does not work as it should, see above."
     return "\n".join([*lines, "", end])
 
 

@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=(
             "To train such a model, start from what it was before it learnt the data and give all "
             "weight to the retain rows: mollm unlearn --method sum --set 'preferences=[0, 0, 1]' "
-            "--set freeze_embeddings=false --set divergence=1000."
+            "--set freeze_embeddings=false --set max_loss_rise=1000."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -96,7 +96,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         type=user_path,
         metavar="PATH",
-        help="examples.jsonl of a retain-only model, for forget_quality and priv_leak",
+        help="examples.jsonl of a retain-only model, for forget_quality and privleak",
     )
     parser.add_argument(
         "--original",

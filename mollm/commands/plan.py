@@ -26,6 +26,7 @@ _RENAMED = {
     "--sequence-length": "--max-length",
     "--accumulation": "--gradient-accumulation-steps",
     "--lora-rank": "--lora",
+    "--shape": "--preset",
 }
 
 
@@ -58,7 +59,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a model folder, a config.json, a .gguf file or a hub name",
     )
     model.add_argument(
-        "--shape",
+        "--preset",
         default=argparse.SUPPRESS,
         metavar="NAME",
         help=f"a known shape in place of a model: {', '.join(shapes.NAMED_SHAPES)}",
@@ -113,8 +114,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _shape(given: dict[str, str]) -> Shape:
     from mollm.models import loading
 
-    if "shape" in given:
-        return shapes.shape_named(given["shape"])
+    if "preset" in given:
+        return shapes.shape_named(given["preset"])
     return shapes.shape_of(*loading.load_config(given["model"]))
 
 

@@ -19,6 +19,7 @@ OWN_SETTINGS = ("model", *_DATA, "out", "lora", "device")
 
 _BYTES = 1 << 18
 """The most that a settings file may have."""
+_RENAMED = {"divergence": "max_loss_rise"}
 _LONGEST = 255
 """Bytes of a file's name."""
 _KINDS = {
@@ -53,6 +54,8 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     settings |= given
     types = _fields()
     for name, value in settings.items():
+        if name in _RENAMED:
+            raise UsageError(f"{name} is now {_RENAMED[name]}, but got it with {value!r}.")
         if name not in types and name not in OWN_SETTINGS:
             raise UsageError(
                 f"a setting must be one of {', '.join(OWN_SETTINGS)} or a field of MOLLMConfig, "

@@ -161,7 +161,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     try:
         with contextlib.ExitStack() as held:
             held.enter_context(blaming_the_dead())
-            with processes.agreeing():
+            with processes.raise_on_all_ranks():
                 if processes.rank() == 0:
                     check_writable(out)
                     _check_out(out, resume)
@@ -239,8 +239,8 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.training.trainer import MOLLMTrainer
 
     adapter = make_adapter(settings.get("lora"))
-    args.refuse_four_bits_without(adapter)
-    with processes.agreeing():
+    args.require_adapter_if_quantized(adapter)
+    with processes.raise_on_all_ranks():
         if processes.rank() == 0:
             size = loading.count_parameters(loading.find_model(settings["model"]))
             needed = size * DTYPES[args.dtype].itemsize
@@ -311,16 +311,16 @@ def _run(
 
     trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
     tell(summary(trainer))
-    if trainer.stopped_because is not None:
+    if trainer.stop_reason is not None:
         found = checkpoint.checkpoints(out)
         last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
-        tell(f"Failed: {trainer.stopped_because}")
+        tell(f"Failed: {trainer.stop_reason}")
         tell(f"Stopped early, and wrote no model; {last}{_skips(trainer)}.")
         _print_json(trainer, out, as_json)
         return _STOPPED
     if trainer.target_told is not None:
         tell(f"stop_when: {trainer.target_told}")
-    with processes.on_the_first(complete(out / _MODEL)) as folder:
+    with processes.on_rank_zero(complete(out / _MODEL)) as folder:
         trainer.export(folder or out)
         if folder is not None:
             (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
@@ -335,7 +335,7 @@ def _run(
 def _print_json(trainer: MOLLMTrainer, out: Path, wanted: bool) -> None:
     from mollm.distributed import processes
     from mollm.report.page import REPORT_FILE
-    from mollm.training.history import finite, skipped_in
+    from mollm.training.history import nan_to_none, skipped_in
 
     if not wanted or processes.rank():
         return
@@ -346,10 +346,10 @@ def _print_json(trainer: MOLLMTrainer, out: Path, wanted: bool) -> None:
         "steps": len(trainer.history),
         "skipped_steps": skipped_in(trainer.history),
         "losses": trainer.history[-1].losses if trainer.history else None,
-        "failure": trainer.stopped_because,
+        "failure": trainer.stop_reason,
         "stop_when": trainer.target_told,
     }
-    print(json.dumps(finite(told), indent=1, ensure_ascii=False))
+    print(json.dumps(nan_to_none(told), indent=1, ensure_ascii=False))
 
 
 def _told(data: Any) -> str:

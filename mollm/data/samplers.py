@@ -11,7 +11,7 @@ from mollm.errors import UsageError
 Row = TypeVar("Row")
 
 
-class RowSampler(Generic[Row]):
+class EndlessBatches(Generic[Row]):
     """Batches without end: every epoch shuffles the rows anew and visits each once.
 
     A batch that begins at the end of an epoch goes on in the next one, so that all batches have the
@@ -118,7 +118,7 @@ class RowSampler(Generic[Row]):
 class JointSampler(Generic[Row]):
     """A batch of every set at each step, each set at its own pace."""
 
-    def __init__(self, samplers: Mapping[str, RowSampler[Row]]) -> None:
+    def __init__(self, samplers: Mapping[str, EndlessBatches[Row]]) -> None:
         self.samplers = dict(samplers)
 
     def __iter__(self) -> Iterator[dict[str, list[Row]]]:

@@ -13,7 +13,7 @@ from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
 from mollm.report.page import curves, environment
 from mollm.system.tables import aligned
-from mollm.training.history import StepRecord, finite
+from mollm.training.history import StepRecord, nan_to_none
 
 GROUPS = {
     "forget": "Forget",
@@ -94,7 +94,7 @@ def render(run: DemoRun) -> str:
             summary=run.summary,
             groups=GROUPS,
             rows={group: rows(run, group) for group in GROUPS},
-            curves=curves([finite(record.as_dict()) for record in run.history]),
+            curves=curves([nan_to_none(record.as_dict()) for record in run.history]),
             history=run.history,
         )
     )
@@ -121,5 +121,5 @@ def table(run: DemoRun) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(nan_to_none(value), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -280,7 +280,7 @@ def _config(
         compute_dtype=settings.compute_dtype,
         use_cpu=settings.device == "cpu",
         seed=settings.seed,
-        divergence=_NO_LIMIT,
+        max_loss_rise=_NO_LIMIT,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

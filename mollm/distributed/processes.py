@@ -36,7 +36,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Goes on when all processes have come here."""
     if world_size() > 1:
         dist.barrier()
@@ -52,7 +52,7 @@ def stop() -> None:
 # ---- the same everywhere
 
 
-def each(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The values of all processes, in their order."""
     if world_size() == 1:
         return [value]
@@ -62,7 +62,7 @@ def each(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def agreeing() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """A mistake of the user's that one process finds becomes that of all.
 
     Inside, processes must not wait for each other.
@@ -75,7 +75,7 @@ def agreeing() -> Iterator[None]:
         yield
     except UsageError as found:
         error = found
-    told = each(None if error is None else str(error))
+    told = all_gather(None if error is None else str(error))
     if error is not None:
         raise error
     for text in told:
@@ -84,13 +84,13 @@ def agreeing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_the_first(context: contextlib.AbstractContextManager[Item]) -> Iterator[Item | None]:
+def on_rank_zero(context: contextlib.AbstractContextManager[Item]) -> Iterator[Item | None]:
     """Enters a context on the first process; the others get None, and all go on together.
 
     Raises:
         UsageError: one was raised inside, or by the context, here or on another process.
     """
-    with agreeing():
+    with raise_on_all_ranks():
         if rank() == 0:
             with context as value:
                 yield value
@@ -98,7 +98,7 @@ def on_the_first(context: contextlib.AbstractContextManager[Item]) -> Iterator[I
             yield None
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of the processes' values, the same on all of them."""
     if world_size() > 1:
         values = values.clone()

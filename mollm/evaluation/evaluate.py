@@ -12,7 +12,7 @@ from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.generation import MAX_NEW_TOKENS
 from mollm.evaluation.judges import Judge
-from mollm.evaluation.registry import choose, columns_of, obstacle
+from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
 from mollm.models.logits import check_logits
@@ -50,7 +50,7 @@ def evaluate(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        suite: The sets of questions and, for forget_quality and priv_leak, the retain logs.
+        suite: The sets of questions and, for forget_quality and privleak, the retain logs.
         names: Which figures to compute, and nothing that they do not need; None for all that the
             suite and the arguments allow, the others then stand in `missing` with the reason.
         original: The model that unlearning started from, for the KL and the perplexity of replies.
@@ -170,7 +170,7 @@ def wanted_scores(
     retrained = columns_of(suite.retain_logs or ())
     wanted: dict[str, set[str]] = {}
     for figure in figures:
-        reason = obstacle(figure, offered, retrained)
+        reason = missing_input(figure, offered, retrained)
         if reason and names is not None:
             raise UsageError(reason)
         for need in figure.needs:

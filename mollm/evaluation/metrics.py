@@ -246,7 +246,7 @@ def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
     return float(roc_auc_score(labels, np.concatenate([members, others])))
 
 
-def priv_leak(auc: float, retrained_auc: float) -> float:
+def privleak(auc: float, retrained_auc: float) -> float:
     """PrivLeak = 100 ((1 - AUC) - (1 - AUC_r)) / (1 - AUC_r), in percent; 0 is best.
 
     Above 0 the forget set looks less like training data than to the retain-only model

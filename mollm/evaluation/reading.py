@@ -14,7 +14,7 @@ _ALONE = {
     "extraction_strength": ("forgotten", DOWN),
     "forget_quality": ("forgotten", UP),
     "model_utility": ("kept", UP),
-    "priv_leak": ("privacy", "→ 0"),
+    "privleak": ("privacy", "→ 0"),
 }
 _FORGOTTEN = {"probability": DOWN, "rouge_l": DOWN, "truth_ratio": UP, "kl": ""}
 _KEPT = {"probability": UP, "rouge_l": UP, "truth_ratio": UP, "kl": DOWN}

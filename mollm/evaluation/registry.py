@@ -69,7 +69,7 @@ def figures(judges: Iterable[str] = ()) -> list[Figure]:
             Figure(name, (Need("forget", (score,)), Need("holdout", (score,))), _auc)
             for name, score in _MEMBERSHIP.items()
         ),
-        Figure("priv_leak", _both(("forget", "holdout"), "min_k"), _priv_leak),
+        Figure("privleak", _both(("forget", "holdout"), "min_k"), _privleak),
         Figure("forget_quality", _both(("forget",), "truth_ratio"), _forget_quality),
         Figure("model_utility", _utility_needs(), _utility),
     ]
@@ -101,7 +101,7 @@ def choose(names: Sequence[str] | None, judges: Sequence[str] = ()) -> list[Figu
     return list(known.values()) if names is None else [known[name] for name in names]
 
 
-def obstacle(
+def missing_input(
     figure: Figure,
     own: Mapping[str, Iterable[str]],
     retrained: Mapping[str, Iterable[str]],
@@ -196,8 +196,8 @@ def _auc(forget: Floats, holdout: Floats) -> float:
     return metrics.membership_auc(forget[0], holdout[0])
 
 
-def _priv_leak(forget: Floats, holdout: Floats, *retrained: Floats) -> float:
-    return metrics.priv_leak(_auc(forget, holdout), _auc(*retrained))
+def _privleak(forget: Floats, holdout: Floats, *retrained: Floats) -> float:
+    return metrics.privleak(_auc(forget, holdout), _auc(*retrained))
 
 
 def _forget_quality(ratios: Floats, retrained: Floats) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.errors import UsageError
 from mollm.evaluation.metrics import Floats
-from mollm.models.forward import answer_states, head, head_weights, in_evaluation_mode
+from mollm.models.forward import answer_hidden_states, head, head_weights, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.system.terminal import Done, quietly
 from mollm_ops import linear_kl_div
@@ -90,7 +90,7 @@ def score_rows(
     scores: dict[int, TokenScores] = {}
     with in_evaluation_mode(model):
         for places, batch in _batches(rows, pad_id, batch_size, side):
-            states, targets = answer_states(model, batch.to(model.device))
+            states, targets = answer_hidden_states(model, batch.to(model.device))
             columns = torch.cat(
                 [
                     _token_statistics(transform(_widened(layer(part))), target)
@@ -137,8 +137,8 @@ def kl_to_original(
     kl = np.empty(len(rows))
     with in_evaluation_mode(model), in_evaluation_mode(original):
         for places, batch in _batches(rows, pad_id, batch_size, "right"):
-            states, _ = answer_states(model, batch.to(model.device))
-            ref_states, _ = answer_states(original, batch.to(original.device))
+            states, _ = answer_hidden_states(model, batch.to(model.device))
+            ref_states, _ = answer_hidden_states(original, batch.to(original.device))
             losses = linear_kl_div(
                 states,
                 weight,

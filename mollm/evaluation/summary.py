@@ -13,7 +13,7 @@ from mollm.errors import UsageError
 from mollm.evaluation import metrics
 from mollm.evaluation.reading import by_theme, reading_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
-from mollm.evaluation.registry import choose, columns_of, obstacle
+from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.system.terminal import paint
 
 METRICS_FILE = "metrics.json"
@@ -194,7 +194,7 @@ def summarize(
     estimates: dict[str, Estimate] = {}
     missing: dict[str, str] = {} if judges or names is not None else {_HARMFUL: _NO_JUDGE}
     for figure in choose(names, judges):
-        reason = obstacle(figure, own, retrained)
+        reason = missing_input(figure, own, retrained)
         if reason and names is not None:
             raise UsageError(reason)
         if reason:

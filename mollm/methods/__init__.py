@@ -5,7 +5,7 @@ of the cross-entropy on the retain batch are computed for every method, and one 
 loss gives it the preference 0.
 """
 
-from mollm.methods.answers import Answers, Totals, answers_of, sequences_of
+from mollm.methods.answers import AnswerTokens, LossDenominators, answers_of, sequences_of
 from mollm.methods.common_descent import COMMON_DESCENT
 from mollm.methods.forget_first import FORGET_FIRST
 from mollm.methods.graddiff import GRADDIFF
@@ -54,5 +54,13 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Answers", "ForgetLoss", "Method", "Totals", "answers_of", "find_method"]
+__all__ = [
+    "METHODS",
+    "AnswerTokens",
+    "ForgetLoss",
+    "LossDenominators",
+    "Method",
+    "answers_of",
+    "find_method",
+]
 __all__ += ["sequences_of", "unlearning_cross_entropy"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mollm.data.chat import IGNORE_INDEX, Batch
-from mollm.models.forward import answer_states, head_weights
+from mollm.models.forward import answer_hidden_states, head_weights
 from mollm.models.logits import logit_transform
 from mollm_ops import linear_cross_entropy
 from mollm_ops.operands import IDENTITY, LogitTransform
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Totals:
+class LossDenominators:
     """What the means of a step divide by, where several micro-batches make one batch."""
 
     tokens: int | Tensor
@@ -28,7 +28,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerTokens:
     """The N answer tokens of B sequences, before they meet the head.
 
     Log-likelihoods come from `linear_cross_entropy` with a loss per token: no logits [N, V] of the
@@ -42,7 +42,7 @@ class Answers:
     sequence: Tensor  # [N], in [0, B)
     count: int
     """B."""
-    totals: Totals | None = None
+    totals: LossDenominators | None = None
     """Of the whole batch, where this is a micro-batch: a loss then is this one's share of the mean,
     so that shares add up to the loss of the whole."""
     transform: LogitTransform = IDENTITY
@@ -79,11 +79,13 @@ class Answers:
         return torch.bincount(self.sequence, minlength=self.count)
 
 
-def answers_of(model: PreTrainedModel, batch: Batch, totals: Totals | None = None) -> Answers:
+def answers_of(
+    model: PreTrainedModel, batch: Batch, totals: LossDenominators | None = None
+) -> AnswerTokens:
     """The answers of a batch of texts, from one forward pass."""
-    hidden, target = answer_states(model, batch)
+    hidden, target = answer_hidden_states(model, batch)
     weight, bias = head_weights(model)
-    return Answers(
+    return AnswerTokens(
         hidden,
         weight,
         bias,

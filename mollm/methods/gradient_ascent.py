@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mollm.methods.answers import Answers
+from mollm.methods.answers import AnswerTokens
 from mollm.methods.method import Method
 from mollm_ops import linear_cross_entropy
 
 
-def negative_cross_entropy(answers: Answers, reference: Callable[[], Answers]) -> Tensor:
+def negative_cross_entropy(answers: AnswerTokens, reference: Callable[[], AnswerTokens]) -> Tensor:
     """−CE, averaged over the answer tokens."""
     return -linear_cross_entropy(
         answers.hidden,

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mollm.methods.answers import Answers
+from mollm.methods.answers import AnswerTokens
 from mollm_ops import linear_uce_loss
 
-ForgetLoss = Callable[[Answers, Callable[[], Answers]], Tensor]
+ForgetLoss = Callable[[AnswerTokens, Callable[[], AnswerTokens]], Tensor]
 """A scalar to minimise on the forget batch, from the model's answers there and, where asked for,
-the frozen original's. A mean divides by `Answers.tokens` or `Answers.sequences`."""
+the frozen original's. A mean divides by `AnswerTokens.tokens` or `AnswerTokens.sequences`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Method:
 
 
 def unlearning_cross_entropy(
-    answers: Answers, reference: Callable[[], Answers], *, eps: float = 1e-4
+    answers: AnswerTokens, reference: Callable[[], AnswerTokens], *, eps: float = 1e-4
 ) -> Tensor:
     """UCE, see `mollm_ops.linear_uce_loss`: bounded, unlike ascent on the cross-entropy."""
     return linear_uce_loss(

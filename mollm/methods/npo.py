@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mollm.methods.answers import Answers
+from mollm.methods.answers import AnswerTokens
 from mollm.methods.method import Method
 
 
-def npo_loss(answers: Answers, reference: Callable[[], Answers], *, beta: float = 0.1) -> Tensor:
+def npo_loss(
+    answers: AnswerTokens, reference: Callable[[], AnswerTokens], *, beta: float = 0.1
+) -> Tensor:
     """The first term of the equation above."""
     with torch.no_grad():
         original = reference().log_likelihoods()

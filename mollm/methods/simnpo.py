@@ -14,12 +14,16 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mollm.methods.answers import Answers
+from mollm.methods.answers import AnswerTokens
 from mollm.methods.method import Method
 
 
 def simnpo_loss(
-    answers: Answers, reference: Callable[[], Answers], *, beta: float = 4.5, delta: float = 0.0
+    answers: AnswerTokens,
+    reference: Callable[[], AnswerTokens],
+    *,
+    beta: float = 4.5,
+    delta: float = 0.0,
 ) -> Tensor:
     """The first term of the equation above, without γ. Every sequence needs an answer token."""
     normalised = answers.log_likelihoods() / answers.lengths()

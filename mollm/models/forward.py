@@ -58,7 +58,7 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
         layer.requires_grad_(False)
 
 
-def answer_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """The final hidden states from which the answer tokens are predicted, and those tokens.
 
     Only these states meet the head, so that no logits of prompts and padding are ever computed.
@@ -89,7 +89,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` that does not train, for the reference of the KL.
 
     Where `autocast` computes matrix products in bf16, the copy holds their weights in bf16: the

@@ -17,7 +17,7 @@ from mollm_ops import (
     project_weights,
     upgrad_weights,
 )
-from mollm_ops.dual_space import takes_part
+from mollm_ops.dual_space import active_objectives
 
 
 class Rule(Protocol):
@@ -87,7 +87,7 @@ def _finished(gram: Tensor, weights: Tensor) -> Solution:
     """Adds status and Pareto gap to bare weights; non-finite weights become zeros."""
     finite = torch.isfinite(gram).all() & torch.isfinite(weights).all()
     gap = torch.as_tensor(min_norm_weights(gram)._packed[-1])
-    status = torch.where(finite, int(Status.RULE), int(Status.NON_FINITE)).to(gram.dtype)
+    status = torch.where(finite, int(Status.SOLVED), int(Status.NON_FINITE)).to(gram.dtype)
     return Solution(torch.cat([torch.where(finite, weights, 0.0), status[None], gap[None]]))
 
 
@@ -120,7 +120,7 @@ class _Weighting:
         known = torch.nan_to_num(gram, nan=0.0, posinf=0.0, neginf=0.0)
         scale = torch.ones_like(known[0])
         if self.normalize:
-            scale = torch.where(takes_part(known), known.diagonal().rsqrt(), 0.0)
+            scale = torch.where(active_objectives(known), known.diagonal().rsqrt(), 0.0)
         weights = self.weighting(known * scale[:, None] * scale)
         if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__

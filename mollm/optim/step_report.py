@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops import Solution, Status
-from mollm_ops.dual_space import takes_part
+from mollm_ops.dual_space import active_objectives
 
 
 class SkipCounter:
@@ -138,7 +138,9 @@ class StepReport:
             return None
         return {
             name: part and not changes[name] < 0
-            for name, part in zip(self.objectives, takes_part(self.gram).tolist(), strict=True)
+            for name, part in zip(
+                self.objectives, active_objectives(self.gram).tolist(), strict=True
+            )
         }
 
     def __str__(self) -> str:

@@ -155,7 +155,7 @@ def _model(shape: Shape, settings: PlanSettings) -> int:
 def _reference(shape: Shape, settings: PlanSettings) -> int:
     if settings.reference == "copy" and settings.quantization:
         return _model(shape, settings)
-    if settings.reference == "copy":  # see mollm.models.forward.freeze
+    if settings.reference == "copy":  # see mollm.models.forward.frozen_copy
         cast = shape.num_layers * shape.layer_linear if settings.casts else 0
         rest = shape.parameters - cast
         return cast * settings.operand_bytes + rest * settings.weight_bytes

@@ -113,7 +113,7 @@ def shape_named(name: str) -> Shape:
     from transformers import LlamaConfig
 
     if name not in NAMED_SHAPES:
-        raise UsageError(f"shape must be one of {', '.join(NAMED_SHAPES)}, but got {name!r}.")
+        raise UsageError(f"preset must be one of {', '.join(NAMED_SHAPES)}, but got {name!r}.")
     return shape_of(LlamaConfig(**NAMED_SHAPES[name]), name)
 
 

@@ -236,7 +236,7 @@ class _Runs:
             trainer.pop_callback(_printer())
             ready = time.monotonic()
             trainer.train()
-            logs, failure = trainer.state.log_history, trainer.stopped_because
+            logs, failure = trainer.state.log_history, trainer.stop_reason
         del trainer
         gc.collect()
         self._setup = max(self._setup, ready - begun)

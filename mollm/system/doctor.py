@@ -48,7 +48,7 @@ class Kernel:
 
     name: str
     device: str
-    why_not: str | None
+    inactive_reason: str | None
     """Why they are not in use; None where they are."""
 
 
@@ -83,9 +83,9 @@ class Diagnosis:
     disks: list[Disk]
 
     @property
-    def well(self) -> bool:
+    def ok(self) -> bool:
         """Whether every kernel made for this machine is in use and every self-test passed."""
-        inactive = any(kernel.why_not for kernel in self.kernels)
+        inactive = any(kernel.inactive_reason for kernel in self.kernels)
         return not inactive and not any(check.error for check in self.checks)
 
 

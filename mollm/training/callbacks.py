@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     """Ends a run whose model falls apart, and says at the end whether it is one to keep.
 
-    It stops where a loss is not finite, in a step or an evaluation, where KL exceeds `divergence`
-    nats, where a retain loss has risen by as much since the first step, or where ten steps in a
-    row had to be skipped because a gradient was not finite. A run that ends fails all the same
-    where that holds of its last step, where all of its steps were skipped, and where weights are
-    not finite.
+    It stops where a loss is not finite, in a step or an evaluation, where KL exceeds
+    `max_loss_rise` nats, where a retain loss has risen by as much since the first step, or where
+    ten steps in a row had to be skipped because a gradient was not finite. A run that ends fails
+    all the same where that holds of its last step, where all of its steps were skipped, and where
+    weights are not finite.
 
     Args:
         history: The records of all steps, which the trainer adds to.
@@ -62,7 +62,7 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
         self, args: MOLLMConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         last = self._history[-1].losses
-        reason = self._found(last, len(self._history), args.divergence) or self._skips_in_a_row()
+        reason = self._found(last, len(self._history), args.max_loss_rise) or self._skips_in_a_row()
         self._stop(reason, control)
 
     def on_evaluate(
@@ -90,7 +90,7 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
         Args:
             losses: After the last step, if there was one.
             broken: Names of the weights that are not finite.
-            bound: `divergence` of the settings.
+            bound: `max_loss_rise` of the settings.
         """
         mine = self._history[self.first :]
         if mine and all(r.status == Status.NON_FINITE.name for r in mine):

@@ -31,7 +31,7 @@ from mollm.training.setting_roles import UNSUPPORTED, plain
 
 _SIDES = ("left", "right")
 _SHARDINGS = ("full_shard", "hybrid_shard")
-_TELLING = (
+_REPORTED = (
     "method",
     "learning_rate",
     "lr_scheduler_type",
@@ -41,7 +41,7 @@ _TELLING = (
     "freeze_embeddings",
     "seed",
 )
-NOT_TOLD = (
+NOT_REPORTED = (
     "output_dir",
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
@@ -63,7 +63,7 @@ _AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "max_length",
 )
-_POSITIVE = ("learning_rate", "divergence", "relearn_lr")
+_POSITIVE = ("learning_rate", "max_loss_rise", "relearn_lr")
 _NOT_NEGATIVE = (
     "sample_replies",
     "weight_decay",
@@ -203,7 +203,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default=0,
         metadata={"help": "questions of each set to ask before and after, for the report"},
     )
-    divergence: float = field(
+    max_loss_rise: float = field(
         default=5.0,
         metadata={"help": "stop once KL, or the rise of the retain loss, exceeds this many nats"},
     )
@@ -352,7 +352,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "gradients take next to no memory as they are: leave it out."
             )
 
-    def refuse_four_bits_without(self, adapter: Any | None) -> None:
+    def require_adapter_if_quantized(self, adapter: Any | None) -> None:
         """Says that nothing but an adapter trains beside matrices in 4 bits.
 
         Raises:
@@ -486,15 +486,15 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         retain = self.per_device_retain_batch_size or forget
         return {"forget": forget * steps, "retain": retain * steps}
 
-    def told(self) -> dict[str, Any]:
+    def reported_settings(self) -> dict[str, Any]:
         """What a reader of the model card wants to know: the most telling, and what was changed."""
-        told = {name: getattr(self, name) for name in _TELLING}
+        told = {name: getattr(self, name) for name in _REPORTED}
         if self.world_size > 1:
             told |= {"processes": self.world_size, "fsdp": self.sharding or "off"}
         for f in fields(self):
             value = getattr(self, f.name)
             changed = value and isinstance(value, _PLAIN) and value != f.default
-            if changed and f.name not in (*NOT_TOLD, *told):
+            if changed and f.name not in (*NOT_REPORTED, *told):
                 told[f.name] = value
         return {name: plain(value) for name, value in told.items()}
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mollm.distributed.processes import each, placed, rank
+from mollm.distributed.processes import all_gather, placed, rank
 from mollm.distributed.sharding import world_size
 from mollm.errors import UsageError
 from mollm.system.precision import compute_dtype
@@ -81,7 +81,7 @@ def _layout_of_the_first(module: nn.Module) -> list[tuple[torch.dtype, bool]]:
     """
     shapes = [(name, tuple(t.shape)) for name, t in _tensors(module)]
     kinds = [(t.dtype, t.requires_grad) for _, t in _tensors(module)]
-    layouts = each((shapes, kinds))
+    layouts = all_gather((shapes, kinds))
     if any(others != layouts[0][0] for others, _ in layouts):
         raise UsageError(
             "all processes must be given the same model, but its tensors are not the same on all."

@@ -75,8 +75,8 @@ def means_of(records: Sequence[StepRecord]) -> dict[str, float]:
     for name in first.losses:
         means |= {
             f"{name}_loss": mean(record.losses[name] for record in records),
-            f"norm_{name}": mean(record.norms[name] for record in records),
-            f"weight_{name}": mean(record.weights[name] for record in records),
+            f"grad_norm_{name}": mean(record.norms[name] for record in records),
+            f"objective_weight_{name}": mean(record.weights[name] for record in records),
             f"conflict_{name}": mean(record.conflicts.get(name, False) for record in records),
         }
     for pair in first.cosines:
@@ -92,14 +92,14 @@ def skipped_in(records: Iterable[StepRecord]) -> int:
 
 def write_history(history: Iterable[StepRecord], path: Path) -> None:
     """Writes one JSON object for each step; a number that is not finite becomes null."""
-    lines = [json.dumps(finite(record.as_dict()), ensure_ascii=False) for record in history]
+    lines = [json.dumps(nan_to_none(record.as_dict()), ensure_ascii=False) for record in history]
     replace_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def finite(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
     """`value` with None for every number that JSON has no word for."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [nan_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens
 from mollm.distributed.sharding import answer_tokens
-from mollm.methods import ForgetLoss, Totals, answers_of, unlearning_cross_entropy
+from mollm.methods import ForgetLoss, LossDenominators, answers_of, unlearning_cross_entropy
 from mollm.models.dropout import without_dropout
-from mollm.models.forward import answer_states, in_evaluation_mode
+from mollm.models.forward import answer_hidden_states, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.training.reference_model import Reference
 from mollm_ops import linear_ce_kl, linear_cross_entropy
@@ -79,7 +79,7 @@ class Objectives(nn.Module):
         self,
         forget: Batch | Mapping[str, Tensor] | None = None,
         retain: Batch | Mapping[str, Tensor] | None = None,
-        totals: tuple[Totals, Totals] | None = None,
+        totals: tuple[LossDenominators, LossDenominators] | None = None,
         relearn: Batch | Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The losses of the batches that are given: "forget", "kl" and "retain", or "relearn".
@@ -104,7 +104,7 @@ class Objectives(nn.Module):
             losses["relearn"] = self._relearn(_batch(relearn), totals and totals[0])
         return losses
 
-    def _relearn(self, batch: Batch, totals: Totals | None) -> Tensor:
+    def _relearn(self, batch: Batch, totals: LossDenominators | None) -> Tensor:
         answers = answers_of(self.model, batch, totals or _totals(batch))
         return linear_cross_entropy(
             answers.hidden,
@@ -114,11 +114,11 @@ class Objectives(nn.Module):
             normalizer=answers.tokens,
         )
 
-    def _forget(self, batch: Batch, totals: Totals | None) -> Tensor:
+    def _forget(self, batch: Batch, totals: LossDenominators | None) -> Tensor:
         answers = answers_of(self.model, batch, totals or _totals(batch))
         return self.forget_loss(answers, lambda: self.reference.answers(batch))
 
-    def _retain(self, batch: Batch, totals: Totals | None) -> tuple[Tensor, Tensor]:
+    def _retain(self, batch: Batch, totals: LossDenominators | None) -> tuple[Tensor, Tensor]:
         # First, for to switch an adapter off touches the parameters that the graph leads to.
         original = self.reference.answers(batch)
         answers = answers_of(self.model, batch, totals or _totals(batch))
@@ -140,18 +140,18 @@ class Objectives(nn.Module):
     def states(self, batch: Batch) -> Tensor:
         """The model's final hidden states at the answer tokens, [N, H], without dropout."""
         with in_evaluation_mode(self.model):
-            return answer_states(self.model, batch)[0]
+            return answer_hidden_states(self.model, batch)[0]
 
 
 def _batch(batch: Batch | Mapping[str, Tensor]) -> Batch:
     return batch if isinstance(batch, Batch) else Batch(**batch)
 
 
-def _totals(batch: Batch) -> Totals:
-    return Totals(answer_tokens(batch.labels[:, 1:]), len(batch.labels))
+def _totals(batch: Batch) -> LossDenominators:
+    return LossDenominators(answer_tokens(batch.labels[:, 1:]), len(batch.labels))
 
 
-def totals_of(rows: Sequence[Tokens]) -> Totals:
+def count_loss_tokens(rows: Sequence[Tokens]) -> LossDenominators:
     """Answer tokens that carry a loss, and sequences."""
     counted = (label != IGNORE_INDEX for row in rows for label in row.labels[1:])
-    return Totals(sum(counted), len(rows))
+    return LossDenominators(sum(counted), len(rows))

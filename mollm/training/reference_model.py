@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.distributed import processes
 from mollm.errors import UsageError
-from mollm.methods import Answers, answers_of, sequences_of
+from mollm.methods import AnswerTokens, answers_of, sequences_of
 from mollm.models.adapters import Original
 from mollm.models.dropout import without_dropout
-from mollm.models.forward import freeze, head_weights, in_evaluation_mode
+from mollm.models.forward import frozen_copy, head_weights, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.system.folders import clear_unfinished, complete, remove
 from mollm.system.precision import compute_dtype
@@ -50,20 +50,20 @@ logger = logging.getLogger(__name__)
 class Reference(Protocol):
     """The original model."""
 
-    def answers(self, batch: Batch) -> Answers:
+    def answers(self, batch: Batch) -> AnswerTokens:
         """Its final hidden states at the answer tokens of a batch, and its head; no graph."""
 
 
 class CopyReference(nn.Module):
-    """A frozen copy, see `mollm.models.forward.freeze`."""
+    """A frozen copy, see `mollm.models.forward.frozen_copy`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         logit_transform(model)  # known to the copy then
-        self.model = freeze(model).eval()
+        self.model = frozen_copy(model).eval()
 
     @torch.no_grad()
-    def answers(self, batch: Batch) -> Answers:
+    def answers(self, batch: Batch) -> AnswerTokens:
         """From a forward pass of the copy."""
         without_dropout(self.model, training=False)  # train() of what holds it reaches it
         return answers_of(self.model, batch)
@@ -81,7 +81,7 @@ class AdapterReference:
         self.original = Original(wrapped, with_adapter=with_adapter)
 
     @torch.no_grad()
-    def answers(self, batch: Batch) -> Answers:
+    def answers(self, batch: Batch) -> AnswerTokens:
         """From a forward pass with the adapter switched off, or as it was."""
         model = self.original.wrapped.get_base_model()
         with self.original.restored(), in_evaluation_mode(model):
@@ -129,7 +129,7 @@ class CachedReference(nn.Module):
             self.register_buffer(name, kept, persistent=False)
         self._files: dict[str, Any] = {}
 
-    def answers(self, batch: Batch) -> Answers:
+    def answers(self, batch: Batch) -> AnswerTokens:
         """From the disk.
 
         Raises:
@@ -140,7 +140,9 @@ class CachedReference(nn.Module):
         hidden = torch.cat([self._states(key) for key in _keys(batch)]).to(weight)
         target = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
         rows = sequences_of(batch)
-        return Answers(hidden, weight, bias, target, rows, len(labels), transform=self._transform)
+        return AnswerTokens(
+            hidden, weight, bias, target, rows, len(labels), transform=self._transform
+        )
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         if self.weight is not None:
@@ -181,13 +183,13 @@ class CachedReference(nn.Module):
             pad_id: The id that fills a batch.
         """
         distinct = {_key(zip(row.ids, row.labels, strict=True)): row for row in rows}
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             if processes.rank() == 0:
                 clear_unfinished(self._folder)
                 self._remove_damaged(distinct)
         self._open()
         missing = [row for key, row in distinct.items() if key not in self._files]
-        processes.wait()  # all have seen the same
+        processes.barrier()  # all have seen the same
         piece: dict[str, Tensor] = {}
         cuts = range(0, len(missing), batch_size)
         batches = [missing[start : start + batch_size] for start in cuts]
@@ -204,7 +206,7 @@ class CachedReference(nn.Module):
                     piece = {}
         if piece:
             self._write(piece)
-        processes.wait()
+        processes.barrier()
         self._open()
 
     def _write(self, piece: Mapping[str, Tensor]) -> None:

@@ -53,7 +53,7 @@ def load_tree(folder: Path, name: str) -> Any:
     Raises:
         UsageError: A file is missing or damaged.
     """
-    with told_as_damage(folder):
+    with corrupt_checkpoint_errors(folder):
         plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         return _decode(plain, load_file(folder / f"{name}.safetensors"))
 
@@ -78,13 +78,13 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """
     from safetensors import torch as files
 
-    with told_as_damage(path.parent):
+    with corrupt_checkpoint_errors(path.parent):
         tensors: dict[str, Tensor] = files.load_file(path)
         return tensors
 
 
 @contextlib.contextmanager
-def told_as_damage(folder: Path) -> Iterator[None]:
+def corrupt_checkpoint_errors(folder: Path) -> Iterator[None]:
     """What goes wrong inside while a checkpoint is read becomes a UsageError."""
     try:
         yield

@@ -124,7 +124,7 @@ FREE = frozenset(
         "adam_beta1",
         "adam_beta2",
         "adam_epsilon",
-        "divergence",
+        "max_loss_rise",
         "gradient_accumulation_steps",
         "learning_rate",
         "lr_scheduler_kwargs",

@@ -21,7 +21,7 @@ from torch.autograd import backward
 
 from mollm.data.chat import Batch
 from mollm.distributed.processes import add_up_gradients
-from mollm.methods import Totals
+from mollm.methods import LossDenominators
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.training.objectives import Objectives
 
@@ -32,7 +32,7 @@ def accumulate(
     forget: Batch,
     retain: Batch,
     *,
-    totals: tuple[Totals, Totals] | None = None,
+    totals: tuple[LossDenominators, LossDenominators] | None = None,
     last: bool = True,
     blocks: Sequence[nn.Module] = (),
 ) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def accumulate_forget(
     batch: Batch,
     *,
     name: str = "forget",
-    totals: Totals | None = None,
+    totals: LossDenominators | None = None,
     last: bool = True,
     blocks: Sequence[nn.Module] = (),
 ) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def accumulate_retain(
     batch: Batch,
     *,
     name: str = "retain",
-    totals: Totals | None = None,
+    totals: LossDenominators | None = None,
     share: float = 1.0,
     last: bool = True,
     last_of_kl: bool | None = None,

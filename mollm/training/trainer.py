@@ -33,7 +33,7 @@ from mollm.data.chat import Batch, ChatFormat, Tokens, collate, ends_of, vocabul
 from mollm.data.encoding import encode_records
 from mollm.data.preview import Preview, preview_of
 from mollm.data.records import ROLES
-from mollm.data.samplers import JointSampler, RowSampler
+from mollm.data.samplers import EndlessBatches, JointSampler
 from mollm.data.sets import of_role, read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
@@ -69,7 +69,7 @@ from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
-from mollm.training.config import NOT_TOLD, MOLLMConfig
+from mollm.training.config import NOT_REPORTED, MOLLMConfig
 from mollm.training.given_model import (
     check_without_weights,
     loaded,
@@ -79,15 +79,15 @@ from mollm.training.given_model import (
 )
 from mollm.training.history import (
     StepRecord,
-    finite,
     means_of,
+    nan_to_none,
     record_of,
     skipped_in,
     write_history,
 )
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
-from mollm.training.objectives import Objectives, totals_of
+from mollm.training.objectives import Objectives, count_loss_tokens
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
 from mollm.training.relearning import relearnt, rows_to_relearn
 from mollm.training.replies import ReplySamples
@@ -132,8 +132,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     drives the same `TrainerState`, `TrainerControl` and callbacks.
 
     Logs hold, as means over the steps since the last one: `forget_loss`, `kl_loss`, `retain_loss`,
-    `loss` (their sum), for each objective `norm_*`, `weight_*` and `conflict_*` (the share of
-    updates that did not descend on it), `cosine_*_*`, `pareto_gap`, and `tokens_per_second`.
+    `loss` (their sum), for each objective `grad_norm_*`, `objective_weight_*` and `conflict_*` (the
+    share of updates that did not descend on it), `cosine_*_*`, `pareto_gap`, `tokens_per_second`.
     Evaluation gives `eval_forget_loss` on the forget part of `eval_dataset`, `eval_kl_loss` and
     `eval_retain_loss` on its retain part, and `eval_loss`, their sum; each can be
     `metric_for_best_model`.
@@ -193,7 +193,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._given = _place_of(model)
         model, self._wrapped, notes = taken(model, peft_config, args)
         if self._wrapped is None:
-            args.refuse_four_bits_without(peft_config)
+            args.require_adapter_if_quantized(peft_config)
         args.refuse_streaming_with(self._wrapped or peft_config)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
@@ -218,18 +218,18 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         # Of a model that is cut into parts, the first process alone reads the weights.
         from_first = args.sharding is not None and isinstance(model, str)
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             source, tokenizer = self._find(model, args, processing_class, peft_config)
         watch()  # not before, for its threads would be copied where a tokenizer is tried out
         as_given = self._wrapped is not None
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             self._prepare(model, source, args, tokenizer, data, peft_config, notes)
         read = not (from_first and processes.rank())
-        found = processes.each(logit_transform(self._base) if read else None)
+        found = processes.all_gather(logit_transform(self._base) if read else None)
         set_logit_transform(self._base, found[0 if from_first else processes.rank()])
         mine = checkpoint.fingerprint(self._base, with_adapter=as_given) if read else None
-        self._fingerprint = processes.each(mine)[0 if from_first else processes.rank()]
-        with processes.agreeing():
+        self._fingerprint = processes.all_gather(mine)[0 if from_first else processes.rank()]
+        with processes.raise_on_all_ranks():
             set_seed(args.seed)  # an adapter begins at random
             if peft_config is not None:
                 self._wrapped = adapted(self._base, peft_config)
@@ -398,7 +398,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return Path(self.args.output_dir)
 
     @property
-    def about(self) -> dict[str, Any]:
+    def resume_signature(self) -> dict[str, Any]:
         """What a checkpoint must agree with, to be resumed from."""
         options = self.args.for_optimizer(self.objectives)
         fixed = fixed_settings(self.args.all_settings(), options)
@@ -427,7 +427,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return free_settings(self.args.all_settings()) | evaluated
 
     def _refuse_unlike_processes(self) -> None:
-        first, *others = processes.each(self.about)
+        first, *others = processes.all_gather(self.resume_signature)
         unlike = [name for name in first if any(one[name] != first[name] for one in others)]
         if unlike:
             raise UsageError(
@@ -455,7 +455,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return None if self._target is None else self._target.told
 
     @property
-    def stopped_because(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why the last run is no success: its losses diverged, or its weights are not finite."""
         return self._divergence.reason
 
@@ -484,7 +484,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _make_sampler(self) -> JointSampler[Tokens]:
         return JointSampler(
             {
-                name: RowSampler(self._data.rows[name], count, seed=self._data_seed, name=name)
+                name: EndlessBatches(self._data.rows[name], count, seed=self._data_seed, name=name)
                 for role, count in self.args.rows_per_step.items()
                 for name in self._data.named(role_of(role))
             }
@@ -511,10 +511,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         before: dict[str, Any] = {}
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             found = self._find_checkpoint(resume_from_checkpoint)
             if found is not None:
-                before = checkpoint.check(found, self.about)
+                before = checkpoint.check(found, self.resume_signature)
         self._begin()
         self._ask()
         if found is not None:
@@ -546,7 +546,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.control = told(self.args, self.state, self.control, *args)
         if self.args.world_size > 1 and event not in _WITHIN_A_STEP:
             asked = [float(getattr(self.control, name)) for name in _DECISIONS]
-            counts = processes.total(torch.tensor(asked, device=self.args.device)).tolist()
+            counts = processes.all_reduce_sum(torch.tensor(asked, device=self.args.device)).tolist()
             for name, count in zip(_DECISIONS, counts, strict=True):
                 setattr(self.control, name, count > 0)
 
@@ -608,7 +608,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _accumulate(self, rows: Mapping[str, list[Tokens]]) -> dict[str, float]:
         """Takes the gradients of all objectives on the rows of a step; returns the losses."""
         forget, retain = self._data.named("forget"), self._data.named("retain")
-        totals = {name: totals_of(some) for name, some in rows.items()}
+        totals = {name: count_loss_tokens(some) for name, some in rows.items()}
         kept = sum(totals[name].tokens for name in retain)
         final = self.args.gradient_accumulation_steps - 1
         found: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
@@ -632,7 +632,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 how |= {"share": totals[name].tokens / kept}
                 how |= {"last_of_kl": last and name == retain[-1]}
                 add(accumulate_retain(model, optimizer, batch, blocks=blocks, **how))
-        sums = processes.total(torch.stack([torch.stack(parts).sum() for parts in found.values()]))
+        sums = processes.all_reduce_sum(
+            torch.stack([torch.stack(parts).sum() for parts in found.values()])
+        )
         return dict(zip(found, sums.tolist(), strict=True))
 
     def _relearnt(self, rows: Mapping[str, list[Tokens]]) -> AbstractContextManager[None]:
@@ -649,7 +651,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             for name in self._data.named("forget")
             for row in rows_to_relearn(self._data.rows[name], rows[name], seed=seed, step=step)
         ]
-        totals = totals_of(learnt)
+        totals = count_loss_tokens(learnt)
         batches = [learnt[start : start + size] for start in range(0, len(learnt), size)]
         params = [p for p in self._base.parameters() if p.requires_grad]
 
@@ -677,7 +679,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 self.control.should_save = better
         if self.control.should_save and self.state.global_step >= self.state.max_steps:
             self._look_at_the_end()  # so that no checkpoint is left of a run that failed
-        if self.control.should_save and self.stopped_because is None:
+        if self.control.should_save and self.stop_reason is None:
             self._save_checkpoint()
             self._tell("on_save")
 
@@ -706,9 +708,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         summary = speed_metrics("train", self._started, num_samples=rows, num_steps=made)
         summary["train_loss"] = loss
         self.log(dict(summary))
-        if self.stopped_because is None:
+        if self.stop_reason is None:
             self._ask()
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             if processes.rank() == 0:
                 write_history(self.history, self._folder / "history.jsonl")
                 self.create_model_card()
@@ -723,8 +725,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._samples.ask()
 
     def _look_at_the_end(self) -> None:
-        if self.stopped_because is None:
-            self._divergence.at_the_end(self._losses_now(), self._broken(), self.args.divergence)
+        if self.stop_reason is None:
+            self._divergence.at_the_end(self._losses_now(), self._broken(), self.args.max_loss_rise)
 
     @torch.no_grad()
     def _losses_now(self) -> dict[str, float] | None:
@@ -737,7 +739,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _broken(self) -> list[str]:
         """Names of the weights that are not finite, on any process."""
         mine = not_finite(trained_tensors(self._base, self._wrapped))
-        return list(dict.fromkeys(name for names in processes.each(mine) for name in names))
+        return list(dict.fromkeys(name for names in processes.all_gather(mine) for name in names))
 
     # ---- evaluation
 
@@ -801,7 +803,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _mean_losses(self, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, float]:
         """The loss of every set by its name, and KL over all that is to be retained."""
         size = self.args.per_device_eval_batch_size
-        totals = {name: totals_of(rows) for name, rows in sorted(sets.items())}
+        totals = {name: count_loss_tokens(rows) for name, rows in sorted(sets.items())}
         kept = sum(totals[name].tokens for name in totals if role_of(name) == "retain")
         sums: dict[str, Tensor] = {}
         for name, total in totals.items():
@@ -814,7 +816,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                     known = sums.setdefault(as_what, torch.zeros_like(loss, dtype=torch.float64))
                     if mine:
                         known += loss * (total.tokens / kept if what == "kl" else 1)
-        return {name: float(processes.total(value)) for name, value in sums.items()}
+        return {name: float(processes.all_reduce_sum(value)) for name, value in sums.items()}
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         name = _metric_of(self.args)
@@ -850,16 +852,16 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "history": [asdict(record) for record in self.history],
             "changes": self._changes,
             "logged": self._logged,
-            "random": processes.each(checkpoint.random_state()),
+            "random": processes.all_gather(checkpoint.random_state()),
         }
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             if processes.rank() == 0:
                 with complete(folder) as stage:
                     checkpoint.write_weights(self._base, self._wrapped, weights, stage)
                     self.processing_class.save_pretrained(stage)
                     serialization.save_tree(training, stage, _TRAINING)
                     self.state.save_to_json(str(stage / _STATE))
-                    checkpoint.describe(stage, self.about, self._free_settings)
+                    checkpoint.describe(stage, self.resume_signature, self._free_settings)
                 best = self.state.best_model_checkpoint
                 checkpoint.keep_last(self._folder, self.args.save_total_limit, best)
 
@@ -880,7 +882,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _resume(self, folder: Path, before: Mapping[str, Any]) -> None:
         """Takes over a checkpoint; nothing is changed before all of it has been looked at."""
-        with processes.agreeing(), serialization.told_as_damage(folder):
+        with processes.raise_on_all_ranks(), serialization.corrupt_checkpoint_errors(folder):
             state = serialization.load_tree(folder, _TRAINING)
             reached = TrainerState.load_from_json(str(folder / _STATE))
             history = [StepRecord(**record) for record in state["history"]]
@@ -920,7 +922,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)
         ]
         for name in unlike:
-            if name not in NOT_TOLD:
+            if name not in NOT_REPORTED:
                 change = {"step": self.state.global_step, "setting": name}
                 change |= {"was": before.get(name), "is": now.get(name)}
                 self._changes.append(change)
@@ -941,7 +943,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         folder = user_path(output_dir or self.args.output_dir)
         broken = self._broken()
         weights = checkpoint.whole_weights(self._base, self._wrapped)
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             _refuse_broken(broken)
             if processes.rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -958,7 +960,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             UsageError: A weight is not finite; nothing is written.
         """
         model = merged(self._base, self._wrapped, parts=self.args.sharding is not None)
-        with processes.agreeing():
+        with processes.raise_on_all_ranks():
             if model is not None:
                 _refuse_broken(not_finite(model.state_dict()))
                 loading.save(model, self.processing_class, user_path(output_dir))
@@ -969,7 +971,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _write_report(self) -> None:
         """Writes run.json and, with the package jinja2, report.html into `output_dir`."""
-        write_run(finite(self._facts()), self._folder)
+        write_run(nan_to_none(self._facts()), self._folder)
         if find_spec("jinja2") is not None:
             write_report([self._folder], self._folder / REPORT_FILE)
 
@@ -1004,10 +1006,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return {
             "base_model": self._base.name_or_path or type(self._base).__name__,
             "changes": self._changes,
-            "failure": self.stopped_because,
+            "failure": self.stop_reason,
             "data": self._data.facts,
             "settings": {
-                **self.args.told(),
+                **self.args.reported_settings(),
                 **({} if self._wrapped is None else adapter_told(self._wrapped)),
                 "steps": self.state.global_step,
             },

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-DUAL, MIN_NORM, STATIONARY, NON_FINITE, RULE = range(5)
+DUAL, MIN_NORM, STATIONARY, NON_FINITE, SOLVED = range(5)
 
 NEGLIGIBLE = 1e-12
 EDGE = 1e-6
@@ -160,7 +160,7 @@ def solve(
         y = np.sum([projection(C, e) for e in np.diag(c / size / K)], axis=0)
     if _norm(C, y) <= STATIONARY_GAP:
         return stationary
-    return verdict(y, RULE, size * tau)
+    return verdict(y, SOLVED, size * tau)
 
 
 def as_array(gram: Any) -> Array:

@@ -46,12 +46,12 @@ def test_mistakes_are_told_in_one_sentence(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shape", "llama-9"], "shape must be one of llama-3-8b"),
+        (["--preset", "llama-9"], "preset must be one of llama-3-8b"),
         (["--model", "/no/config.json"], "not on this machine"),
-        (["--shape", "smollm2-135m", "--device-memory", "0"], "device_memory must be positive"),
-        (["--shape", "smollm2-135m", "--reference", "adapter"], "give a lora_rank"),
+        (["--preset", "smollm2-135m", "--device-memory", "0"], "device_memory must be positive"),
+        (["--preset", "smollm2-135m", "--reference", "adapter"], "give a lora_rank"),
         (
-            ["--shape", "smollm2-135m", "--per-device-train-batch-size", "0"],
+            ["--preset", "smollm2-135m", "--per-device-train-batch-size", "0"],
             "batch_size must be at least 1",
         ),
     ],
@@ -179,7 +179,7 @@ def test_too_little_memory_is_told_with_what_needs_less(capsys, monkeypatch, err
 
 
 def test_a_reader_that_has_read_enough_ends_a_command_quietly():
-    command = [sys.executable, "-m", "mollm", "plan", "--shape", "smollm2-135m"]
+    command = [sys.executable, "-m", "mollm", "plan", "--preset", "smollm2-135m"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -152,13 +152,13 @@ def test_an_adapter_is_merged_into_the_exported_model(tmp_path, saved):
 
 def test_flags_go_before_the_file_and_texts_become_numbers(tmp_path):
     config = settings_file(tmp_path)
-    given = {"config": Path(config), "max_steps": 9, "set": ["save_steps=3", "divergence=1e-1"]}
+    given = {"config": Path(config), "max_steps": 9, "set": ["save_steps=3", "max_loss_rise=1e-1"]}
     settings = read_settings(given)
     assert settings["max_steps"] == 9
     assert settings["save_steps"] == 3
     assert settings["learning_rate"] == 1e-3
     assert read_settings({"set": ["max_steps=1e2"]})["max_steps"] == 100
-    assert settings["divergence"] == 0.1
+    assert settings["max_loss_rise"] == 0.1
     assert settings["retain"] == {"path": RETAIN, "schema": "tofu"}
     with pytest.raises(UsageError, match="learning_rate must be a number, but got 'fast'"):
         read_settings({"set": ["learning_rate=fast"]})
@@ -383,7 +383,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, saved, capsys):
 
 
 def test_a_run_that_diverges_writes_no_model(tmp_path, saved, capsys):
-    config = settings_file(tmp_path, divergence=1e-9, learning_rate=0.1)
+    config = settings_file(tmp_path, max_loss_rise=1e-9, learning_rate=0.1)
     assert main(["unlearn", "--config", config]) == 1
     assert "Stopped early, and wrote no model" in capsys.readouterr().out
     assert not (tmp_path / "out" / "model").exists()
@@ -413,6 +413,11 @@ def test_a_killed_run_resumes_to_the_same_model(tmp_path):
 @pytest.mark.soak
 def test_a_run_killed_at_fifty_moments_resumes_to_the_same_model(tmp_path):
     print(killed(tmp_path, 50, timeout=1800))
+
+
+def test_a_setting_that_was_renamed_is_refused_with_its_new_name(tmp_path, saved, capsys):
+    assert main(["unlearn", "--config", settings_file(tmp_path, divergence=3.0)]) == 2
+    assert "divergence is now max_loss_rise, but got it with 3.0" in capsys.readouterr().err
 
 
 def test_every_option_is_a_setting_with_the_type_that_it_has_in_a_file():

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate, ends_of
 from mollm.errors import UsageError
-from mollm.models.forward import answer_states, head
+from mollm.models.forward import answer_hidden_states, head
 
 CAPITAL = Example("What is the capital of Peru?", "Lima", "The capital of Peru is", closed=False)
 SENTENCE = Example("Where is Oslo?", "Oslo is in Norway, ô là!")
@@ -187,20 +187,20 @@ def test_an_empty_batch_is_refused():
 def test_states_and_targets_do_not_depend_on_padding(chat):
     model = tiny.model()
     rows = [chat.encode(CAPITAL), chat.encode(SENTENCE)]
-    alone = [answer_states(model, collate([row], chat.pad_id)) for row in rows]
+    alone = [answer_hidden_states(model, collate([row], chat.pad_id)) for row in rows]
     expected = torch.cat([states for states, _ in alone])
     for side in ("left", "right"):
         for pad_id in (chat.pad_id, 7):
-            states, targets = answer_states(model, collate(rows, pad_id, side=side))
+            states, targets = answer_hidden_states(model, collate(rows, pad_id, side=side))
             assert torch.equal(targets, torch.cat([t for _, t in alone]))
             # the forward pass may compute in bf16, whose relative rounding is 2^-8
             torch.testing.assert_close(states, expected, rtol=0.05, atol=0.05)
 
 
-def test_answer_states_predict_the_answer_tokens(chat):
+def test_answer_hidden_states_predict_the_answer_tokens(chat):
     model = tiny.model()
     batch = collate([chat.encode(SENTENCE)], chat.pad_id)
-    states, targets = answer_states(model, batch)
+    states, targets = answer_hidden_states(model, batch)
     logits = model(input_ids=batch.input_ids).logits[0]
     first = next(i for i, label in enumerate(batch.labels[0].tolist()) if label != IGNORE_INDEX)
     assert targets[0] == batch.input_ids[0, first]

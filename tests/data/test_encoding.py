@@ -12,7 +12,7 @@ from mollm.data.conversations import Turn
 from mollm.data.encoding import encode_records
 from mollm.data.files import sample_path
 from mollm.data.records import Record, load_records
-from mollm.data.samplers import JointSampler, RowSampler
+from mollm.data.samplers import EndlessBatches, JointSampler
 from mollm.errors import UsageError
 
 SHORT = Record("Where is Oslo?", "In Norway.", "rows.jsonl", 1, "line")
@@ -203,7 +203,7 @@ def take(sampler, count):
 
 
 def test_every_epoch_draws_every_row_once_in_an_order_of_its_own():
-    sampler = RowSampler(range(10), 4, seed=3)
+    sampler = EndlessBatches(range(10), 4, seed=3)
     drawn = [row for batch in take(sampler, 15) for row in batch]
     epochs = [tuple(drawn[i : i + 10]) for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -212,14 +212,14 @@ def test_every_epoch_draws_every_row_once_in_an_order_of_its_own():
 
 
 def test_batches_have_one_size_even_where_they_hold_the_data_more_than_once():
-    batches = take(RowSampler("abc", 8, seed=0), 3)
+    batches = take(EndlessBatches("abc", 8, seed=0), 3)
     assert [len(batch) for batch in batches] == [8, 8, 8]
     assert Counter(chain.from_iterable(batches)) == dict.fromkeys("abc", 8)
 
 
 def test_the_order_depends_on_seed_and_name_alone():
     def drawn(**options):
-        return take(RowSampler(range(50), 5, **options), 10)
+        return take(EndlessBatches(range(50), 5, **options), 10)
 
     assert drawn(seed=1) == drawn(seed=1)
     random.seed(9)
@@ -229,14 +229,14 @@ def test_the_order_depends_on_seed_and_name_alone():
     assert drawn(seed=2) != first
     assert drawn(seed=1, name="retain") != first
     # the same in every version: a run can be repeated
-    assert next(RowSampler(range(8), 8, seed=0, name="forget")) == [2, 7, 0, 5, 3, 6, 1, 4]
+    assert next(EndlessBatches(range(8), 8, seed=0, name="forget")) == [2, 7, 0, 5, 3, 6, 1, 4]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_processes_share_the_batches_of_a_single_one(world_size):
-    whole = take(RowSampler(range(13), 8, seed=5), 7)
+    whole = take(EndlessBatches(range(13), 8, seed=5), 7)
     ranks = [
-        take(RowSampler(range(13), 8, seed=5, rank=rank, world_size=world_size), 7)
+        take(EndlessBatches(range(13), 8, seed=5, rank=rank, world_size=world_size), 7)
         for rank in range(world_size)
     ]
     for step, batch in enumerate(whole):
@@ -248,14 +248,14 @@ def test_processes_share_the_batches_of_a_single_one(world_size):
 @pytest.mark.parametrize("done", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (4, 2), (1, 4)])
 def test_a_resumed_sampler_goes_on_as_if_never_stopped(done, before, after):
-    expected = take(RowSampler(range(10), 4, seed=7), 12)
-    first = RowSampler(range(10), 4, seed=7, rank=before - 1, world_size=before)
+    expected = take(EndlessBatches(range(10), 4, seed=7), 12)
+    first = EndlessBatches(range(10), 4, seed=7, rank=before - 1, world_size=before)
     take(first, done)
     state = json.loads(json.dumps(first.state_dict()))
     take(first, 2)  # what is drawn later does not change a saved state
     drawn = []
     for rank in range(after):
-        resumed = RowSampler(range(10), 4, seed=7, rank=rank, world_size=after)
+        resumed = EndlessBatches(range(10), 4, seed=7, rank=rank, world_size=after)
         take(resumed, 4)
         resumed.load_state_dict(state)
         drawn.append(take(resumed, 12 - done))
@@ -275,15 +275,15 @@ def test_a_resumed_sampler_goes_on_as_if_never_stopped(done, before, after):
     ],
 )
 def test_the_position_of_another_order_is_refused(options, words):
-    state = RowSampler(range(10), 4, seed=7).state_dict()
+    state = EndlessBatches(range(10), 4, seed=7).state_dict()
     rows = options.pop("rows", range(10))
     with pytest.raises(UsageError, match=words):
-        RowSampler(rows, 4, **({"seed": 7} | options)).load_state_dict(state)
+        EndlessBatches(rows, 4, **({"seed": 7} | options)).load_state_dict(state)
 
 
 @pytest.mark.parametrize("wrong", [{"index": 10}, {"index": -1}, {"epoch": -1}])
 def test_a_position_outside_the_data_is_refused(wrong):
-    sampler = RowSampler(range(10), 4, seed=7)
+    sampler = EndlessBatches(range(10), 4, seed=7)
     with pytest.raises(UsageError, match="must lie within 10 rows, but got epoch"):
         sampler.load_state_dict(sampler.state_dict() | wrong)
 
@@ -300,12 +300,12 @@ def test_a_position_outside_the_data_is_refused(wrong):
 )
 def test_a_sampler_that_cannot_be_is_refused(rows, options, words):
     with pytest.raises(UsageError, match=words):
-        RowSampler(rows, **({"batch_size": 4, "seed": 0} | options))
+        EndlessBatches(rows, **({"batch_size": 4, "seed": 0} | options))
 
 
 def make_joint(**options):
-    forget = RowSampler(range(5), 2, seed=0, name="forget", **options)
-    retain = RowSampler(range(100, 117), 4, seed=0, name="retain", **options)
+    forget = EndlessBatches(range(5), 2, seed=0, name="forget", **options)
+    retain = EndlessBatches(range(100, 117), 4, seed=0, name="retain", **options)
     return JointSampler({"forget": forget, "retain": retain})
 
 

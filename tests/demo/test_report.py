@@ -119,7 +119,7 @@ def test_conflict_rates_count_applied_updates():
 
 def test_numbers_without_a_word_in_json_become_null():
     nested = {"a": [float("nan"), 1.0], "b": (float("inf"),), "c": "x"}
-    assert report.finite(nested) == {"a": [None, 1.0], "b": [None], "c": "x"}
+    assert report.nan_to_none(nested) == {"a": [None, 1.0], "b": [None], "c": "x"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -51,6 +55,28 @@ def knowing(monkeypatch):
     return asked
 
 
+_WITHOUT_EXTRAS = """
+import sys
+
+for name in ("peft", "datasets", "pyarrow", "bitsandbytes", "scipy", "sklearn"):
+    sys.modules[name] = None
+import tiny
+from mollm.data.chat import ChatFormat
+from mollm.demo import quiz, run
+from mollm.demo.settings import DemoSettings
+from mollm.evaluation.generation import Reply
+
+quiz.ask = lambda model, chat, texts, **_: [
+    Reply(text, complete=True) for text in tiny.knowing_replies(texts)
+]
+chat = ChatFormat(tiny.tokenizer())
+split = run.Split(["Peru"], ["Japan"], [], {"Peru": "Lima", "Japan": "Tokyo"})
+made, _ = run.train(tiny.model(), chat, split, DemoSettings(steps=1), run.Path("out"), print)
+made.export("model")
+"""
+"""A small demo where the packages of the other extras cannot be imported."""
+
+
 def settings(saved, out, **options):
     return DemoSettings(**({"model": saved, "out": out, "steps": 2, "lr": 1e-3} | options))
 
@@ -65,7 +91,7 @@ def test_a_run_leaves_everything_behind(saved, tmp_path):
     finished = run(saved, out, forget=("japan", "USA"))
     assert {path.name for path in out.iterdir()} == {
         "summary.json", "answers.json", "history.jsonl", "report.html", "model",
-        "losses.png", "cosines.png", "weights.png", "conflicts.png", "README.md",
+        "losses.png", "cosines.png", "weights.png", "conflicts.png", "README.md", "run.json",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() >= SUMMARY_KEYS
@@ -220,7 +246,21 @@ def test_a_baseline_may_ruin_the_model(saved, tmp_path):
     """The trainer's own bound would end the run."""
     finished = run(saved, tmp_path / "out", method="ga", lr=100.0, steps=6)
     assert len(finished.history) == 6
-    assert finished.history[-1].losses["kl"] > MOLLMConfig().divergence
+    assert finished.history[-1].losses["kl"] > MOLLMConfig().max_loss_rise
+
+
+def test_the_demo_needs_no_more_than_its_extra_installs(tmp_path):
+    script = tmp_path / "demo.py"
+    script.write_text(_WITHOUT_EXTRAS)
+    tests = Path(tiny.__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
+    subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=True,
+        capture_output=True,
+    )
 
 
 @pytest.mark.model

@@ -231,7 +231,7 @@ def test_the_command_in_two_processes(tmp_path):
 
 def test_alone_there_is_nobody_to_ask():
     assert processes.rank() == 0
-    assert processes.each("a") == ["a"]
+    assert processes.all_gather("a") == ["a"]
     assert list(processes.shares("ab")) == [("a", True), ("b", True)]
     p = nn.Parameter(torch.ones(2))
     assert processes.placed(p, p) is p
@@ -239,9 +239,9 @@ def test_alone_there_is_nobody_to_ask():
     assert p.grad is None
     tree = {"a": [p, (1, "b")]}
     assert processes.gathered(tree) == tree
-    with processes.on_the_first(open(os.devnull)) as file:
+    with processes.on_rank_zero(open(os.devnull)) as file:
         assert file is not None
-    with pytest.raises(UsageError, match="mine"), processes.agreeing():
+    with pytest.raises(UsageError, match="mine"), processes.raise_on_all_ranks():
         raise UsageError("mine")
 
 

@@ -104,7 +104,7 @@ from mollm.distributed import processes, watch
 watch.INTERVAL, watch.PATIENCE = 0.2, 3.0
 dist.init_process_group("gloo")
 watch.watch()
-processes.wait()
+processes.barrier()
 print("there", flush=True)
 if rank == 1 and how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -112,8 +112,8 @@ if rank == 1 and how == "hangs":
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGSTOP)
 with watch.blaming_the_dead():
-    processes.wait()
-    processes.wait()
+    processes.barrier()
+    processes.barrier()
 """
 
 

@@ -249,7 +249,7 @@ def golden_figures(suite, model, original):
         for part in ("probability", "rouge_l", "truth_ratio")
     ]
     return figures | {
-        "priv_leak": 100 * (score - reference) / (reference + 1e-10),
+        "privleak": 100 * (score - reference) / (reference + 1e-10),
         "forget_quality": exact_ks_p_value(
             *([each.truth_ratio(row) for row in suite.forget] for each in (plain, first))
         ),
@@ -396,8 +396,8 @@ def test_missing_inputs_are_named_and_nothing_is_none(monkeypatch):
     found = evaluate(model, tokenizer, suite, **FAST)
     with pytest.raises(UsageError, match="forget_quality needs the records of a retain-only model"):
         found["forget_quality"]
-    with pytest.raises(UsageError, match="priv_leak needs a holdout set"):
-        found.value("priv_leak")
+    with pytest.raises(UsageError, match="privleak needs a holdout set"):
+        found.value("privleak")
     with pytest.raises(UsageError, match="forget_kl needs the original model: give"):
         found["forget_kl"]
     assert "not computed: forget_quality: needs the records" in found.table(explain=True)
@@ -425,7 +425,7 @@ def test_logs_of_the_retain_only_model_must_fit(full, monkeypatch):
             evaluate(tiny.model(), tiny.tokenizer(), make_suite(retain_logs=logs))
     without = [record for record in suite.retain_logs if record.group != "holdout"]
     with pytest.raises(UsageError, match="from the retain-only model the score min_k of"):
-        summarize(evaluation.records, without, names=["priv_leak"])
+        summarize(evaluation.records, without, names=["privleak"])
     bare = [Record(r.group, r.question, r.answer, None, {}) for r in suite.retain_logs]
     with pytest.raises(UsageError, match="from the retain-only model the score truth_ratio of"):
         summarize(evaluation.records, bare, names=["forget_quality"])
@@ -663,13 +663,13 @@ def test_the_command(capsys, tmp_path):
 
     model = ["evaluate", "--model", str(tmp_path / "model")]
     logs = ["--retain-logs", str(first / "examples.jsonl")]
-    wanted = ["--metrics", "forget_quality,priv_leak,forget_kl"]
+    wanted = ["--metrics", "forget_quality,privleak,forget_kl"]
     more = [*logs, "--original", str(tmp_path / "retrained")]
     out = tmp_path / "second"
     assert main([*model, *common, *more, *wanted, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     figures = json.loads((out / "metrics.json").read_text())["metrics"]
-    assert list(figures) == ["forget_quality", "priv_leak", "forget_kl"]
+    assert list(figures) == ["forget_quality", "privleak", "forget_kl"]
     assert set(figures["forget_kl"]) == set(Estimate.__annotations__)
     assert all(name in printed for name in figures)
     assert len((out / "examples.jsonl").read_text().splitlines()) == 6
@@ -693,7 +693,7 @@ def test_weight_on_retaining_alone_makes_a_model_that_never_saw_the_forget_set(t
         command += ["--forget", str(tmp_path / f"{name}.jsonl")]
         command += ["--retain", str(sample_path("authors-retain.jsonl"))]
         command += ["--method", "sum", "--set", "preferences=[0, 0, 1]"]
-        command += ["--set", "freeze_embeddings=false", "--set", "divergence=1000"]
+        command += ["--set", "freeze_embeddings=false", "--set", "max_loss_rise=1000"]
         command += ["--max-steps", "5", "--learning-rate", "0.01", "--max-length", "256"]
         assert main([*command, "--out", str(tmp_path / name)]) == 0
     one, other = (tmp_path / name / "model" / "model.safetensors" for name in ("a", "b"))
@@ -751,7 +751,7 @@ def test_a_frozen_copy_of_two_dtypes_is_an_original():
     model = tiny.model(initializer_range=0.3)
     names = ["forget_kl"]
     with precision.computing_in("bfloat16"):
-        original = forward.freeze(model)
+        original = forward.frozen_copy(model)
         assert len({p.dtype for p in original.parameters()}) == 2
         found = evaluate(
             model, tiny.tokenizer(), make_suite(), original=original, names=names, resamples=2

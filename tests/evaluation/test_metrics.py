@@ -143,12 +143,12 @@ def test_membership_auc_counts_pairs():
     assert metrics.membership_auc([1, 2], [3, 4]) == 1
 
 
-def test_priv_leak_has_the_sign_of_muse():
+def test_privleak_has_the_sign_of_muse():
     # MUSE's AUC is one minus ours: (AUC' - AUC'_retrained) / AUC'_retrained.
     for auc, retrained in ((0.9, 0.6), (0.3, 0.45), (0.5, 0.5)):
         expected = 100 * ((1 - auc) - (1 - retrained)) / (1 - retrained + 1e-10)
-        assert metrics.priv_leak(auc, retrained) == pytest.approx(expected, rel=TIGHT)
-    assert metrics.priv_leak(0.9, 0.5) < 0 < metrics.priv_leak(0.1, 0.5)
+        assert metrics.privleak(auc, retrained) == pytest.approx(expected, rel=TIGHT)
+    assert metrics.privleak(0.9, 0.5) < 0 < metrics.privleak(0.1, 0.5)
 
 
 def test_perplexity_weighs_by_tokens():

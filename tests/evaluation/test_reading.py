@@ -26,7 +26,7 @@ def test_every_figure_has_a_theme_and_all_but_one_a_way():
         ("forget_kl", 0.0, 0.1, ""),
         ("mia_loss", 0.9, 0.4, "better"),
         ("mia_min_k", 0.6, 0.1, "worse"),
-        ("priv_leak", -50.0, 20.0, "better"),
+        ("privleak", -50.0, 20.0, "better"),
         ("retain_perplexity", 5.0, 9.0, "worse"),
         ("model_utility", 0.5, 0.5, ""),
         ("forget_toxicity_rate", 0.5, 0.1, "better"),

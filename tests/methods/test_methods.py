@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from mollm.data.chat import ChatFormat, Example, collate
-from mollm.methods import METHODS, Answers, answers_of, find_method, unlearning_cross_entropy
+from mollm.methods import METHODS, AnswerTokens, answers_of, find_method, unlearning_cross_entropy
 from mollm.methods.method import PREFERENCES
 
 LENGTHS = (3, 1, 4)
@@ -23,7 +23,7 @@ def answers(seed):
     hidden = (torch.randn(8, 5, dtype=torch.float64) / 4).requires_grad_()
     weight, bias = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, dtype=torch.float64)
     target = torch.arange(8) % 11
-    return Answers(hidden, weight, bias, target, sequence[order], 3)
+    return AnswerTokens(hidden, weight, bias, target, sequence[order], 3)
 
 
 def token_log_probs(a):

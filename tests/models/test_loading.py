@@ -235,7 +235,7 @@ def test_a_model_with_capped_logits_loads_and_one_that_the_losses_do_not_fit_doe
 
 def test_the_frozen_copy_agrees_bit_for_bit_and_does_not_train():
     model = tiny.model()
-    frozen = forward.freeze(model)
+    frozen = forward.frozen_copy(model)
     ids = torch.arange(12).view(2, 6)
     with precision.autocast(CPU), torch.no_grad():
         ours, theirs = (m.base_model(ids).last_hidden_state for m in (model, frozen))

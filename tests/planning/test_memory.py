@@ -466,7 +466,7 @@ def test_settings_out_of_range_are_refused(options, words):
 
 
 def test_the_command_says_what_is_the_peak_and_what_would_fit(capsys):
-    arguments = ["plan", "--shape", "llama-3-8b", "--device", "cuda", "--reference", "cache"]
+    arguments = ["plan", "--preset", "llama-3-8b", "--device", "cuda", "--reference", "cache"]
     assert main([*arguments, "--device-memory", "1000"]) == 0
     text = capsys.readouterr().out
     assert "8,030,261,248 parameters" in text
@@ -486,7 +486,7 @@ def test_the_command_says_what_is_the_peak_and_what_would_fit(capsys):
 
 def test_without_a_known_memory_there_is_no_verdict(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["plan", "--shape", "smollm2-135m", "--device", "cuda"]) == 0
+    assert main(["plan", "--preset", "smollm2-135m", "--device", "cuda"]) == 0
     assert "with --device-memory" in capsys.readouterr().out
-    assert main(["plan", "--shape", "smollm2-135m", "--max-length", "64"]) == 0
+    assert main(["plan", "--preset", "smollm2-135m", "--max-length", "64"]) == 0
     assert "tokens on cpu" in capsys.readouterr().out

@@ -25,7 +25,7 @@ class FakeTrainer:
 
     def __init__(self, model, args, *, forget_dataset, retain_dataset, eval_dataset, peft_config):
         self.args = args
-        self.stopped_because = None
+        self.stop_reason = None
         self.data = forget_dataset, retain_dataset, eval_dataset
         type(self).made += (self,)
 
@@ -38,7 +38,7 @@ class FakeTrainer:
     def train(self):
         rate, steps = self.args.learning_rate, self.args.max_steps
         if rate > 1e-2:
-            self.stopped_because = "the kl loss must not grow"
+            self.stop_reason = "the kl loss must not grow"
         every = self.args.stop_when["steps"]
         looks = []
         for step in range(every, steps + 1, every):

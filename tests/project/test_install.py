@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,22 +20,39 @@ HIDDEN = ("CUDACXX", "CUDA_PATH", "CUDAToolkit_ROOT", "CMAKE_PREFIX_PATH", "MOLL
 
 @pytest.fixture
 def build(tmp_path):
-    """Builds a wheel of the committed and uncommitted sources in isolation, without nvcc."""
+    """Builds a wheel, without nvcc and in isolation, from the archive of the sources."""
     if (Path("/usr/bin/nvcc")).exists():
         pytest.skip("nvcc stands in /usr/bin, so PATH cannot hide it")
     sources = tmp_path / "sources"
     shutil.copytree(ROOT, sources, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    code = "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=sources, check=True, capture_output=True)
+    shutil.rmtree(sources)  # nothing is taken from there that the archive lacks
+    (archive,) = tmp_path.glob("mollm-*.tar.gz")
 
     def run(cuda):
         environment = {k: v for k, v in os.environ.items() if k not in HIDDEN}
         environment |= {"PATH": WITHOUT_NVCC, **({"MOLLM_CUDA": cuda} if cuda else {})}
         pip = [sys.executable, "-m", "pip"]
-        command = [*pip, "wheel", "-v", "--no-deps", "-w", str(tmp_path), "."]
+        command = [*pip, "wheel", "-v", "--no-deps", "-w", str(tmp_path), str(archive)]
         return subprocess.run(
-            command, cwd=sources, env=environment, capture_output=True, text=True, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
 
     return run
+
+
+def test_the_archive_of_the_sources_holds_all_of_them(build, tmp_path):
+    (path,) = tmp_path.glob("mollm-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "mollm", "mollm_ops"):
+        listed = ["git", "-C", str(ROOT), "ls-files", folder]
+        done = subprocess.run(listed, check=True, capture_output=True, text=True)
+        missing = set(done.stdout.split()) - names
+        assert not missing
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "constraints.txt"} <= names
 
 
 def said_by(done):

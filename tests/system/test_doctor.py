@@ -28,11 +28,11 @@ def test_a_whole_machine_is_well(capsys):
 def test_json_holds_everything(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["well"] is True
+    assert found["ok"] is True
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"][0]["device"] == "cpu"
     assert [check["name"] for check in found["checks"]][:5] == list(doctor.SELF_TESTS)
-    assert all(kernel["why_not"] is None for kernel in found["kernels"])
+    assert all(kernel["inactive_reason"] is None for kernel in found["kernels"])
     assert all(disk["free_gib"] >= 0 for disk in found["disks"])
 
 
@@ -47,7 +47,7 @@ def test_a_missing_package_is_no_fault(monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", ("no-such-package",))
     found = doctor.diagnose()
     assert found.versions["no-such-package"] == "not installed"
-    assert found.well
+    assert found.ok
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_why_cuda_kernels_are_not_in_use(monkeypatch, has_cuda, capability, word
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cuda, triton = doctor._kernels(GPU)
-    assert (cuda.why_not is None) if words is None else (words in cuda.why_not)
+    assert (cuda.inactive_reason is None) if words is None else (words in cuda.inactive_reason)
     assert cuda.device == triton.device == "cuda:0"
 
 
 def test_why_cuda_kernels_are_missing_altogether(without_extension):
-    assert "extension is missing" in next(doctor._kernels(GPU)).why_not
+    assert "extension is missing" in next(doctor._kernels(GPU)).inactive_reason
 
 
 def test_why_triton_kernels_are_not_in_use(monkeypatch):

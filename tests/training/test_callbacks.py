@@ -32,13 +32,13 @@ def test_a_run_of_skipped_steps_alone_is_stopped(skipped, made):
         assert reason is None
 
 
-def record(losses, status=Status.RULE):
+def record(losses, status=Status.SOLVED):
     named = dict(zip(("forget", "kl", "retain"), losses, strict=True))
     return SimpleNamespace(losses=named, status=status.name)
 
 
 def stopped(history):
     callback, control = DivergenceStop(history, ["retain"]), TrainerControl()
-    callback.on_step_end(SimpleNamespace(divergence=5.0), None, control)
+    callback.on_step_end(SimpleNamespace(max_loss_rise=5.0), None, control)
     assert control.should_training_stop is (callback.reason is not None)
     return callback.reason

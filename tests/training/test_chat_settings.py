@@ -54,7 +54,7 @@ def test_a_run_is_resumed_on_another_day_as_on_the_same(tmp_path, monkeypatch):
     dated = "{{ '<|start|>system\n' + strftime_now('%d %b %Y') + '<|end|>\n' }}" + tiny.TEMPLATE
     whole = make(tmp_path / "whole", dated)
     whole.train()
-    assert whole.about["date in the chat template"] == "2024-07-26"
+    assert whole.resume_signature["date in the chat template"] == "2024-07-26"
     make(tmp_path / "run", dated, max_steps=2, lr_scheduler_type="constant").train()
     monkeypatch.setattr(Clock, "day", datetime.datetime(2027, 1, 1))
     resumed = make(tmp_path / "run", dated)
@@ -81,7 +81,7 @@ def test_options_of_the_template_reach_rows_and_card(tmp_path):
     options = {"chat_template_kwargs": {"enable_thinking": False}, "system_prompt": "Be kind."}
     made = make(tmp_path, chat_templates.QWEN_3, **options)
     assert "Be kind." in made.processing_class.decode(made._data.rows["forget"][0].ids)
-    assert made.about["chat_template_kwargs"] == {"enable_thinking": False}
+    assert made.resume_signature["chat_template_kwargs"] == {"enable_thinking": False}
     assert "enable_thinking" in made.model_card()
     assert "Be kind." in made.model_card()
     assert not any("generation" in note for note in made.notes)

@@ -32,7 +32,7 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
             "per_device_train_batch_size must be a whole number from 1",
         ),
         ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
-        ({"divergence": float("nan")}, "divergence must be a finite number"),
+        ({"max_loss_rise": float("nan")}, "max_loss_rise must be a finite number"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
         ({"optim": "sgd"}, "name the base in optimizer_options"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be left out"),
@@ -128,7 +128,7 @@ def test_a_base_that_looks_at_its_parameters_is_not_tried():
 
 
 def test_the_card_is_told_what_was_changed():
-    told = config(save_steps=7, preferences=[1, 2, 3], run_name="secret").told()
+    told = config(save_steps=7, preferences=[1, 2, 3], run_name="secret").reported_settings()
     assert told["save_steps"] == 7
     assert told["preferences"] == [1, 2, 3]
     assert told["method"] == "mollm"

@@ -55,7 +55,7 @@ def test_every_set_is_an_objective(tmp_path, in_float32):
         assert not any(record.conflicts.values())
         assert len(record.cosines) == 10
     logs = [log for log in made.state.log_history if "kl_loss" in log][-1]
-    assert {"forget_bob_loss", "norm_retain_sums", "cosine_forget_ada_kl"} <= set(logs)
+    assert {"forget_bob_loss", "grad_norm_retain_sums", "cosine_forget_ada_kl"} <= set(logs)
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert tuple(json.loads(lines[0])["losses"]) == NAMES
     card = (tmp_path / "README.md").read_text()

@@ -11,7 +11,7 @@ from mollm.data.chat import ChatFormat, Example, collate
 from mollm.methods import METHODS, Method
 from mollm.methods.method import OBJECTIVES
 from mollm.models import forward
-from mollm.training.objectives import Objectives, totals_of
+from mollm.training.objectives import Objectives, count_loss_tokens
 from mollm.training.reference_model import CopyReference
 from mollm.training.step import accumulate
 from mollm_ops import linear_cross_entropy
@@ -40,7 +40,7 @@ def gradients(size, method="project", side="right"):
             optimizer,
             collate(FORGET[start : start + size], CHAT.pad_id, side),
             collate(RETAIN[start : start + size], CHAT.pad_id, side),
-            totals=(totals_of(FORGET), totals_of(RETAIN)),
+            totals=(count_loss_tokens(FORGET), count_loss_tokens(RETAIN)),
         )
         sums = {name: sums[name] + float(losses[name]) for name in OBJECTIVES}
     found = {
@@ -75,7 +75,7 @@ def test_positions_are_counted_from_the_first_token():
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256)
     model = GPT2LMHeadModel(config).eval()
     left, right = (
-        forward.answer_states(model, collate(RETAIN, CHAT.pad_id, side))[0]
+        forward.answer_hidden_states(model, collate(RETAIN, CHAT.pad_id, side))[0]
         for side in ("left", "right")
     )
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_the_model_runs_forward_twice_and_the_original_once():
 
 
 def test_totals_count_what_carries_a_loss():
-    totals = totals_of(RETAIN)
+    totals = count_loss_tokens(RETAIN)
     assert totals.sequences == 4
     assert totals.tokens == sum(n + 1 for n in range(4)) + 4  # and the end of every turn
 
@@ -110,7 +110,7 @@ def batches():
 
 
 def losses_of(model, batch):
-    hidden, target = forward.answer_states(model, batch)
+    hidden, target = forward.answer_hidden_states(model, batch)
     return linear_cross_entropy(hidden, forward.head(model).weight, target).item()
 
 
@@ -121,7 +121,7 @@ def model_that_knows(*batches):
     for _ in range(30):
         optimizer.zero_grad()
         for batch in batches:
-            hidden, target = forward.answer_states(model, batch)
+            hidden, target = forward.answer_hidden_states(model, batch)
             linear_cross_entropy(hidden, forward.head(model).weight, target).backward()
         optimizer.step()
     return model

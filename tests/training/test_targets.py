@@ -56,7 +56,7 @@ def test_figures_are_those_of_plain_loops():
 def test_a_run_stops_at_its_target(tmp_path):
     made = trainer(tmp_path, {"forget_probability": 1e-4, "steps": 2}, max_steps=40)
     made.train()
-    assert made.stopped_because is None
+    assert made.stop_reason is None
     assert made.state.global_step < 40
     assert [log["step"] for log in looks(made)] == list(range(2, made.state.global_step + 1, 2))
     values = [log["stop_forget_probability"] for log in looks(made)]

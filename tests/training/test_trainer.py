@@ -253,7 +253,7 @@ def test_logs_say_what_the_steps_did(tmp_path):
         for log, some in zip(logs, (made.history[:2], made.history[2:]), strict=True):
             mean = sum(record.losses[name] for record in some) / 2
             assert log[f"{name}_loss"] == pytest.approx(mean)
-            assert {f"norm_{name}", f"weight_{name}", f"conflict_{name}"} <= set(log)
+            assert {f"grad_norm_{name}", f"objective_weight_{name}", f"conflict_{name}"} <= set(log)
     assert {"cosine_forget_kl", "pareto_gap", "tokens_per_second", "learning_rate"} <= set(logs[0])
     assert logs[0]["tokens_per_second"] > 0
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -308,10 +308,10 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
 
 def test_a_run_that_falls_apart_is_stopped_without_a_checkpoint_of_it(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1}
-    made = trained(tmp_path, learning_rate=5.0, divergence=0.05, max_steps=20, **saving)
+    made = trained(tmp_path, learning_rate=5.0, max_loss_rise=0.05, max_steps=20, **saving)
     steps = made.state.global_step
     assert steps < 20
-    assert "the kl loss must not grow by more than 0.05 nats" in made.stopped_because
+    assert "the kl loss must not grow by more than 0.05 nats" in made.stop_reason
     assert checkpoint.checkpoints(tmp_path)[-1].name == f"checkpoint-{steps - 1}"
 
 
@@ -787,7 +787,7 @@ def test_weights_that_are_not_finite_are_no_success_and_nowhere_written(tmp_path
     made = trainer(tmp_path / "run", save_strategy="steps", save_steps=2)
     made.add_callback(Breaks())
     made.train()
-    assert "after step 4 model.norm.weight are not" in made.stopped_because
+    assert "after step 4 model.norm.weight are not" in made.stop_reason
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert "This run failed: weights must be finite" in (tmp_path / "run/README.md").read_text()
     for write in (made.export, made.save_model):
@@ -809,7 +809,7 @@ def test_a_run_whose_steps_are_all_skipped_is_no_success(tmp_path, monkeypatch):
 
     monkeypatch.setattr(made, "create_optimizer", with_a_broken_state)
     made.train()
-    assert "all 3 steps were skipped" in made.stopped_because
+    assert "all 3 steps were skipped" in made.stop_reason
     assert "3 of 3 steps were skipped" in made.model_card()
 
 
@@ -826,13 +826,13 @@ def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypa
     made.train()
     assert made.state.best_global_step is None
     assert made.state.global_step == 1
-    assert "eval_forget_loss must be finite, but after step 1" in made.stopped_because
+    assert "eval_forget_loss must be finite, but after step 1" in made.stop_reason
     assert not checkpoint.checkpoints(tmp_path)
 
 
 def test_the_last_step_is_looked_at_too(tmp_path):
     made = trained(tmp_path, learning_rate=300.0, **(SAVING | {"max_steps": 1}))
-    assert made.stopped_because is not None
+    assert made.stop_reason is not None
     assert not checkpoint.checkpoints(tmp_path)
 
 
