@@ -141,7 +141,7 @@ def _making(given: Mapping[str, Any]) -> str:
             *("mollm", "unlearn", "--model", "BEFORE_IT_LEARNT"),
             *("--forget", given["forget"], "--retain", given.get("retain", "RETAIN")),
             *("--method", "sum", "--set", "preferences=[0, 0, 1]"),
-            *("--set", "freeze_embeddings=false", "--set", "divergence=1000"),
+            *("--set", "freeze_embeddings=false", "--set", "max_loss_rise=1000"),
             *("--max-steps", "1000", "--out", "runs/retain-only"),
         ]
     )
