@@ -19,6 +19,7 @@ import gc
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import _training_step
@@ -35,7 +36,7 @@ from _common import (
     save_json,
     save_plot,
 )
-from gram_throughput import shapes_of
+from gram_throughput import LLAMA_8B_LAYER, shapes_of
 from torch import Tensor
 
 from mollm import MOLLMOptimizer
@@ -135,10 +136,7 @@ def measure(
                 "of copy": volume / (2 * unit) * seconds["copy"] / seconds[name],
                 "torch AdamW ms": 1e3 * seconds["torch"],
                 "torch GB/s": torch_bytes * unit / seconds["torch"] / 1e9,
-                "time / torch by bytes": seconds[name]
-                * torch_bytes
-                * unit
-                / (seconds["torch"] * volume),
+                "time / torch by bytes": seconds[name] / torch_by_bytes,
                 **({"out of memory": ", ".join(lost)} if lost else {}),
             }
         )
@@ -176,6 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="the whole training step against that of the weighted sum of the same losses",
     )
+    parser.add_argument("--cases", type=int, help="with --train, only so many cases")
+    parser.add_argument(
+        "--layers", type=int, help="so many layers of Llama-3-8B in bfloat16, of its 32"
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elements = options.elements or elements_that_fit(device, HELD * torch.float32.itemsize)
@@ -187,16 +189,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device)
     path = options.json or results_folder(device) / "step_time.json"
     rows: list[Row] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for kind, size in (("one tensor", elements), ("small tensors", elements // 50)):
-            part = rows_or_none(
-                partial(measure, OBJECTIVES, kind, size, dtype, device, options.rounds),
-                {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "P": float(size)},
-            )
-            gc.collect()
-            print_table(part, f"{kind}, {dtype}")
-            rows += part
-            save_json(path, source, rows)
+    sizes = [
+        (dtype, kind, size)
+        for dtype in (torch.float32, torch.bfloat16)
+        for kind, size in (("one tensor", elements), ("small tensors", elements // 50))
+    ]
+    if options.layers:
+        layer = sum(torch.Size(s).numel() for s in LLAMA_8B_LAYER)
+        sizes = [(torch.bfloat16, "llama-3-8b layers", options.layers * layer)]
+    for dtype, kind, size in sizes:
+        part = rows_or_none(
+            partial(measure, OBJECTIVES, kind, size, dtype, device, options.rounds),
+            {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "P": float(size)},
+        )
+        gc.collect()
+        print_table(part, f"{kind}, {dtype}")
+        rows += part
+        save_json(path, source, rows)
     save_plot(plot, path, source, rows)
 
 
@@ -204,7 +213,7 @@ def _train(options: argparse.Namespace, device: str) -> None:
     source = provenance(device, "transformers", "peft")
     path = options.json or results_folder(device) / "step_time_train.json"
     rows: list[Row] = []
-    for case in _training_step.cases(device, quick=options.quick):
+    for case in islice(_training_step.cases(device, quick=options.quick), options.cases):
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
         )
