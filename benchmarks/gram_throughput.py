@@ -75,7 +75,16 @@ def peers(gradients: list[list[Tensor]]) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, rounds: int) -> Row:
+def measure(
+    K: int,
+    kind: str,
+    elements: int,
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    *,
+    with_peers: bool = True,
+) -> Row:
     """One row of the table: our times, the peers' as ratios to ours, the error."""
     shapes = shapes_of(kind, elements)
     gradients = [[torch.randn(s, device=device).to(dtype) for s in shapes] for _ in range(K)]
@@ -85,7 +94,7 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
     weights = dual_space_weights(G).weights
     out = [torch.empty_like(t) for t in gradients[0]]
     plain = torch.randn(read_bytes // 4, device=device)
-    others = peers(gradients) if kind == "one tensor" else {}
+    others = peers(gradients) if with_peers and kind == "one tensor" else {}
     moments = AdamMetric(
         [torch.rand_like(t) for t in gradients[0]],
         [torch.ones((), device=device) for _ in shapes],
@@ -158,7 +167,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def cases(
-    device: str, quick: bool, elements: int | None
+    device: str, quick: bool, elements: int | None, lists: Sequence[int]
 ) -> list[tuple[int, str, int, torch.dtype]]:
     """(K, shapes, P, dtype) of every row."""
     largest = elements or elements_that_fit(device, HELD * torch.float32.itemsize)
@@ -166,7 +175,7 @@ def cases(
         largest = min(largest, 10**7)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for K in (2, 3, 4, 8):
+        for K in lists:
             rows.append((K, "one tensor", largest if K <= 4 else largest // 4, dtype))
         if not (quick or elements):
             layer = sum(torch.Size(s).numel() for s in LLAMA_8B_LAYER)
@@ -181,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--elements", type=int, help="P of the large rows")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--lists", type=int, nargs="+", default=[2, 3, 4, 8], help="K")
+    parser.add_argument("--no-peers", action="store_true", help="leave out what others do")
     parser.add_argument("--quick", action="store_true", help="P = 1e7, for a first look")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(argv)
@@ -188,10 +199,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device, "torchjd", "numpy")
     path = options.json or results_folder(device) / "gram_throughput.json"
     rows: list[Row] = []
-    for K, kind, elements, dtype in cases(device, options.quick, options.elements):
+    for K, kind, elements, dtype in cases(device, options.quick, options.elements, options.lists):
         what = {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "K": K}
         part = rows_or_none(
-            lambda case=(K, kind, elements, dtype): [measure(*case, device, options.rounds)],
+            lambda case=(K, kind, elements, dtype): [
+                measure(*case, device, options.rounds, with_peers=not options.no_peers)
+            ],
             {**what, "P": float(elements)},
         )
         print_table(part, f"{kind}, K={K}, {dtype}")

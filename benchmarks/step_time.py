@@ -21,6 +21,7 @@ import gc
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import _training_step
@@ -37,7 +38,7 @@ from _common import (
     save_json,
     save_plot,
 )
-from gram_throughput import shapes_of
+from gram_throughput import LLAMA_8B_LAYER, shapes_of
 from torch import Tensor
 
 from mollm import MOLLMOptimizer
@@ -181,6 +182,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=sorted(shapes.NAMED_SHAPES),
         help="with --train: only the streamed step of this model, with random weights",
     )
+    parser.add_argument("--cases", type=int, help="with --train, only so many cases")
+    parser.add_argument(
+        "--layers", type=int, help="so many layers of Llama-3-8B in bfloat16, of its 32"
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elements = options.elements or elements_that_fit(device, HELD * torch.float32.itemsize)
@@ -192,16 +197,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = provenance(device)
     path = options.json or results_folder(device) / "step_time.json"
     rows: list[Row] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for kind, size in (("one tensor", elements), ("small tensors", elements // 50)):
-            part = rows_or_none(
-                partial(measure, OBJECTIVES, kind, size, dtype, device, options.rounds),
-                {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "P": float(size)},
-            )
-            gc.collect()
-            print_table(part, f"{kind}, {dtype}")
-            rows += part
-            save_json(path, source, rows)
+    sizes = [
+        (dtype, kind, size)
+        for dtype in (torch.float32, torch.bfloat16)
+        for kind, size in (("one tensor", elements), ("small tensors", elements // 50))
+    ]
+    if options.layers:
+        layer = sum(torch.Size(s).numel() for s in LLAMA_8B_LAYER)
+        sizes = [(torch.bfloat16, "llama-3-8b layers", options.layers * layer)]
+    for dtype, kind, size in sizes:
+        part = rows_or_none(
+            partial(measure, OBJECTIVES, kind, size, dtype, device, options.rounds),
+            {"dtype": str(dtype).removeprefix("torch."), "shapes": kind, "P": float(size)},
+        )
+        gc.collect()
+        print_table(part, f"{kind}, {dtype}")
+        rows += part
+        save_json(path, source, rows)
     save_plot(plot, path, source, rows)
 
 
@@ -212,7 +224,7 @@ def _train(options: argparse.Namespace, device: str) -> None:
     cases = _training_step.cases(device, quick=options.quick)
     if options.shape:
         cases = iter([_training_step.streamed_case(options.shape, device, quick=options.quick)])
-    for case in cases:
+    for case in islice(cases, options.cases):
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
         )

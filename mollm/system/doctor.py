@@ -16,10 +16,19 @@ from torch import Tensor
 from mollm.system import machine
 from mollm.system.precision import compute_dtype
 from mollm.system.units import GIB
-from mollm_ops import _extension, dual_space_weights, gram, linear_ce_kl, linear_uce_loss, rows
-from mollm_ops.operands import AdamWStep, Targets
+from mollm_ops import (
+    _extension,
+    combine,
+    dual_space_weights,
+    gram,
+    gram_moved,
+    linear_ce_kl,
+    linear_uce_loss,
+    rows,
+)
+from mollm_ops.operands import AdamMetric, AdamWStep, RunningMeans, Targets
 from mollm_ops.reference import dual_space as dual_space_reference
-from mollm_ops.reference.gram import gram_reference
+from mollm_ops.reference.gram import combine_reference, gram_moved_reference, gram_reference
 from mollm_ops.reference.losses import linear_ce_kl_reference, linear_uce_loss_reference
 from mollm_ops.reference.update import update_reference
 from mollm_ops.update import update_
@@ -228,6 +237,29 @@ def _gram_error(device: torch.device) -> float:
     return _distance(gram(lists), gram_reference(lists))
 
 
+def _metric_gram_error(device: torch.device) -> float:
+    results = []
+    for to, matrix in ((device, gram_moved), (torch.device("cpu"), gram_moved_reference)):
+        lists = _gradients(to)
+        means = [[None if t is None else torch.zeros_like(t) for t in row] for row in lists]
+        steps = [torch.ones((), device=to) for _ in lists[0]]
+        second = [_random(67, 33).square().to(to), None]
+        weights = torch.full((len(lists),), 1 / 3, dtype=torch.float64, device=to)
+        metric = AdamMetric(second, steps, weights)
+        for moving in (None, RunningMeans(means, 0.9)):
+            results.append(matrix(lists, moving, metric).cpu())
+    return max(_distance(results[0], results[2]), _distance(results[1], results[3]))
+
+
+def _combine_error(device: torch.device) -> float:
+    lists, weights = _gradients(device), torch.tensor([0.5, -0.2, 1.0], dtype=torch.float64)
+    pairs = zip(
+        combine(lists, weights.to(device)), combine_reference(lists, weights.to(device)),
+        strict=True,
+    )  # fmt: skip
+    return max(_distance(a, b) for a, b in pairs if a is not None and b is not None)
+
+
 def _solver_error(device: torch.device) -> float:
     G = gram_reference(_gradients(torch.device("cpu")))
     c = dual_space_reference.as_array([1.0] * len(G))
@@ -287,6 +319,8 @@ def _ce_kl_error(device: torch.device) -> float:
 
 SELF_TESTS: dict[str, tuple[Callable[[torch.device], float], float]] = {
     "Gram matrix": (_gram_error, 1e-6),
+    "Gram matrix in Adam's metric": (_metric_gram_error, 1e-6),
+    "weighted sum": (_combine_error, 1e-6),
     "solver": (_solver_error, 1e-9),
     "update": (_update_error, 1e-5),
     "UCE": (_uce_error, 1e-4),

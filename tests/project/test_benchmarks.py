@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,39 @@ def test_the_bytes_of_a_step_are_those_it_reads_and_writes(common):
         "AdamW, Euclidean metric, momentum per objective": 5 * K + 4,
         "SGD with momentum": 2 * K + 4,
     }
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("command", ["first", "rest"])
+def test_a_dry_run_of_the_gpu_script(command, tmp_path, common, monkeypatch):
+    """The same parts on a CPU at tiny sizes; the archive becomes results and tables."""
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "RESULTS": str(tmp_path / "out"),
+        "MOLLM_GPU_DRY": "1",
+        "MOLLM_COMMIT": "0123456789ab",
+    }
+    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), command]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    again = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    parts = done.stdout.count("== ")
+    assert again.stdout.count("done before") == parts == {"first": 8, "rest": 5}[command]
+    gpu_results = importlib.import_module("gpu_results")
+    tables = gpu_results.take_over(tmp_path / "out" / "gpu.tar.gz", tmp_path / "results")
+    assert "commit 0123456789ab" in tables
+    assert "| " in tables
+    (folder,) = (tmp_path / "results").iterdir()
+    assert sorted(p.stem for p in folder.glob("*.json")) == sorted(
+        p.stem for p in (tmp_path / "out").glob("*.json")
+    )
+
+
+def test_the_first_command_fits_into_ten_minutes():
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    first, rest = script.split("\n  first)")[1].split("\n  rest)")
+    limits = re.findall(r"^    (?:part|benchmark) \w+ (\d+)", first, flags=re.M)
+    assert len(limits) == 8
+    assert sum(map(int, limits)) <= 580
+    assert len(re.findall(r"^    (?:part|benchmark) ", rest, flags=re.M)) == 5
