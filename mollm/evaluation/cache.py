@@ -88,5 +88,5 @@ def _hash_of(model: PreTrainedModel) -> str:
         flat = tensor.detach().contiguous().view(-1)
         for start in range(0, len(flat), _PART):
             part = flat[start : start + _PART].cpu()
-            digest.update(part.view(torch.uint8).numpy())
+            digest.update(part.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
