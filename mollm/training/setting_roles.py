@@ -23,7 +23,7 @@ import torch
 from mollm.optim.optimizer import MOLLMOptimizer
 
 _NO_LOADER = "rows are held in memory, and no worker loads them"
-_NO_HUB = "upload the exported model, with `hf upload`"
+_NO_HUB = "call push_to_hub of the trainer once it has trained"
 _NO_DDP = "processes add up gradients without DistributedDataParallel"
 _NO_METRICS = "an evaluation gives the losses, and `mollm evaluate` metrics"
 _NO_COMPILE = "the step is not compiled"

@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -64,7 +66,7 @@ from mollm.system.folders import (
     complete,
     replace_text,
 )
-from mollm.system.parsing import user_path
+from mollm.system.parsing import reason_of, user_path
 from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
@@ -964,6 +966,53 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if model is not None:
                 _refuse_broken(not_finite(model.state_dict()))
                 loading.save(model, self.processing_class, user_path(output_dir))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "After unlearning with mollm",
+    ) -> str | None:
+        """Uploads the whole model with its card and its report, and returns where they are.
+
+        All processes must call it, and the first one uploads; the others get None.
+
+        Args:
+            repo_id: The repository, made where there is none, such as ann/my-model.
+            private: Whether a new repository is private; None for what the account has as default.
+            token: Of the hub; None for that of `hf auth login`.
+            commit_message: Of the commit.
+
+        Raises:
+            UsageError: A weight is not finite, or the hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        url = None
+        with tempfile.TemporaryDirectory(prefix="mollm-push-") as name:
+            folder = Path(name) / "model"
+            self.export(folder)
+            with processes.agreeing():
+                if processes.rank() == 0:
+                    (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
+                    report = self._folder / REPORT_FILE
+                    if report.is_file():
+                        shutil.copy(report, folder / REPORT_FILE)
+                    try:
+                        api = HfApi(token=token)
+                        made = api.create_repo(repo_id, private=private, exist_ok=True)
+                        url = str(made)
+                        api.upload_folder(
+                            repo_id=made.repo_id, folder_path=folder, commit_message=commit_message
+                        )
+                    except (OSError, ValueError) as error:
+                        raise UsageError(
+                            f"the model cannot be uploaded to {repo_id}: {reason_of(error)}: look "
+                            "at the name, the token and the network, and call push_to_hub again."
+                        ) from error
+        return url
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Writes README.md into `output_dir`, see `mollm.training.model_card`."""

@@ -241,7 +241,7 @@ def test_nothing_is_read_or_written_with_pickle(tmp_path, monkeypatch):
     trained(tmp_path, **options)
     trainer(tmp_path, **options).train(resume_from_checkpoint=True)
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".jsonl", ".jinja", ".md", ".safetensors"}
+    assert kinds <= {".html", ".json", ".jsonl", ".jinja", ".md", ".safetensors"}
 
 
 def test_logs_say_what_the_steps_did(tmp_path):
