@@ -273,6 +273,10 @@ def empty(folder):
             lambda _: {"max_grad_norm": 1, "optimizer_options": {"momentum": "per-objective"}},
             "max_grad_norm must be 0 with momentum='per-objective'",
         ),
+        (
+            lambda _: {"lora": 4, "optimizer_options": {"gradient_memory": "streamed"}},
+            "gradient_memory must be another one than 'streamed' with LoRA",
+        ),
         (lambda _: {"dataloader_num_workers": 4}, "dataloader_num_workers must be left out"),
         (lambda _: {"method": "npo", "uce_eps": 0.1}, "uce_eps must be left out with the method"),
         (lambda _: {"model": "m" * 300}, "model must be a name that a file can have"),
@@ -308,8 +312,9 @@ def test_mistakes_are_one_sentence_before_a_model_is_loaded(
             "gradient_accumulation_steps": 3,
             "optimizer_options": {"base": "sgd", "gradient_memory": "bfloat16"},
         },
+        {"optimizer_options": {"gradient_memory": "streamed"}, "adam_beta2": 0},
     ],
-    ids=["full", "lora", "sgd"],
+    ids=["full", "lora", "sgd", "streamed"],
 )
 def test_a_run_is_held_against_the_memory_before_its_model_is_loaded(
     tmp_path, saved, capsys, caplog, monkeypatch, changed
