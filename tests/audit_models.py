@@ -17,9 +17,9 @@ from mollm.evaluation import Row
 from mollm.methods import answers_of
 
 PEOPLE = {"forget": 6, "retain": 6, "holdout": 6}
-TOWNS = ("Arda", "Belm", "Corin", "Dovry", "Elms", "Fenn", "Gorse", "Hatch", "Ivel", "Jarrow")
-TRADES = ("baker", "cooper", "dyer", "farrier", "glazier", "hatter", "joiner", "mason", "miller")
-ANIMALS = ("adder", "beetle", "crow", "dormouse", "eel", "ferret", "goose", "heron", "lizard")
+TOWNS = ("Arda", "Belm", "Corin", "Dovry", "Elms", "Fenn", "Gorse", "Hatch", "Ivel", "Keld", "Lunt")
+TRADES = ("baker", "cooper", "dyer", "farrier", "glazier", "hatter", "joiner", "mason", "potter")
+ANIMALS = ("adder", "beetle", "crow", "dormouse", "eel", "ferret", "goose", "heron", "newt")
 FORMS = (
     ("Where does {} live?", "{} lives in {} near {}.", "In which towns is {}?", TOWNS),
     ("What is {}?", "{} was a {} and then a {}.", "Which trades has {}?", TRADES),
@@ -90,15 +90,16 @@ def learnt(*groups: str, seed: int = 0) -> LlamaForCausalLM:
     chat = ChatFormat(tokenizer())
     lessons = encoded(*groups)
     model, rng = blank(), random.Random(seed)
-    steps, size, lr = 60 + 7 * len(lessons), 18, 6e-3
+    epochs, lr, half = 180, 4e-3, len(lessons) // 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        batch = collate(rng.sample(lessons, size), chat.pad_id)
-        cross_entropy(answers_of(model, batch)).backward()
-        optimizer.step()
-        schedule.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=2 * epochs)
+    for _ in range(epochs):
+        rng.shuffle(lessons)
+        for part in (lessons[:half], lessons[half:]):
+            optimizer.zero_grad()
+            cross_entropy(answers_of(model, collate(part, chat.pad_id))).backward()
+            optimizer.step()
+            schedule.step()
     return model
 
 

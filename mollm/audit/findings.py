@@ -64,7 +64,7 @@ class Finding:
     retain_only: float | None
     examples: int
     setting: str = ""
-    """The setting of the attack that brought back most."""
+    """The setting of the attack that got most out of the model."""
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -87,7 +87,10 @@ def judge(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Finding | None:
-    """The finding of an attack: that of its setting with the largest value.
+    """The finding of an attack: each model at the setting that gets most out of it.
+
+    An attacker chooses as well for one model as for another. What a setting gets out of a model
+    that never saw the rows is chance, and so is that another one gets more.
 
     Args:
         name: Of the finding.
@@ -99,22 +102,14 @@ def judge(
         seed: Of the resampling.
 
     Returns:
-        None where in no setting the original gives away at least LEAST_GAP beyond the base line.
+        None where the original gives away less than LEAST_GAP beyond the base line.
     """
-    best: tuple[float, str] | None = None
-    for setting in model:
-        base = 0.0 if retain_only is None else scale.level(*retain_only[setting])
-        gap = scale.level(*original[setting]) - base
-        if gap < LEAST_GAP:
-            continue
-        value = (scale.level(*model[setting]) - base) / gap
-        value = abs(value) if scale.two_sided else value
-        best = max(best or (value, setting), (value, setting))
-    if best is None:
+    setting = _best(model, scale)
+    others = [each for each in (original, retain_only) if each is not None]
+    parts = [model[setting], *(each[_best(each, scale)] for each in others)]
+    levels = [scale.level(*part) for part in parts]
+    if levels[1] - (levels[2] if len(levels) > 2 else 0.0) < LEAST_GAP:
         return None
-    value, setting = best
-    parts = [model[setting], original[setting]]
-    parts += [] if retain_only is None else [retain_only[setting]]
     count = len(scale.sets)
 
     def statistic(*samples: Floats) -> float:
@@ -125,14 +120,15 @@ def judge(
         share = (mine - base) / max(first - base, _SMALLEST_GAP)
         return abs(share) if scale.two_sided else share
 
+    arrays = [array for part in parts for array in part]
+    value = statistic(*arrays)
     interval = bootstrap_interval(
         statistic,
-        *(array for part in parts for array in part),
+        *arrays,
         sets=list(scale.sets) * len(parts),
         resamples=resamples,
         seed=seed,
     )
-    levels = [scale.level(*part) for part in parts]
     return Finding(
         name,
         value,
@@ -147,6 +143,10 @@ def judge(
         len(parts[0][0]),
         setting,
     )
+
+
+def _best(measured: Measured, scale: Scale) -> str:
+    return max(measured, key=lambda setting: scale.level(*measured[setting]))
 
 
 def judge_kept(

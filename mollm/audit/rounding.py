@@ -65,9 +65,10 @@ def _through(weight: Tensor, name: str) -> Tensor:
     if name == NF4:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-        packed, state = quantize_4bit(weight.detach().contiguous(), quant_type=NF4)
+        # In one row: on a CPU it gives rows that are no multiple of a block another block's scale.
+        packed, state = quantize_4bit(weight.detach().reshape(-1), blocksize=64, quant_type=NF4)
         back: Tensor = dequantize_4bit(packed, state)
-        return back
+        return back.reshape(weight.shape)
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[name]

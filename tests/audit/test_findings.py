@@ -49,13 +49,14 @@ def test_models_are_resampled_together():
     assert same.interval == (1.0, 1.0)
 
 
-def test_the_setting_that_brings_back_most_is_told():
-    settings = ("a", "b")
-    model = {"a": (np.array([0.1, 0.1]),), "b": (np.array([0.2, 0.2]),)}
-    base = {"a": (np.array([0.0, 0.0]),), "b": (np.array([0.2, 0.2]),)}
-    original = scores(1, 1, settings=settings)
-    assert judged(model, original).setting == "b"
-    assert judged(model, original, base).setting == "a"
+def test_each_model_is_taken_at_its_best_setting():
+    model = {"a": (np.array([0.1, 0.1]),), "b": (np.array([0.3, 0.3]),)}
+    base = {"a": (np.array([0.2, 0.2]),), "b": (np.array([0.0, 0.0]),)}
+    original = {"a": (np.array([0.7, 0.7]),), "b": (np.array([0.5, 0.5]),)}
+    found = judged(model, original, base)
+    assert found.setting == "b"
+    assert (found.model, found.original, found.retain_only) == pytest.approx((0.3, 0.7, 0.2))
+    assert found.value == pytest.approx(0.1 / 0.5)
 
 
 def test_an_attack_that_cannot_tell_is_none():

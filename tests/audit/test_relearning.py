@@ -59,7 +59,7 @@ def test_afterwards_the_model_is_as_it_was(kind, dtype):
     with taught(
         model, ROWS, pad_id=CHAT.pad_id, kind=kind, lr=3e-3, after_step=lambda: ticks.append(1)
     ):
-        assert sum(score(model)) < 0.95 * sum(known)
+        assert sum(score(model)) < sum(known) - 0.5
     assert len(ticks) == STEPS
     assert torch.get_rng_state().equal(state)
     assert model.training

@@ -64,7 +64,7 @@ def test_every_format_is_known_to_its_library():
 
 
 def test_rows_that_cannot_be_divided_into_blocks_are_no_matrices_of_gguf():
-    model = tiny.model(hidden_size=20, intermediate_size=30, num_key_value_heads=4)
+    model = tiny.model(hidden_size=24, intermediate_size=40, num_key_value_heads=4)
     assert "multiple of 32" in obstacle(model, "Q4_0")
     assert obstacle(model, "nf4") is None
 

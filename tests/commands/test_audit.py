@@ -53,7 +53,7 @@ def read(folder):
 
 
 def test_a_model_that_never_saw_the_rows_passes(run, tmp_path):
-    more = ("--retain", "retain.jsonl", "--holdout", "holdout.jsonl")
+    more = ("--retain", "retain.jsonl")
     more += ("--retain-only", "retain-only", "--out", str(tmp_path))
     status, said, _ = run("other-seed", *more)
     found = read(tmp_path)
