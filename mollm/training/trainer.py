@@ -994,7 +994,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with tempfile.TemporaryDirectory(prefix="mollm-push-") as name:
             folder = Path(name) / "model"
             self.export(folder)
-            with processes.agreeing():
+            with processes.raise_on_all_ranks():
                 if processes.rank() == 0:
                     (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
                     report = self._folder / REPORT_FILE
