@@ -172,13 +172,14 @@ def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> T
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
-            min_new_tokens=3,
-            max_new_tokens=3,
-            do_sample=False,
-            generation_config=GenerationConfig(),  # its own may not work
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
+            generation_config=GenerationConfig(  # the model's own may not work
+                min_new_tokens=3,
+                max_new_tokens=3,
+                do_sample=False,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            ),
         )
     logits: Tensor = torch.stack(output.logits, 1).double()
     return logits.masked_fill(~logits.isfinite(), 0)

@@ -8,8 +8,9 @@ from mollm.commands.settings_file import read_settings
 from mollm.data.files import sample_path
 from mollm.models import loading
 from mollm.planning.first_settings import first_settings
-from mollm.planning.settings import GIB, PlanSettings
+from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import shape_named
+from mollm.system.units import GIB
 from mollm.training.config import MOLLMConfig
 
 FORGET, RETAIN = (str(sample_path(f"authors-{role}.jsonl")) for role in ("forget", "retain"))
