@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ def device_name(device: str) -> str:
 
 def provenance(device: str, *packages: str) -> Row:
     """Device, date, versions, commit and command: what every figure carries."""
+    known = os.environ.get("MOLLM_COMMIT")  # of a copy without .git
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -42,7 +44,7 @@ def provenance(device: str, *packages: str) -> Row:
         "device": device_name(device),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": machine.versions("triton", *packages),
-        "commit": commit or "unknown",
+        "commit": known or commit or "unknown",
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
@@ -87,11 +89,21 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def interleaved_medians(
-    calls: Mapping[str, Callable[[], object]], device: str, *, rounds: int = 7, warmup: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    device: str,
+    *,
+    rounds: int = 7,
+    warmup: int = 1,
+    peers: Collection[str] = (),
+    reasons: dict[str, str] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each call; the calls take turns, so that drift hits all alike.
 
-    NaN for a call that ran out of memory; the others go on without it.
+    NaN for a call that ran out of memory, or a peer's that failed; the others go on without it.
+
+    Args:
+        peers: names of calls that are not ours.
+        reasons: why a peer failed is written here, by its name.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     failed: set[str] = set()
@@ -102,6 +114,13 @@ def interleaved_medians(
             except torch.cuda.OutOfMemoryError:
                 failed.add(name)
                 continue
+            except Exception as error:
+                if name not in peers:
+                    raise
+                failed.add(name)
+                if reasons is not None:
+                    reasons[name] = why(error)
+                continue
             if turn >= 0:
                 times[name].append(seconds)
         if failed:
@@ -110,6 +129,12 @@ def interleaved_medians(
         name: math.nan if name in failed else statistics.median(values)
         for name, values in times.items()
     }
+
+
+def why(error: Exception) -> str:
+    """An error in one short line."""
+    first = (str(error).strip() or "no words").splitlines()[0]
+    return f"{type(error).__name__}: {first[:120]}"
 
 
 def print_table(rows: Sequence[Row], title: str) -> None:

@@ -1,15 +1,16 @@
 """The whole training step against one step of the weighted sum of the same three losses.
 
     MOLLM           mollm.training.step.accumulate, then MOLLMOptimizer.step
+    streamed        the same with gradient_memory="streamed", which computes each block again twice
     weighted sum    the same forwards, one backward of c_1 forget + c_2 kl + c_3 retain, then
                     torch.optim.AdamW(fused=True)
 
-Both walk with the same parameters and the same moments, on the same batches, in turns.
+All walk with the same parameters and the same moments, on the same batches, in turns.
 
 FLOPs, in units of one forward pass F of one batch through the decoder's layers:
-                                                    weighted sum    MOLLM
-    forwards of both batches, backwards of 2F each       6F           8F
-    the frozen copy, or the model without its adapter   + 1F         + 1F
+                                                    weighted sum    MOLLM    streamed
+    forwards of both batches, backwards of 2F each       6F           8F     2F + 2 x 8F
+    the frozen copy, or the model without its adapter   + 1F         + 1F       + 1F
     checkpointing, one more forward in a backward       + 2F         + 3F
     LoRA, backwards of 1F                               - 2F         - 3F
 and, on both sides alike, products of the head with N answers: three for the forget loss (two where
@@ -31,21 +32,24 @@ from unittest.mock import patch
 
 import torch
 from _common import Row, interleaved_medians
+from torch.profiler import ProfilerActivity, profile
 
-from mollm import MOLLMOptimizer
+from mollm import MOLLMOptimizer, find_blocks
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.methods import METHODS, method
-from mollm.models import forward
+from mollm.models import forward, tape
+from mollm.optim import optimizer
 from mollm.planning import memory, shapes
 from mollm.planning.memory import MemoryPlan
-from mollm.planning.settings import PlanSettings
+from mollm.planning.settings import STREAMED, PlanSettings
 from mollm.planning.shapes import Shape
+from mollm.system import precision
 from mollm.system.units import GIB
 from mollm.training import step
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CachedReference, make_reference
 
-METHOD = METHODS["project"]
+METHOD = METHODS["mollm"]
 LR = 1e-6
 PARTS = ("forward", "backward", "Gram", "update")
 
@@ -67,7 +71,16 @@ class Case:
 
     @property
     def plan(self) -> MemoryPlan:
-        return memory.plan(self.shape, self.settings)
+        computed = precision.compute_dtype(torch.device(self.settings.device)).name
+        metric = METHOD.optimizer_options()["metric"]
+        settings = replace(self.settings, compute_dtype=computed, metric=metric)
+        return memory.plan(self.shape, settings)
+
+    @property
+    def streamed(self) -> Case:
+        """The same with gradients of one block at a time."""
+        settings = replace(self.settings, gradient_memory=STREAMED, gradient_checkpointing=False)
+        return replace(self, settings=settings)
 
 
 _ON_CPU = PlanSettings(batch_size=4, sequence_length=128, device="cpu")
@@ -94,6 +107,8 @@ def cases(device: str, *, quick: bool) -> Iterator[Case]:
             yield Case(f"34M, {name}", _SMALL, settings)
         for name, settings in _ways(_ON_CPU):
             yield Case(f"SmolLM2-135M, {name}", _SMOL, settings)
+        settings = replace(_ON_CPU, freeze_embeddings=True, gradient_checkpointing=True)
+        yield Case("SmolLM2-135M, copy, checkpointing", _SMOL, settings)
     else:
         free, _ = torch.cuda.mem_get_info()
         for checkpointing in (True, False):
@@ -103,6 +118,16 @@ def cases(device: str, *, quick: bool) -> Iterator[Case]:
                     if case.plan.fits(0.95 * free):
                         yield case
                         break
+
+
+def streamed_case(shape: str, device: str, *, quick: bool) -> Case:
+    """A model that trains in full on one card, with nothing beside the streamed step."""
+    on_device = _ON_GPU if device == "cuda" else replace(_ON_CPU, batch_size=1)
+    settings = replace(on_device, freeze_embeddings=True, reference="cache")
+    if quick:
+        settings = replace(settings, sequence_length=16)
+    config = _TINY if quick else shapes.NAMED_SHAPES[shape]
+    return Case(f"{'tiny' if quick else shape}, streamed", config, settings).streamed
 
 
 def _ways(settings: PlanSettings) -> Iterator[tuple[str, PlanSettings]]:
@@ -129,38 +154,40 @@ def prepared(case: Case, device: str) -> Iterator[dict[str, WeightedSum | Mollm]
                 batch_size=settings.batch_size,
                 pad_id=0,
             )
-        optimizer = MOLLMOptimizer(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=LR,
-            objectives=method.OBJECTIVES,
-            **METHOD.optimizer_options(),
-        )
         pair = tuple(collate(rows, pad_id=0).to(device) for rows in (forget, retain))
-        yield {
-            "weighted sum": WeightedSum(objectives, _torchs_adamw(optimizer), pair),
-            "MOLLM": Mollm(objectives, optimizer, pair),
-        }
+        held = _optimizer(model, settings)
+        steps: dict[str, WeightedSum | Mollm] = {}
+        if not settings.streams:
+            steps["weighted sum"] = WeightedSum(objectives, _torchs_adamw(held), pair)
+            steps["MOLLM"] = Mollm(objectives, held, pair)
+        if not settings.lora_rank:
+            streamed = _optimizer(model, case.streamed.settings)
+            streamed.state = streamed.base.state = held.state
+            checkpoints = settings.gradient_checkpointing
+            steps["streamed"] = Streamed(objectives, streamed, pair, checkpoints)
+        yield steps
 
 
 def rows_of(case: Case, device: str, rounds: int) -> list[Row]:
-    """A row for each of the two steps, which are measured in turns."""
+    """A row for each of the steps, which are measured in turns."""
     settings = case.settings
     with prepared(case, device) as steps:
         seconds = interleaved_medians(steps, device, rounds=rounds)
+        first = next(iter(steps))
         return [
             {
                 "case": case.name,
                 "P": float(case.plan.trainable),
                 "dtype": settings.dtype,
                 "tokens": 2 * settings.tokens,
-                "checkpointing": settings.gradient_checkpointing,
+                "checkpointing": settings.gradient_checkpointing and name != "streamed",
                 "step": name,
                 "ms": 1e3 * seconds[name],
-                "/ sum": seconds[name] / seconds["weighted sum"],
-                "by FLOPs": flops(case, name) / flops(case, "weighted sum"),
+                "/ sum": seconds[name] / seconds[first],
+                "by FLOPs": flops(case, name) / flops(case, first),
                 "tokens/s": 2 * settings.tokens / seconds[name],
                 **(shares(call, device) if math.isfinite(seconds[name]) else {}),
-                **(peak(call, case) if device == "cuda" and name == "MOLLM" else {}),
+                **({} if name == "weighted sum" else peak(call, case)),
             }
             for name, call in steps.items()
         ]
@@ -172,8 +199,10 @@ def flops(case: Case, name: str) -> int:
     attention = settings.sequence_length * shape.query  # causal: half of the scores, twice
     layers = settings.tokens * shape.num_layers * (shape.layer_linear + attention)
     backward = (1 if settings.lora_rank else 2) + settings.gradient_checkpointing
-    backwards = 3 if name == "MOLLM" else 2
+    backwards = {"weighted sum": 2, "MOLLM": 3, "streamed": 2 * 3}[name]
     original = 0 if settings.reference == "cache" else 1
+    if name == "streamed":
+        original, backward = original + 2 * 2, 2  # each sweep runs both batches once more
     answers = settings.batch_size * settings.sequence_length // 2
     head = answers * shape.embedding * (9 if settings.trains_head else 6)
     return layers * (2 + original + backwards * backward) + head
@@ -201,6 +230,16 @@ def _model(case: Case, device: str) -> tuple[Any, Any | None]:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     return model.train(), adapted
+
+
+def _optimizer(model: Any, settings: PlanSettings) -> MOLLMOptimizer:
+    return MOLLMOptimizer(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=LR,
+        objectives=method.OBJECTIVES,
+        gradient_memory=settings.gradient_memory,
+        **METHOD.optimizer_options(),
+    )
 
 
 def _rows(case: Case) -> tuple[list[Tokens], list[Tokens]]:
@@ -272,6 +311,44 @@ class Mollm:
             yield
 
 
+@dataclass
+class Streamed(Mollm):
+    """One step of ours with gradients of one block at a time."""
+
+    checkpoints: bool = False
+    """Whether the other steps, which share the model, checkpoint its activations."""
+
+    def __post_init__(self) -> None:
+        with self._without_checkpoints() as model:
+            self._blocks = find_blocks(model)
+
+    def __call__(self) -> None:
+        with self._without_checkpoints():
+            self.optimizer.zero_grad()
+            step.accumulate(self.objectives, self.optimizer, *self.pair, blocks=self._blocks)
+            self.optimizer.step()
+
+    @contextmanager
+    def _without_checkpoints(self) -> Iterator[Any]:
+        model: Any = self.objectives.model
+        if self.checkpoints:
+            model.gradient_checkpointing_disable()
+        try:
+            yield model
+        finally:
+            if self.checkpoints:
+                model.gradient_checkpointing_enable()
+
+    @contextmanager
+    def timed(self, clock: Clock) -> Iterator[None]:
+        with (
+            clock.watches(tape, "grad", "backward"),
+            clock.watches(optimizer, "gram", "Gram"),
+            clock.watches(self.optimizer.base, "step_along", "update"),
+        ):
+            yield
+
+
 class Clock:
     """Seconds of the functions it watches, the device's work included."""
 
@@ -311,14 +388,42 @@ def shares(call: WeightedSum | Mollm, device: str, steps: int = 2) -> Row:
 
 
 def peak(call: Mollm, case: Case) -> Row:
-    """Peak memory of one more step beside what was planned, without the allowance for Torch."""
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    planned = case.plan.peak.total - memory.OVERHEAD_BYTES["cuda"]
-    return {
-        "peak GiB": torch.cuda.max_memory_allocated() / GIB,
-        "planned GiB": planned / GIB,
-    }
+    """Peak memory of one more step beside what was planned, without the allowance for Torch.
+
+    A plan is for rows that are answers but for their first token; these have as long a prompt.
+    """
+    planned = (case.streamed if isinstance(call, Streamed) else case).plan.peak.total
+    planned -= memory.OVERHEAD_BYTES[case.settings.device]
+    device = case.settings.device
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        found = torch.cuda.max_memory_allocated()
+    else:
+        found = _lasting_bytes(call) + _most_allocated(call)
+    return {"peak GiB": found / GIB, "planned GiB": planned / GIB}
+
+
+def _lasting_bytes(call: Mollm) -> int:
+    state = (t for entry in call.optimizer.state.values() for t in entry.values())
+    original = getattr(call.objectives.reference, "model", None)
+    copied = () if original is None else original.parameters()
+    tensors = {t.data_ptr(): t for t in (*call.objectives.model.parameters(), *copied, *state)}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def _most_allocated(call: Mollm) -> int:
+    """The most bytes that Torch has allocated at once during a step on the CPU."""
+    call.optimizer.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        call()
+    results: Any = run.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:

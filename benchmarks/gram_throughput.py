@@ -4,6 +4,7 @@
 
 Bytes of an ideal implementation, P elements of s bytes in each of K gradients:
     gram     K·P·s            every gradient read once
+    metric   (K + 1)·P·s      and Adam's second moment: the Gram matrix of the default method
     combine  (K + 1)·P·s      every gradient read once more, the direction written
 The read bandwidth is that of torch.sum over as many bytes, measured in the same rounds.
 """
@@ -30,10 +31,11 @@ from _common import (
 )
 from torch import Tensor
 
-from mollm_ops import combine, dual_space_weights, gram, gram_direction
+from mollm_ops import combine, dual_space_weights, gram, gram_direction, gram_moved
+from mollm_ops.operands import AdamMetric
 from mollm_ops.reference.gram import gram_reference
 
-HELD = 23  # tensors of P elements at K = 4: five times the gradients with the peers, the sum
+HELD = 24  # tensors of P elements at K = 4: five times the gradients with the peers, the sum, v
 LLAMA_8B_LAYER = [
     (4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096),
     (14336, 4096), (14336, 4096), (4096, 14336), (4096,), (4096,),
@@ -84,10 +86,17 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
     out = [torch.empty_like(t) for t in gradients[0]]
     plain = torch.randn(read_bytes // 4, device=device)
     others = peers(gradients) if kind == "one tensor" else {}
+    moments = AdamMetric(
+        [torch.rand_like(t) for t in gradients[0]],
+        [torch.ones((), device=device) for _ in shapes],
+        torch.full((K,), 1 / K**2, dtype=torch.float64, device=device),
+    )
+    reasons: dict[str, str] = {}
     seconds = interleaved_medians(
         {
             "read": lambda: plain.sum(),
             "gram": lambda: gram(gradients),
+            "metric": lambda: gram_moved(gradients, None, moments),
             "solve": lambda: dual_space_weights(G),
             "combine": lambda: combine(gradients, weights, out=out),
             "all": lambda: gram_direction(gradients, out=out),
@@ -95,11 +104,13 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
         },
         device,
         rounds=rounds,
+        peers=others,
+        reasons=reasons,
     )
     exact = gram_reference(gradients)
     norms = exact.diagonal().sqrt()
     ours = {"gram": seconds["gram"], "all": seconds["all"]}
-    lost = [name for name, value in seconds.items() if math.isnan(value)]
+    lost = [name for name, t in seconds.items() if math.isnan(t) and name not in reasons]
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "shapes": kind,
@@ -108,6 +119,8 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
         "gram ms": 1e3 * seconds["gram"],
         "GB/s": read_bytes / seconds["gram"] / 1e9,
         "of read": seconds["read"] / seconds["gram"],
+        "metric ms": 1e3 * seconds["metric"],
+        "metric of read": (K + 1) / K * seconds["read"] / seconds["metric"],
         "solve us": 1e6 * seconds["solve"],
         "combine ms": 1e3 * seconds["combine"],
         "combine GB/s": (K + 1) / K * read_bytes / seconds["combine"] / 1e9,
@@ -117,7 +130,12 @@ def measure(K: int, kind: str, elements: int, dtype: torch.dtype, device: str, r
             f"x {name}": seconds[name] / ours["all" if "TorchJD" in name else "gram"]
             for name in others
         },
-        **({"out of memory": ", ".join(lost)} if lost else {}),
+        **(
+            {"out of memory": ", ".join(set(lost) - set(reasons))}
+            if set(lost) - set(reasons)
+            else {}
+        ),
+        **({"failed": "; ".join(f"{n}: {r}" for n, r in reasons.items())} if reasons else {}),
     }
 
 

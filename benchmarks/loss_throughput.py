@@ -258,7 +258,7 @@ def measure(
     if device == "cuda":
         methods["mollm, chunk_rows=1024"] = ours(loss, chunk_rows=1024)
     methods |= {"eager": eager(loss), **peers(loss, device)}
-    if not options.quick and loss == "ce":
+    if not (options.quick or options.no_compile) and loss == "ce":
         methods["eager, compiled"] = torch.compile(eager(loss))
     calls = {"floor": floor(loss, x)}
     for name, method in methods.items():
@@ -266,8 +266,11 @@ def measure(
         calls[f"{name}/forward"] = lambda method=method: method(x)  # type: ignore[misc]
     slow = {n: c for n, c in calls.items() if n.startswith("F.") and device == "cpu"}
     fast = {n: c for n, c in calls.items() if n not in slow}
-    seconds = interleaved_medians(fast, device, rounds=options.rounds)
-    seconds |= interleaved_medians(slow, device, rounds=1, warmup=0)
+    theirs = {n for n in calls if n != "floor" and not n.startswith("mollm")}
+    reasons: dict[str, str] = {}
+    turns = partial(interleaved_medians, device=device, peers=theirs, reasons=reasons)
+    seconds = turns(fast, rounds=options.rounds)
+    seconds |= turns(slow, rounds=1, warmup=0)
     memory = {}
     for name in methods:
         x.clear()
@@ -280,9 +283,11 @@ def measure(
         exact = unless_out_of_memory(lambda: gradients_of(eager(loss), x.double()))
     rows = []
     for name, method in methods.items():
-        lost = [n for n in (name, f"{name}/forward", "floor") if math.isnan(seconds[n])]
+        parts = (name, f"{name}/forward", "floor")
+        failed = next((reasons[n] for n in parts if n in reasons), None)
+        lost = [n for n in parts if math.isnan(seconds[n]) and n not in reasons]
         error = None
-        if exact is not None and not lost:
+        if exact is not None and not lost and failed is None:
             error = unless_out_of_memory(
                 lambda method=method: relative_error(gradients_of(method, x), exact)
             )
@@ -299,6 +304,7 @@ def measure(
                 "MiB": None if memory[name] is None else memory[name] / 2**20,
                 "error": error,
                 **({"out of memory": ", ".join(lost)} if lost else {}),
+                **({"failed": failed} if failed else {}),
             }
         )
     return rows
@@ -342,12 +348,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--losses", nargs="+", choices=list(GEMMS), default=list(GEMMS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small shape, for a first look")
+    parser.add_argument("--rows", type=int, nargs="+", help="only the shapes of so many rows, M")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--no-error", action="store_true", help="leave out the float64 comparison")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = provenance(device, "liger-kernel", "cut-cross-entropy")
     shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES
+    shapes = [shape for shape in shapes if not options.rows or shape[0] in options.rows]
     dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
     path = options.json or results_folder(device) / "loss_throughput.json"
     rows: list[Row] = []

@@ -2,11 +2,14 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --train    the whole training step, see _training_step.py
+    python benchmarks/step_time.py --train --shape llama-3-8b
+                                              one that trains in full on one card, streamed alone
 
 Bytes of an ideal implementation, P elements of s bytes, K gradients:
     Torch's AdamW     (1 + 3 + 3)·P·s      reads g, θ, m, v; writes θ, m, v
     update            (K + 3 + 3)·P·s      reads K gradients, θ, m, v; writes θ, m, v
-    whole step        (2K + 3 + 3)·P·s     reads the K gradients once more for the Gram matrix
+    a step            K gradients twice, θ and the mode's own state read and written, and what its
+                      Gram matrix reads besides: v for Adam's metric, the means of every objective
 Torch's time scaled by these bytes is what each must be compared with. `copy` is `Tensor.copy_` over
 as many bytes, as a physical floor.
 """
@@ -39,14 +42,19 @@ from torch import Tensor
 
 from mollm import MOLLMOptimizer
 from mollm.optim.bases import AdamW
+from mollm.planning import shapes
 
 OBJECTIVES = 3
-HELD = 23  # tensors of P elements: gradients, parameters, and the states of all that is compared
+HELD = 32  # tensors of P elements: gradients, parameters, and the states of all that is compared
 MODES: dict[str, dict[str, object]] = {
-    "AdamW": {},
-    "AdamW, no tracking": {"track_conflicts": False},
-    "AdamW, momentum per objective": {"momentum": "per-objective"},
-    "AdamW, Adam's metric": {"metric": "base"},
+    "AdamW, Adam's metric": {},
+    "AdamW, Adam's metric, no tracking": {"track_conflicts": False},
+    "AdamW, Adam's metric, momentum per objective": {"momentum": "per-objective"},
+    "AdamW, Euclidean metric": {"metric": "euclidean"},
+    "AdamW, Euclidean metric, momentum per objective": {
+        "metric": "euclidean",
+        "momentum": "per-objective",
+    },
     "SGD with momentum": {"base": "sgd", "momentum": 0.9},
 }
 
@@ -58,6 +66,7 @@ class PreparedStep:
         names = [f"objective {k}" for k in range(len(gradients))]
         self.opt = MOLLMOptimizer(params, lr=1e-6, objectives=names, **mode)  # type: ignore[arg-type]
         self.names, self.params, self.gradients = names, params, gradients
+        self.mode = mode
 
     def __call__(self) -> None:
         for name, tensors in zip(self.names, self.gradients, strict=True):
@@ -65,6 +74,19 @@ class PreparedStep:
                 for p, g in zip(self.params, tensors, strict=True):
                     p.grad = g
         self.opt.step()
+
+    def bytes_moved(self) -> int:
+        """What an ideal step reads and writes, once a first step has made the state."""
+        gradients = sum(t.nbytes for tensors in self.gradients for t in tensors)
+        params = sum(p.nbytes for p in self.params)
+        state = {
+            name: sum(self.opt.state[p][name].nbytes for p in self.params)
+            for name, t in self.opt.state[self.params[0]].items()
+            if isinstance(t, Tensor) and t.shape == self.params[0].shape
+        }
+        means = gradients if self.mode.get("momentum") == "per-objective" else 0
+        metric = state.get("exp_avg_sq", 0) if self.opt.metric == "base" else 0
+        return 2 * (gradients + params + sum(state.values())) + 3 * means + metric
 
 
 def measure(
@@ -100,13 +122,9 @@ def measure(
     rows = []
     for name in ("update", "update tracked", *MODES):
         whole = name in MODES
-        state = {"SGD with momentum": 4, "AdamW, Adam's metric": 5}.get(name, 6)
-        reads = 2 * K if whole else K
-        if name == "AdamW, Adam's metric":
-            reads += 1  # v for the metric
-        if name == "AdamW, momentum per objective":
-            reads, state = reads + 2 * K, 4 + K  # the means twice, and written once; no m
-        volume = reads + state
+        ran = whole and not math.isnan(seconds[name])
+        volume = prepared[name].bytes_moved() if ran else (K + 6) * unit
+        torch_by_bytes = seconds["torch"] * volume / (torch_bytes * unit)
         lost = [n for n in (name, "torch", "copy") if math.isnan(seconds[n])]
         rows.append(
             {
@@ -116,11 +134,11 @@ def measure(
                 "P": float(P),
                 "what": name if not whole else f"step: {name}",
                 "ms": 1e3 * seconds[name],
-                "GB/s": volume * unit / seconds[name] / 1e9,
-                "of copy": volume / 2 * seconds["copy"] / seconds[name],
+                "GB/s": volume / seconds[name] / 1e9,
+                "of copy": volume / (2 * unit) * seconds["copy"] / seconds[name],
                 "torch AdamW ms": 1e3 * seconds["torch"],
                 "torch GB/s": torch_bytes * unit / seconds["torch"] / 1e9,
-                "time / torch by bytes": seconds[name] / (seconds["torch"] * volume / torch_bytes),
+                "time / torch by bytes": seconds[name] / torch_by_bytes,
                 **({"out of memory": ", ".join(lost)} if lost else {}),
             }
         )
@@ -158,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="the whole training step against that of the weighted sum of the same losses",
     )
+    parser.add_argument(
+        "--preset",
+        choices=sorted(shapes.NAMED_SHAPES),
+        help="with --train: only the streamed step of this model, with random weights",
+    )
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elements = options.elements or elements_that_fit(device, HELD * torch.float32.itemsize)
@@ -186,7 +209,10 @@ def _train(options: argparse.Namespace, device: str) -> None:
     source = provenance(device, "transformers", "peft")
     path = options.json or results_folder(device) / "step_time_train.json"
     rows: list[Row] = []
-    for case in _training_step.cases(device, quick=options.quick):
+    cases = _training_step.cases(device, quick=options.quick)
+    if options.shape:
+        cases = iter([_training_step.streamed_case(options.shape, device, quick=options.quick)])
+    for case in cases:
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}
         )

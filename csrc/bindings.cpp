@@ -363,6 +363,15 @@ void bind_cuda(py::module_& m) {
       },
       py::arg("lists"));
   m.def(
+      "cuda_moved_grid",
+      [](int lists, bool means) {
+        int blocks = 0;
+        lists = static_cast<int>(in_range(lists, 1, kMaxObjectives, "lists"));
+        check(cuda_moved_grid(lists, means, &blocks));
+        return blocks;
+      },
+      py::arg("lists"), py::arg("means"));
+  m.def(
       "gram_cuda",
       [](const Buffer& table, int lists, int64_t tensors, int64_t chunks, const Buffer& partials,
          const Buffer& arrived, int blocks, const Buffer& gram, std::uintptr_t stream) {

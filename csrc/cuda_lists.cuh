@@ -28,16 +28,24 @@ __device__ inline float as_float(double x) { return static_cast<float>(x); }
 __device__ inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float as_float(__half x) { return __half2float(x); }
 
-// Sixteen bytes at a time; the chunk's start must be aligned to them.
+// Eight elements, read sixteen bytes at a time; they must be aligned to them.
+template <class T>
+struct Raw {
+  alignas(16) T values[kVector];
+
+  Raw() = default;
+  __device__ explicit Raw(const T* p) {
+#pragma unroll
+    for (int v = 0; v < kVector * static_cast<int>(sizeof(T)) / 16; ++v)
+      reinterpret_cast<uint4*>(values)[v] = __ldcs(reinterpret_cast<const uint4*>(p) + v);
+  }
+};
+
 template <class T>
 __device__ inline void load_vector(const T* p, float* x) {
-  constexpr int kPer = 16 / sizeof(T);
-  alignas(16) T raw[kVector];
+  const Raw<T> raw(p);
 #pragma unroll
-  for (int v = 0; v < kVector / kPer; ++v)
-    reinterpret_cast<uint4*>(raw)[v] = __ldcs(reinterpret_cast<const uint4*>(p) + v);
-#pragma unroll
-  for (int e = 0; e < kVector; ++e) x[e] = as_float(raw[e]);
+  for (int e = 0; e < kVector; ++e) x[e] = as_float(raw.values[e]);
 }
 
 __device__ inline double load_one(Row row, int64_t at) {
@@ -183,6 +191,16 @@ __device__ inline double stored(DType dtype, double x) {
   }
 }
 
+// x[0..8) as they read after they were stored in that dtype, of those that fit into packets.
+__device__ inline void round_to(DType dtype, float* x) {
+  if (dtype == DType::kBFloat16)
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) x[e] = as_float(__float2bfloat16(x[e]));
+  else if (dtype == DType::kFloat16)
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) x[e] = as_float(__float2half(x[e]));
+}
+
 // ---- sums over all blocks
 
 __device__ inline double block_sum(double x, double* shared) {
@@ -199,8 +217,8 @@ __device__ inline double block_sum(double x, double* shared) {
 
 // Adds `count` numbers of every thread over all threads of all blocks, in the order of the blocks.
 // The last block to arrive gets true, and then holds the totals in work.partials[p * gridDim.x].
-template <int kCount>
-__device__ inline bool grid_sums(const double* mine, const GramWorkspace& work) {
+template <int kCount, class S>
+__device__ inline bool grid_sums(const S* mine, const GramWorkspace& work) {
   __shared__ double shared[kThreads / 32];
   __shared__ bool last;
 #pragma unroll

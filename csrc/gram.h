@@ -127,6 +127,8 @@ struct SolveRequest {
 // The number of blocks that fills the current device with gram or combine of K lists; their results
 // depend on it. What holds more rows than these K counts those as well.
 int cuda_grid(int lists, int* blocks);
+// The same for gram_moved.
+int cuda_moved_grid(int lists, bool means, int* blocks);
 int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, double* gram,
               void* stream);
 int gram_moved_cuda(const DeviceLists& lists, const DeviceMeans& means, const DeviceMetric& metric,

@@ -14,6 +14,10 @@ namespace {
 
 // Few lists are few loads at a time for each thread: more threads must hide their latency.
 constexpr int blocks_per_sm(int lists) { return lists <= 3 ? 4 : 2; }
+constexpr int moved_blocks_per_sm(int lists, bool means) {
+  if (means) return lists <= 3 ? 2 : 1;
+  return lists == 1 ? 4 : lists == 2 ? 3 : lists <= 4 ? 2 : 1;
+}
 static_assert(kThreads >= 1 << kMaxObjectives, "the solver gives every face a thread");
 
 // Below this sum of a thread's squares, floats too small to have a square may be what is missing
@@ -22,10 +26,12 @@ constexpr float kFaint = 0x1p-100f;
 
 // ---- Gram
 
-template <int K>
+// One sum for each pair of lists. Where registers are short it is `volatile`, and so in memory,
+// which is looked at once a chunk only.
+template <int K, class S = double>
 struct Products {
   static constexpr int kPairs = K * (K + 1) / 2;
-  double total[kPairs];
+  S total[kPairs];
 };
 
 template <int K>
@@ -174,6 +180,9 @@ __global__ void __launch_bounds__(kThreads, K <= 6 ? blocks_per_sm(K) : 1)
 
 // ---- Gram of running means, or in Adam's metric
 
+template <int K>
+using MovedProducts = Products<K, std::conditional_t<(K > 6), volatile double, double>>;
+
 // The largest sum of squares and the largest second moment that the step can compute and store.
 struct Largest {
   double square, moment;
@@ -190,21 +199,39 @@ __device__ inline Largest largest_of(const Row* rows, const Row* means, const Ro
   return {square, second.data ? fmin(square, largest_moment(second.dtype)) : square};
 }
 
-// The sum of squares and the coming second moment of one element: its gradients (or means) are x,
-// its second moment so far v.
-template <int K, class S>
-__device__ inline void next_moment(const DeviceMetric& metric, const S* x, S v, S& square,
-                                   S& moment) {
-  square = 0;
+// Adam's metric in float for one chunk. In shared memory, and not worked out by every thread: the
+// compiler would convert the doubles again for every element.
+template <int K>
+struct FloatMetric {
+  float weights[K], beta2, fresh, eps;
+  float root;     // 1 / sqrt(1 - beta2^t)
+  float largest;  // moment in float; larger ones, and larger squares, are left to doubles
+};
+
+template <int K>
+__device__ inline void set_float_metric(const DeviceMetric& metric, double root, DType second,
+                                        FloatMetric<K>& m) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) square += static_cast<S>(metric.weights[k]) * x[k] * x[k];
-  moment = static_cast<S>(metric.beta2) * v + static_cast<S>(1 - metric.beta2) * square;
+  for (int k = 0; k < K; ++k) m.weights[k] = static_cast<float>(metric.weights[k]);
+  m.beta2 = static_cast<float>(metric.beta2);
+  m.fresh = static_cast<float>(1 - metric.beta2);
+  m.eps = static_cast<float>(metric.eps);
+  m.root = static_cast<float>(root);
+  m.largest = fminf(second == DType::kFloat16 ? 0x1p15f : 0x1p126f, m.fresh * 0x1p126f);
 }
 
-// sqrt(P), where root is 1 / sqrt(1 - beta2^t).
-template <class S>
-__device__ inline S metric_scale(const DeviceMetric& metric, S moment, S root) {
-  return 1 / sqrt(sqrt(moment) * root + static_cast<S>(metric.eps));
+// P = 1 / (sqrt(v') root + eps), a few units in the last place away; NaN where the coming second
+// moment v' is nearly more than a float or its dtype holds, 0 or infinite where P is.
+template <int K>
+__device__ inline float preconditioner(const FloatMetric<K>& m, const float x[][kVector], float v,
+                                       int e) {
+  float square = 0;
+#pragma unroll
+  for (int k = 0; k < K; ++k) square = fmaf(m.weights[k] * x[k][e], x[k][e], square);
+  const float moment = fmaf(m.beta2, v, m.fresh * square);
+  const float deviation = moment == 0 ? 0 : moment * rsqrtf(moment);
+  // A sum, because a choice would become a branch.
+  return __fdividef(1, fmaf(deviation, m.root, m.eps)) + (moment <= m.largest ? 0.f : NAN);
 }
 
 // In double, one element at a time; each thread takes `run` neighbours at a turn.
@@ -212,7 +239,7 @@ template <int K>
 __device__ inline void moved_elements(const Row* rows, const Row* means, Row second,
                                       const DeviceMeans& moving, const DeviceMetric& metric,
                                       double root, const Chunk& chunk, int run,
-                                      Products<K>& products) {
+                                      MovedProducts<K>& products) {
   const Largest largest = largest_of<K>(rows, means, second);
 #pragma unroll 1
   for (int64_t first = chunk.begin + threadIdx.x * run; first < chunk.end;
@@ -227,79 +254,100 @@ __device__ inline void moved_elements(const Row* rows, const Row* means, Row sec
           x[k] = stored(means[k].dtype,
                         moving.beta * load_one(means[k], at) + (1 - moving.beta) * x[k]);
       }
+      double scale = 1;
       if (metric.weights) {
         const double v = second.data ? load_one(second, at) : 0.0;
-        double square, moment;
-        next_moment<K, double>(metric, x, v, square, moment);
+        double square = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k) square += metric.weights[k] * x[k] * x[k];
+        const double moment = metric.beta2 * v + (1 - metric.beta2) * square;
         // NaN where the step could not compute or store the second moment.
         const bool fits = square <= largest.square && moment <= largest.moment;
-        const double scale = fits ? metric_scale<double>(metric, moment, root) : NAN;
-#pragma unroll
-        for (int k = 0; k < K; ++k) x[k] *= scale;
+        scale = fits ? 1 / (sqrt(moment) * root + metric.eps) : NAN;
       }
 #pragma unroll
-      for (int i = 0; i < K; ++i)
+      for (int i = 0; i < K; ++i) {
+        const double scaled = scale * x[i];
 #pragma unroll
-        for (int j = 0; j <= i; ++j) products.total[i * (i + 1) / 2 + j] += x[i] * x[j];
+        for (int j = 0; j <= i; ++j)
+          products.total[i * (i + 1) / 2 + j] = products.total[i * (i + 1) / 2 + j] + scaled * x[j];
+      }
     }
   }
+}
+
+// What a thread reads at a time. Everything is on its way before the first of it is waited for.
+template <int K, bool kMeans>
+struct MovedPackets {
+  Packet g[K], mean[kMeans ? K : 1], second;
+};
+
+template <int K, bool kMeans>
+__device__ inline MovedPackets<K, kMeans> fetch_moved(const Row* rows, const Row* means, Row second,
+                                                      int64_t at) {
+  MovedPackets<K, kMeans> packets;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    packets.g[k] = fetch(rows[k], at);
+    if (kMeans) packets.mean[k] = fetch(means[k], at);
+  }
+  packets.second = fetch(second, at);
+  return packets;
+}
+
+// The eight gradients of one row, or its eight coming means.
+template <bool kMeans>
+__device__ inline void unpack_moved(const Packet& g, DType dtype, const Packet& mean,
+                                    DType mean_dtype, bool present, double beta, float* x) {
+  unpack(g, dtype, x);
+  if (!kMeans || !present) return;
+  float old[kVector];
+  unpack(mean, mean_dtype, old);
+  const float kept = static_cast<float>(beta), fresh = static_cast<float>(1 - beta);
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) x[e] = kept * old[e] + fresh * x[e];
+  round_to(mean_dtype, x);
 }
 
 // False where this thread's part is left for moved_elements.
-template <int K>
+template <int K, bool kMeans>
 __device__ inline bool moved_vectors(const DeviceLists& lists, const Row* rows, const Row* means,
-                                     Row second, const DeviceMeans& moving,
-                                     const DeviceMetric& metric, float root, const Chunk& chunk,
-                                     Products<K>& products) {
+                                     Row second, const DeviceMeans& moving, bool has_metric,
+                                     const FloatMetric<K>& metric, const Chunk& chunk,
+                                     MovedProducts<K>& products) {
   float sums[Products<K>::kPairs] = {};
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < chunk.end; at += kThreads * kVector) {
-    float x[K][kVector];
+    const auto packets = fetch_moved<K, kMeans>(rows, means, second, at);
+    float x[K][kVector], P[kVector];
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      unpack(fetch(rows[k], at), rows[k].dtype, x[k]);
-      if (!moving.data || !rows[k].data) continue;
-      float mean[kVector];
-      unpack(fetch(means[k], at), means[k].dtype, mean);
-      const float beta = static_cast<float>(moving.beta);
-      const float fresh = static_cast<float>(1 - moving.beta);
+    for (int k = 0; k < K; ++k)
+      unpack_moved<kMeans>(packets.g[k], rows[k].dtype, packets.mean[kMeans ? k : 0],
+                           means[kMeans ? k : 0].dtype, rows[k].data, moving.beta, x[k]);
+    unpack(packets.second, second.dtype, P);
 #pragma unroll
-      for (int e = 0; e < kVector; ++e)
-        x[k][e] = static_cast<float>(stored(means[k].dtype, beta * mean[e] + fresh * x[k][e]));
-    }
-    float v[kVector];
-    unpack(fetch(second, at), second.dtype, v);
+    for (int e = 0; e < kVector; ++e) P[e] = has_metric ? preconditioner<K>(metric, x, P[e], e) : 1;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      float y[K];
+    for (int e = 0; e < kVector; ++e)
 #pragma unroll
-      for (int k = 0; k < K; ++k) y[k] = x[k][e];
-      float scale = 1;
-      if (metric.weights) {
-        float square, moment;
-        next_moment<K, float>(metric, y, v[e], square, moment);
-        // NaN, and so left for moved_elements, already where a float is nearly full.
-        const float largest = second.dtype == DType::kFloat16 ? 0x1p15f : 0x1p126f;
-        const bool fits = square <= 0x1p126f && moment <= largest;
-        scale = fits ? metric_scale<float>(metric, moment, root) : NAN;
-      }
-#pragma unroll
-      for (int i = 0; i < K; ++i)
+      for (int i = 0; i < K; ++i) {
+        const float scaled = P[e] * x[i][e];
 #pragma unroll
         for (int j = 0; j <= i; ++j)
-          sums[i * (i + 1) / 2 + j] = fmaf(scale * y[i], scale * y[j], sums[i * (i + 1) / 2 + j]);
-    }
+          sums[i * (i + 1) / 2 + j] = fmaf(scaled, x[j][e], sums[i * (i + 1) / 2 + j]);
+      }
   }
   if (!in_range<K>(sums, lists, moving, chunk, chunk.end)) return false;
 #pragma unroll
-  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] += sums[p];
+  for (int p = 0; p < Products<K>::kPairs; ++p) products.total[p] = products.total[p] + sums[p];
   return true;
 }
 
-template <int K>
-__global__ void __launch_bounds__(kThreads, 1)
+template <int K, bool kMeans>
+__global__ void __launch_bounds__(kThreads, moved_blocks_per_sm(K, kMeans))
     gram_moved_kernel(DeviceLists lists, DeviceMeans moving, DeviceMetric metric,
                       GramWorkspace work, double* gram) {
-  Products<K> products = {};
+  __shared__ FloatMetric<K> in_float;
+  MovedProducts<K> products = {};
   for (int64_t c = blockIdx.x; c < lists.chunks; c += gridDim.x) {
     const Chunk chunk = find_chunk(lists, c);
     Row rows[K], means[K], second = {nullptr, DType::kFloat32};
@@ -307,8 +355,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       means[k] = {nullptr, DType::kFloat32};
-      if (moving.data)
-        means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
+      if (kMeans) means[k] = row_at(moving.data, moving.dtypes, k * lists.tensors + chunk.tensor);
     }
     bool packets = all_in_packets<K>(rows) && all_in_packets<K>(means);
     double root = 1;
@@ -317,11 +364,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float step = *reinterpret_cast<const float*>(metric.steps[chunk.tensor]);
       root = 1 / sqrt(1 - pow(metric.beta2, static_cast<double>(step) + 1));
       packets &= in_packets(second);
+      __syncthreads();
+      if (threadIdx.x == 0) set_float_metric<K>(metric, root, second.dtype, in_float);
+      __syncthreads();
     }
     Chunk part = chunk;
     part.end = packets ? chunk.begin + (chunk.end - chunk.begin) / kVector * kVector : chunk.begin;
-    bool done = moved_vectors<K>(lists, rows, means, second, moving, metric,
-                                 static_cast<float>(root), part, products);
+    bool done = moved_vectors<K, kMeans>(lists, rows, means, second, moving,
+                                         metric.weights != nullptr, in_float, part, products);
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn, done = false) {  // what was left, then the odd elements
       const int run = turn == 0 ? kVector : 1;
@@ -386,17 +436,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int K, class T>
 __device__ inline void combine_vectors(const Row* rows, const Chunk& chunk, const float* weights,
                                        T* out) {
+  // Everything is on its way before the first of it is waited for. Where a row's weight is 0 the
+  // first other one takes its place: a choice of whether to read would be waited for.
+  const void* any = rows[0].data;
+#pragma unroll
+  for (int k = K - 1; k >= 0; --k)
+    if (weights[k] != 0) any = rows[k].data;
   const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kVector * kVector;
   for (int64_t at = chunk.begin + threadIdx.x * kVector; at < whole; at += kThreads * kVector) {
+    Raw<T> raw[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      raw[k] = Raw<T>(static_cast<const T*>(weights[k] == 0 ? any : rows[k].data) + at);
     float sum[kVector] = {};
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (weights[k] == 0) continue;
-      float x[kVector];
-      load_vector(static_cast<const T*>(rows[k].data) + at, x);
+    for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) sum[e] = fmaf(weights[k], x[e], sum[e]);
-    }
+      for (int e = 0; e < kVector; ++e)
+        if (weights[k] != 0) sum[e] = fmaf(weights[k], as_float(raw[k].values[e]), sum[e]);
     put_vector(out + at, sum);
   }
 }
@@ -414,7 +471,7 @@ __device__ inline void combine_elements(const Row* rows, int64_t begin, int64_t 
 }
 
 template <int K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_per_sm(K))
     combine_kernel(DeviceLists lists, const double* weights, DeviceOutputs out) {
   double exact[K];
   float w[K];
@@ -443,13 +500,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int cuda_grid(int lists, int* blocks) {
+static int filled_grid(int blocks_per_multiprocessor, int* blocks) {
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  *blocks = multiprocessors * blocks_per_sm(lists);
+  *blocks = multiprocessors * blocks_per_multiprocessor;
   return error;
+}
+
+int cuda_grid(int lists, int* blocks) { return filled_grid(blocks_per_sm(lists), blocks); }
+
+int cuda_moved_grid(int lists, bool means, int* blocks) {
+  return filled_grid(moved_blocks_per_sm(lists, means), blocks);
 }
 
 int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, double* gram,
@@ -464,8 +527,12 @@ int gram_cuda(const DeviceLists& lists, const GramWorkspace& work, int blocks, d
 int gram_moved_cuda(const DeviceLists& lists, const DeviceMeans& means, const DeviceMetric& metric,
                     const GramWorkspace& work, int blocks, double* gram, void* stream) {
   return with_lists(lists.lists, [&](auto k) {
-    gram_moved_kernel<k.value><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        lists, means, metric, work, gram);
+    if (means.data)
+      gram_moved_kernel<k.value, true><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          lists, means, metric, work, gram);
+    else
+      gram_moved_kernel<k.value, false><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          lists, means, metric, work, gram);
     return cudaGetLastError();
   });
 }

@@ -93,8 +93,8 @@ __device__ inline void update_vectors(const Row* rows, const Row* means, const E
         const float beta = static_cast<float>(u.means.beta);
         const float fresh = static_cast<float>(1 - u.means.beta);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e)
-          x[e] = static_cast<float>(stored(means[k].dtype, beta * mean[e] + fresh * x[e]));
+        for (int e = 0; e < kVector; ++e) x[e] = beta * mean[e] + fresh * x[e];
+        round_to(means[k].dtype, x);
         put_vector(const_cast<void*>(means[k].data), means[k].dtype, at, x);
       }
       const float weight = static_cast<float>(u.weights[k]);
@@ -120,9 +120,9 @@ __device__ inline void update_vectors(const Row* rows, const Row* means, const E
     if (to.first.data) write_vector(to.first, stochastic, plan.key + 1, at, m);
     write_vector(to.param, stochastic, plan.key, at, x);
     if (!u.changes) continue;
+    round_to(to.param.dtype, x);
 #pragma unroll
-    for (int e = 0; e < kVector; ++e)
-      before[e] = static_cast<float>(stored(to.param.dtype, x[e])) - before[e];
+    for (int e = 0; e < kVector; ++e) before[e] = x[e] - before[e];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       float y[kVector];

@@ -12,10 +12,36 @@ import sys
 from collections.abc import Sequence
 
 from mollm import __version__
-from mollm.commands import ask, demo, doctor, evaluate, plan, preview, report, unlearn
+from mollm.commands import (
+    ask,
+    audit,
+    completion,
+    demo,
+    doctor,
+    evaluate,
+    init,
+    plan,
+    preview,
+    report,
+    tune,
+    unlearn,
+)
 from mollm.errors import UsageError
 
-_COMMANDS = (demo, preview, unlearn, evaluate, ask, report, plan, doctor)
+_COMMANDS = (
+    demo,
+    init,
+    preview,
+    tune,
+    unlearn,
+    evaluate,
+    audit,
+    ask,
+    report,
+    plan,
+    doctor,
+    completion,
+)
 _EXTRAS = (
     "accelerate",
     "bitsandbytes",
@@ -28,6 +54,7 @@ _EXTRAS = (
     "rouge_score",
     "safetensors",
     "scipy",
+    "shtab",
     "sklearn",
     "tqdm",
     "transformers",
@@ -41,8 +68,9 @@ _DEFECT = 70
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 2 after a mistake of the user's.
 
-    Else it is 0, or 1 where `plan` finds that it does not fit, `doctor` that something is amiss, or
-    `unlearn` that the losses diverge, 130 after an interrupt, and 70 after what nobody foresaw.
+    Else it is 0, or 1 where `plan` finds that it does not fit, `doctor` that something is amiss,
+    `unlearn` that the losses diverge, or `audit` that not all is gone, 130 after an interrupt, and
+    70 after what nobody foresaw.
     """
     # Torch's OpenMP lets a thread that waits spin for milliseconds. Where other programs want the
     # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
@@ -126,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
+    commands.choices["completion"].set_defaults(root=parser)
     for added in commands.choices.values():
         added.allow_abbrev = False
     return parser

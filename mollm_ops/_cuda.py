@@ -138,8 +138,7 @@ def gram_moved(
     device = _device(rows)
     with torch.cuda.device(device):
         table, chunks = _lists_table(rows, counts, device)
-        held = lists if means is None else 2 * lists
-        blocks = extension.cuda_grid(held + (moments is not None))
+        blocks = extension.cuda_moved_grid(lists, means is not None)
         out = torch.zeros(lists, lists, dtype=torch.float64, device=device)
         partials, arrived = _sums(lists * (lists + 1) // 2, blocks, device)
         mean_table = moment_table = weights = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from mollm_ops._checks import check_dtype
+from mollm_ops._checks import check_dtype, check_tensor
 from mollm_ops._dtypes import name_of, wide_dtype
 from mollm_ops.operands import IDENTITY, LogitTransform
 
@@ -61,13 +61,17 @@ def head_of(
     prefix: str = "",
 ) -> Head:
     """Checks the three and flattens hidden; under autocast all take on the autocast dtype."""
+    names = (f"{prefix}hidden", f"{prefix}weight" if prefix else "weight", f"{prefix}bias")
+    check_tensor(names[0], hidden)
+    check_tensor(names[1], weight)
+    if bias is not None:
+        check_tensor(names[2], bias)
     device = hidden.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if casts and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    names = (f"{prefix}hidden", f"{prefix}weight" if prefix else "weight", f"{prefix}bias")
     check_dtype(names[0], hidden)
     check_transforms(hidden, weight, bias)
     if weight.ndim != 2 or weight.shape[0] == 0:
@@ -105,6 +109,7 @@ def reference_head_of(
         own.scale if ref_logit_scale is None else ref_logit_scale,
         own.softcap if ref_softcap is None else ref_softcap,
     )
+    check_tensor("ref_hidden", ref_hidden)
     if ref_hidden.requires_grad:
         raise ValueError(
             "ref_hidden must be a constant, but it requires a gradient; compute it under "
@@ -132,6 +137,7 @@ def reference_head_of(
 
 def flat_target(target: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
     """target as int64 [N]."""
+    check_tensor("target", target)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target must hold integers, but got {name_of(target.dtype)}.")
     if target.shape != lead:
@@ -145,6 +151,7 @@ def mask_target(mask: Tensor | None, head: Head) -> Tensor:
     """A mask as targets: 0 where a row counts, -1 where not, int64 [N]."""
     if mask is None:
         return torch.zeros(len(head.hidden), dtype=torch.int64, device=head.hidden.device)
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool and (mask.is_floating_point() or mask.is_complex()):
         raise TypeError(f"mask must be bool or integers, but got {name_of(mask.dtype)}.")
     if mask.shape != head.lead:

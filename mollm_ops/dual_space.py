@@ -85,12 +85,17 @@ class Solution:
         )
 
 
+def _on_device(gram: Tensor) -> bool:
+    """Whether the weights are worked out where the matrix is."""
+    return gram.is_cuda and len(gram) <= MAX_OBJECTIVES and has_kernels_for(gram.device)
+
+
 @torch.library.custom_op("mollm::solve", mutates_args=())
 def _solve(
     gram: Tensor, rule: str, preferences: Sequence[float], normalize: bool, length: str
 ) -> Tensor:
     _check(gram, rule, preferences, length)
-    if gram.device.type == "cuda" and len(gram) <= MAX_OBJECTIVES and has_kernels_for(gram.device):
+    if _on_device(gram):
         tau = LENGTHS.index(length)
         return _cuda.solve(gram, RULES.index(rule), preferences, normalize, tau)
     G = gram.detach().resolve_neg().cpu().numpy()

@@ -37,9 +37,8 @@ from mollm_ops.dual_space import Solution, dual_space_weights
 from mollm_ops.operands import AdamMetric, RunningMeans
 from mollm_ops.reference.gram import (
     combine_reference,
+    gram_moved_reference,
     gram_reference,
-    moved_means_reference,
-    scaled_by_metric_reference,
     slices,
 )
 
@@ -179,19 +178,26 @@ def _combine_(flat: Sequence[Tensor | None], weights: Tensor, out: Sequence[Tens
     if device.type == "cuda":
         _cuda.combine(rows, counts, weights, targets)
     else:
-        assert extension is not None, "_has_kernels implies the extension"
-        data, dtypes = listed("gradients", rows, counts, device)
-        extension.combine_cpu(
-            data=data,
-            dtypes=dtypes,
-            counts=counts,
-            weights=memory("weights", weights, torch.float64, device),
-            out=listed("out", targets, counts, device),
-            threads=torch.get_num_threads(),
-        )
+        _combine_cpu(rows, counts, weights, targets)
     for to, value in zip(out, targets, strict=True):
         if value.data_ptr() != to.data_ptr():
             to.copy_(value)
+
+
+def _combine_cpu(
+    rows: Sequence[Tensor | None], counts: Sequence[int], weights: Tensor, out: Sequence[Tensor]
+) -> None:
+    assert extension is not None, "_has_kernels implies the extension"
+    device = _device(rows)
+    data, dtypes = listed("gradients", rows, counts, device)
+    extension.combine_cpu(
+        data=data,
+        dtypes=dtypes,
+        counts=counts,
+        weights=memory("weights", weights, torch.float64, device),
+        out=listed("out", out, counts, device),
+        threads=torch.get_num_threads(),
+    )
 
 
 @_combine_.register_fake
@@ -374,11 +380,7 @@ def gram_moved(
                 metric.eps,
             ),
         )
-    if moving is not None:
-        gradients = moved_means_reference(gradients, moving)
-    if metric is not None:
-        gradients = scaled_by_metric_reference(gradients, metric)
-    return gram(gradients)
+    return gram_moved_reference(gradients, moving, metric)
 
 
 def combine(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mollm_ops._checks import check_dtype
+from mollm_ops._checks import check_dtype, check_tensor
 from mollm_ops._dtypes import wide_dtype
 from mollm_ops._loss_arguments import check_eps, check_reduction, check_transforms, flat_target
 from mollm_ops.operands import LogitTransform, RowLoss
@@ -144,6 +144,7 @@ def uce_loss(
     """
     check_eps(eps)
     check_reduction(reduction)
+    check_tensor("logits", logits)
     check_dtype("logits", logits)
     check_transforms(logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:

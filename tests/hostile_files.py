@@ -296,6 +296,11 @@ SETTINGS_OF = {
 }  # fmt: skip
 
 
+def _named(inputs: Inputs, model: Path) -> str:
+    """What a sentence may be about: the model, its data that no longer fit, or what it knows."""
+    return f"{model.name}|{inputs.forget.name}|the model must know at least"
+
+
 def model_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
     for number, (name, change) in enumerate(REFUSED.items()):
         model = inputs.copy_model()
@@ -305,7 +310,7 @@ def model_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
     for number, (name, change) in enumerate(ODD.items()):
         model = inputs.copy_model()
         change(model)
-        yield Case("odd model", name, inputs.command(number, model), names=model.name)
+        yield Case("odd model", name, inputs.command(number, model), names=_named(inputs, model))
     for number, name in enumerate(_FILES):
         for how, change in (
             ("a pipe", fifo),
@@ -320,11 +325,11 @@ def model_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
                 yield Case("file of a model", f"{name}: {how}", inputs.command(number, model))
     for file, known in SETTINGS_OF.items():
         for number, name in enumerate(known):
-            for value in rng.sample(_WRONG, 3):
+            for value in rng.sample(_WRONG, 2):
                 model = inputs.copy_model()
                 changed(file, **{name: value})(model)
                 argv = inputs.command(number + rng.randrange(4), model)
-                yield Case(file, f"{name} = {value!r:.40}", argv, names=model.name)
+                yield Case(file, f"{name} = {value!r:.40}", argv, names=_named(inputs, model))
     for way in range(8):
         for of in ("original", "model"):
             other = inputs.copy_model()
@@ -489,7 +494,7 @@ def yaml_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
         yield Case("hostile yaml", name, argv, names=path.name, refused=True)
     own = ["model", "forget", "retain", "eval_forget", "eval_retain", "out", "lora", "device"]
     for name in [*own, *(f.name for f in fields(MOLLMConfig))]:
-        for value in rng.sample(_YAML_VALUES, 3):
+        for value in rng.sample(_YAML_VALUES, 2):
             given = {
                 "model": inputs.model, "forget": inputs.forget, "retain": inputs.retain,
                 "out": inputs.new("out"), "device": "cpu", "max_steps": 1, "max_length": 200,

@@ -24,8 +24,8 @@ def descend(
     return {name: loss.item() for name, loss in losses.items()}
 
 
-def unlearn(model, batches, *, steps, lr, method="dual"):
-    """Steps of AdamW on the same two batches, at a rate that falls to 0; a record of each."""
+def unlearn(model, draw, *, steps, lr, method="dual", **options):
+    """Steps of AdamW on two batches each, at a rate that falls to 0; a record of each."""
     chosen = find_method(method)
     reference = CopyReference(model)
     freeze_embeddings(model)
@@ -34,11 +34,11 @@ def unlearn(model, batches, *, steps, lr, method="dual"):
         lr=lr,
         objectives=OBJECTIVES,
         base="adamw",
-        **{"weight_decay": 0.0, **chosen.optimizer_options()},
+        **{"weight_decay": 0.0, **chosen.optimizer_options(), **options},
     )
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
     for step in range(steps):
         rate = float(schedule.get_last_lr()[0])
-        losses = descend(model, reference, optimizer, *batches, forget_loss=chosen.forget_loss)
+        losses = descend(model, reference, optimizer, *draw(), forget_loss=chosen.forget_loss)
         schedule.step()
         yield record_of(step, rate, losses, optimizer)

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mollm_ops import linear_cross_entropy
+from mollm.audit.relearning import cross_entropy, relearn
 from quality.case import Case, likelihood, measure, share
-
-_RELEARNING_STEPS = 10
 
 
 def ending(case: Case, model: nn.Module, lr: float) -> dict[str, Any]:
@@ -50,17 +48,9 @@ def ending(case: Case, model: nn.Module, lr: float) -> dict[str, Any]:
 
 
 def learn_ten(case: Case, model: nn.Module, lr: float) -> None:
-    """Ten steps of AdamW on the cross-entropy of the ten examples."""
+    """The audit's relearning on the ten examples."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    for _ in range(_RELEARNING_STEPS):
-        optimizer.zero_grad()
-        answers = case.answers(model, case.ten)
-        loss = linear_cross_entropy(
-            answers.hidden, answers.weight, answers.target, **answers.head_options
-        )
-        torch.autograd.backward(loss)
-        optimizer.step()
+    relearn(trained, lambda: [cross_entropy(case.answers(model, case.ten))], lr=lr)
 
 
 @torch.no_grad()

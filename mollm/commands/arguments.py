@@ -30,8 +30,8 @@ def add_renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
     )
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of commands that load a model and ask it."""
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a model is spoken to."""
     parser.add_argument(
         "--system-prompt",
         metavar="TEXT",
@@ -42,6 +42,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="options of the chat template, such as '{enable_thinking: false}'",
     )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of commands that load a model and ask it."""
+    add_chat_options(parser)
     parser.add_argument(
         "--dtype",
         choices=BYTES,
@@ -49,7 +54,8 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="dtype of weights and computation (default: float32)",
     )
     parser.add_argument(
-        "--device", help="a Torch device (default: cuda where there is a GPU, else cpu)"
+        "--device",
+        help="a Torch device (default: cuda where there is a GPU, else cpu)",
     )
 
 
@@ -57,7 +63,7 @@ def template_options(text: str | None) -> dict[str, Any] | None:
     """What --chat-template-kwargs says.
 
     Raises:
-        UsageError: It is no mapping.
+        UsageError: It says something else than options by name.
     """
     options = None if text is None else parse_yaml(text, "chat-template-kwargs")
     if isinstance(options, dict | None):
@@ -79,3 +85,8 @@ def device_of(name: str | None) -> torch.device:
     from mollm.system import machine
 
     return machine.find_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def data_of(text: str) -> Any:
+    """A path or name, a mapping with a path and options, or a list of rows."""
+    return parse_yaml(text, "data") if text.startswith(("{", "[")) else text

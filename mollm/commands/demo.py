@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 
 from mollm.commands.arguments import add_renamed
 from mollm.demo.settings import DemoSettings
@@ -22,15 +24,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_options(parser, DemoSettings)
     add_renamed(parser, "--direction", "--method")
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON, and all else to stderr"
+    )
     parser.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from mollm.demo.report import table
     from mollm.demo.run import run_demo
+    from mollm.training.history import nan_to_none
 
-    given = {name: value for name, value in vars(arguments).items() if name != "run"}
-    run = run_demo(DemoSettings(**given))
+    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
+    settings = DemoSettings(**given)
+    if arguments.json:
+        run = run_demo(settings, say=lambda text: print(text, file=sys.stderr))
+        print(json.dumps(nan_to_none(run.summary), indent=1, ensure_ascii=False))
+        return 0
+    run = run_demo(settings)
     print(table(run))
     print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")
     return 0

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, device_of, template_options
+from mollm.commands.arguments import add_loading, data_of, device_of, template_options
 from mollm.errors import UsageError
-from mollm.system.parsing import parse_json, parse_yaml, read_text, user_path
+from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mollm.models.loading import Source
 
 _NO_ORIGINAL = "none"
-_OWN = ("run", "no_cache", "explain", "json")
+_OWN = ("run", "no_cache", "explain", "quiet", "json")
 _ABOUT_BYTES = 1 << 24
 
 
@@ -159,6 +159,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "runs/evaluate)",
     )
     add_loading(parser)
+    parser.add_argument("--quiet", action="store_true", help="print the figures alone, and no bar")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -198,7 +199,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "system_prompt": given.get("system_prompt"),
         "chat_template_kwargs": template_options(given.get("chat_template_kwargs")),
     }
-    place = _Place(device_of(given.get("device")), getattr(torch, arguments.dtype), arguments.json)
+    place = _Place(
+        device_of(given.get("device")),
+        getattr(torch, arguments.dtype),
+        quiet=arguments.quiet,
+        to_stderr=arguments.json,
+    )
     source = loading.find_model(given["model"])
     original = None if first is None else loading.find_model(first)
     with staged(out) as folder:
@@ -221,15 +227,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where models compute, and whether what is printed is for a program."""
+    """Where models compute, and where it is said what goes on."""
 
     device: torch.device
     dtype: torch.dtype
     quiet: bool
+    to_stderr: bool
 
     def say(self, text: str) -> None:
         """A line about what is going on, which stays clear of a bar."""
         if self.quiet:
+            return
+        if self.to_stderr:
             print(text, file=sys.stderr)
         elif sys.stderr.isatty():
             from tqdm import tqdm
@@ -306,7 +315,7 @@ def _measure(
             original=None if first is None else first[0],
             judges=judges,
             say=place.say,
-            show=lambda total: progress(total, what),
+            show=lambda total: progress(0 if place.quiet else total, what),
             **options,
         )
 
@@ -443,10 +452,5 @@ def _suite(given: Mapping[str, Any]) -> Suite:
         return load_tofu(given["data"], forget_split=split, **shared)
     if "forget_split" in given:
         raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
-    sets = {name: _data(given[name]) for name in ("retain", "holdout") if name in given}
-    return load_suite(_data(given["forget"]), **sets, **shared)
-
-
-def _data(text: str) -> Any:
-    """A path or name, a mapping with a path and options, or a list of rows."""
-    return parse_yaml(text, "data") if text.startswith(("{", "[")) else text
+    sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
+    return load_suite(data_of(given["forget"]), **sets, **shared)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from mollm.commands.arguments import add_renamed
 from mollm.errors import UsageError
@@ -44,6 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_model(parser)
     _add_training(parser)
     _add_memory(parser)
+    parser.add_argument("--json", action="store_true", help="print bytes as JSON")
     parser.set_defaults(run=_plan)
 
 
@@ -100,8 +103,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     memory = given["device_memory"] * GIB if "device_memory" in given else _found_memory(device)
     first = plan(_shape(given), settings)
-    print(table(first))
-    print(verdict(first, memory))
+    if arguments.json:
+        print(json.dumps(as_dict(first, memory), indent=1))
+    else:
+        print(table(first))
+        print(verdict(first, memory))
     return 0 if memory is None or first.fits(memory) else _NO_FIT
 
 
@@ -123,6 +129,30 @@ def _found_memory(device: str) -> float | None:
         return None
     memory = machine.available_memory(torch.device(device))
     return memory if memory < float("inf") else None
+
+
+def as_dict(plan: MemoryPlan, memory: float | None) -> dict[str, Any]:
+    """The plan in bytes, by stage and component, and what would make it fit."""
+    from mollm.planning.proposals import proposals
+
+    fits = None if memory is None else plan.fits(memory)
+    found = proposals(plan, memory) if memory is not None and not fits else []
+    return {
+        "model": plan.shape.label,
+        "parameters": plan.shape.parameters,
+        "trainable": plan.trainable,
+        "settings": asdict(plan.settings),
+        "stages": {stage.name: dict(stage.parts) for stage in plan.stages},
+        "peak": {"stage": plan.peak.name, "bytes": plan.peak.total},
+        "host_bytes": plan.host_bytes,
+        "cache_bytes_per_token": plan.cache_bytes_per_token,
+        "memory": memory,
+        "fits": fits,
+        "proposals": [
+            {"change": each.words, "peak_bytes": each.plan.peak.total, "saves_bytes": each.saves}
+            for each in found
+        ],
+    }
 
 
 # ---- words

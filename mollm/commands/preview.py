@@ -159,9 +159,8 @@ def _format(found: Preview) -> list[str]:
         unknown, asked = found.unknown, len(found.likelihoods)
         if unknown:
             lines.append(
-                f"{len(unknown)} of {asked} answers to forget are not known to the model (less "
-                f"than 10 % likelihood a token), so that there is nothing to forget: "
-                f"{_named(unknown)}."
+                f"Not known to the model (less than 10 % likelihood a token), so that there is "
+                f"nothing to forget: {len(unknown)} of {asked} answers, {_named(unknown)}."
             )
         else:
             lines.append(f"The model knows all {asked} answers to forget that were looked at.")

@@ -137,18 +137,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="resume from the latest checkpoint in --out, or start afresh if there is none",
     )
+    parser.add_argument("--quiet", action="store_true", help="print the end alone, and no bar")
+    parser.add_argument(
+        "--json", action="store_true", help="print the end as JSON, and all else to stderr"
+    )
     parser.set_defaults(run=_unlearn)
 
 
 def _unlearn(arguments: argparse.Namespace) -> int:
+    from transformers import PrinterCallback
+
     from mollm.distributed import processes
     from mollm.distributed.watch import blaming_the_dead
 
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
-    resume = given.pop("resume", False)
+    resume, quiet = given.pop("resume", False), given.pop("quiet", False)
+    as_json = given.pop("json", False)
     settings = read_settings(given)
     out = user_path(settings.pop("out", None) or "runs/unlearn")
     require(settings)
+    settings.setdefault("disable_tqdm", quiet)
     args = _arguments(settings, out)  # the processes know of each other from here on
     try:
         with contextlib.ExitStack() as held:
@@ -158,7 +166,17 @@ def _unlearn(arguments: argparse.Namespace) -> int:
                     check_writable(out)
                     _check_out(out, resume)
                     held.enter_context(locked(out))
-            status = _run(_trainer(settings, args), settings, out, resume)
+            trainer = _trainer(settings, args)
+            if quiet or as_json:
+                trainer.remove_callback(PrinterCallback)  # prints what is logged
+            if processes.rank() == 0 and not quiet:
+                told = shown(
+                    trainer.preview(1, known=True),
+                    colour=has_colour(sys.stderr if as_json else sys.stdout),
+                    most_lines=_PREVIEWED,
+                )
+                print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
+            status = _run(trainer, settings, out, resume, as_json)
     except UsageError:  # on all of them
         processes.stop()
         raise
@@ -220,7 +238,7 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     from mollm.system.precision import DTYPES
     from mollm.training.trainer import MOLLMTrainer
 
-    adapter = _adapter(settings.get("lora"))
+    adapter = make_adapter(settings.get("lora"))
     args.require_adapter_if_quantized(adapter)
     with processes.raise_on_all_ranks():
         if processes.rank() == 0:
@@ -247,7 +265,12 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     return trainer
 
 
-def _adapter(lora: Any) -> Any:
+def make_adapter(lora: Any) -> Any:
+    """The LoraConfig that the setting `lora` asks for; None for none.
+
+    Raises:
+        UsageError: It is neither a rank nor options.
+    """
     if not lora:
         return None
     from peft import LoraConfig
@@ -275,18 +298,17 @@ def _adapter(lora: Any) -> Any:
         ) from error
 
 
-def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool) -> int:
+def _run(
+    trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: bool, as_json: bool
+) -> int:
     from mollm.distributed import processes
     from mollm.report.page import REPORT_FILE
     from mollm.training import checkpoint
 
     def tell(text: str) -> None:
         if processes.rank() == 0:
-            print(text)
+            print(text, file=sys.stderr if as_json else sys.stdout)
 
-    if processes.rank() == 0:
-        found = trainer.preview(1, known=True)
-        print(shown(found, colour=has_colour(sys.stdout), most_lines=_PREVIEWED), flush=True)
     trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
     tell(summary(trainer))
     if trainer.stop_reason is not None:
@@ -294,6 +316,7 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
         last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint"
         tell(f"Failed: {trainer.stop_reason}")
         tell(f"Stopped early, and wrote no model; {last}{_skips(trainer)}.")
+        _print_json(trainer, out, as_json)
         return _STOPPED
     if trainer.target_told is not None:
         tell(f"stop_when: {trainer.target_told}")
@@ -305,7 +328,28 @@ def _run(trainer: MOLLMTrainer, settings: Mapping[str, Any], out: Path, resume: 
     tell(f"Next: {evaluate_line(settings, out)}")
     if _skips(trainer):
         tell(f"Mind that the run made less than it was asked for{_skips(trainer)}.")
+    _print_json(trainer, out, as_json)
     return 0
+
+
+def _print_json(trainer: MOLLMTrainer, out: Path, wanted: bool) -> None:
+    from mollm.distributed import processes
+    from mollm.report.page import REPORT_FILE
+    from mollm.training.history import nan_to_none, skipped_in
+
+    if not wanted or processes.rank():
+        return
+    model = out / _MODEL
+    told = {
+        "model": str(model) if model.is_dir() else None,
+        "report": str(out / REPORT_FILE),
+        "steps": len(trainer.history),
+        "skipped_steps": skipped_in(trainer.history),
+        "losses": trainer.history[-1].losses if trainer.history else None,
+        "failure": trainer.stop_reason,
+        "stop_when": trainer.target_told,
+    }
+    print(json.dumps(nan_to_none(told), indent=1, ensure_ascii=False))
 
 
 def _told(data: Any) -> str:

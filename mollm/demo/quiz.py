@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mollm.data.chat import ChatFormat
 from mollm.demo.facts import Question
@@ -49,7 +49,7 @@ class Score:
 
 
 def quiz(
-    model: PreTrainedModel, chat: ChatFormat, questions: Sequence[Question], **options: int
+    model: PreTrainedModel, chat: ChatFormat, questions: Sequence[Question], **options: Any
 ) -> Score:
     """Asks all `questions`, with the options of `ask`, and scores the replies."""
     replies = ask(model, chat, [question.text for question in questions], **options)

@@ -14,15 +14,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from mollm.distributed.sharding import world_size
 from mollm.errors import UsageError
+from mollm.system.parsing import reason_of
 
 INTERVAL = 2.0
 """Seconds between two signs of life."""
+JOINING = 60.0
+"""Seconds within which all processes must come."""
 PATIENCE = 40.0
 """Seconds without any after which a process counts as dead."""
 _LEFT, _FAILED = "left", "failed"
@@ -119,6 +123,42 @@ class Watch:
         return None
 
 
+def await_others() -> None:
+    """Waits for the processes that are to be a group, where no launcher watches over them.
+
+    Torch would wait for half an hour for one that died before it came. After JOINING seconds this
+    process ends, with a sentence that names who is missing.
+    """
+    global _meeting
+    ours = [os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")]
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun ends all when one ends
+    if None in ours or launched or _meeting is not None or dist.is_initialized():
+        return
+    size, number, address, port = map(str, ours)
+    if not (size.isdecimal() and number.isdecimal() and port.isdecimal()) or int(size) < 2:
+        return
+    rank, world, way_out = int(number), int(size), "look at what it printed, and start all anew."
+    patience = timedelta(seconds=JOINING)
+    try:
+        # Of many tenants: Torch's own store, made later, listens at the same port.
+        _meeting = dist.TCPStore(  # type: ignore[attr-defined]
+            address, int(port), world, rank == 0, patience, wait_for_workers=False,
+            multi_tenant=True,
+        )  # fmt: skip
+        _meeting.set(f"mollm/here/{rank}", "")
+        end = time.monotonic() + JOINING
+        missing = [other for other in range(world) if other != rank]
+        while missing := [n for n in missing if not _meeting.check([f"mollm/here/{n}"])]:
+            if time.monotonic() > end:
+                names = ", ".join(map(str, missing))
+                _end(f"process {names} of {world} did not come within {JOINING:.0f} s: {way_out}")
+                return
+            time.sleep(0.1)
+    except RuntimeError as error:  # the store of the first process is not there, or no more
+        _end(f"process 0 of {world} is not there ({reason_of(error, 100)}): {way_out}")
+
+
+_meeting: Any = None
 _watch: Watch | None = None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mollm.errors import UsageError
+from mollm.evaluation.generation import answers_alike_in_company
 from mollm.models.forward import in_evaluation_mode
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def general_benchmarks(
         tokenizer: Its tokenizer.
         tasks: Names of tasks or groups of tasks; the harness loads their data.
         folder: Where further tasks are defined, in YAML files of the harness's format.
-        batch_size: Rows that pass through the model together.
+        batch_size: Rows that pass through the model together; of a model that then answers
+            otherwise, as recurrent ones do, each passes alone.
         limit: Examples per task; None for all.
 
     Returns:
@@ -55,7 +57,8 @@ def general_benchmarks(
 
     own_tokenizer = copy.deepcopy(tokenizer)  # the harness may give it a padding token
     with _random_states_kept(), in_evaluation_mode(model):
-        wrapped = HFLM(pretrained=model, tokenizer=own_tokenizer, batch_size=batch_size)
+        size = batch_size if answers_alike_in_company(model) else 1
+        wrapped = HFLM(pretrained=model, tokenizer=own_tokenizer, batch_size=size)
         found = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager)
     return {
         task: {

@@ -85,6 +85,8 @@ def _hash_of(model: PreTrainedModel) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for name, tensor in sorted(own_tensors(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        for part in tensor.detach().contiguous().view(-1).split(_PART):
-            digest.update(part.cpu().view(torch.uint8).numpy())
+        flat = tensor.detach().contiguous().view(-1)
+        for start in range(0, len(flat), _PART):
+            part = flat[start : start + _PART].cpu()
+            digest.update(part.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

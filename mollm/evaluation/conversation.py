@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ class ReplyStream:
         text, thinking = self._chat.read_reply(ids)
         self.reply = Reply(text.strip(), complete, thinking)
 
-    def _tokens(self, stops: frozenset[int]) -> Iterator[int]:
+    def _tokens(self, stops: frozenset[int]) -> Generator[int, None, None]:
         device = self._model.device
         ids = torch.tensor([self._prompt], device=device)
         steps = _Steps()
@@ -167,7 +167,7 @@ class _Steps:
         if self._stop:
             raise _Stopped
 
-    def run(self, write: Any) -> Iterator[int]:
+    def run(self, write: Callable[[], None]) -> Iterator[int]:
         def guarded() -> None:
             try:
                 write()

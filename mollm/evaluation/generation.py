@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mollm.data.chat import ChatFormat, Example, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
-from mollm.system.precision import autocast
+from mollm.system.parsing import reason_of
+from mollm.system.precision import autocast, computing_in
 from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
@@ -28,9 +30,10 @@ def generate_replies(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
+    sampled: bool = False,
     done: Done = quietly,
 ) -> list[Reply]:
-    """Greedy replies to `questions`, in their order, padded on the left.
+    """Replies to `questions`, in their order.
 
     Questions of like length are answered together. Every run of white space in a reply becomes one
     space, and a thought that comes before the answer is left out.
@@ -41,6 +44,8 @@ def generate_replies(
         questions: What to ask, each in a conversation of its own; of an example all but the answer.
         max_new_tokens: Where a reply is cut off.
         batch_size: Questions that are answered together.
+        sampled: Whether tokens are drawn from the model's distribution as it is, by Torch's global
+            generator, or the likeliest ones are taken.
         done: Called with the number of questions of each batch.
 
     Raises:
@@ -56,6 +61,7 @@ def generate_replies(
             questions,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            sampled=sampled,
             done=done,
         )
 
@@ -82,9 +88,10 @@ def ask(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 40,
+    sampled: bool = False,
     done: Done = quietly,
 ) -> list[Reply]:
-    """Greedy answers to `texts`, in their order; those of like length are asked together.
+    """AnswerTokens to `texts`, in their order; those of like length are asked together.
 
     The model is asked with what precedes an answer in a row to train on. A reply ends at any token
     that ends a turn by the chat template, the tokenizer or the model's generation config.
@@ -94,30 +101,108 @@ def ask(
         chat: The format of its tokenizer.
         texts: Questions, or examples whose answers are left out.
         max_new_tokens: Where an answer is cut off.
-        batch_size: Questions that are answered together, padded on the left.
+        batch_size: Questions that are answered together, padded on the left; of a model that then
+            answers otherwise, as recurrent ones do, each is answered alone.
+        sampled: As for `generate_replies`.
         done: Called with the number of questions of each batch.
     """
+    # A generation config of the model's own may cut the distribution short.
+    drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     rows = [chat.encode_prompt(text) for text in texts]
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
     replies: dict[int, Reply] = {}
+    if batch_size > 1 and len(rows) > 1 and not answers_alike_in_company(model):
+        batch_size = 1
     for start in range(0, len(rows), batch_size):
         places = order[start : start + batch_size]
         batch = collate([rows[place] for place in places], chat.pad_id, side="left")
         batch = batch.to(model.device)
+        asked = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": sampled,
+            **drawn,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "pad_token_id": chat.pad_id,
+            "eos_token_id": sorted(stops) or None,
+        }
         with autocast(model.device):
-            written = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=chat.pad_id,
-                eos_token_id=sorted(stops) or None,
-            )
+            try:
+                written = model.generate(**asked)
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+                _refuse_generation_config(model, asked, error)
+                raise
         answers = written[:, batch.input_ids.shape[1] :].tolist()
         replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
         done(len(places))
     return [replies[place] for place in range(len(rows))]
+
+
+@torch.no_grad()
+def answers_alike_in_company(model: PreTrainedModel) -> bool:
+    """Whether rows of a batch that is padded on the left are answered as each is alone.
+
+    Found by a try, then known. Recurrent models, and some whose positions are learned, take padding
+    for tokens whatever the mask says; some mix the states of rows up.
+    """
+    known: bool | None = getattr(model, "_mollm_answers_alike", None)
+    if known is None:
+        ids = torch.arange(1, 11, device=model.device).view(2, 5)
+        ids = ids % model.get_input_embeddings().weight.shape[0]
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        together = _first_logits(model, ids, mask)
+        alone = _first_logits(model, ids[:1], mask[:1]), _first_logits(model, ids[1:, 2:], None)
+        apart = (together - torch.cat(alone)).abs().max() / together.abs().max()
+        known = bool(apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2))
+        vars(model)["_mollm_answers_alike"] = known
+    return known
+
+
+def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, 3, V]: of the tokens that are written first."""
+    from transformers import GenerationConfig
+
+    with computing_in("float32"), autocast(model.device):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            min_new_tokens=3,
+            max_new_tokens=3,
+            do_sample=False,
+            generation_config=GenerationConfig(),  # its own may not work
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    logits: Tensor = torch.stack(output.logits, 1).double()
+    return logits.masked_fill(~logits.isfinite(), 0)
+
+
+def _refuse_generation_config(
+    model: PreTrainedModel, asked: Mapping[str, Any], error: Exception
+) -> None:
+    """Says that the model's generation config is to blame, if all goes well without it."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.generate(**asked)
+    except Exception:
+        return
+    finally:
+        model.generation_config = own
+    raise UsageError(
+        f"the generation config of the model {model.name_or_path} must suit `generate` of "
+        f"transformers, but that fails with it: {reason_of(error)}: correct its "
+        "generation_config.json, or remove it."
+    ) from error
 
 
 def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:

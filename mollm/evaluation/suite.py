@@ -23,6 +23,7 @@ _ENDINGS = (".jsonl", ".json", ".parquet")
 _ON_HUB = "locuslab/TOFU"
 _PARAPHRASED = "paraphrased_answer"
 _WRONG = "perturbed_answer"
+_REWORDED = "paraphrased_question"
 _WORDS = 400
 """Of a running text, how many words are asked about."""
 _LONGEST_WORD = 100
@@ -45,6 +46,10 @@ class Row:
     """What was said before the question, a system prompt included."""
     is_text: bool = False
     """Whether question and answer are the two halves of a running text."""
+    paraphrased_question: str | None = None
+    """The question in other words, for an audit."""
+    opening: str = ""
+    """Words with which the answer has already begun when it is scored; `answer` goes on there."""
 
     @property
     def asked(self) -> str | Example:
@@ -54,7 +59,12 @@ class Row:
     def example(self, answer: str, *, closed: bool = True) -> Example:
         """The question with an answer, to be encoded."""
         return Example(
-            self.question, answer, closed=closed, history=self.history, is_text=self.is_text
+            self.question,
+            answer,
+            self.opening,
+            closed=closed,
+            history=self.history,
+            is_text=self.is_text,
         )
 
 
@@ -246,6 +256,7 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
         tuple(record.extra.get(data.ACCEPTED, ())),
         record.history,
         record.is_text,
+        str(record.extra[_REWORDED]) if _REWORDED in record.extra else None,
     )
 
 

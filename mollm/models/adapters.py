@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from mollm.distributed import processes
 from mollm.errors import UsageError, did_you_mean
 from mollm.models import forward, four_bits
-from mollm.system.parsing import reason_of
+from mollm.system.parsing import is_file, parse_json, read_text, reason_of, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALL_LINEAR = "all-linear"
+"""Of target_modules: every linear layer but the head."""
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")
 _TASKS = (None, "CAUSAL_LM")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def _all_are(kind: type) -> Callable[[Any], bool]:
@@ -132,6 +135,7 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
     check_adapter(config)
     _refuse_unknown_names(model, config)
     config = copy.deepcopy(config)
+    _leave_out_what_cannot_be_adapted(model, config)
     if model.device.type == "meta":
         config.init_lora_weights = True  # what it begins with comes from the first process
     _let_gradients_through_four_bits(model)
@@ -167,6 +171,35 @@ def given(model: Any) -> Any:
     _let_gradients_through_four_bits(model)
     _refuse_heads_out_of_reach(model.get_base_model(), config)
     return model
+
+
+def is_adapter(name: str) -> bool:
+    """Whether there is a folder of that name with an adapter and no whole model."""
+    folder = user_path(name)
+    return is_file(folder / _CONFIG) and not is_file(folder / "config.json")
+
+
+def load_adapter(model: PreTrainedModel, name: str) -> Any:
+    """The model in the wrapper of `peft`, with the adapter of a folder; not to be trained.
+
+    Raises:
+        UsageError: The adapter cannot be read, is pickled, or was made for another model.
+    """
+    from peft import PeftModel
+
+    folder = user_path(name)
+    if not is_file(folder / _WEIGHTS):
+        raise UsageError(
+            f"the adapter {name} must have its weights in {_WEIGHTS}, but has none: save it again "
+            "with `save_pretrained` of peft."
+        )
+    parse_json(read_text(folder / _CONFIG), str(folder / _CONFIG))
+    try:
+        return PeftModel.from_pretrained(model, str(folder), local_files_only=True).eval()
+    except Exception as error:  # readers of configurations and weights raise what they like
+        raise UsageError(
+            f"the adapter {name} cannot be put on {model.name_or_path}: {reason_of(error)}."
+        ) from error
 
 
 def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
@@ -221,7 +254,7 @@ def _refuse_unknown_names(model: PreTrainedModel, config: Any) -> None:
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         asked = getattr(config, field) or ()
         if isinstance(asked, str):
-            if asked != "all-linear" and not _fits_any(asked, names):
+            if asked.lower() != ALL_LINEAR and not _fits_any(asked, names):
                 refuse(field, asked)
             continue
         for name in sorted(asked):
@@ -241,6 +274,41 @@ def _refuse_unknown_names(model: PreTrainedModel, config: Any) -> None:
             )
 
 
+def _leave_out_what_cannot_be_adapted(model: PreTrainedModel, config: Any) -> None:
+    """Of "all-linear": routers that return more than a product, and what Mamba's kernels read.
+
+    A kernel is given the matrix of such a layer, and would pass over its adapter.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
+        return
+    modules = dict(model.named_modules())
+    found = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and (_read_by_kernel(modules, name) or not _returns_product(module))
+    ]
+    excluded = config.exclude_modules or ()
+    if found and not isinstance(excluded, str):
+        config.exclude_modules = {*excluded, *found}
+
+
+def _read_by_kernel(modules: Mapping[str, nn.Module], name: str) -> bool:
+    parent, _, own = name.rpartition(".")
+    return own == "out_proj" and hasattr(modules[parent], "A_log")
+
+
+@torch.no_grad()
+def _returns_product(layer: nn.Linear) -> bool:
+    if type(layer).forward is nn.Linear.forward or four_bits.in_four_bits(layer.weight):
+        return True
+    try:
+        output = layer(layer.weight.new_zeros(1, layer.in_features))
+    except Exception:  # it takes something else
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, layer.out_features)
+
+
 def _fits_any(pattern: str, names: Iterable[str]) -> bool:
     try:
         return any(re.fullmatch(pattern, name) for name in names)
@@ -258,7 +326,7 @@ def _refuse_heads_out_of_reach(model: PreTrainedModel, config: Any) -> None:
             f"lora_dropout must be 0 where the head is adapted, but got {config.lora_dropout}: "
             "leave the head out of target_modules, or the dropout."
         )
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     changed = has_delta or any(
         hasattr(layer, name)
         for layer in (head, embeddings)
@@ -435,13 +503,17 @@ def checkpoint_activations(model: PreTrainedModel, options: Mapping[str, Any] | 
             f"gradient_checkpointing must be left out for a {type(model).__name__}, which does not "
             "support it, but got it: make smaller batches, or shorter rows."
         )
+    options = {"use_reentrant": False} | dict(options or {})
     # Releases before 5.20 know it by the older name alone.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    # Reentrant checkpoints pass no gradient on to adapters behind an input that asks for none.
-    model.enable_input_require_grads()
+    if options["use_reentrant"]:
+        # They pass no gradient on to adapters behind an input that asks for none.
+        model.enable_input_require_grads()
+    else:  # which transformers enabled, and models that add to their embeddings in place forbid
+        model.disable_input_require_grads()
 
 
 def merged(model: PreTrainedModel, wrapped: Any | None, *, parts: bool) -> PreTrainedModel | None:

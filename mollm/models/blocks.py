@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mollm.errors import UsageError
-from mollm.models.forward import body, hidden_states, in_evaluation_mode
+from mollm.models.forward import hidden_states, in_evaluation_mode
 from mollm.models.tape import Tape
 from mollm.system.parsing import reason_of
 
@@ -51,7 +51,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             "take next to no memory as they are: leave it out."
         )
     with in_evaluation_mode(model):
-        lists = [found for found in _outermost_lists(body(model)) if len(found)]
+        lists = [found for found in _outermost_lists(model) if len(found)]
         try:
             order = _order(model, lists)
         except Exception as error:  # whatever a model raises that wants other inputs
@@ -86,7 +86,7 @@ def _size(modules: Sequence[nn.Module]) -> int:
 
 
 def _ids(model: PreTrainedModel) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(2 * _TOKENS, device=model.device).reshape(2, _TOKENS)
     return ids % vocabulary
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,28 +100,72 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     dtype = compute_dtype(device).dtype
     if dtype != torch.float32:
-        for module in body(copied).modules():
-            if isinstance(module, nn.Linear) and not in_four_bits(module.weight):
+        for module in linears_before_head(copied):
+            if not in_four_bits(module.weight):
                 module.weight.data = module.weight.data.to(dtype)
     return copied
 
 
-def body(model: PreTrainedModel) -> Any:
-    """All of the model before its head."""
-    inner = model.base_model
-    # Some classes name no submodule as their base, which then is the model itself.
-    return inner if inner is not model else model.get_decoder()
+def linears_before_head(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear layers of a model but for those of its head."""
+    after = set(head(model).modules())
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m not in after]
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The final hidden states [B, T, H] of a batch, padded on either side."""
-    options, inner = {}, body(model)
-    if "position_ids" in inspect.signature(inner.forward).parameters:
-        # Else padding on the left would count as tokens.
-        options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    output = inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
-    hidden: Tensor = output.last_hidden_state  # [B, T, H]
-    return hidden
+    """The final hidden states [B, T, H] of a batch, padded on either side: what its head is given.
+
+    The whole model runs, with a head that computes nothing: some models transform what their
+    layers return before the head sees it, and of some the layers are no module of their own.
+
+    Padding on the left is moved to the right on the way. No token of a causal model sees what
+    follows it, but several kinds count padding before it as tokens, whatever the mask says.
+    """
+    options = {"use_cache": False} if _takes(model, "use_cache") else {}
+    layer, seen = head(model), list[Tensor]()
+
+    def take(states: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(states)
+        return states.new_zeros(*states.shape[:-1], 1)
+
+    rows = None if bool(attention_mask[:, 0].all()) else _to_the_left(attention_mask)
+    if rows is not None:
+        input_ids, attention_mask = input_ids.gather(1, rows), attention_mask.gather(1, rows)
+    with _forward_replaced(layer, take):
+        model(input_ids=input_ids, attention_mask=attention_mask, **options)
+    if len(seen) != 1:
+        raise RuntimeError(f"the head of {type(model).__name__} ran {len(seen)} times")
+    hidden = seen[0]
+    if rows is None:
+        return hidden
+    back = rows.argsort(1)[:, :, None].expand_as(hidden)
+    return hidden.gather(1, back)
+
+
+def _to_the_left(attention_mask: Tensor) -> Tensor:
+    """[B, T]: for each place the one that comes to it, when padding before a row goes behind it."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    start = attention_mask.argmax(1, keepdim=True)
+    return (places + start) % attention_mask.shape[1]
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextlib.contextmanager
+def _forward_replaced(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    own = vars(layer)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
 
 
 def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -178,7 +179,8 @@ def _read_config(source: Source) -> Any:
     import transformers
     from transformers import AutoConfig, PreTrainedConfig
 
-    transformers.logging.set_verbosity_error()
+    # As it fails on a config, transformers also prints all of that.
+    transformers.logging.set_verbosity(logging.CRITICAL)
     _fetch_no_kernels()
     folder = Path(source.location)
     if source.is_config:
@@ -191,6 +193,7 @@ def _read_config(source: Source) -> Any:
         config = _asking_little(AutoConfig.from_pretrained, source)
         # It may be the name of a kernel on the hub; None is the best of what transformers has.
         config._attn_implementation = None
+    transformers.logging.set_verbosity_error()
     _refuse_encoder(config, source)
     return config
 

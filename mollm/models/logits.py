@@ -1,13 +1,14 @@
 """What a model makes of its head's outputs: found by a probe of the model itself.
 
 Losses and scores compute logits from final hidden states h and the head, a chunk of tokens at a
-time. Some models do more than that: they scale h or the head's outputs, or cap those. The probe
+time. Some models do more than that: they scale the head's outputs, or cap those. The probe
 replaces the head's outputs by a ramp z₀ from −60 to 60 and fits what the model returns with
 
     z = c tanh(s z₀ / c)   or   s z₀,
 
-whatever size its own logits happen to have, and compares the head's input with h. What that does
-not describe is refused, and so is a model whose tokens see later ones.
+whatever size its own logits happen to have. What that does not describe is refused, and so is a
+model whose tokens see later ones. States h are what the head is given, whatever happened to them
+before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mollm.models.dropout import without_rescaling
 from mollm.models.forward import head, head_weights, hidden_states, in_evaluation_mode
 from mollm.models.four_bits import in_four_bits
 from mollm.system.parsing import reason_of
-from mollm.system.precision import autocast
+from mollm.system.precision import autocast, compute_dtype
 from mollm_ops.operands import LogitTransform
 
 if TYPE_CHECKING:
@@ -71,8 +72,6 @@ def check_logits(model: PreTrainedModel) -> LogitTransform:
 class _Seen:
     """Of two rows of tokens that differ in the last one."""
 
-    hidden: Tensor
-    """Final hidden states, [2, T, H]."""
     taken: Tensor
     """The head's input, [2, T, H]."""
     given: Tensor
@@ -103,13 +102,27 @@ class _Probe:
         fitted = fit(seen.ramp, seen.logits) if seen.logits.shape == seen.ramp.shape else None
         if fitted is None:
             self._refuse("transforms its logits after the head by more than a scale and a cap")
-        return self._with_scale_of_input(fitted, seen) if finite else fitted
+        return fitted
 
     def _refuse(self, what: str) -> NoReturn:
-        name = self.model.name_or_path or type(self.model).__name__
         raise UsageError(
-            f"the model {name} {what}, which the losses do not support: choose another model."
+            f"the model {self._name} {what}, which the losses do not support: choose another model."
         )
+
+    @property
+    def _name(self) -> str:
+        return self.model.name_or_path or type(self.model).__name__
+
+    def _runs_in_float32(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether it is autocast, which was on, that a model cannot bear."""
+        if compute_dtype(ids.device).dtype == torch.float32:
+            return False
+        try:
+            with in_evaluation_mode(self.model):
+                self.model(input_ids=ids, attention_mask=mask)
+        except Exception:  # then autocast is not what is wrong
+            return False
+        return True
 
     @torch.no_grad()
     def _run(self) -> _Seen:
@@ -121,6 +134,7 @@ class _Probe:
         ids %= vocabulary
         mask = torch.ones_like(ids)
         calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        hidden = None
 
         def replace(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             values = ramp(output.numel()).reshape(output.shape[-1], -1).t().reshape(output.shape)
@@ -130,24 +144,33 @@ class _Probe:
         handle = layer.register_forward_hook(replace)
         try:
             with in_evaluation_mode(model), autocast(model.device):
-                logits = model(input_ids=ids, attention_mask=mask).logits
+                output = model(input_ids=ids, attention_mask=mask)
+                logits = output[0] if isinstance(output, tuple) else output.logits
                 handle.remove()
-                hidden = hidden_states(model, ids, mask)
+                if len(calls) == 1:
+                    hidden = hidden_states(model, ids, mask)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that wants other inputs
             reason = reason_of(error, 200)
+            if self._runs_in_float32(ids, mask):
+                raise UsageError(
+                    f"the model {self._name} cannot compute its matrix products in bfloat16 "
+                    f"({type(error).__name__}: {reason}): set compute_dtype to float32."
+                ) from error
             self._refuse(f"gives no logits for token ids alone ({type(error).__name__}: {reason})")
         finally:
             handle.remove()
-        if len(calls) != 1 or calls[0][0].shape != hidden.shape:
+        if hidden is None or calls[0][0].shape != hidden.shape:
             self._refuse("does not compute its logits by one pass of its head over all tokens")
         taken, given, values = calls[0]
-        return _Seen(*(t.detach() for t in (hidden, taken, given, values, logits)))
+        if taken.isfinite().all() and _apart(hidden, taken) > _tolerance(taken):
+            self._refuse("gives its head other states when it runs again")
+        return _Seen(*(t.detach() for t in (taken, given, values, logits)))
 
     def _check_causality(self, taken: Tensor) -> None:
         first, second = taken[:, :-1].double()
-        if float((first - second).abs().max()) > _tolerance(taken) * float(first.abs().max()):
+        if _apart(second, first) > _tolerance(taken):
             self._refuse("lets tokens see later ones, so that it is no causal language model")
 
     @torch.no_grad()
@@ -156,24 +179,14 @@ class _Probe:
         if in_four_bits(weight):
             return
         plain = linear(seen.taken.to(weight.dtype), weight, bias).double()
-        off = float((plain - seen.given.double()).abs().max())
-        if off > _tolerance(seen.given) * float(plain.abs().max()):
+        if _apart(seen.given, plain) > _tolerance(seen.given):
             self._refuse("has a head that is more than a matrix and a bias")
 
-    def _with_scale_of_input(self, fitted: LogitTransform, seen: _Seen) -> LogitTransform:
-        """With the factor between final hidden states and the head's input in the scale."""
-        hidden, taken = seen.hidden.double(), seen.taken.double()
-        square = float(hidden.square().sum())
-        factor = float((hidden * taken).sum()) / square if square > 0 else 1.0
-        tolerance = _tolerance(seen.taken)
-        off = float((taken - factor * hidden).abs().max())
-        if factor <= 0 or off > tolerance * float(taken.abs().max()):
-            self._refuse("transforms its final hidden states before the head")
-        if abs(factor - 1) <= tolerance:
-            return fitted
-        if head_weights(self.model)[1] is not None:
-            self._refuse("scales the input of a head with a bias")
-        return LogitTransform(_rounded(fitted.scale * factor), fitted.softcap)
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Their largest difference, as a share of the largest number."""
+    largest = float(other.double().abs().max())
+    return float((one.double() - other.double()).abs().max()) / max(largest, 1e-30)
 
 
 def _tolerance(computed: Tensor) -> float:

@@ -166,9 +166,9 @@ class Tape:
         own = [p for block in self.blocks for p in block.parameters()]
         if not self.blocks or len(set(own)) < len(own):
             raise UsageError(
-                "blocks must be at least one module, none in another one and none that shares "
-                f"parameters with another one, but got {len(self.blocks)} modules that do: choose "
-                "another gradient_memory."
+                "blocks must be modules that run one after the other and share no parameters, but "
+                f"got {len(self.blocks) or 'none'}{' that do' if self.blocks else ''}: use those "
+                "of mollm.find_blocks(model)."
             )
         within = set(own)
         self.outside = [p for p in train if p not in within]
@@ -195,6 +195,10 @@ class Tape:
         finally:
             for handle in handles:
                 handle.remove()
+            for running in reversed(self._running):  # where a block was interrupted
+                if running is not None:
+                    running[1].__exit__()
+            self._running.clear()
 
     def _refuse_checkpointing(self) -> None:
         # Reached by its own flag: what a block checkpoints inside of it is its own affair.
@@ -341,7 +345,6 @@ class Tape:
                 if call.number == number:
                     self._back(call, params, pending, rows, first)
             yield from self._touched(params, rows)
-            del rows
         if any(pending):
             self._refuse_order()
         self._complete = True
@@ -419,4 +422,7 @@ class Tape:
     def _touched(self, params: list[Tensor], rows: Rows) -> Iterator[tuple[list[Tensor], Rows]]:
         some = [n for n in range(len(params)) if any(row[n] is not None for row in rows)]
         if some:
-            yield [params[n] for n in some], [[row[n] for n in some] for row in rows]
+            found = [[row[n] for n in some] for row in rows]
+            yield [params[n] for n in some], found
+            for row in found:
+                row.clear()  # before the next ones are made

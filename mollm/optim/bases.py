@@ -43,8 +43,8 @@ def _check_number(name: str, value: Any, what: str = "") -> None:
         return  # the host would have to wait for it
     if not float(value) >= 0:
         raise ValueError(f"{what}{name} must not be negative, but got {value}.")
-    if float(value) == math.inf:
-        raise ValueError(f"{what}{name} must be finite, but got {value}.")
+    if float(value) > torch.finfo(torch.float32).max:  # kernels take it as that
+        raise ValueError(f"{what}{name} must be finite in float32, but got {value}.")
 
 
 class FusedBase(Optimizer, ABC):
@@ -134,12 +134,19 @@ class FusedBase(Optimizer, ABC):
         the same β₂ and ε; for bases that keep a second moment."""
         states = [self.state[p] for p in params]
         return AdamMetric(
-            [local(state["exp_avg_sq"]) for state in states],
+            self._second_of(params, group),
             [state["step"] for state in states],
             weights,
             group["betas"][1],
             group["eps"],
         )
+
+    def _second_of(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Second moments; with β₂ = 0 nothing is kept, and a step starts from zeros."""
+        name = "exp_avg_sq"
+        if name in self._slots(group):
+            return [local(self.state[p][name]) for p in params]
+        return [torch.zeros_like(local(p), dtype=group["state_dtype"] or p.dtype) for p in params]
 
     def kept_dtypes(self) -> set[torch.dtype]:
         """Those that state of the combined gradient is kept in."""
@@ -196,10 +203,10 @@ class FusedBase(Optimizer, ABC):
             if not mine:
                 continue
             states = [self._state_of(p, group) for p in mine]
-            first, second = (
-                [local(state[name]) for state in states] if name in self._slots(group) else None
-                for name in (self.first_name, "exp_avg_sq")
-            )
+            first = None
+            if self.first_name in self._slots(group):
+                first = [local(state[self.first_name]) for state in states]
+            second = None if self.second_name is None else self._second_of(mine, group)
             steps = [state["step"] for state in states]
             targets = Targets([local(p) for p in mine], first, second, steps)
             found.append((number, group, [at[p] for p in mine], targets))
@@ -325,7 +332,10 @@ class FusedBase(Optimizer, ABC):
 
 
 class AdamW(FusedBase):
-    """AdamW, see `mollm_ops.update.AdamWStep`; options as `torch.optim.AdamW` where it has them."""
+    """AdamW, see `mollm_ops.update.AdamWStep`; options as `torch.optim.AdamW` where it has them.
+
+    With β₂ = 0 the second moment is that of the step alone, and no state holds it.
+    """
 
     first_name = "exp_avg"
     second_name = "exp_avg_sq"
@@ -372,7 +382,8 @@ class AdamW(FusedBase):
         return math.sqrt(largest)
 
     def _slots(self, group: dict[str, Any]) -> list[str]:
-        return ["exp_avg", "exp_avg_sq"] if self._keep_first else ["exp_avg_sq"]
+        second = ["exp_avg_sq"] if group["betas"][1] else []
+        return ["exp_avg", *second] if self._keep_first else second
 
     def _method(self, group: dict[str, Any], second_weights: Tensor | None) -> AdamWStep:
         return AdamWStep(

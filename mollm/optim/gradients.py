@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,55 @@ from mollm.distributed.sharding import Lists, local, local_gradient, placed_like
 STREAMED = "streamed"
 MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
 _BUCKET_BYTES = 1 << 28
+
+
+class _Staging:
+    """Two buffers on the device that buckets from the host take turns in.
+
+    Events order them: a bucket is written over once the kernels that were enqueued for it are done,
+    and the host waits for nothing, however far it is ahead.
+    """
+
+    def __init__(self, size: int, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._device = device
+        stream.wait_stream(torch.cuda.current_stream(device))
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        for buffer in self._buffers:
+            buffer.record_stream(stream)
+        self._arrived: list[torch.cuda.Event] = []
+        self._done: list[torch.cuda.Event] = []
+
+    def fetch(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Enqueues one bucket's copies and gives the tensors that they go to."""
+        bucket = len(self._arrived)
+        buffer, begin = self._buffers[bucket % 2], 0
+        if bucket >= 2:
+            self._stream.wait_event(self._done[bucket - 2])
+        with torch.cuda.stream(self._stream):
+            for t in tensors:
+                there = buffer[begin : begin + t.nbytes].view(t.dtype).view(t.shape)
+                yield there.copy_(t, non_blocking=True)
+                begin += _aligned(t.nbytes)
+            self._arrived.append(_recorded())
+
+    def wait(self) -> None:
+        """Lets the current stream wait for the bucket that is next to be worked on."""
+        torch.cuda.current_stream(self._device).wait_event(self._arrived[len(self._done)])
+
+    def free(self) -> None:
+        """Everything that works on that bucket has been enqueued."""
+        self._done.append(_recorded())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 class GradientStore:
@@ -72,6 +121,10 @@ class GradientStore:
                 "dense ones can be combined: make the embedding with sparse=False."
             )
         if name is not None and found:
+            for stream in self._streams.values():
+                # Those of the objective before are on the host by now, or else they would still
+                # take their place on the device.
+                stream.synchronize()
             taken = {p: self._away(g) for p, g in found.items()}
             self._refuse_reused_memory(name, taken)
             self._held[name] = taken
@@ -113,14 +166,32 @@ class GradientStore:
         if self.memory != "host":
             yield list(params), self._lists(params, lambda g, p: g)
             return
-        ahead: tuple[list[Tensor], Lists, torch.cuda.Event | None] | None = None
-        for chunk in self._cut(params):
-            coming = self._fetch(chunk)
-            if ahead is not None:
-                yield self._arrived(*ahead)
-            ahead = coming
-        if ahead is not None:
-            yield self._arrived(*ahead)
+        chunks = list(self._cut(params))
+        devices = {p.device for p in params if p.is_cuda}
+        staging = {
+            device: _Staging(self._largest(chunks, device), device, self._stream(device))
+            for device in devices
+        }
+        coming = [self._fetch(chunk, staging) for chunk in chunks[:1]]
+        for n, chunk in enumerate(chunks):
+            coming += [self._fetch(after, staging) for after in chunks[n + 1 : n + 2]]
+            there = staging.get(chunk[0].device)
+            if there is not None:
+                there.wait()
+            yield chunk, coming.pop(0)
+            if there is not None:
+                there.free()
+
+    def _largest(self, chunks: Sequence[Sequence[Tensor]], device: torch.device) -> int:
+        """Bytes of the largest bucket that goes to this device."""
+        sizes = [
+            sum(
+                _aligned(held[p].nbytes) for held in self._held.values() for p in chunk if p in held
+            )
+            for chunk in chunks
+            if chunk[0].device == device
+        ]
+        return max(sizes)
 
     def _lists(self, params: Sequence[Tensor], move: Callable[[Tensor, Tensor], Tensor]) -> Lists:
         rows: Lists = []
@@ -133,6 +204,9 @@ class GradientStore:
         chunk: list[Tensor] = []
         size = 0
         for p in params:
+            if chunk and p.device != chunk[0].device:
+                yield chunk
+                chunk, size = [], 0
             chunk.append(p)
             size += len(self.objectives) * local(p).nbytes
             if size >= self.bucket_bytes:
@@ -171,24 +245,10 @@ class GradientStore:
         there.record_stream(torch.cuda.current_stream(p.device))
         return there
 
-    def _fetch(self, params: list[Tensor]) -> tuple[list[Tensor], Lists, torch.cuda.Event | None]:
-        device = params[0].device
-        if device.type != "cuda":
-            return params, self._lists(params, lambda g, p: g), None
-        with torch.cuda.stream(self._stream(device)):
-            rows = self._lists(params, lambda g, p: g.to(p.device, non_blocking=True))
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        return params, rows, event
-
-    def _arrived(
-        self, params: list[Tensor], rows: Lists, event: torch.cuda.Event | None
-    ) -> tuple[list[Tensor], Lists]:
-        if event is not None:
-            current = torch.cuda.current_stream(params[0].device)
-            current.wait_event(event)
-            for tensors in rows:
-                for t in tensors:
-                    if t is not None:
-                        t.record_stream(current)
-        return params, rows
+    def _fetch(self, params: list[Tensor], staging: Mapping[torch.device, _Staging]) -> Lists:
+        rows = self._lists(params, lambda g, p: g)
+        there = staging.get(params[0].device)
+        if there is None:
+            return rows
+        moved = list(there.fetch([t for row in rows for t in row if t is not None]))
+        return [[None if t is None else moved.pop(0) for t in row] for row in rows]

@@ -54,8 +54,8 @@ class ObjectiveMeans:
         return result
 
     def count(self, proceed: Tensor | None) -> None:
-        """One more step, if it was taken."""
-        self._steps = self._steps + (1 if proceed is None else proceed)
+        """One more step, if it was taken; in place, so that a CUDA graph's replays count too."""
+        self._steps.add_(1 if proceed is None else proceed)
 
     def state_dict(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """The means by objective and number of the parameter."""

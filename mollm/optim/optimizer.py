@@ -32,7 +32,7 @@ from mollm.optim.directions import make_rule
 from mollm.optim.gradients import STREAMED
 from mollm.optim.groups import alike, columns_of, columns_of_means
 from mollm.optim.means import ObjectiveMeans, moved, next_means
-from mollm.optim.saved_state import check_number
+from mollm.optim.saved_state import check_number, check_structure
 from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
 from mollm.optim.streamed import StreamedGradients, make_store
@@ -52,6 +52,9 @@ def _make_base(
         raise ValueError(
             f"base must be 'adamw', 'sgd', or an optimizer class or factory, but got {base!r}."
         )
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, but got {value}.")
     try:
         return make(params, lr=lr, **options)
     except TypeError as error:
@@ -429,6 +432,10 @@ class MOLLMOptimizer(Optimizer):
         lowers its scale. A second call before `step()` changes nothing. If it raises, every
         objective's gradient is dropped.
 
+        In the step in which a GradScaler changes its scale, d is found once more when the scale is
+        known, and cut to the length that it had been cut to. Where running means make d too short
+        to be cut before and long enough after, it stays uncut in that step.
+
         Raises:
             RuntimeError: an objective has no gradient, or a parameter one of no objective; the
                 optimizer steps in AdamW's metric along running means, whose second moment needs
@@ -529,7 +536,10 @@ class MOLLMOptimizer(Optimizer):
 
     def _pieces(self, params: Sequence[Tensor]) -> Iterator[tuple[Sharding, list[Tensor], Lists]]:
         for some, lists in self._store.buckets(params):
-            yield from by_sharding(some, lists)
+            for sharding, mine, rows in by_sharding(some, lists):
+                yield sharding, mine, rows
+                for row in rows:
+                    row.clear()  # before the next ones arrive, whoever still has the lists
 
     def _grams(
         self, params: Sequence[Tensor], lists: Lists, clip: Tensor | None
@@ -749,7 +759,10 @@ class MOLLMOptimizer(Optimizer):
         if waiting and scaled and not touched:
             # In the scale of the losses themselves, which the metric has to be taken in.
             return self._step_along_gradients(self._touched(strays=True))
-        return self._step_along_grad(solved, gradients.present(), touched, waiting)
+        assumed = 1.0 if left.assumed_scale is None else float(left.assumed_scale)
+        same_scale = not scaled or assumed == (1.0 if scale is None else float(scale))
+        params = gradients.present()
+        return self._step_along_grad(solved, params, touched, waiting, same_scale)
 
     def _in_own_scale(self, left: _Aggregated, scale: Tensor | None, touched: bool) -> _Solved:
         """Brings the gradients that wait to the scale of the losses, now that it is known."""
@@ -763,13 +776,23 @@ class MOLLMOptimizer(Optimizer):
             norm = self._norm_of_grad(left.gradients.present())
             params = self._touched(strays=True)
             solved = self._solve(params)
-            clip = torch.where(left.norm > 0, norm * found / left.norm, 1.0) if touched else 1.0
-            self._write_direction(params, solved.solution, clip)
+            self._write_direction(params, solved.solution, 1.0)
+            if touched:
+                clip = torch.where(left.norm > 0, norm * found / left.norm, 1.0)
+                clip = _cut_again(clip, norm, self._norm_of_grad(params))
+                for p in params:
+                    if p.grad is not None:
+                        p.grad.mul_(clip)
             return self._held_by_grad(solved, params)
         return replace(left.solved, matrix=left.solved.matrix * (assumed / found) ** 2)
 
     def _step_along_grad(
-        self, solved: _Solved, params: list[Tensor], touched: bool, waiting: bool
+        self,
+        solved: _Solved,
+        params: list[Tensor],
+        touched: bool,
+        waiting: bool,
+        same_scale: bool,
     ) -> tuple[_Solved, Tensor | None]:
         base = self.base
         assert isinstance(base, FusedBase), "other bases step by themselves"
@@ -777,7 +800,8 @@ class MOLLMOptimizer(Optimizer):
         weights[0] = 1
         second = self._second_weights_on(weights.device)
         if touched and second is not None:
-            clip, uniform = self._clip(params, solved.solution)
+            anew = None if same_scale else self._solve(params).solution
+            clip, uniform = self._clip(params, solved.solution, anew)
             solved = self._solve(params, clip)
             solved = replace(solved, solution=solved.solution.refused_unless(clip.isfinite()))
             fresh = pad(solved.solution.weights * clip, (1, 0))
@@ -814,9 +838,11 @@ class MOLLMOptimizer(Optimizer):
                 self._means.count(proceed)
         return solved, parts.total(Sharding.total) if self.track_conflicts else None
 
-    def _clip(self, params: Sequence[Tensor], solution: Solution) -> tuple[Tensor, Tensor]:
+    def _clip(
+        self, params: Sequence[Tensor], solution: Solution, anew: Solution | None
+    ) -> tuple[Tensor, Tensor]:
         """By what p.grad was multiplied since it was Σ_k w_k g_k, |p.grad| / |Σ_k w_k g_k|, and
-        whether all of it was."""
+        whether all of it was. `anew` is the solution that would have been cut, if not this one."""
         parts = _Parts()
         for sharding, some, lists in self._pieces(params):
             parts.add(sharding, gram([[local_gradient(p) for p in some], *lists]))
@@ -824,6 +850,9 @@ class MOLLMOptimizer(Optimizer):
         w = solution.weights
         square, along, before = products[0, 0], products[0, 1:] @ w, w @ products[1:, 1:] @ w
         clip = torch.where(before > 0, (square / before).sqrt(), 1.0)
+        if anew is not None:
+            length = (anew.weights @ products[1:, 1:] @ anew.weights).sqrt()
+            clip = _cut_again(clip, square.sqrt(), length)
         dtypes = {t.dtype for p in params if (t := p.grad) is not None}
         rounding = max(torch.finfo(t).eps for t in dtypes)
         if self._store.memory == "bfloat16":
@@ -1021,6 +1050,7 @@ class MOLLMOptimizer(Optimizer):
             UsageError: the state is of another algorithm, other objectives or other parameters.
             ValueError: the groups do not match, or an option is out of range.
         """
+        check_structure(state_dict)
         plain = {k: v for k, v in state_dict.items() if k != "mollm"}
         mine = state_dict.get("mollm", {})
         if self._means is not None:
@@ -1064,6 +1094,12 @@ class MOLLMOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"MOLLMOptimizer(objectives={self.objectives}, rule={self.rule}, base={self.base})"
+
+
+def _cut_again(clip: Tensor, cut: Tensor, length: Tensor) -> Tensor:
+    """What cuts a gradient of that length to the length to which another was cut by `clip`."""
+    again = torch.where(length > cut, cut / length, 1.0)
+    return torch.where(clip < 1 - 1e-6, again, clip)
 
 
 def _copied_attributes(optimizer: Optimizer) -> dict[str, Any]:

@@ -20,6 +20,33 @@ _OTHER_ALGORITHMS = {
 }
 
 
+def check_structure(state_dict: Any) -> None:
+    """Refuses what is not built as the state of an optimizer is.
+
+    Raises:
+        UsageError: it is no dictionary with a state by parameter and a list of groups.
+    """
+    kinds = {"state": dict, "param_groups": list, "mollm": dict}
+    for name, kind in kinds.items():
+        found = state_dict.get(name, {}) if isinstance(state_dict, dict) else None
+        if name == "mollm" and found == {}:
+            continue
+        if not isinstance(found, kind):
+            raise UsageError(
+                f"the state to load must hold {name} as a {kind.__name__}, but it holds "
+                f"{type(found).__name__}: is it the state_dict() of an optimizer?"
+            )
+    for n, entry in state_dict["state"].items():
+        if not isinstance(entry, dict):
+            raise UsageError(
+                f"the state of parameter {n} must be a dict, but the state to load has "
+                f"{type(entry).__name__}."
+            )
+    for group in state_dict["param_groups"]:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise UsageError("every group in the state to load must be a dict with its params.")
+
+
 def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
     """Refuses what is no state of parameter n.
 

@@ -105,7 +105,7 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
         shape=shape,
         settings=settings,
         trainable=_trainable(shape, settings),
-        stages=tuple(_stages(shape, settings)),
+        stages=tuple((_streamed_stages if settings.streams else _stages)(shape, settings)),
         host_bytes=(
             OBJECTIVES * _trainable(shape, settings) * settings.gradient_bytes
             if settings.gradient_memory == "host" and settings.device == "cuda"
@@ -168,9 +168,18 @@ def _state(shape: Shape, settings: PlanSettings) -> int:
     if settings.optimizer == "sgd":
         return 0
     first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
-    moments = 2 if first else 1
-    size = BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
-    return moments * _trainable(shape, settings) * size
+    moments = first + (settings.adam_beta2 > 0)
+    return moments * _trainable(shape, settings) * _state_bytes(settings)
+
+
+def _state_bytes(settings: PlanSettings) -> int:
+    return BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
+
+
+def _passing_moment(settings: PlanSettings) -> int:
+    """Bytes of a parameter's second moment that no state holds, while the parameter changes."""
+    adam = settings.optimizer == "adamw"
+    return _state_bytes(settings) if adam and not settings.adam_beta2 else 0
 
 
 def _means(shape: Shape, settings: PlanSettings) -> int:
@@ -322,7 +331,9 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     # KL's graph keeps its gradients until the step is over.
     left = original | {"head gradients of the losses": _loss_gradients(shape, retain, 1)}
     yield stage("retain backward", before(2), left | _backward(shape, retain, keep=False))
-    yield stage("update", OBJECTIVES, left | {"working set": _update(shape, settings)})
+    moment = _trainable(shape, settings) * _passing_moment(settings)
+    update = {"working set": _update(shape, settings) + moment}
+    yield stage("update", OBJECTIVES, left | update)
 
 
 def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
@@ -426,3 +437,96 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
         M * 5 * 4 * shape.hidden,
         M * settings.weight_bytes * shape.hidden,
     )
+
+
+# ---- the stages of a step that streams its gradients
+
+
+def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
+    """Forward of both sides up to the last block, losses, and the sweeps over the blocks.
+
+    Micro-batches wait for the sweeps with all of their block inputs.
+    """
+    lasting = _lasting(shape, settings)
+    retain = settings.of_retain_batch
+    streams = [s.tokens * s.weight_bytes * shape.hidden for s in (settings, retain)]
+    # What blocks are given, and what the last one returns; retain and KL share theirs.
+    sides = [(shape.num_layers + 1) * stream for stream in streams]
+    objectives = [streams[0], *[streams[1]] * (OBJECTIVES - 1)]
+    earlier = settings.accumulation - 1
+    size = settings.gradient_bytes
+    ends = (_trainable(shape, settings) - shape.num_layers * shape.layer_parameters) * size
+    dW = shape.embedding * size if settings.trains_head else 0
+    late = 0 if shape.tied else dW  # embeddings of their own have no gradient before the sweeps
+
+    def stage(name: str, done: int, cotangents: int, ends: int, parts: Mapping[str, int]) -> Stage:
+        everything = lasting | {
+            "block inputs": earlier * sum(sides) + sum(sides[:done]),
+            "cotangents": earlier * sum(objectives) + sum((2 * objectives)[:cotangents]),
+            "embeddings, head and norm": ends,
+            **parts,
+        }
+        return Stage(name, {part: n for part, n in everything.items() if n})
+
+    def top(found: int) -> int:
+        """Bytes of the gradients outside of the blocks that the losses have left by then."""
+        return (OBJECTIVES if earlier else found) * (ends - late)
+
+    def forward(side: PlanSettings) -> dict[str, int]:
+        return {"working set": _forward_pass(shape, side)}
+
+    def loss(side: PlanSettings, losses: int) -> dict[str, int]:
+        return {"activations": _final(shape, side)} | _loss(shape, side, losses)
+
+    def backward(side: PlanSettings, losses: int) -> dict[str, int]:
+        return {
+            "activations": _final(shape, side),
+            "head gradients of the losses": _loss_gradients(shape, side, losses),
+            "working set": _working_sets(shape, side)[1] + (dW if earlier else 0),
+        }
+
+    original = {"states of the original": retain.answers * shape.hidden * retain.weight_bytes}
+    yield stage("forget forward", 1, 0, top(0), forward(settings))
+    yield stage("forget loss", 1, 0, top(0), loss(settings, 1))
+    yield stage("forget backward, head", 1, 1, top(1), backward(settings, 1))
+    yield stage("retain forward", 2, 1, top(1), forward(retain))
+    yield stage("reference", 2, 1, top(1), {"working set": _reference_pass(shape, retain)})
+    yield stage("retain loss", 2, 1, top(1), original | loss(retain, 2))
+    yield stage("retain backward, head", 2, 3, top(3), original | backward(retain, 2))
+    whole = OBJECTIVES * ends
+    larger = max(settings, retain, key=lambda side: side.tokens)
+    block = max(_block_moments(shape, larger), key=lambda parts: sum(parts.values()))
+    yield stage("blocks, twice", 2, 2 * OBJECTIVES, whole, block)
+    made = {
+        "gradient in the making": dW - late,  # on top of those of a tied head
+        "second moment": ends // size * _passing_moment(settings),
+    }
+    yield stage("embeddings, head and norm", 2, 2 * OBJECTIVES, whole, made)
+
+
+def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, int]]:
+    """The fullest moments of a block's K backwards: KL, whose activations stay, and retain."""
+    layer = shape.layer_parameters * settings.gradient_bytes
+    down = shape.hidden * shape.intermediate * settings.gradient_bytes
+    mlp, norm, residual = _working_sets(shape, settings)
+    freed = settings.tokens * settings.product_bytes * shape.intermediate
+    again = settings.accumulation > 1  # then all objectives' are there from the last micro-batch
+
+    def moment(gradients: int, working: int, kept: bool = True) -> dict[str, int]:
+        return {
+            "gradients of a block": gradients,
+            "activations": kept * _layer(shape, settings),
+            "working set": working,
+        }
+
+    before = (OBJECTIVES if again else OBJECTIVES - 1) * layer
+    yield moment(before + again * layer, norm + residual)
+    yield moment(before + down, mlp + residual - freed)
+    yield moment(before + layer, norm + residual, kept=False)
+    yield moment(before + layer, shape.layer_parameters * _passing_moment(settings), kept=False)
+
+
+def _forward_pass(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of a layer's forward pass of which nothing is kept, at the end of its MLP."""
+    r, p = settings.weight_bytes, settings.product_bytes
+    return settings.tokens * (2 * r * shape.hidden + 3 * p * shape.intermediate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mollm.models.four_bits import NF4
 from mollm.planning.memory import MemoryPlan, plan
-from mollm.planning.settings import GRADIENT_MEMORIES, PlanSettings, flag_of
+from mollm.planning.settings import STREAMED, PlanSettings, flag_of
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,8 @@ Change = Callable[[MemoryPlan, float], Iterator[tuple[str, PlanSettings]]]
 
 
 def _checkpointed(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    yield (
-        "--gradient-checkpointing",
-        replace(now.settings, gradient_checkpointing=True),
-    )
+    if not now.settings.streams:
+        yield "--gradient-checkpointing", replace(now.settings, gradient_checkpointing=True)
 
 
 def _smaller_batch(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
@@ -82,10 +80,15 @@ def _narrow_state(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSet
 
 
 def _small_gradients(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    """Rounded gradients where those fit, and else whichever needs least."""
-    tried = [replace(now.settings, gradient_memory=name) for name in GRADIENT_MEMORIES[1:]]
-    best = _first_that_fits(now, tried, memory)
-    yield f"--gradient-memory {best.gradient_memory}", best
+    """Rounded gradients if those fit, and else gradients of one block at a time."""
+    if now.settings.lora_rank:
+        return
+    rounded = replace(now.settings, gradient_memory="bfloat16")
+    streamed = replace(now.settings, gradient_memory=STREAMED, gradient_checkpointing=False)
+    best = _first_that_fits(now, [rounded, streamed], memory)
+    words = f"--gradient-memory {best.gradient_memory}"
+    given_up = now.settings.gradient_checkpointing and not best.gradient_checkpointing
+    yield f"{words}, no checkpointing" if given_up else words, best
 
 
 def _first_that_fits(now: MemoryPlan, tried: Sequence[PlanSettings], memory: float) -> PlanSettings:
@@ -100,12 +103,34 @@ def _cached_reference(now: MemoryPlan, memory: float) -> Iterator[tuple[str, Pla
         yield "--reference cache", replace(now.settings, reference="cache")
 
 
-def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+def _frozen_embeddings(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
     if not now.settings.lora_rank:
-        yield (
-            "--lora 16 --reference adapter",
-            replace(now.settings, lora_rank=16, reference="adapter"),
-        )
+        yield "--freeze-embeddings", replace(now.settings, freeze_embeddings=True)
+
+
+def _narrow_weights(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if not now.settings.lora_rank:
+        narrow = replace(now.settings, dtype="bfloat16")
+        if narrow.gradient_memory == "bfloat16":  # rounds nothing more
+            narrow = replace(narrow, gradient_memory="as-produced")
+        yield "--dtype bfloat16", narrow
+        streamed = replace(narrow, gradient_memory=STREAMED, gradient_checkpointing=False)
+        yield f"--gradient-memory {STREAMED}, no checkpointing", streamed
+
+
+def _no_second_moment(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if not now.settings.lora_rank and now.settings.optimizer == "adamw":
+        yield "--adam-beta2 0", replace(now.settings, adam_beta2=0.0)
+
+
+def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    if now.settings.lora_rank:
+        return
+    words, settings = "--lora 16 --reference adapter", now.settings
+    if settings.streams:
+        words = f"{words} --gradient-memory as-produced --gradient-checkpointing"
+        settings = replace(settings, gradient_memory="as-produced", gradient_checkpointing=True)
+    yield words, replace(settings, lora_rank=16, reference="adapter")
 
 
 def _four_bits(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
@@ -119,6 +144,9 @@ _CHANGES: tuple[Change, ...] = (
     _narrow_state,
     _small_gradients,
     _cached_reference,
+    _frozen_embeddings,
+    _narrow_weights,
+    _no_second_moment,
     _adapters,
     _four_bits,
 )

@@ -14,7 +14,10 @@ BYTES = {"float32": 4, "bfloat16": 2}
 DEVICES = ("cpu", "cuda")
 
 
-GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host")
+STREAMED = "streamed"
+
+
+GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
 
 
 REFERENCES = ("copy", "adapter", "cache")
@@ -83,6 +86,9 @@ class PlanSettings:
             "help": "optimizer-state dtype",
             "default": "that of the trainable parameters",
         },
+    )
+    adam_beta2: float = field(
+        default=0.999, metadata={"help": "AdamW's second beta; with 0 it keeps no second moment"}
     )
     gradient_memory: str = field(
         default="as-produced",
@@ -154,6 +160,8 @@ class PlanSettings:
             raise UsageError(
                 f"retain_batch_size must be at least 1, but got {self.retain_batch_size}."
             )
+        if not 0 <= self.adam_beta2 < 1:
+            raise UsageError(f"adam_beta2 must be in [0, 1), but got {self.adam_beta2}.")
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
         for name, option in OPTIONS.items():
@@ -168,6 +176,16 @@ class PlanSettings:
             raise UsageError(
                 f"quantization must be left out without LoRA, but got {self.quantization!r}: give "
                 "a lora_rank."
+            )
+        if self.streams and self.lora_rank:
+            raise UsageError(
+                f"gradient_memory must be another one than {STREAMED!r} with LoRA, whose gradients "
+                "take next to no memory as they are: leave it out."
+            )
+        if self.streams and self.gradient_checkpointing:
+            raise UsageError(
+                f"gradient_checkpointing must be left out with gradient_memory {STREAMED!r}, which "
+                "computes every block again anyway: leave it out."
             )
 
     @property
@@ -215,6 +233,10 @@ class PlanSettings:
         if self.gradient_memory == "host" and self.device == "cuda":
             return 0
         return 2 if self.gradient_memory == "bfloat16" else self.gradient_bytes
+
+    @property
+    def streams(self) -> bool:
+        return self.gradient_memory == STREAMED
 
     @property
     def trains_head(self) -> bool:

@@ -55,7 +55,7 @@ def line_chart(
     room = _ROOM * (high - low)
     low = low if low in (least, 0.0) else low - room
     high = high if high == most else high + room
-    last = max(2, max((len(each.values) for each in series), default=1))
+    last: int = max(2, max((len(each.values) for each in series), default=1))
 
     def x(step: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - 1) / (last - 1)
@@ -76,9 +76,9 @@ def line_chart(
     for each, curve in zip(series, curves, strict=True):
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
         if len(curve) == 1:
-            ((step, value),) = curve
+            ((at, value),) = curve
             parts.append(
-                f'<circle class="{each.colour}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>'
+                f'<circle class="{each.colour}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3"/>'
             )
         elif curve:
             parts.append(f'<polyline class="{each.colour}" points="{points}"/>')
@@ -117,6 +117,53 @@ def _step_label(x: float, height: int, step: int, last: int) -> str:
     """The last one ends where the axis does: its middle there would be cut off."""
     anchor = "end" if step == last else "middle"
     return f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">{step}</text>'
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter chart, both of its places from 0 to 1."""
+
+    x: float
+    y: float
+    colour: str
+    title: str
+    """What it is, shown where the pointer rests on it."""
+    strong: bool = False
+
+
+def scatter_chart(title: str, dots: Sequence[Dot], front: Sequence[Dot] = ()) -> Markup:
+    """Points in the unit square, and a line through those that none beats in both.
+
+    Args:
+        title: What it shows.
+        dots: The points.
+        front: Those that the line goes through, from left to right.
+    """
+    size = _WIDTH
+
+    def x(value: float) -> float:
+        return _LEFT + (size - _LEFT - 2 * _RIGHT) * value
+
+    def y(value: float) -> float:
+        return _TOP + (size - _TOP - _BOTTOM) * (1 - value)
+
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(
+            f'<line class="grid" x1="{x(0):.1f}" x2="{x(1):.1f}" y1="{y(tick):.1f}" '
+            f'y2="{y(tick):.1f}"/><text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" '
+            f'text-anchor="end">{tick:.0%}</text><text x="{x(tick):.1f}" y="{size - 8}" '
+            f'text-anchor="middle">{tick:.0%}</text>'
+        )
+    if len(front) > 1:
+        points = " ".join(f"{x(dot.x):.1f},{y(dot.y):.1f}" for dot in front)
+        parts.append(f'<polyline class="front" points="{points}"/>')
+    for dot in dots:
+        parts.append(
+            f'<circle class="{dot.colour}" cx="{x(dot.x):.1f}" cy="{y(dot.y):.1f}" '
+            f'r="{6 if dot.strong else 3.5}"><title>{escape(dot.title)}</title></circle>'
+        )
+    return _svg(title, parts, size)
 
 
 def _svg(title: str, parts: Sequence[str], height: int) -> Markup:

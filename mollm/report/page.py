@@ -80,9 +80,13 @@ def render(runs: Sequence[ReportedRun]) -> str:
     """
     if not runs:
         raise UsageError("a report must be of at least one run, but got none.")
-    if len(runs) == 1:
-        return environment().get_template("run.html.jinja").render(**_of_one(runs[0]))
-    return environment().get_template("compare.html.jinja").render(**_of_several(runs))
+    name, values = (
+        ("run.html.jinja", _of_one(runs[0]))
+        if len(runs) == 1
+        else ("compare.html.jinja", _of_several(runs))
+    )
+    page: str = environment().get_template(name).render(**values)
+    return page
 
 
 def environment(*packages: str) -> Any:

@@ -42,7 +42,8 @@ def refuse_no_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {reason_of(error)}.") from error
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UsageError(f"{path} cannot be read: {reason}.") from error
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise UsageError(f"{path} must be a file, but it is {what}.")

@@ -17,6 +17,7 @@ from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from mollm.data.chat import TRAIN_ON_TURNS
+from mollm.distributed.watch import await_others
 from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
@@ -218,6 +219,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         self.sharding = _sharding(self.fsdp)
         # Accelerate, which transformers would hand it on to, is not to wrap the model.
         self.fsdp = None
+        await_others()
         super().__post_init__()
         if self.sharding and self.world_size == 1:
             raise UsageError(

@@ -89,6 +89,7 @@ def plan_settings(
         dtype=dtype or args.dtype,
         compute_dtype=computes,
         state_dtype=options.get("state_dtype"),
+        adam_beta2=float(args.for_optimizer().get("betas", (0, args.adam_beta2))[1]),
         gradient_memory=options.get("gradient_memory", "as-produced"),
         momentum=momentum if momentum == PER_OBJECTIVE else None,
         metric=args.for_optimizer()["metric"],

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -67,7 +68,7 @@ from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
-from mollm.training.callbacks import DivergenceStop, LossBar
+from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_REPORTED, MOLLMConfig
 from mollm.training.given_model import (
     check_without_weights,
@@ -280,7 +281,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ],
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LossBar(self.objectives))
+            shown = LossBar(self.objectives) if sys.stderr.isatty() else LossLines(self.history)
+            self.add_callback(shown)
         self._refuse_unlike_processes()
         if isinstance(reference, CachedReference):
             reference.fill(
@@ -435,16 +437,17 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _stop_rule(self, args: MOLLMConfig) -> StopWhen | None:
         if args.stop_when is None:
             return None
+        return StopWhen(StopRule.of(args.stop_when), self.look)
+
+    def look(self) -> dict[str, float]:
+        """Mean likelihood of the answers of each role, and the share of their tokens that are the
+        likeliest: of the first 64 rows to evaluate on, else of those to train on."""
         rows: dict[str, list[Tokens]] = {
             role: [row for name in self._data.looked_at(role) for row in self._data.rows[name]]
             for role in ROLES
         }
-
-        def measure() -> dict[str, float]:
-            size = args.per_device_eval_batch_size
-            return measured(self._base, rows, self._chat.pad_id, size)
-
-        return StopWhen(StopRule.of(args.stop_when), measure)
+        size = self.args.per_device_eval_batch_size
+        return measured(self._base, rows, self._chat.pad_id, size)
 
     @property
     def target_told(self) -> str | None:

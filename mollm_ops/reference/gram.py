@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -75,6 +76,31 @@ def scaled_by_metric_reference(
             wide = [None if t is None else P.sqrt() * t for t in wide]
         columns.append(wide)
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def gram_moved_reference(
+    gradients: GradientLists, moving: RunningMeans | None, metric: AdamMetric | None
+) -> Tensor:
+    """`gram_reference` of the means that come next, or in Adam's metric; a slice at a time."""
+    K = len(gradients)
+    device = next(t.device for tensors in gradients for t in tensors if t is not None)
+    total = torch.zeros(K, K, dtype=torch.float64, device=device)
+    for n, column in enumerate(zip(*gradients, strict=True)):
+        if all(t is None for t in column):
+            continue
+        means = [None] * K if moving is None else [row[n] for row in moving.means]
+        second = None if metric is None else metric.exp_avg_sqs[n]
+        for piece in slices([*column, *means, second]):
+            rows: GradientLists = [[t] for t in piece[:K]]
+            if moving is not None:
+                rows = moved_means_reference(
+                    rows, RunningMeans([[t] for t in piece[K:-1]], moving.beta)
+                )
+            if metric is not None:
+                here = replace(metric, exp_avg_sqs=[piece[-1]], steps=[metric.steps[n]])
+                rows = scaled_by_metric_reference(rows, here)
+            total += gram_reference(rows)
+    return total
 
 
 def combine_reference(gradients: GradientLists, weights: Tensor) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mollm_ops._checks import GradientLists
 from mollm_ops.operands import AdamWStep, RunningMeans, SgdStep, Targets, largest_moment
-from mollm_ops.reference.gram import moved_means_reference
+from mollm_ops.reference.gram import moved_means_reference, slices
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -20,8 +20,9 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _round_stochastically(x: Tensor, seed: int, step: int, n: int, salt: int) -> Tensor:
-    """float32 → bfloat16, up or down with the probabilities that make the mean exact."""
+def _round_stochastically(x: Tensor, seed: int, step: int, n: int, first: int, salt: int) -> Tensor:
+    """float32 → bfloat16, up or down with the probabilities that make the mean exact; x begins at
+    element `first` of parameter n."""
     low = 0xFFFFFFFF
 
     def hashed(number: int) -> int:
@@ -30,7 +31,7 @@ def _round_stochastically(x: Tensor, seed: int, step: int, n: int, salt: int) ->
     key = hashed(seed ^ hashed(seed >> 32))
     key = hashed(key + step)
     key = (hashed(key ^ hashed(n + 0x9E3779B9)) + salt) & low
-    at = torch.arange(x.numel(), device=x.device) & low
+    at = torch.arange(first, first + x.numel(), device=x.device) & low
     noise = (_mix(at ^ key) & 0xFFFF).view(x.shape)
     bits = x.float().view(torch.int32).long() & low
     up = ((bits + noise) & 0xFFFF0000).to(torch.int64)
@@ -47,42 +48,67 @@ def update_reference(
     moving: RunningMeans | None = None,
     rounding_seed: int | None = None,
 ) -> Tensor:
-    """The step, parameter by parameter, in float32 (float64 where a tensor is); see `update_`."""
-    changes = torch.zeros(len(gradients), dtype=torch.float64, device=weights.device)
-    rate = float(method.lr)
-    used_rows = gradients if moving is None else moved_means_reference(gradients, moving)
-    if moving is not None:
-        for tensors, means in zip(used_rows, moving.means, strict=True):
-            for value, mean in zip(tensors, means, strict=True):
-                if mean is not None and value is not None:
-                    mean.copy_(value)
-    for n, (x, t, *g) in enumerate(zip(targets.params, targets.steps, *used_rows, strict=True)):
+    """The step, a slice of a parameter at a time, in float32 (float64 where a tensor is); see
+    `update_`."""
+    K = len(gradients)
+    changes = torch.zeros(K, dtype=torch.float64, device=weights.device)
+    for n, (x, t, *g) in enumerate(zip(targets.params, targets.steps, *gradients, strict=True)):
         m = None if targets.first is None else targets.first[n]
         v = None if targets.second is None else targets.second[n]
-        d, new = _next_state(g, weights, x, m, v, method)
-        wide = d.dtype
-        lr: float | Tensor = rate
-        divisor: float | Tensor = 1.0
-        if isinstance(method, AdamWStep):
-            step = t.double()
-            lr = rate if m is None else rate / (1 - method.beta1**step)
-            root = (1 / (1 - method.beta2**step).sqrt()).to(wide)
-            divisor = new["second"].sqrt() * root + method.eps
-        new["param"] = (1 - rate * method.weight_decay) * x.to(wide) - lr * (d / divisor)
-        before = x.to(wide, copy=True)
-        for salt, (name, to) in enumerate({"param": x, "first": m, "second": v}.items()):
-            value = new.get(name)
-            if to is None or value is None:
-                continue
-            if rounding_seed is not None and to.dtype == torch.bfloat16:
-                value = _round_stochastically(value, rounding_seed, int(t), n, salt)
-            to.copy_(value)
-        moved = (x.to(wide) - before).double()
-        for k, tensors in enumerate(gradients):
-            u = tensors[n]
-            if u is not None:
-                changes[k] += (u.double() * moved).sum()
+        means = [None] * K if moving is None else [row[n] for row in moving.means]
+        written = [u for u in (x, m, v, *means) if u is not None]
+        if x.numel() == 0:
+            continue
+        whole = [*g, *means, x, m, v]
+        pieces = slices(whole) if all(u.is_contiguous() for u in written) else [whole]
+        first = 0
+        for piece in pieces:
+            some, old, (x, m, v) = piece[:K], piece[K : 2 * K], piece[2 * K :]
+            assert x is not None, "every parameter is there"
+            rounding = None if rounding_seed is None else (rounding_seed, int(t), n, first)
+            here = None if moving is None else RunningMeans([[u] for u in old], moving.beta)
+            changes += _step_one(some, weights, (x, m, v), t, method, here, rounding)
+            first += x.numel()
     return changes
+
+
+def _step_one(
+    gradients: Sequence[Tensor | None],
+    weights: Tensor,
+    to: tuple[Tensor, Tensor | None, Tensor | None],
+    t: Tensor,
+    method: SgdStep | AdamWStep,
+    moving: RunningMeans | None,
+    rounding: tuple[int, int, int, int] | None,
+) -> Tensor:
+    x, m, v = to
+    used = gradients
+    if moving is not None:
+        used = [u for (u,) in moved_means_reference([[u] for u in gradients], moving)]
+        for value, (mean,) in zip(used, moving.means, strict=True):
+            if mean is not None and value is not None:
+                mean.copy_(value)
+    d, new = _next_state(used, weights, x, m, v, method)
+    wide, rate = d.dtype, float(method.lr)
+    lr: float | Tensor = rate
+    divisor: float | Tensor = 1.0
+    if isinstance(method, AdamWStep):
+        step = t.double()
+        lr = rate if m is None else rate / (1 - method.beta1**step)
+        root = (1 / (1 - method.beta2**step).sqrt()).to(wide)
+        divisor = new["second"].sqrt() * root + method.eps
+    new["param"] = (1 - rate * method.weight_decay) * x.to(wide) - lr * (d / divisor)
+    before = x.to(wide, copy=True)
+    for salt, (name, target) in enumerate({"param": x, "first": m, "second": v}.items()):
+        value = new.get(name)
+        if target is None or value is None:
+            continue
+        if rounding is not None and target.dtype == torch.bfloat16:
+            value = _round_stochastically(value, *rounding, salt)
+        target.copy_(value)
+    moved = (x.to(wide) - before).double()
+    products = [moved.new_zeros(()) if u is None else (u.double() * moved).sum() for u in gradients]
+    return torch.stack(products)
 
 
 def _next_state(

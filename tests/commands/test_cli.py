@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import tempfile
@@ -193,3 +194,25 @@ def test_a_defect_is_told_where_its_log_cannot_be_written(capsys, monkeypatch, t
     monkeypatch.setattr(demo, "_demo", broken)
     assert main(["demo"]) == 70
     assert "odd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_flags(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("unlearn", "evaluate", "gradient-checkpointing", "max-new-tokens"):
+        assert word in script
+
+
+def test_a_plan_as_json(capsys):
+    pytest.importorskip("transformers")
+    words = ["plan", "--preset", "llama-3.2-1b", "--device", "cuda", "--device-memory", "12"]
+    assert main([*words, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["peak"]["bytes"] == max(sum(p.values()) for p in found["stages"].values())
+    assert found["proposals"][-1]["peak_bytes"] < found["peak"]["bytes"]
+    assert main(words) == 1
+    shown = f"{found['peak']['bytes'] / (1 << 30):.2f} GiB"
+    assert shown[:4] in capsys.readouterr().out

@@ -48,7 +48,7 @@ def test_a_pipe_gets_marks_and_no_control_characters(few_shared, capsys):
     assert "\\x1b[2J1950" in out
     assert "1 of 7 repeat an earlier row of the set: line 3" in out
     assert "2 of 7 are to be forgotten and retained: line 1, line 3" in out
-    assert "7 of 7 answers to forget are not known" in out
+    assert "nothing to forget: 7 of 7 answers, line 1" in out
 
 
 def test_json_holds_the_same(few_shared, capsys):

@@ -431,3 +431,28 @@ def test_every_option_is_a_setting_with_the_type_that_it_has_in_a_file():
         default, kind = known[name].default, actions[name].type or str
         kind = bool if actions[name].const is True else kind
         assert default is None or isinstance(default, kind | int), name
+
+
+def test_the_end_as_json_and_nothing_else(tmp_path, saved, capfd):
+    config = settings_file(tmp_path, max_steps=2, stop_when={"forget_probability": 0.5})
+    assert main(["unlearn", "--config", config, "--json"]) == 0
+    found, told = capfd.readouterr()
+    end = json.loads(found)
+    assert end["model"] == str(tmp_path / "out/model")
+    assert end["steps"] == 2
+    assert "the target is reached" in end["stop_when"]
+    assert "What carries the loss" in told
+    assert "step 1 of 2, forget" in told  # in place of a bar, for there is no terminal
+    facts = json.loads((tmp_path / "out/run.json").read_text())
+    assert facts["planned_gib"] > 0.1
+    assert facts["given"]["forget"] == FORGET
+    assert len(facts["replies"]) == 8
+
+
+def test_a_quiet_run_prints_its_end(tmp_path, saved, capfd):
+    config = settings_file(tmp_path, max_steps=2)
+    assert main(["unlearn", "--config", config, "--quiet"]) == 0
+    found, told = capfd.readouterr()
+    assert found.startswith("\n2 steps")
+    assert "step 1 of 2" not in told
+    assert "%" not in told

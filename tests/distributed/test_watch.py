@@ -117,11 +117,65 @@ with watch.blaming_the_dead():
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "hangs"])
-def test_two_processes_without_a_launcher_end_when_one_does(how):
+JOIN = """
+import os, sys
+rank, port, seconds = sys.argv[1:]
+os.environ.update(RANK=rank, WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+from mollm.distributed import watch
+watch.JOINING = float(seconds)
+from mollm import MOLLMConfig
+MOLLMConfig(output_dir=sys.argv[0], use_cpu=True)
+print("together", flush=True)
+"""
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("come", "seconds", "words"),
+    [
+        ([0, 1], "10", {0: "2 of 3 did not come within 10 s", 1: "of 3 "}),
+        ([1], "3", {1: "process 0 of 3 is not there"}),
+        ([0, 1, 2], "90", {}),
+    ],
+    ids=str,
+)
+def test_a_process_that_dies_before_it_joins_is_named(come, seconds, words):
+    port, root = free_port(), Path(__file__).resolve().parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
+    children = {
+        rank: subprocess.Popen(
+            [sys.executable, "-c", JOIN, str(rank), port, seconds],
+            env={**alone, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in come
+    }
+    try:
+        for rank, child in children.items():
+            out, err = child.communicate(timeout=120)
+            if rank in words:
+                assert child.returncode == 1
+                assert "mollm: process" in err
+                assert words[rank] in err
+            else:
+                assert "together" in out, err
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_two_processes_without_a_launcher_end_when_one_does(how):
+    port = free_port()
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     children = [

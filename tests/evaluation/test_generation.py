@@ -6,6 +6,7 @@ import chat_templates
 import pytest
 import tiny
 import torch
+import transformers
 from tokenizers import AddedToken
 from transformers import GenerationConfig
 
@@ -14,7 +15,7 @@ from mollm.data.conversations import Turn
 from mollm.errors import UsageError
 from mollm.evaluation.evaluate import evaluate
 from mollm.evaluation.examine import Examiner
-from mollm.evaluation.generation import Reply, ask, generate_replies
+from mollm.evaluation.generation import Reply, answers_alike_in_company, ask, generate_replies
 from mollm.evaluation.suite import Row, Suite, load_suite
 
 
@@ -22,6 +23,7 @@ class Parrot:
     """A model that replies the given texts, whatever it is asked."""
 
     device = torch.device("cpu")
+    _mollm_answers_alike = True
 
     def __init__(self, tokenizer, texts, ends=None):
         self.replies = [tokenizer(text)["input_ids"] for text in texts]
@@ -204,3 +206,29 @@ def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing(
     )
     assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a time."
     assert [each["reply_tokens"] for each in scores] == [len(" a time."), 1]
+
+
+def recurrent():
+    config = transformers.RwkvConfig(
+        vocab_size=259, context_length=256, hidden_size=32, num_hidden_layers=2,
+        attention_hidden_size=32, intermediate_size=64,
+    )  # fmt: skip
+    model = transformers.RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_a_model_that_takes_padding_for_tokens_is_asked_a_row_at_a_time():
+    chat = ChatFormat(tiny.tokenizer())
+    model = recurrent()
+    assert not answers_alike_in_company(model)
+    assert answers_alike_in_company(tiny.model())
+    questions = ["Who?", "Where is the town hall?", "When?", "Who is it?", "Why, then?"]
+    together = ask(model, chat, questions, max_new_tokens=8)
+    alone = [ask(model, chat, [question], max_new_tokens=8)[0] for question in questions]
+    assert together == alone
+    vars(model)["_mollm_answers_alike"] = True
+    assert ask(model, chat, questions, max_new_tokens=8) != alone

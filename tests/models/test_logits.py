@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mollm.errors import UsageError
+from mollm.models.forward import hidden_states
 from mollm.models.logits import check_logits, fit, logit_transform, ramp, set_logit_transform
 from mollm_ops.operands import IDENTITY, LogitTransform
 
@@ -73,14 +74,21 @@ def test_the_transform_gives_the_models_own_logits(name, config, options, wanted
     torch.testing.assert_close(computed, own, rtol=1e-7, atol=1e-7)
 
 
-def test_a_scaled_input_of_the_head_counts_as_a_scale():
-    class Scaled(GPT2LMHeadModel):
-        def forward(self, input_ids, attention_mask=None):
-            states = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
-            logits = 6 * torch.tanh(self.lm_head(states / 4) / 6)
-            return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+class Capped(GPT2LMHeadModel):
+    """Scales and turns its states before the head, and caps after it."""
 
-    assert check_logits(Scaled(gpt2())) == LogitTransform(0.25, 6.0)
+    def forward(self, input_ids, attention_mask=None):
+        states = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = 6 * torch.tanh(self.lm_head(states.flip(-1) / 4) / 6)
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def test_what_happens_before_the_head_belongs_to_the_states():
+    model, ids = Capped(gpt2()).eval(), torch.arange(12).view(2, 6)
+    assert check_logits(model) == LogitTransform(softcap=6.0)
+    states = hidden_states(model, ids, torch.ones_like(ids))
+    computed = logit_transform(model)(model.lm_head(states))
+    torch.testing.assert_close(computed, model(ids).logits)
 
 
 TRANSFORMS = [
@@ -145,15 +153,6 @@ class Later(GPT2LMHeadModel):
         return output
 
 
-class Before(GPT2LMHeadModel):
-    """The head's input is not the final hidden state."""
-
-    def forward(self, input_ids, attention_mask=None):
-        states = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.lm_head(states.flip(-1))
-        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
-
-
 class Around(GPT2LMHeadModel):
     """The head's matrix is used without the head."""
 
@@ -188,7 +187,6 @@ class Headed(GPT2LMHeadModel):
     ("cls", "message"),
     [
         (Later, "transforms its logits after the head by more than a scale and a cap"),
-        (Before, "transforms its final hidden states before the head"),
         (Around, "does not compute its logits by one pass of its head"),
         (Mixed, "lets tokens see later ones"),
         (Headed, "has a head that is more than a matrix and a bias"),

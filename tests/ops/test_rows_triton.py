@@ -11,6 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from ahead_of_time import SHORT, compile_kernel, needs_ptxas, run_interpreted, spills  # noqa: E402
+from device_code import loops_of, nvdisasm  # noqa: E402
 
 from mollm_ops import _rows_triton  # noqa: E402
 from mollm_ops._rows_triton import config_of, kl_rows_kernel, log_rows_kernel  # noqa: E402
@@ -97,6 +98,20 @@ def test_compiles_without_spills(kernel, dtype, gradient, constants, capability,
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert registers * 32 * config_of(VOCAB).num_warps <= 65536, report
     assert metadata.shared <= 48 * 1024
+
+
+@needs_ptxas
+@pytest.mark.skipif(nvdisasm() is None, reason="needs nvdisasm")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_blocks_of_a_row_are_on_their_way(dtype, tmp_path):
+    """An H200 wants 29 kB on their way to a multiprocessor: see docs/performance.md."""
+    constants = {"HAS_EPS": True, "HAS_GRADIENT": True, "HAS_CAP": False, "NARROW": False}
+    compile_rows(log_rows_kernel, dtype, dtype, 90, constants, tmp_path)
+    (loops,) = loops_of(tmp_path / "kernel.cubin").values()
+    config = config_of(VOCAB)
+    flying = max(loop.loads for loop in loops) * 16 * 32 * config.num_warps
+    assert flying == 2 * config.BLOCK * dtype.itemsize
+    assert flying >= 29_000
 
 
 def test_one_configuration_per_vocabulary_size():

@@ -306,3 +306,21 @@ def test_mismatches_are_named():
             SgdStep(1.0),
             moving=RunningMeans([[None]], 0.9),
         )
+
+
+def test_plain_torch_steps_in_slices(monkeypatch):
+    """The same numbers, noise included, and no copies of a whole parameter."""
+    method = AdamWStep(1e-2, second_weights=torch.full((3,), 1 / 3, dtype=torch.float64))
+    ends = []
+    for chunk in (1 << 22, 1000):
+        monkeypatch.setattr("mollm_ops.reference.gram._CHUNK", chunk)
+        g, targets = make_gradients(torch.bfloat16), make_targets(method, *[torch.bfloat16] * 2)
+        means = [[torch.ones(s, dtype=torch.bfloat16) for s in SHAPES] for _ in g]
+        moving = RunningMeans(means, 0.9)
+        changes = update_reference(
+            g, weights_on("cpu"), targets, method, moving=moving, rounding_seed=7
+        )
+        ends.append([*tensors_of(targets), *(t for row in means for t in row)])
+        ends.append([changes])
+    assert all(map(torch.equal, ends[0], ends[2]))
+    torch.testing.assert_close(ends[1], ends[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mollm import MOLLMOptimizer
 from mollm.optim.bases import SGD, AdamW
 
 
@@ -94,3 +95,32 @@ def test_every_group_rounds_with_its_own_noise():
 def test_bad_options(base, options, message):
     with pytest.raises(ValueError, match=message):
         base(parameters(), **options)
+
+
+def test_a_second_moment_of_one_step_takes_no_state():
+    torch.manual_seed(0)
+    grads = [[torch.randn(5, 3) for _ in range(2)] for _ in range(4)]
+
+    def stepped(base, betas, metric):
+        p = torch.nn.Parameter(torch.ones(5, 3))
+        opt = MOLLMOptimizer(
+            [p], lr=0.1, objectives=("a", "b"), base=base, metric=metric, betas=betas, eps=1e-3
+        )
+        for each in grads:
+            for name, g in zip(opt.objectives, each, strict=True):
+                with opt.objective(name):
+                    p.grad = g.clone()
+            opt.step()
+        return p, opt
+
+    p, opt = stepped("adamw", (0.9, 0.0), "base")
+    assert set(opt.state[p]) == {"step"}
+    almost, _ = stepped("adamw", (0.9, 1e-30), "base")
+    torch.testing.assert_close(p, almost)
+    p, opt = stepped("adamw", (0.9, 0.0), "euclidean")
+    assert set(opt.state[p]) == {"step", "exp_avg"}
+    torchs, _ = stepped(torch.optim.AdamW, (0.9, 0.0), "euclidean")
+    torch.testing.assert_close(p, torchs)
+    other, fresh = stepped("adamw", (0.9, 0.0), "euclidean")
+    fresh.load_state_dict(opt.state_dict())
+    assert set(fresh.state[other]) == {"step", "exp_avg"}

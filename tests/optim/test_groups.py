@@ -146,7 +146,7 @@ def test_a_group_added_later_starts_at_its_own_first_step():
     ("options", "message"),
     [
         ({"weight_decay": float("nan")}, "weight_decay must not be negative, but got nan"),
-        ({"weight_decay": float("inf")}, "weight_decay must be finite, but got inf"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite in float32, but got inf"),
         ({"lr": -1.0}, "Invalid learning rate"),
         ({"betas": (0.9, 1.0)}, "betas must be in"),
         ({"eps": float("nan")}, "eps must not be negative"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mollm.optim.means import ObjectiveMeans, moved
 
@@ -51,3 +52,37 @@ def test_state_round_trip_does_not_share_memory():
 def test_beta_out_of_range():
     with pytest.raises(ValueError, match=r"mean_beta must be in \[0, 1\), but got 1.0"):
         ObjectiveMeans(1.0)
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations run again on the very same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.tape = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.tape.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.tape:
+            again = func(*args, **kwargs)
+            if again.data_ptr() != out.data_ptr():
+                out.copy_(again)
+
+
+def test_a_replayed_step_counts():
+    means, proceed = ObjectiveMeans(0.9), torch.tensor(True)
+    for _ in range(3):
+        means.correction(proceed.device)
+        means.count(proceed)
+    graph = Recorded()
+    with graph:
+        correction = means.correction(proceed.device)
+        means.count(proceed)
+    for t in range(5, 9):
+        graph.replay()
+        torch.testing.assert_close(float(correction), 1 - 0.9**t)
+    assert means.state_dict([])["steps"] == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -71,3 +73,19 @@ def test_the_state_of_every_mode():
     assert held(momentum="per-objective") == 4  # K means, v
     assert held(metric="euclidean") == 2  # m, v
     assert held(base="sgd") == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": "per-objective"}], ids=str)
+def test_a_step_without_kernels_works_in_slices(options, monkeypatch):
+    """As where a GPU's extension was built without nvcc, or with more than eight objectives."""
+    for name in ("gram", "update"):
+        module = importlib.import_module(f"mollm_ops.{name}")
+        monkeypatch.setattr(module, "_has_kernels", lambda *_: False)
+    monkeypatch.setattr("mollm_ops.reference.gram._CHUNK", P // 64)
+    p = torch.nn.Parameter(torch.zeros(P))
+    opt = MOLLMOptimizer([p], **options)
+    hand_in(opt, p, [torch.randn(P) for _ in NAMES])
+    opt.step()
+    opt.zero_grad()
+    hand_in(opt, p, [torch.randn(P) for _ in NAMES])
+    assert peak_bytes(opt.step) <= 1.0 * 4 * P

@@ -82,11 +82,12 @@ def test_the_scale_of_a_grad_scaler_makes_no_difference(options, growth):
             assert scaled_report.changes[name] == pytest.approx(change, rel=1e-4)
 
 
+@pytest.mark.parametrize("growth", [10**6, 2])
 @pytest.mark.parametrize("clip", [0.05, 100.0])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_nor_does_it_together_with_clipping(options, clip):
+def test_nor_does_it_together_with_clipping(options, clip, growth):
     plain, report = run(options, clip=clip)
-    scaled, scaled_report = run(options, scale=1024.0, clip=clip)
+    scaled, scaled_report = run(options, scale=1024.0, clip=clip, growth=growth)
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-6)
     if options.get("track_conflicts", True):
         for name, change in report.changes.items():

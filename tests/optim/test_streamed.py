@@ -469,8 +469,12 @@ def test_blocks_that_are_none_are_refused():
     model = made()
     opt = streaming(model)
     layers = list(model.model.layers)
-    for blocks in ([], [layers[0], layers[0].mlp], [*layers, layers[0]]):
-        with pytest.raises(UsageError, match="blocks must be at least one module"):
+    for blocks, got in (
+        ([], "none"),
+        ([layers[0], layers[0].mlp], "2 that do"),
+        ([*layers, layers[0]], "3 that do"),
+    ):
+        with pytest.raises(UsageError, match=f"share no parameters, but got {got}"):
             opt.streamed(blocks).__enter__()
     with opt.streamed(layers):
         opt.backward(losses_of(model, *next(batches(1, 0))))
@@ -527,6 +531,27 @@ def test_forwards_without_gradients_leave_no_trace():
     plain.backward(losses_of(reference, *next(batches(1, 0))))
     plain.step()
     torch.testing.assert_close(plain.last_step.gram, opt.last_step.gram)
+
+
+def test_an_interrupted_forward_leaves_no_trace():
+    model = made()
+    opt = streaming(model)
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    blocks = find_blocks(model)
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt), opt.streamed(blocks):
+        model(next(batches(1, 0))[0], use_cache=False)
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    losses_of(model, *next(batches(1, 0)))["retain"].backward()  # autograd saves as ever
+    opt.zero_grad()
+    with opt.streamed(blocks):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    opt.step()
+    assert opt.last_step.changes is not None
 
 
 def test_an_optimizer_with_a_tape_can_be_copied():

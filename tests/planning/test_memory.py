@@ -11,6 +11,7 @@ from plain_loop import descend
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from mollm import find_blocks
 from mollm.cli import main
 from mollm.data.chat import Batch
 from mollm.errors import UsageError
@@ -24,7 +25,9 @@ from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import shape_named, shape_of
 from mollm.system import precision
 from mollm.system.units import GIB
+from mollm.training.objectives import Objectives
 from mollm.training.reference_model import AdapterReference, CopyReference
+from mollm.training.step import accumulate
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
 
@@ -42,6 +45,7 @@ ON_CPU = PlanSettings(
     batch_size=BATCH, sequence_length=LENGTH, compute_dtype="float32", device="cpu"
 )
 NARROW = replace(ON_CPU, dtype="bfloat16", compute_dtype="bfloat16")
+STREAMED = replace(ON_CPU, gradient_memory="streamed")
 CAST = replace(ON_CPU, compute_dtype="bfloat16")
 
 
@@ -133,6 +137,8 @@ def measured(settings, sizes):
 def _measured(settings, sizes):
     model, reference, params = made(settings, sizes)
     options = {"state_dtype": getattr(torch, settings.state_dtype)} if settings.state_dtype else {}
+    if settings.optimizer == "adamw":
+        options["betas"] = 0.9, settings.adam_beta2
     optimizer = Accumulating(
         params,
         lr=1e-5,
@@ -144,8 +150,16 @@ def _measured(settings, sizes):
     )
     rows = settings.batch_size, settings.of_retain_batch.batch_size
     batches = [random_batch(count, sizes["vocab_size"]) for count in rows]
+    blocks = find_blocks(model) if settings.streams else ()
+
+    def streamed():
+        for _ in range(settings.accumulation):
+            accumulate(Objectives(model, reference), optimizer, *batches, blocks=blocks)
+        MOLLMOptimizer.step(optimizer)
 
     def step():
+        if settings.streams:
+            return streamed()
         for n in range(settings.accumulation):
             optimizer.more = n + 1 < settings.accumulation
             descend(model, reference, optimizer, *batches)
@@ -182,6 +196,18 @@ def _measured(settings, sizes):
             replace(ON_CPU, momentum="per-objective", state_dtype="bfloat16"), {}, id="means"
         ),
         pytest.param(replace(ON_CPU, optimizer="sgd", accumulation=2), {}, id="accumulation"),
+        pytest.param(STREAMED, {}, id="streamed"),
+        pytest.param(STREAMED, {"tie_word_embeddings": True}, id="streamed-tied"),
+        pytest.param(
+            replace(STREAMED, freeze_embeddings=True),
+            {"num_hidden_layers": 8},
+            id="streamed-frozen-embeddings",
+        ),
+        pytest.param(replace(STREAMED, accumulation=2), {}, id="streamed-accumulation"),
+        pytest.param(replace(STREAMED, adam_beta2=0.0), {}, id="streamed-no-second-moment"),
+        pytest.param(replace(NARROW, gradient_memory="streamed"), {}, id="streamed-bfloat16"),
+        pytest.param(replace(CAST, gradient_memory="streamed"), {}, id="streamed-autocast"),
+        pytest.param(replace(ON_CPU, adam_beta2=0.0), {}, id="no-second-moment"),
         pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), {}, id="lora"),
         pytest.param(replace(NARROW, lora_rank=8, reference="adapter"), {}, id="lora-bfloat16"),
         pytest.param(
@@ -373,15 +399,55 @@ def test_two_batches_are_split_into_as_many_parts():
 def test_where_nothing_fits_the_last_proposal_does_not(llama):
     found = proposals(plan(llama, PlanSettings()), GIB)
     assert [p.words for p in found[-2:]] == [
-        "--lora 16 --reference adapter",
+        "--lora 16 --reference adapter --gradient-memory as-produced --gradient-checkpointing",
         "--quantization nf4",
     ]
     assert not found[-1].plan.fits(GIB)
 
 
 @pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (24, ["--reference cache", "--adam-beta2 0"]),
+        (32, ["--reference cache"]),
+        (48, []),
+        (80, []),
+    ],
+)
+def test_llama_3_8b_trains_in_full_on_one_card(llama, memory, words):
+    settings = PlanSettings(dtype="bfloat16", freeze_embeddings=True)
+    found = proposals(plan(llama, settings), memory * GIB)
+    streamed = "--gradient-memory streamed, no checkpointing"
+    assert [p.words for p in found] == ["--gradient-checkpointing", streamed, *words]
+    assert found[-1].plan.fits(memory * GIB)
+    assert found[-1].plan.settings.lora_rank == 0
+
+
+def test_streamed_gradients_are_those_of_one_block(llama):
+    settings = PlanSettings(dtype="bfloat16", freeze_embeddings=True, gradient_memory="streamed")
+    streamed = plan(llama, settings)
+    # Two sides of 33 hidden states, and one more set of these for each micro-batch.
+    inputs = 2 * 33 * 2048 * 4096 * 2
+    assert streamed.component("block inputs") == inputs
+    assert plan(llama, replace(settings, accumulation=3)).component("block inputs") == 3 * inputs
+    assert streamed.component("gradients of a block") < 3 * 2 * llama.layer_parameters + 1
+    assert streamed.component("gradients held") == 0
+    whole = plan(llama, replace(settings, freeze_embeddings=False))
+    assert whole.component("embeddings, head and norm") == 3 * 2 * (2 * llama.embedding + 4096)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\), but got 1.0"),
+        (
+            {"gradient_memory": "streamed", "gradient_checkpointing": True},
+            "gradient_checkpointing must be left out with gradient_memory 'streamed'",
+        ),
+        (
+            {"gradient_memory": "streamed", "lora_rank": 8},
+            "gradient_memory must be another one than 'streamed' with LoRA",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, but got 0"),
         ({"lora_rank": -1}, "lora_rank must not be negative, but got -1"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, but got 'int8'"),

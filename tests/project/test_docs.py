@@ -23,7 +23,10 @@ PAGES = {
     str(path.relative_to(DOCS)): path.read_text(encoding="utf-8")
     for path in sorted(DOCS.glob("**/*.md"))
 }
-PACKAGES = ("mollm", "mollm_ops", "mollm_ops.reference", "mollm.methods", "mollm.evaluation")
+PACKAGES = (
+    *("mollm", "mollm_ops", "mollm_ops.reference"),
+    *("mollm.methods", "mollm.evaluation", "mollm.audit"),
+)
 SETTINGS = pages.blocks(PAGES["guide/trainer.md"], "yaml")[0]
 
 
@@ -75,7 +78,7 @@ def test_a_command_is_accepted(name, words):
 
 def test_the_settings_of_the_memory_page_are_those_of_the_optimizer():
     texts = re.findall(r'`--set "(optimizer_options=.*?)"`', PAGES["guide/memory.md"])
-    assert len(texts) == 3
+    assert len(texts) == 4
     for text in texts:
         MOLLMConfig(output_dir="runs", **read_settings({"set": [text]}))
 

@@ -15,6 +15,7 @@ FLOORS = (
     "cli",
     "commands",
     "demo",
+    "audit",
     "training",
     "report",
     "planning",

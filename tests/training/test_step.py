@@ -132,7 +132,7 @@ def model_that_knows(*batches):
 def test_every_method_forgets_and_records(method, batches):
     model = model_that_knows(*batches)
     before = losses_of(model, batches[0])
-    records = list(unlearn(model, batches, steps=4, lr=1e-3, method=method))
+    records = list(unlearn(model, lambda: batches, steps=4, lr=1e-3, method=method))
     assert losses_of(model, batches[0]) > before
     assert [r.step for r in records] == [0, 1, 2, 3]
     assert [r.lr for r in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
@@ -186,7 +186,7 @@ def test_the_step_of_a_weighted_sum_is_that_of_one_loss(method, weights, batches
 
 
 def test_the_kl_gradient_is_nothing_but_rounding_at_the_first_step(batches):
-    (first, second) = unlearn(tiny.model(), batches, steps=2, lr=1e-3)
+    (first, second) = unlearn(tiny.model(), lambda: batches, steps=2, lr=1e-3)
     assert first.losses["kl"] < 1e-12
     assert first.norms["kl"] < 1e-6 * max(first.norms.values())
     assert first.weights["kl"] == 0
@@ -196,7 +196,7 @@ def test_the_kl_gradient_is_nothing_but_rounding_at_the_first_step(batches):
 
 def test_losses_are_those_of_the_texts(batches):
     model = tiny.model()
-    record = next(iter(unlearn(model, batches, steps=1, lr=1e-12)))
+    record = next(iter(unlearn(model, lambda: batches, steps=1, lr=1e-12)))
     ce = losses_of(model, batches[0])
     assert record.losses["retain"] == pytest.approx(losses_of(model, batches[1]), rel=1e-3)
     # UCE of an almost uniform model: p ≈ 1/V at every token
@@ -206,7 +206,7 @@ def test_losses_are_those_of_the_texts(batches):
 def test_gradient_ascent_climbs_the_cross_entropy_and_measures_the_rest(batches):
     model = tiny.model()
     ce = losses_of(model, batches[0])
-    (record,) = unlearn(model, batches, steps=1, lr=1e-3, method="ga")
+    (record,) = unlearn(model, lambda: batches, steps=1, lr=1e-3, method="ga")
     assert record.losses["forget"] == pytest.approx(-ce, rel=1e-3)
     assert list(record.weights.values()) == [1, 0, 0]
     assert record.norms["retain"] > 0
@@ -215,7 +215,7 @@ def test_gradient_ascent_climbs_the_cross_entropy_and_measures_the_rest(batches)
 def test_the_same_batches_give_the_same_weights(batches):
     def trained():
         model = tiny.model()
-        list(unlearn(model, batches, steps=3, lr=1e-3))
+        list(unlearn(model, lambda: batches, steps=3, lr=1e-3))
         return model.state_dict()
 
     first, second = trained(), trained()
@@ -242,7 +242,7 @@ def test_a_poisoned_batch_is_skipped_and_recorded(batches, monkeypatch):
 
     monkeypatch.setitem(METHODS, "broken", Method("broken", broken, "dual"))
     with pytest.warns(UserWarning, match="not finite"):
-        (record,) = unlearn(model, batches, steps=1, lr=1e-2, method="broken")
+        (record,) = unlearn(model, lambda: batches, steps=1, lr=1e-2, method="broken")
     assert record.status == "NON_FINITE"
     assert record.changes == record.conflicts == {}
     assert all(torch.equal(weights[name], v) for name, v in model.state_dict().items())

@@ -205,7 +205,10 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(second)[name]), name
     logs = [
-        [{k: v for k, v in log.items() if k != "tokens_per_second"} for log in t.state.log_history]
+        [
+            {k: v for k, v in log.items() if not k.endswith(("_per_second", "_runtime"))}
+            for log in t.state.log_history
+        ]
         for t in (whole, second)
     ]
     assert logs[0] == logs[1]
@@ -243,8 +246,9 @@ def test_nothing_is_read_or_written_with_pickle(tmp_path, monkeypatch):
 
 def test_logs_say_what_the_steps_did(tmp_path):
     made = trained(tmp_path)
-    logs = made.state.log_history
+    *logs, summary = made.state.log_history
     assert [log["step"] for log in logs] == [2, 4]
+    assert "train_loss" in summary
     for name in OBJECTIVES:
         for log, some in zip(logs, (made.history[:2], made.history[2:]), strict=True):
             mean = sum(record.losses[name] for record in some) / 2
@@ -464,7 +468,7 @@ def test_what_may_change_on_resuming_takes_effect_and_is_told(tmp_path):
     assert all(group["betas"] == (0.9, 0.9) and group["eps"] == 1e-3 for group in groups)
     assert made.optimizer.rule.preferences == (1, 2, 3)
     assert made.history[2].losses["forget"] < 0.6 * made.history[1].losses["forget"]
-    assert [log["step"] for log in made.state.log_history] == [2, 3, 4]
+    assert [log["step"] for log in made.state.log_history] == [2, 3, 4, 4]
     assert checkpoint.checkpoints(tmp_path)[-1].name == "checkpoint-4"
     card = (tmp_path / "README.md").read_text()
     for line in (

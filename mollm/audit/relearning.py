@@ -1,0 +1,154 @@
+"""Teaches a model examples again: what then comes back of the others was hidden, not gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mollm.data.chat import IGNORE_INDEX, Tokens, collate
+from mollm.methods.answers import AnswerTokens, LossDenominators, answers_of
+from mollm.models.adapters import adapted
+from mollm.models.forward import freeze_embeddings, in_evaluation_mode
+from mollm_ops import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEPS = 10
+"""Of AdamW, each on all of the examples, however many they are."""
+LORA_RANK = 16
+
+Kind = Literal["full", "LoRA"]
+RATE_FACTOR: dict[Kind, float] = {"full": 1, "LoRA": 10}
+"""An adapter takes about ten times the learning rate of the weights themselves."""
+
+
+def relearn(
+    parameters: Iterable[Tensor],
+    losses: Callable[[], Iterable[Tensor]],
+    *,
+    lr: float,
+    steps: int = STEPS,
+    after_step: Callable[[], object] = lambda: None,
+) -> None:
+    """θ ← AdamW(θ, ∇ Σ losses(θ), lr), `steps` times, without weight decay.
+
+    Args:
+        parameters: What is taught.
+        losses: Gives the losses of a step, one for each micro-batch; their gradients add up.
+        lr: The learning rate, the same in every step.
+        steps: How many steps.
+        after_step: Called after each.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> relearn([w], lambda: [(w - 3).square().sum()], lr=0.5)
+        >>> bool(abs(w - 3) < 1)
+        True
+    """
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for loss in losses():
+            torch.autograd.backward(loss)
+        optimizer.step()
+        after_step()
+    optimizer.zero_grad()
+
+
+def cross_entropy(answers: AnswerTokens) -> Tensor:
+    """Σ_t -log p(y_t | x, y_<t) / tokens of the batch, or of the whole that it is a part of."""
+    return linear_cross_entropy(
+        answers.hidden,
+        answers.weight,
+        answers.target,
+        **answers.head_options,
+        normalizer=answers.tokens,
+    )
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Afterwards every parameter holds bit for bit what it did, and trains or not as it did."""
+    kept = [(p, p.requires_grad, p.detach().clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, trains, value in kept:
+                p.data.copy_(value)
+                p.requires_grad_(trains)
+                p.grad = None
+
+
+@contextlib.contextmanager
+def taught(
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    *,
+    pad_id: int,
+    kind: Kind,
+    lr: float,
+    batch_size: int = 8,
+    seed: int = 0,
+    after_step: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
+    """Inside, the model has learnt `rows`, in STEPS steps; afterwards it is as it was.
+
+    Its weights learn all but embeddings and head, see `freeze_embeddings`; an adapter, LoRA of rank
+    16 with α = 32 beside every linear layer but the head, learns at ten times the rate.
+
+    Args:
+        model: What is taught.
+        rows: What it is taught, all of it in every step.
+        pad_id: The id that fills a batch.
+        kind: "full" or "LoRA".
+        lr: The learning rate of weights.
+        batch_size: Rows that pass through the model together; it does not change the step.
+        seed: Of the adapter's beginning.
+        after_step: Called after each step.
+    """
+    tokens = sum(label != IGNORE_INDEX for row in rows for label in row.labels[1:])
+    totals = LossDenominators(tokens, len(rows))
+
+    def losses() -> Iterator[Tensor]:
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size], pad_id).to(model.device)
+            yield cross_entropy(answers_of(model, batch, totals))
+
+    with in_evaluation_mode(model), _trainable(model, kind, seed) as parameters:
+        relearn(parameters, losses, lr=lr * RATE_FACTOR[kind], after_step=after_step)
+        yield
+
+
+@contextlib.contextmanager
+def _trainable(model: PreTrainedModel, kind: Kind, seed: int) -> Iterator[list[nn.Parameter]]:
+    """What an attacker trains; afterwards the model is as it was."""
+    with put_back(model):
+        if kind == "full":
+            model.requires_grad_(True)
+            freeze_embeddings(model)
+            yield [p for p in model.parameters() if p.requires_grad]
+            return
+        wrapped = _with_adapter(model, seed)
+        try:
+            yield [p for p in wrapped.parameters() if p.requires_grad]
+        finally:
+            wrapped.unload()
+            # It stays behind, and would have transformers write an adapter in place of the model.
+            vars(model).pop("peft_config", None)
+
+
+def _with_adapter(model: PreTrainedModel, seed: int) -> Any:
+    from peft import LoraConfig
+
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear")
+        return adapted(model, config)

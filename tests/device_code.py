@@ -1,0 +1,141 @@
+"""What the compiler made of the CUDA sources: registers, spills, and the loads of the hot loops."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = shutil.which("nvcc")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop of a kernel that reads memory.
+
+    Attributes:
+        loads: 16-byte loads a thread has on their way before it waits for the first of them.
+        alternatives: whether the same registers are loaded in two ways, as where a row's dtype is
+            known at run time only: rows of 16 bits are then half of `loads`.
+        instructions: how many the loop has, all alternatives together.
+    """
+
+    loads: int
+    alternatives: bool
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # as in gram_moved_kernel<3,false>
+    registers: int
+    spilled: int  # bytes
+    loops: list[Loop]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 256 threads that a multiprocessor holds: it gives registers out by 8 a thread,
+        of 65536."""
+        return min(8, 65536 // (256 * (-(-self.registers // 8) * 8)))
+
+
+def nvdisasm() -> str | None:
+    """Triton brings one; so does the CUDA toolkit."""
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("nvdisasm")
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    return str(bundled) if bundled.exists() else shutil.which("nvdisasm")
+
+
+def compiled(source: str, architecture: str, folder: Path) -> list[Kernel]:
+    """Every kernel of csrc/`source` for one architecture, such as sm_90."""
+    cubin = folder / f"{source}.{architecture}.cubin"
+    command = [
+        str(NVCC), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DMOLLM_WITH_CUDA=1",
+        f"-arch={architecture}", "-Xptxas=-v", "-cubin", str(ROOT / "csrc" / source),
+        "-o", str(cubin),
+    ]  # fmt: skip
+    report = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stderr
+    loops = loops_of(cubin)
+    return [
+        Kernel(_name(mangled), registers, spilled, loops[mangled])
+        for mangled, registers, spilled in _resources(report.stderr)
+    ]
+
+
+def loops_of(cubin: Path) -> dict[str, list[Loop]]:
+    """The loops of every kernel in a file, by its mangled name."""
+    listing = subprocess.run(
+        [str(nvdisasm()), "-c", str(cubin)], capture_output=True, text=True, check=False
+    )
+    assert listing.returncode == 0, listing.stderr
+    return {name: list(_loops(lines)) for name, lines in _bodies(listing.stdout).items()}
+
+
+def _resources(report: str) -> Iterator[tuple[str, int, int]]:
+    for part in report.split("Compiling entry function '")[1:]:
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
+        registers = re.search(r"Used (\d+) registers", part)
+        assert registers, part
+        yield part.split("'")[0], int(registers[1]), spilled
+
+
+def _name(mangled: str) -> str:
+    found = re.search(r"\d+([a-z_]+_kernel)(I\w+?EE)?", mangled)
+    assert found, mangled
+    arguments = re.findall(r"L([ib])(\d+)E", found[2] or "")
+    words = [("false", "true")[int(n)] if kind == "b" else n for kind, n in arguments]
+    return found[1] + (f"<{','.join(words)}>" if words else "")
+
+
+def _bodies(listing: str) -> dict[str, list[str]]:
+    """The lines of every kernel's code, labels included."""
+    bodies: dict[str, list[str]] = {}
+    for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.M)[1:]:
+        name = re.match(r"[\w$]+", part)
+        assert name, part[:100]
+        bodies[name[0]] = [
+            line.strip()
+            for line in part.splitlines()
+            if re.match(r"\s*/\*[0-9a-f]{4,}\*/|\.L_", line)
+        ]
+    return bodies
+
+
+def _loops(lines: list[str]) -> Iterator[Loop]:
+    """The innermost loops that load sixteen bytes and multiply floats."""
+    labels = {line.rstrip(":"): n for n, line in enumerate(lines) if line.startswith(".L_")}
+    spans = []
+    for n, line in enumerate(lines):
+        to = re.search(r"BRA(?:\.U)?\s.*?\(?(\.L_x_\d+)\)?", line)
+        if to and labels[to[1]] <= n:
+            spans.append((labels[to[1]], n))
+    for begin, end in spans:
+        inner = any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
+        body = [line for line in lines[begin : end + 1] if not line.startswith(".L_")]
+        text = "\n".join(body)
+        if not inner and re.search(r"LDG\.\S*128", text) and re.search(r"FFMA|FMUL|HFMA", text):
+            yield _loop(body)
+
+
+def _loop(body: list[str]) -> Loop:
+    flying: set[int] = set()  # first registers of the loads that are on their way
+    most, twice = 0, False
+    for line in body:
+        code = re.sub(r"/\*.*?\*/", "", line).strip().rstrip(";").strip()
+        load = re.search(r"LDG\.\S*128\s+R(\d+)", code)
+        if load:
+            twice |= int(load[1]) in flying
+            flying.add(int(load[1]))
+            most = max(most, len(flying))
+            continue
+        used = {int(n) for n in re.findall(r"\bR(\d+)\b", code)}
+        flying -= {r for r in flying if used & set(range(r, r + 4))}
+    return Loop(most, twice, len(body))
