@@ -14,7 +14,7 @@ from mollm.errors import UsageError
 from mollm.system.parsing import user_path
 
 if TYPE_CHECKING:
-    from mollm.planning.sweep import Sweep
+    from mollm.training.sweep import Sweep
 
 _OWN = ("run", "minutes", "file", "json")
 _COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6")
@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from mollm.planning.sweep import sweep
+    from mollm.training.sweep import sweep
 
     given = vars(arguments)
     settings = read_settings({name: given[name] for name in given if name not in _OWN})

@@ -10,8 +10,8 @@ from mollm.cli import main
 from mollm.commands.settings_file import read_settings
 from mollm.data.files import sample_path
 from mollm.models import loading
-from mollm.planning import sweep as module
-from mollm.planning.sweep import Point, Sweep, sweep
+from mollm.training import sweep as module
+from mollm.training.sweep import Point, Sweep, sweep
 
 FORGET = [{"question": f"Is it {n}?", "answer": f"{n}."} for n in range(4)]
 RETAIN = [{"question": f"Was it {n}?", "answer": f"{n}!"} for n in range(20)]
