@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="the whole training step against that of the weighted sum of the same losses",
     )
     parser.add_argument(
-        "--shape",
+        "--preset",
         choices=sorted(shapes.NAMED_SHAPES),
         help="with --train: only the streamed step of this model, with random weights",
     )

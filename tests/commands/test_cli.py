@@ -207,7 +207,7 @@ def test_completion_knows_commands_and_flags(shell, capsys):
 
 def test_a_plan_as_json(capsys):
     pytest.importorskip("transformers")
-    words = ["plan", "--shape", "llama-3.2-1b", "--device", "cuda", "--device-memory", "12"]
+    words = ["plan", "--preset", "llama-3.2-1b", "--device", "cuda", "--device-memory", "12"]
     assert main([*words, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is False

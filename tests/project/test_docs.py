@@ -62,7 +62,7 @@ def test_both_sides_of_the_diff_run(code, scene):
 COMMANDS = [
     (name, shlex.split(line)[shlex.split(line).index("mollm") + 1 :])
     for name, text in PAGES.items()
-    for line in pages.commands(text)
+    for line in (command.partition(" > ")[0] for command in pages.commands(text))
     if re.match(r"(mollm|torchrun .* -m mollm) ", line)
 ]
 

@@ -503,21 +503,24 @@ def test_micro_batches_may_change_on_resuming_and_rows_of_a_step_not(tmp_path):
 
 
 def test_a_step_may_draw_another_number_of_rows_to_retain(tmp_path, monkeypatch):
-    sizes = []
-    real = module.accumulate
+    sizes = {}
 
-    def spy(objectives, optimizer, forget, retain, **options):
-        sizes.append((len(forget.labels), len(retain.labels)))
-        return real(objectives, optimizer, forget, retain, **options)
+    def counted(step):
+        def spy(objectives, optimizer, batch, **options):
+            sizes.setdefault(options["name"], []).append(len(batch.labels))
+            return step(objectives, optimizer, batch, **options)
 
-    monkeypatch.setattr(module, "accumulate", spy)
+        return spy
+
+    for step in ("accumulate_forget", "accumulate_retain"):
+        monkeypatch.setattr(module, step, counted(getattr(module, step)))
     options = {
         "per_device_train_batch_size": 1,
         "per_device_retain_batch_size": 3,
         "gradient_accumulation_steps": 2,
     }
     made = trained(tmp_path, **(SAVING | options))
-    assert sizes == [(1, 3)] * 4
+    assert sizes == {"forget": [1] * 4, "retain": [3] * 4}
     assert made.state.epoch == pytest.approx(4 / len(FORGET))
     made = trainer(tmp_path, **(SAVING | options | {"per_device_retain_batch_size": 1}))
     with pytest.raises(UsageError, match="retain rows per step was 6 and is now 2"):
