@@ -59,7 +59,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="dtype of matrix products; auto takes bfloat16 if the device has instructions for it",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print the summary as JSON, and all else to stderr"
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the summary as JSON, and all else to stderr",
     )
     parser.set_defaults(run=_demo)
 
@@ -73,7 +76,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if "forget" in given:
         given["forget"] = tuple(given["forget"].split(","))
     settings = DemoSettings(**given)
-    if arguments.json:
+    if "json" in arguments:
         run = run_demo(settings, say=lambda text: print(text, file=sys.stderr))
         print(json.dumps(finite(run.summary), indent=1, ensure_ascii=False))
         return 0
