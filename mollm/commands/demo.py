@@ -25,7 +25,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_options(parser, DemoSettings)
     add_renamed(parser, "--direction", "--method")
     parser.add_argument(
-        "--json", action="store_true", help="print the summary as JSON, and all else to stderr"
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the summary as JSON, and all else to stderr",
     )
     parser.set_defaults(run=_demo)
 
@@ -37,7 +40,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("run", "json")}
     settings = DemoSettings(**given)
-    if arguments.json:
+    if "json" in arguments:
         run = run_demo(settings, say=lambda text: print(text, file=sys.stderr))
         print(json.dumps(nan_to_none(run.summary), indent=1, ensure_ascii=False))
         return 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mollm.training.sweep import Sweep
 
 _OWN = ("run", "minutes", "file", "json")
-_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6")
+_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6", "c7", "c8")
 _STEPS = 20
 
 

@@ -29,10 +29,12 @@ class Reading:
     """One of THEMES."""
     good: str
     """UP, DOWN, "→ 0" or "→ 0.5" for a figure that has a best value, "" where no way is good."""
+    to_original: bool = False
+    """Whether it is a distance from the original, whose own is 0: nothing can be better."""
 
     def verdict(self, before: float, after: float) -> str:
         """Whether a figure became "better" or "worse"; "" where neither."""
-        if not self.good or before == after:
+        if not self.good or self.to_original or before == after:
             return ""
         if self.good in (UP, DOWN):
             better = (after > before) == (self.good == UP)
@@ -53,7 +55,9 @@ def reading_of(name: str) -> Reading:
     if score in _FLUENCY:
         return Reading("fluency", DOWN)
     theme, ways = ("forgotten", _FORGOTTEN) if group == "forget" else ("kept", _KEPT)
-    return Reading(theme, ways[score]) if score in ways else Reading("judged", DOWN)
+    if score not in ways:
+        return Reading("judged", DOWN)
+    return Reading(theme, ways[score], to_original=score == "kl")
 
 
 def by_theme(names: Iterable[str]) -> dict[str, list[str]]:

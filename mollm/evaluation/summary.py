@@ -107,7 +107,8 @@ class Evaluation:
         if not self.missing:
             return []
         if not explain:
-            return [f"not computed (--explain says why): {', '.join(self.missing)}"]
+            count = len(self.missing)
+            return [f"not computed: {count} figures (--explain names them, and what they need)"]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.missing.items():
             reasons.setdefault(reason.partition(" needs ")[2], []).append(name)

@@ -24,7 +24,7 @@ EVALUATION = "evaluation"
 """The folder of a run that `mollm evaluate` writes to."""
 ORIGINAL = "original"
 """In that, the folder of the original's evaluation."""
-_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6")
+_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6", "c7", "c8")
 
 Metrics = dict[str, dict[str, Estimate]]
 

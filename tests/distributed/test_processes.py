@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import launch
@@ -217,6 +218,8 @@ def test_the_command_in_two_processes(tmp_path):
         "checkpoint-3",
         "history.jsonl",
         "model",
+        "report.html",
+        "run.json",
     }
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| `processes` | `2` |" in card
@@ -224,6 +227,21 @@ def test_the_command_in_two_processes(tmp_path):
     out, err = torchrun(*settings)
     assert err.count("mollm: out must be a new or empty folder") == 1
     assert out == ""
+
+
+def test_copies_ask_and_stop_together(tmp_path):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    out, err = torchrun(
+        *("--model", str(tmp_path / "tiny"), "--out", str(tmp_path / "out"), "--device", "cpu"),
+        *("--forget", str(sample_path("authors-forget.jsonl"))),
+        *("--retain", str(sample_path("authors-retain.jsonl")), "--max-length", "400"),
+        *("--max-steps", "6", "--per-device-train-batch-size", "2", "--learning-rate", "1e-3"),
+        *("--set", "stop_when={forget_probability: 0.5, steps: 2}", "--set", "sample_replies=1"),
+    )
+    assert out.count("stop_when: stopped after step 2") == 1, err
+    assert out.count("What carries the loss") == 1
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["steps"] == run["processes"] == len(run["replies"]) == 2
 
 
 # ---- in one process

@@ -147,8 +147,8 @@ def test_several_runs_beside_each_other(tmp_path, capsys):
 
 
 def test_too_many_runs_are_refused(folder):
-    with pytest.raises(UsageError, match="at most 6 runs, but got 7"):
-        render([read_reported(folder)] * 7)
+    with pytest.raises(UsageError, match="at most 8 runs, but got 9"):
+        render([read_reported(folder)] * 9)
     with pytest.raises(UsageError, match="at least one run"):
         render([])
 
