@@ -54,7 +54,7 @@ def accumulate(
         The three losses before the step, detached.
     """
     if optimizer.streams:
-        with optimizer.streamed(blocks):
+        with optimizer.streamed(blocks, add_up=True):
             losses = _taken(objectives(forget=forget, totals=totals), optimizer)
             return losses | _taken(objectives(retain=retain, totals=totals), optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
