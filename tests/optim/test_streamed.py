@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
-from mollm.optim import streamed
+from mollm.optim import streamed as streaming_module
 from mollm.optim.directions import DIRECTIONS
 
 NAMES = ("forget", "kl", "retain")
@@ -450,10 +450,10 @@ def test_losses_that_do_not_suit_are_refused():
 def test_several_processes_must_say_that_they_add_up(monkeypatch):
     model = made()
     opt = streaming(model)
-    monkeypatch.setattr(streamed, "world_size", lambda: 2)
-    with pytest.raises(UsageError, match="add_up must be True .* but got False in 2"):
+    monkeypatch.setattr(streaming_module, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match=r"add_up must be True .* but got False in 2"):
         opt.streamed(find_blocks(model)).__enter__()
-    monkeypatch.setattr(streamed, "is_sharded", lambda p: True)
+    monkeypatch.setattr(streaming_module, "is_sharded", lambda p: True)
     with pytest.raises(UsageError, match="another one than 'streamed' for a model in parts"):
         opt.streamed(find_blocks(model), add_up=True).__enter__()
 
