@@ -43,6 +43,12 @@ OPTIONS = {
     "head trains": {"freeze_embeddings": False, "reference": "cache"},
     "tied head": {"tied": True, "freeze_embeddings": False},
     "cached": {"reference": "cache"},
+    "streamed": {
+        "optimizer_options": {"gradient_memory": "streamed"},
+        "per_device_train_batch_size": 1,
+        "tied": True,
+        "freeze_embeddings": False,
+    },
     "npo": {"method": "npo"},
     "means": {"optimizer_options": {"momentum": "per-objective"}},
     "lora": {"lora": {"target_modules": "all-linear"}},
@@ -247,8 +253,9 @@ KINDS = {
     "unlike": unlike,
     "in_bfloat16": in_bfloat16,
 }
-COPIES = ("adamw", "in micro-batches", "clipped", "cached", "lora", "several sets", "relearning")
-PARTS = tuple(OPTIONS)
+_PLAIN = ("adamw", "in micro-batches", "clipped", "cached", "lora")
+COPIES = (*_PLAIN, "streamed", "several sets", "relearning")
+PARTS = tuple(key for key in OPTIONS if key != "streamed")
 RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"))
 
 

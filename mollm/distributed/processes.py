@@ -130,15 +130,32 @@ def add_up_gradients(params: Sequence[Tensor]) -> None:
     mine = [p for p in params if p.requires_grad and not is_sharded(p)]
     if world_size() == 1 or not mine:
         return
-    reached = torch.tensor([p.grad is not None for p in mine], device=mine[0].device).byte()
+    for p, g in zip(mine, _sums([p.grad for p in mine], mine), strict=True):
+        p.grad = g
+
+
+def add_up_lists(params: Sequence[Tensor], lists: Sequence[list[Tensor | None]]) -> None:
+    """The same for lists of gradients of ordinary parameters, in place of `p.grad`."""
+    if world_size() == 1 or not params:
+        return
+    for row in lists:
+        row[:] = _sums(row, params)
+
+
+def _sums(gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Over the processes; None only for a parameter that has no gradient on any of them."""
+    reached = torch.tensor([g is not None for g in gradients], device=params[0].device).byte()
     dist.all_reduce(reached, dist.ReduceOp.MAX)
-    sums = []
-    for p, somewhere in zip(mine, reached.tolist(), strict=True):
+    sums: list[Tensor | None] = []
+    work = []
+    for p, g, somewhere in zip(params, gradients, reached.tolist(), strict=True):
         if somewhere:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            sums.append(dist.all_reduce(p.grad, async_op=True))
-    for work in sums:
-        work.wait()
+            g = torch.zeros_like(p) if g is None else g.contiguous()
+            work.append(dist.all_reduce(g, async_op=True))
+        sums.append(g)
+    for one in work:
+        one.wait()
+    return sums
 
 
 # ---- parts

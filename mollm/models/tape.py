@@ -323,9 +323,14 @@ class Tape:
 
     # ---- backward
 
-    def sweep(self) -> Iterator[tuple[list[Tensor], Rows]]:
+    def sweep(
+        self, complete: Callable[[list[Tensor], Rows], None] | None = None
+    ) -> Iterator[tuple[list[Tensor], Rows]]:
         """Parameters that some objective reaches with their K lists of gradients: those of the
         last block first, those outside of all blocks at the end.
+
+        Args:
+            complete: Adds to the K lists of these parameters what others have found.
 
         Raises:
             UsageError: The model is none whose blocks run one after the other.
@@ -344,9 +349,13 @@ class Tape:
             for call in self._calls:
                 if call.number == number:
                     self._back(call, params, pending, rows, first)
+            if complete is not None:
+                complete(params, rows)
             yield from self._touched(params, rows)
         if any(pending):
             self._refuse_order()
+        if complete is not None and first:
+            complete(self.outside, self._ends)
         self._complete = True
         yield from self._touched(self.outside, self._ends)
 

@@ -352,7 +352,7 @@ class MOLLMOptimizer(Optimizer):
         return self._store.memory == STREAMED
 
     @contextmanager
-    def streamed(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    def streamed(self, blocks: Sequence[nn.Module], *, add_up: bool = False) -> Iterator[None]:
         """Forward passes inside keep the inputs of blocks alone, for gradient_memory="streamed".
 
         `backward()` then takes the losses of a micro-batch, and `step()` goes over the blocks
@@ -364,10 +364,13 @@ class MOLLMOptimizer(Optimizer):
 
         Args:
             blocks: modules that run one after the other, such as `mollm.find_blocks(model)`.
+            add_up: sum the gradients over processes that each hold a copy of the model; their
+                losses must be shares of one mean, such as those of `mollm.Objectives` with totals.
 
         Raises:
             UsageError: the blocks do not run one after the other, share parameters, checkpoint
-                their activations or get a cache of keys (pass use_cache=False); several processes.
+                their activations or get a cache of keys (pass use_cache=False); the model is in
+                parts (FSDP2), or there are several processes and `add_up` is False.
             RuntimeError: the gradient_memory is another one.
 
         Example:
@@ -388,7 +391,7 @@ class MOLLMOptimizer(Optimizer):
             raise RuntimeError(
                 f"streamed() needs gradient_memory={STREAMED!r}, but got {self._store.memory!r}."
             )
-        with self._store.recording(blocks, self._parameters()):
+        with self._store.recording(blocks, self._parameters(), add_up=add_up):
             yield
 
     def backward(self, losses: Mapping[str, Tensor], model: nn.Module | None = None) -> None:

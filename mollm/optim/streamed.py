@@ -15,7 +15,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from mollm.distributed.sharding import Lists, world_size
+from mollm.distributed.processes import add_up_lists
+from mollm.distributed.sharding import Lists, is_sharded, world_size
 from mollm.errors import UsageError
 from mollm.models.tape import Tape
 from mollm.optim.gradients import STREAMED, GradientStore
@@ -33,6 +34,7 @@ class StreamedGradients(GradientStore):
         self._tape: Tape | None = None
         self._recorded: set[str] = set()
         self._seen: dict[Tensor, None] = {}
+        self._add_up = False
 
     def __contains__(self, name: str) -> bool:
         return name in self._recorded
@@ -48,14 +50,22 @@ class StreamedGradients(GradientStore):
         self._seen.clear()
 
     @contextmanager
-    def recording(self, blocks: Sequence[nn.Module], params: Sequence[Tensor]) -> Iterator[None]:
+    def recording(
+        self, blocks: Sequence[nn.Module], params: Sequence[Tensor], *, add_up: bool
+    ) -> Iterator[None]:
         """Inside, forward passes of the blocks are recorded for the coming step."""
-        if world_size() > 1:
+        if any(is_sharded(p) for p in params):
             raise UsageError(
-                f"gradient_memory must be another one than {STREAMED!r} with several processes, "
-                f"but there are {world_size()}: cut the model into parts with FSDP2, which divides "
-                "the memory of gradients by their number."
+                f"gradient_memory must be another one than {STREAMED!r} for a model in parts, "
+                "whose processes share the gradients as they are: choose as-produced or host."
             )
+        if world_size() > 1 and not add_up:
+            raise UsageError(
+                f"add_up must be True with gradient_memory {STREAMED!r} in several processes, "
+                f"but got False in {world_size()}: DistributedDataParallel averages no gradient "
+                "that is streamed, so make each loss a share of one mean."
+            )
+        self._add_up = add_up
         if self._tape is None:
             self._tape = Tape(blocks, params, len(self.objectives))
         elif self._tape.blocks != tuple(blocks):
@@ -99,7 +109,7 @@ class StreamedGradients(GradientStore):
     def buckets(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Lists]]:
         """All parameters block by block, whatever `params` are."""
         assert self._tape is not None, "a step has losses"
-        for some, rows in self._tape.sweep():
+        for some, rows in self._tape.sweep(add_up_lists if self._add_up else None):
             self._seen.update(dict.fromkeys(some))
             yield some, rows
 

@@ -329,10 +329,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"gradient_checkpointing must be left out {streamed}, which computes every block "
                 "again anyway, but got True."
             )
-        if self.world_size > 1:
+        if self.sharding:
             raise UsageError(
-                f"gradient_memory must be another one than 'streamed' with several processes, but "
-                f"there are {self.world_size}: cut the model into parts with fsdp=full_shard."
+                f"fsdp must be left out {streamed}, which needs each block as a whole, but got "
+                f"{self.sharding}: let each process hold a copy."
             )
 
     @property

@@ -116,7 +116,7 @@ def accumulate_retain(
 def _recording(
     optimizer: MOLLMOptimizer, blocks: Sequence[nn.Module]
 ) -> AbstractContextManager[None]:
-    return optimizer.streamed(blocks) if optimizer.streams else nullcontext()
+    return optimizer.streamed(blocks, add_up=True) if optimizer.streams else nullcontext()
 
 
 def _descend(

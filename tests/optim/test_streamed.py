@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
+from mollm.optim import streamed as streaming_module
 from mollm.optim.directions import DIRECTIONS
 
 NAMES = ("forget", "kl", "retain")
@@ -282,8 +283,8 @@ def test_a_gradient_too_large_for_the_state_is_judged_as_ever(scale):
         opt = MOLLMOptimizer(
             model.parameters(), gradient_memory=memory, metric="euclidean", direction="sum"
         )
-        streamed = opt.streamed(find_blocks(model)) if opt.streams else contextlib.nullcontext()
-        with streamed:
+        around = opt.streamed(find_blocks(model)) if opt.streams else contextlib.nullcontext()
+        with around:
             found = losses_of(model, *next(batches(1, 0)))
             found = {name: scale * loss for name, loss in found.items()}
             opt.backward(found)
@@ -444,6 +445,17 @@ def test_losses_that_do_not_suit_are_refused():
         lambda: model.model.layers[1].input_layernorm.weight.sum(),
     )
     refused(RuntimeError, "'kl' got no gradient", lambda: torch.zeros((), requires_grad=True) * 1)
+
+
+def test_several_processes_must_say_that_they_add_up(monkeypatch):
+    model = made()
+    opt = streaming(model)
+    monkeypatch.setattr(streaming_module, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match=r"add_up must be True .* but got False in 2"):
+        opt.streamed(find_blocks(model)).__enter__()
+    monkeypatch.setattr(streaming_module, "is_sharded", lambda p: True)
+    with pytest.raises(UsageError, match="another one than 'streamed' for a model in parts"):
+        opt.streamed(find_blocks(model), add_up=True).__enter__()
 
 
 def test_a_cache_of_keys_is_refused():
