@@ -26,7 +26,6 @@ _RENAMED = {
     "--sequence-length": "--max-length",
     "--accumulation": "--gradient-accumulation-steps",
     "--lora-rank": "--lora",
-    "--shape": "--preset",
 }
 
 
@@ -60,6 +59,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--preset",
+        "--shape",
         default=argparse.SUPPRESS,
         metavar="NAME",
         help=f"a known shape in place of a model: {', '.join(shapes.NAMED_SHAPES)}",
