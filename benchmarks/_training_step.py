@@ -197,7 +197,7 @@ def flops(case: Case, name: str) -> int:
     """Multiply-adds of the matrix products of one step."""
     shape, settings = case.shape, case.settings
     attention = settings.sequence_length * shape.query  # causal: half of the scores, twice
-    layers = settings.tokens * shape.num_layers * (shape.layer_linear + attention)
+    layers = settings.tokens * shape.num_layers * (shape.linear // shape.num_layers + attention)
     backward = (1 if settings.lora_rank else 2) + settings.gradient_checkpointing
     backwards = {"weighted sum": 2, "MOLLM": 3, "streamed": 2 * 3}[name]
     original = 0 if settings.reference == "cache" else 1

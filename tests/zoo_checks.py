@@ -156,7 +156,7 @@ class Errors:
     def right(self) -> bool:
         if self.own is None:
             return self.losses < 1e-3 and self.gradients < 1e-2
-        losses, gradients = max(2e-2, 2 * self.own.losses), max(5e-2, 1.5 * self.own.gradients)
+        losses, gradients = max(5e-2, 2 * self.own.losses), max(5e-2, 2 * self.own.gradients)
         return self.losses < losses and self.gradients < gradients
 
 

@@ -274,6 +274,13 @@ def _refuse_unknown_names(model: PreTrainedModel, config: Any) -> None:
             )
 
 
+def _can_be_adapted(modules: Mapping[str, nn.Module], name: str) -> bool:
+    layer = modules[name]
+    return not isinstance(layer, nn.Linear) or (
+        not _read_by_kernel(modules, name) and _returns_product(layer)
+    )
+
+
 def _leave_out_what_cannot_be_adapted(model: PreTrainedModel, config: Any) -> None:
     """Of "all-linear": routers that return more than a product, and what Mamba's kernels read.
 
@@ -282,12 +289,7 @@ def _leave_out_what_cannot_be_adapted(model: PreTrainedModel, config: Any) -> No
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return
     modules = dict(model.named_modules())
-    found = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-        and (_read_by_kernel(modules, name) or not _returns_product(module))
-    ]
+    found = [name for name in modules if not _can_be_adapted(modules, name)]
     excluded = config.exclude_modules or ()
     if found and not isinstance(excluded, str):
         config.exclude_modules = {*excluded, *found}

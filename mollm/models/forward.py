@@ -121,6 +121,15 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     Padding on the left is moved to the right on the way. No token of a causal model sees what
     follows it, but several kinds count padding before it as tokens, whatever the mask says.
     """
+    if bool(attention_mask[:, 0].all()):
+        return states_at_head(model, input_ids, attention_mask)
+    rows = _to_the_left(attention_mask)
+    hidden = states_at_head(model, input_ids.gather(1, rows), attention_mask.gather(1, rows))
+    return hidden.gather(1, rows.argsort(1)[:, :, None].expand_as(hidden))
+
+
+def states_at_head(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What the head is given of a batch that has padding on the right or none."""
     options = {"use_cache": False} if _takes(model, "use_cache") else {}
     layer, seen = head(model), list[Tensor]()
 
@@ -128,18 +137,11 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
         seen.append(states)
         return states.new_zeros(*states.shape[:-1], 1)
 
-    rows = None if bool(attention_mask[:, 0].all()) else _to_the_left(attention_mask)
-    if rows is not None:
-        input_ids, attention_mask = input_ids.gather(1, rows), attention_mask.gather(1, rows)
     with _forward_replaced(layer, take):
         model(input_ids=input_ids, attention_mask=attention_mask, **options)
     if len(seen) != 1:
         raise RuntimeError(f"the head of {type(model).__name__} ran {len(seen)} times")
-    hidden = seen[0]
-    if rows is None:
-        return hidden
-    back = rows.argsort(1)[:, :, None].expand_as(hidden)
-    return hidden.gather(1, back)
+    return seen[0]
 
 
 def _to_the_left(attention_mask: Tensor) -> Tensor:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-
-_FAMILY = {
-    "num_layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "heads": "num_attention_heads",
-    "vocab": "vocab_size",
-}
+    from mollm.planning.activations import Kept
+    from mollm.planning.settings import PlanSettings
 
 
 _LLAMA_3: dict[str, Any] = {
@@ -86,12 +81,18 @@ class Shape:
     """Whether head and token embeddings are one matrix."""
     parameters: int
     """Of the whole model, a tied matrix once."""
-    layer_parameters: int
-    """Of one decoder layer."""
-    layer_linear: int
-    """Of the weights of its linear layers."""
-    layer_sides: int
-    """Σ (inputs + outputs) of its linear layers: what LoRA of rank 1 adds."""
+    layers: int
+    """Parameters of all decoder layers."""
+    largest_layer: int
+    """Of the largest of these."""
+    linear: int
+    """Of the weights of linear layers, without the head."""
+    sides: int
+    """Σ (inputs + outputs) of what LoRA adapts: the parameters of one of rank 1."""
+    largest: int
+    """Of the largest matrix of a layer."""
+    kept: Callable[[PlanSettings], Kept] | None = field(default=None, compare=False)
+    """What its layers keep for backward, counted; None where the formula of `memory` holds."""
 
     @property
     def embedding(self) -> int:
@@ -121,10 +122,12 @@ def shape_of(config: Any, label: str) -> Shape:
     """Counts a model of this configuration, built without memory on the `meta` device.
 
     Raises:
-        UsageError: It is not a decoder like Llama.
+        UsageError: It is no causal language model.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from mollm.planning.activations import adapter_sides, counter
 
     try:
         with torch.device("meta"):
@@ -134,27 +137,62 @@ def shape_of(config: Any, label: str) -> Shape:
             f"the config of the model {label} must describe a causal language model, but none can "
             f"be built from it: {reason_of(error)}."
         ) from error
-    try:
-        sizes = {ours: int(getattr(config, theirs)) for ours, theirs in _FAMILY.items()}
-        layers = list(model.base_model.layers)
-        layers[0].mlp.gate_proj  # noqa: B018
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
+    inner, head = config.get_text_config(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    if head is None or embeddings is None or getattr(config, "is_encoder_decoder", False):
         raise UsageError(
-            f"the model {label} must be a decoder with RMSNorm and a gated MLP, like Llama, for "
-            f"its memory to be planned, but it is of type "
-            f"{getattr(config, 'model_type', 'unknown')!r}."
-        ) from error
-    linear = [m.weight for m in layers[0].modules() if isinstance(m, torch.nn.Linear)]
-    heads = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+            f"the model {label} must be a causal language model for its memory to be planned, but "
+            f"it is of type {getattr(config, 'model_type', 'unknown')!r}."
+        )
+    layers = _layers(model)
+    linear = _linear(model, head)
+    widths = [max(w.shape) for w in linear]
+    hidden, heads = head.weight.shape[1], getattr(inner, "num_attention_heads", None) or 1
+    formula = _is_like_llama(layers)
+    counts = {
+        "parameters": _count(model),
+        "layers": sum(map(_count, layers)),
+        "largest_layer": max(_count(layer) for layer in layers),
+        "linear": sum(w.numel() for w in linear),
+        "largest": max((p.numel() for layer in layers for p in layer.parameters()), default=0),
+        "tied": head.weight is embeddings.weight,
+        "vocab": head.weight.shape[0],
+    }
     return Shape(
+        **counts,
         label=label,
-        head_dim=getattr(config, "head_dim", None) or sizes["hidden"] // sizes["heads"],
-        tied=heads[0] is heads[1],
-        parameters=_count(model),
-        layer_parameters=_count(layers[0]),
-        layer_linear=sum(w.numel() for w in linear),
-        layer_sides=sum(sum(w.shape) for w in linear),
-        **sizes,
+        num_layers=len(layers),
+        hidden=hidden,
+        intermediate=inner.intermediate_size if formula else max(widths, default=hidden),
+        heads=heads,
+        head_dim=getattr(inner, "head_dim", None) or hidden // heads,
+        sides=sum(sum(w.shape) for w in linear) if formula else adapter_sides(model),
+        kept=None if formula else counter(config, label),
+    )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The modules of the list that holds most of the model."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda found: _count(found))) if lists else [model]
+
+
+def _linear(model: nn.Module, head: nn.Module) -> list[Tensor]:
+    """The matrices of linear layers without the head."""
+    from torch import nn
+
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    return [layer.weight for layer in layers if layer is not head]
+
+
+def _is_like_llama(layers: Iterable[nn.Module]) -> bool:
+    """Whether all are alike, with RMSNorm and one gated MLP."""
+    counts = {_count(layer) for layer in layers}
+    return len(counts) == 1 and all(
+        hasattr(getattr(layer, "mlp", None), "gate_proj") and hasattr(layer, "input_layernorm")
+        for layer in layers
     )
 
 

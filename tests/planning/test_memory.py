@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import zoo
 from plain_loop import descend
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -70,9 +71,10 @@ def random_batch(rows, vocab):
     return Batch(ids, mask, ids.masked_fill(mask == 0, -100))
 
 
-def made(settings, sizes):
+def made(settings, sizes, kind=None):
     """Model, reference and what trains."""
-    model = tiny.model(**sizes).to(getattr(torch, settings.dtype))
+    model = tiny.model(**sizes) if kind is None else zoo.model(kind, **sizes)
+    model = model.to(getattr(torch, settings.dtype))
     if settings.quantization:
         model = in_four_bits(model)
     if settings.gradient_checkpointing:
@@ -128,14 +130,14 @@ def peak_of(call):
     return peak
 
 
-def measured(settings, sizes):
+def measured(settings, sizes, kind=None):
     """Peak bytes of the second step, what lasts included, and the shape of its model."""
     with precision.computing_in(settings.compute_dtype):
-        return _measured(settings, sizes)
+        return _measured(settings, sizes, kind)
 
 
-def _measured(settings, sizes):
-    model, reference, params = made(settings, sizes)
+def _measured(settings, sizes, kind):
+    model, reference, params = made(settings, sizes, kind)
     options = {"state_dtype": getattr(torch, settings.state_dtype)} if settings.state_dtype else {}
     if settings.optimizer == "adamw":
         options["betas"] = 0.9, settings.adam_beta2
@@ -232,13 +234,56 @@ def _measured(settings, sizes):
     ],
 )
 def test_the_prediction_is_within_a_tenth_of_what_a_step_allocates(settings, sizes):
-    lasting, peak, shape = measured(settings, SIZES | sizes)
+    compare(settings, *measured(settings, SIZES | sizes))
+
+
+def compare(settings, lasting, peak, shape):
     predicted = plan(shape, settings)
     lasts = sum(planning._lasting(shape, settings).values()) - planning.OVERHEAD_BYTES["cpu"]
     step = predicted.peak.total - planning.OVERHEAD_BYTES["cpu"] - lasts
     print(f"lasting {lasts / lasting - 1:+.2%}, step {step / peak - 1:+.1%} of {peak / 1e6:.1f} MB")
     assert lasts == pytest.approx(lasting, rel=0.001)
     assert step == pytest.approx(peak, rel=0.1)
+
+
+LAYERED = {"vocab_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+WIDE = LAYERED | {"hidden_size": 256, "intermediate_size": 768}
+GROUPED = WIDE | {"num_key_value_heads": 2, "head_dim": 32}
+OTHERS = {
+    "gpt2": {"vocab_size": 2048, "n_layer": 4, "n_embd": 256, "n_head": 8, "n_inner": 1024},
+    "gpt_neox": WIDE,
+    "phi": WIDE | {"num_key_value_heads": 8},
+    "opt": LAYERED | {"hidden_size": 256, "ffn_dim": 1024, "word_embed_proj_dim": 256},
+    "falcon": LAYERED | {"hidden_size": 256},
+    "bloom": {"vocab_size": 2048, "n_layer": 4, "hidden_size": 256, "n_head": 8},
+    "glm4": GROUPED,
+    "gpt_oss": GROUPED | {"layer_types": ["full_attention"] * 4},
+    "mixtral": GROUPED,
+    "qwen2_moe": GROUPED
+    | {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "layer_types": ...},
+    "olmoe": WIDE | {"num_key_value_heads": 2},
+    "deepseek_v3": WIDE | {"num_key_value_heads": 8, "moe_intermediate_size": 256},
+    "mamba": {"vocab_size": 2048, "num_hidden_layers": 4, "hidden_size": 256},
+}
+
+
+FEW = ("gpt2", "mixtral")
+"""For an ordinary run of the tests."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(ON_CPU, id="float32"),
+        pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), id="lora"),
+    ],
+)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in FEW else pytest.mark.soak) for kind in OTHERS],
+)
+def test_the_prediction_holds_for_other_kinds(kind, settings):
+    compare(settings, *measured(settings, OTHERS[kind], kind))
 
 
 # ---- shapes
@@ -267,10 +312,10 @@ def test_a_model_is_found_as_a_folder_and_as_a_config(tmp_path):
 
 
 def test_another_kind_of_model_is_refused(tmp_path):
-    from transformers import BertConfig, GPT2Config
+    from transformers import BertConfig, T5Config
 
-    for config in (GPT2Config(n_layer=1), BertConfig(num_hidden_layers=1)):
-        with pytest.raises(UsageError, match=f"but it is of type '{config.model_type}'"):
+    for config in (T5Config(num_layers=1), BertConfig(num_hidden_layers=1)):
+        with pytest.raises(UsageError, match=f"of type '{config.model_type}'|be built from it"):
             shape_of(config, "other")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
     with pytest.raises(UsageError, match="cannot be loaded as a causal language model"):
@@ -430,7 +475,7 @@ def test_streamed_gradients_are_those_of_one_block(llama):
     inputs = 2 * 33 * 2048 * 4096 * 2
     assert streamed.component("block inputs") == inputs
     assert plan(llama, replace(settings, accumulation=3)).component("block inputs") == 3 * inputs
-    assert streamed.component("gradients of a block") < 3 * 2 * llama.layer_parameters + 1
+    assert streamed.component("gradients of a block") < 3 * 2 * llama.largest_layer + 1
     assert streamed.component("gradients held") == 0
     whole = plan(llama, replace(settings, freeze_embeddings=False))
     assert whole.component("embeddings, head and norm") == 3 * 2 * (2 * llama.embedding + 4096)
