@@ -204,3 +204,17 @@ def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing(
     )
     assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a time."
     assert [each["reply_tokens"] for each in scores] == [len(" a time."), 1]
+
+
+def test_sampled_replies_are_drawn_from_the_whole_distribution_by_the_seed():
+    model, chat = tiny.model(initializer_range=0.3), ChatFormat(tiny.tokenizer())
+    model.generation_config.top_k, model.generation_config.temperature = 1, 0.01
+
+    def drawn(seed, **options):
+        torch.manual_seed(seed)
+        found = generate_replies(model, chat, ["Who?"] * 20, max_new_tokens=4, **options)
+        return [reply.text for reply in found]
+
+    assert drawn(0, sampled=True) == drawn(0, sampled=True) != drawn(1, sampled=True)
+    assert len(set(drawn(0, sampled=True))) > 10
+    assert len(set(drawn(0))) == 1
