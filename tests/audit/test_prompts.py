@@ -13,7 +13,7 @@ from mollm.audit.prompts import (
 )
 from mollm.audit.subject import best_of
 from mollm.data.conversations import Turn
-from mollm.evaluation import Row
+from mollm.evaluation import Row, load_suite
 
 ROW = Row("Where was Ann Lee born?", "Ann Lee was born in Salt Quay.")
 TEXT = Row("The ferry", " leaves at six.", is_text=True)
@@ -93,3 +93,9 @@ def test_best_of_k_is_the_mean_over_all_choices_of_k_replies():
         for k in range(1, 6):
             chosen = [any(some) for some in combinations(replies, k)]
             assert best_of(count, 5, k) == pytest.approx(sum(chosen) / len(chosen))
+
+
+def test_the_column_with_questions_in_other_words_is_read():
+    row = {"question": "Who?", "answer": "Ann", "paraphrased_question": "Who is it?"}
+    suite = load_suite([row, {"question": "Where?", "answer": "Here"}])
+    assert [each.paraphrased_question for each in suite.forget] == ["Who is it?", None]

@@ -109,7 +109,7 @@ def test_an_adapter_folder_is_put_on_the_original(run, folder, tmp_path):
             {},
             "the retain-only model must be of the architecture",
         ),
-        (["nowhere/model"], {}, "model must be a model folder"),
+        (["nowhere/x/y"], {}, "model must be a model folder"),
         (["original"], {"original": "nowhere/x/y"}, "model must be a model folder"),
         (["original"], {"forget": "few.jsonl"}, "at least 4 forget rows"),
         (["original"], {"forget": "nothing.jsonl"}, "nothing.jsonl"),

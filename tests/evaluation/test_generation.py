@@ -232,3 +232,17 @@ def test_a_model_that_takes_padding_for_tokens_is_asked_a_row_at_a_time():
     assert together == alone
     vars(model)["_mollm_answers_alike"] = True
     assert ask(model, chat, questions, max_new_tokens=8) != alone
+
+
+def test_sampled_replies_are_drawn_from_the_whole_distribution_by_the_seed():
+    model, chat = tiny.model(initializer_range=0.3), ChatFormat(tiny.tokenizer())
+    model.generation_config.top_k, model.generation_config.temperature = 1, 0.01
+
+    def drawn(seed, **options):
+        torch.manual_seed(seed)
+        found = generate_replies(model, chat, ["Who?"] * 20, max_new_tokens=4, **options)
+        return [reply.text for reply in found]
+
+    assert drawn(0, sampled=True) == drawn(0, sampled=True) != drawn(1, sampled=True)
+    assert len(set(drawn(0, sampled=True))) > 10
+    assert len(set(drawn(0))) == 1
