@@ -204,3 +204,15 @@ def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing(
     )
     assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a time."
     assert [each["reply_tokens"] for each in scores] == [len(" a time."), 1]
+
+
+def test_a_generation_config_that_does_not_work_is_to_blame():
+    model, chat = tiny.model(), ChatFormat(tiny.tokenizer())
+    model.name_or_path = "tiny"
+    model.generation_config.bad_words_ids = 3
+    with pytest.raises(UsageError, match="generation config of the model tiny must suit"):
+        ask(model, chat, ["Who?"], max_new_tokens=2)
+    assert model.generation_config.bad_words_ids == 3
+    model.generation_config.bad_words_ids = None
+    model.generation_config.num_beams = 10**9  # greedy is greedy
+    assert len(ask(model, chat, ["Who?"], max_new_tokens=2)) == 1

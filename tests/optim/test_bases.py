@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mollm import MOLLMOptimizer
 from mollm.optim.bases import SGD, AdamW
 
 
@@ -94,3 +95,16 @@ def test_every_group_rounds_with_its_own_noise():
 def test_bad_options(base, options, message):
     with pytest.raises(ValueError, match=message):
         base(parameters(), **options)
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd", torch.optim.SGD, torch.optim.AdamW], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_no_finite_numbers_are_refused(base, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="weight_decay must be a finite number, but got"):
+        MOLLMOptimizer([p], base=base, weight_decay=value)
+
+
+def test_rates_beyond_float32_are_refused():
+    with pytest.raises(ValueError, match="lr must be finite in float32, but got"):
+        MOLLMOptimizer([torch.nn.Parameter(torch.ones(2))], lr=1e300)
