@@ -272,7 +272,7 @@ def check_apart(written: Named, read: Named, in_place: str | None = None) -> Non
                 f"{name}[{n}] must not hold one element in several places, but got strides "
                 f"{t.stride()}; pass a clone of it."
             )
-    if not _any_crossing(_sorted_spans([_span_of_storage(t) for t in tensors])[1]):
+    if not _any_crossing(*_sorted_spans([_span_of_storage(t) for t in tensors]), writes):
         return
     columns = len(written[0][1])
     for i, j in _crossing([_span(t) for t in tensors], writes):
@@ -307,14 +307,18 @@ def _sorted_spans(spans: list[tuple[int, int]]) -> tuple[Numbers, Numbers]:
     return order, table[order]
 
 
-def _any_crossing(spans: Numbers) -> bool:
-    return bool((spans[1:, 0] < np.maximum.accumulate(spans[:, 1])[:-1]).any())
+def _any_crossing(order: Numbers, spans: Numbers, writes: int) -> bool:
+    """Whether one of the first `writes` spans overlaps another; two that are read may."""
+    starts, ends, written = spans[1:, 0], spans[:, 1], order < writes
+    before = np.maximum.accumulate(ends)[:-1]
+    before_written = np.maximum.accumulate(np.where(written, ends, 0))[:-1]
+    return bool((starts < np.where(written[1:], before, before_written)).any())
 
 
 def _crossing(spans: list[tuple[int, int]], writes: int) -> list[tuple[int, int]]:
     """Pairs of spans that overlap, smaller number first, of which that one is written."""
     order, ordered = _sorted_spans(spans)
-    if not _any_crossing(ordered):
+    if not _any_crossing(order, ordered, writes):
         return []
     pairs = []
     for a, i in enumerate(order.tolist()):

@@ -176,7 +176,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     from torch import nn
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda found: _count(found))) if lists else [model]
+    return list(max(lists, key=_count)) if lists else [model]
 
 
 def _linear(model: nn.Module, head: nn.Module) -> list[Tensor]:

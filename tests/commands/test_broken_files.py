@@ -4,24 +4,29 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "broken_files.py"
+TESTS = Path(__file__).parents[1]
 
 
-def tried(*arguments, timeout):
+def tried(script, *arguments, timeout):
     """Runs the cases in a process of its own: it forks, and no thread of a test may be there."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        capture_output=True, text=True, timeout=timeout, cwd=SCRIPT.parents[1], check=False,
+        [sys.executable, str(TESTS / script), *arguments],
+        capture_output=True, text=True, timeout=timeout, cwd=TESTS.parent, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_some_broken_inputs_end_in_one_sentence():
-    assert " tried, 0 wrong" in tried("0", "--every", "14", timeout=300)
+    assert " tried, 0 wrong" in tried("broken_files.py", "0", "--every", "14", timeout=300)
+
+
+def test_some_hostile_files_end_in_one_sentence():
+    assert " tried, 0 wrong" in tried("hostile_files.py", "0", "--every", "41", timeout=300)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
-def test_all_broken_inputs_end_in_one_sentence(seed):
-    assert " tried, 0 wrong" in tried(str(seed), timeout=3600)
+@pytest.mark.parametrize("script", ["broken_files.py", "hostile_files.py"])
+def test_all_broken_inputs_end_in_one_sentence(script, seed):
+    assert " tried, 0 wrong" in tried(script, str(seed), timeout=3600)

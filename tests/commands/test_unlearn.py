@@ -394,12 +394,13 @@ def test_a_run_that_diverges_writes_no_model(tmp_path, saved, capsys):
     assert not (tmp_path / "out" / "model").exists()
 
 
-def killed(folder, kills, timeout):
+def run_script(*arguments, timeout):
+    """Runs a script of the tests, which forks, in a process of its own."""
     here = Path(__file__).parents[1]
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(here / "killed_runs.py"), str(folder), str(kills)],
+        [sys.executable, str(here / arguments[0]), *map(str, arguments[1:])],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -407,8 +408,13 @@ def killed(folder, kills, timeout):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"killed {kills}" in done.stdout
     return done.stdout
+
+
+def killed(folder, kills, timeout):
+    told = run_script("killed_runs.py", folder, kills, timeout=timeout)
+    assert f"killed {kills}" in told
+    return told
 
 
 def test_a_killed_run_resumes_to_the_same_model(tmp_path):
@@ -416,8 +422,14 @@ def test_a_killed_run_resumes_to_the_same_model(tmp_path):
 
 
 @pytest.mark.soak
-def test_a_run_killed_at_fifty_moments_resumes_to_the_same_model(tmp_path):
-    print(killed(tmp_path, 50, timeout=1800))
+def test_a_run_killed_at_a_hundred_moments_resumes_to_the_same_model(tmp_path):
+    print(killed(tmp_path, 100, timeout=3600))
+
+
+@pytest.mark.soak
+def test_full_disks_lose_nothing_and_jumping_clocks_change_nothing(tmp_path):
+    told = run_script("faulty_machines.py", tmp_path, timeout=1800)
+    assert told.count(": True") >= 7
 
 
 def test_a_setting_that_was_renamed_is_refused_with_its_new_name(tmp_path, saved, capsys):

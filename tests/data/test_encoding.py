@@ -343,3 +343,15 @@ def test_answers_that_a_long_conversation_loses_are_told(on_turns, told):
     lost = [note for note in encoded.notes if "earlier answers" in note]
     assert len(lost) == told
     assert all("2 earlier answers of the training conversations" in note for note in lost)
+
+
+def test_a_long_prompt_is_not_read_again_for_every_cut(monkeypatch):
+    chat = ChatFormat(tiny.tokenizer())
+    asked = []
+    encode = chat.encode
+    monkeypatch.setattr(
+        chat, "encode", lambda e, **kw: asked.append(len(e.question)) or encode(e, **kw)
+    )
+    long = encode_records([Record("x" * 100_000, "b")], chat, max_length=200)
+    assert len(long.rows[0].ids) == 200
+    assert sorted(asked)[-2] < 10_000  # the whole of it once

@@ -129,6 +129,7 @@ def test_a_json_file_may_hold_an_object_on_every_line_and_a_byte_order_mark(writ
         ("a.csv", "", r"a\.csv must hold at least one row"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a\.csv, line 3 must have 2 cells .* but it has 3"),
         ("a.csv", "a,b\n1\n", r"a\.csv, line 2 must have 2 cells .* but it has 1"),
+        ("a.csv", "a,b\n1,\0\n", r"a\.csv, line 2 must hold no null character"),
         ("a.csv", 'a,b\n1,2\n1,"2\n', r"a\.csv, line 3 is malformed CSV: unexpected end"),
         ("a.csv", "a,a\n1,2\n", r"a\.csv must have columns of different names, but got a, a"),
         ("a.jsonl", b'{"a": "\xe9"}', r"a\.jsonl must be UTF-8 text, but its byte 7 is not"),

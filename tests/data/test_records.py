@@ -429,3 +429,20 @@ def test_turns_in_columns_of_unlike_length_are_refused(write):
     columns = {"role": ["user", "assistant"], "content": ["p"]}
     with pytest.raises(UsageError, match=r"line 1: the field messages must be a list of turns"):
         load_records(write({"messages": columns}), role="forget")
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": {}, "content": "a"}, r"messages\[0\].role must be system, user or assistant"),
+        (
+            {"role": "user", "content": [{"type": "image", "text": "a"}]},
+            r"every part of messages\[0\].content must be of the type text",
+        ),
+    ],
+)
+def test_turns_of_other_kinds_than_text_are_refused(tmp_path, turn, words):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [turn, {"role": "assistant", "content": "b"}]}))
+    with pytest.raises(UsageError, match=words):
+        load_records(path, role="forget")

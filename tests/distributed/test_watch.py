@@ -123,8 +123,10 @@ rank, port, seconds = sys.argv[1:]
 os.environ.update(RANK=rank, WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 from mollm.distributed import watch
 watch.JOINING = float(seconds)
-from mollm import MOLLMConfig
-MOLLMConfig(output_dir=sys.argv[0], use_cpu=True)
+import torch.distributed as dist
+watch.await_others()
+dist.init_process_group("gloo")  # at the same port
+dist.barrier()
 print("together", flush=True)
 """
 

@@ -246,3 +246,15 @@ def test_sampled_replies_are_drawn_from_the_whole_distribution_by_the_seed():
     assert drawn(0, sampled=True) == drawn(0, sampled=True) != drawn(1, sampled=True)
     assert len(set(drawn(0, sampled=True))) > 10
     assert len(set(drawn(0))) == 1
+
+
+def test_a_generation_config_that_does_not_work_is_to_blame():
+    model, chat = tiny.model(), ChatFormat(tiny.tokenizer())
+    model.name_or_path = "tiny"
+    model.generation_config.bad_words_ids = 3
+    with pytest.raises(UsageError, match="generation config of the model tiny must suit"):
+        ask(model, chat, ["Who?"], max_new_tokens=2)
+    assert model.generation_config.bad_words_ids == 3
+    model.generation_config.bad_words_ids = None
+    model.generation_config.num_beams = 10**9  # greedy is greedy
+    assert len(ask(model, chat, ["Who?"], max_new_tokens=2)) == 1

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import tiny
@@ -7,7 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from mollm.errors import UsageError
 from mollm.models import loading
-from mollm.models.checks import check_config, check_finite, check_json_files, check_size
+from mollm.models.checks import (
+    check_config,
+    check_files,
+    check_finite,
+    check_json_files,
+    check_size,
+    stored_elements,
+)
 
 CPU = torch.device("cpu")
 
@@ -164,3 +172,30 @@ def test_a_token_that_was_added_may_lie_beyond_the_embeddings(tmp_path):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     loading.save(tiny.model(), tokenizer, tmp_path)
     loading.load(loading.find_model(str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+)
+def test_a_pipe_among_the_files_of_a_model_is_refused_and_not_waited_for(saved, name):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)
+    with pytest.raises(UsageError, match=f"{name} must be a file, but it is a pipe"):
+        loading.find_model(str(saved))
+
+
+def test_files_of_an_absurd_size_are_refused_before_they_are_read(saved):
+    check_files(saved)
+    os.truncate(saved / "tokenizer_config.json", 1 << 33)
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json must have at most 67,108,864"):
+        check_files(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_fractions_are_refused_unless_they_are_packed(saved, dtype):
+    path = saved / "model.safetensors"
+    weights = {name: t.to(dtype) for name, t in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"must hold floating-point numbers, but .* has the dtype"):
+        loading.load(loading.find_model(str(saved)), CPU)
+    assert stored_elements(saved, None, packed=True) > 0

@@ -879,3 +879,18 @@ def test_narrow_gradients_of_each_row_do_not_overwrite_logits_that_are_still_rea
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
     for each, mean in zip(found[0], found[2], strict=True):
         torch.testing.assert_close(each, mean, rtol=5e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [None, [1.0], "text", 3])
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "target", "ref_hidden", "mask"])
+def test_what_is_no_tensor_is_named(name, value):
+    hidden, weight, target = inputs(3, 4, 5)
+    given = {"hidden": hidden, "weight": weight, "target": target, name: value}
+    if name in ("bias", "mask") and value is None:
+        return
+    function = linear_cross_entropy
+    if name in ("ref_hidden", "mask"):
+        function = linear_kl_div
+        given = {"ref_hidden": hidden, **{k: v for k, v in given.items() if k != "target"}}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, but got"):
+        function(**given)

@@ -124,3 +124,16 @@ def test_a_second_moment_of_one_step_takes_no_state():
     other, fresh = stepped("adamw", (0.9, 0.0), "euclidean")
     fresh.load_state_dict(opt.state_dict())
     assert set(fresh.state[other]) == {"step", "exp_avg"}
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd", torch.optim.SGD, torch.optim.AdamW], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_no_finite_numbers_are_refused(base, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="weight_decay must be a finite number, but got"):
+        MOLLMOptimizer([p], base=base, weight_decay=value)
+
+
+def test_rates_beyond_float32_are_refused():
+    with pytest.raises(ValueError, match="lr must be finite in float32, but got"):
+        MOLLMOptimizer([torch.nn.Parameter(torch.ones(2))], lr=1e300)

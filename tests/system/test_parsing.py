@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,10 @@ def test_what_cannot_be_a_path_is_neither_file_nor_folder(name):
     assert not is_file(path)
     assert not is_folder(path)
     assert user_path("~") == Path.home()
+
+
+def test_what_may_never_end_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="must be a file, but it is a pipe, a socket or a dev"):
+            read_text(path)
