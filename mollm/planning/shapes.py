@@ -175,8 +175,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     """The modules of the list that holds most of the model."""
     from torch import nn
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=_count)) if lists else [model]
+    lists: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=_count).children()) if lists else [model]
 
 
 def _linear(model: nn.Module, head: nn.Module) -> list[Tensor]:
