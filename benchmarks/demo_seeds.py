@@ -57,7 +57,7 @@ def run_seed(
             **{f"conflicts {name}": rate for name, rate in conflict_rates(trainer.history).items()},
             "steps": settings.steps,
             "training s": round(seconds, 1),
-            "GiB": round(machine.peak_memory() / GIB, 2),
+            "GiB": round(machine.peak_memory(torch.device("cpu")) / GIB, 2),
         }
         print_table([row], f"seed {seed}")
         (folder / f"{method}-{seed}.json").write_text(json.dumps(row))

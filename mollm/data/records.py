@@ -34,7 +34,6 @@ Role = Literal["forget", "retain"]
 ROLES: tuple[Role, ...] = ("forget", "retain")
 Schema = Literal["auto", "pku-saferlhf", "tofu", "prompt-answer", "conversation", "text"]
 
-ROLES = ("forget", "retain")
 SCHEMAS = ("auto", "pku-saferlhf", "tofu", "prompt-answer", "conversation", "text")
 
 _PKU = (

@@ -314,7 +314,7 @@ def _summary(
         "skipped_steps": sum(not record.changes for record in history),
         "questions": {group: len(score.questions) for group, score in before.items()},
         "countries": split.countries(),
-        "peak_memory_gib": round(machine.peak_memory() / GIB, 2),
+        "peak_memory_gib": round(machine.peak_memory(torch.device(settings.device)) / GIB, 2),
         "device": machine.device_name(torch.device(settings.device)),
         "compute_dtype": compute_dtype(torch.device(settings.device)).name,
         "versions": machine.versions(),

@@ -91,7 +91,7 @@ def ask(
     sampled: bool = False,
     done: Done = quietly,
 ) -> list[Reply]:
-    """AnswerTokens to `texts`, in their order; those of like length are asked together.
+    """Answers to `texts`, in their order; those of like length are asked together.
 
     The model is asked with what precedes an answer in a row to train on. A reply ends at any token
     that ends a turn by the chat template, the tokenizer or the model's generation config.

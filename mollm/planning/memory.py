@@ -47,13 +47,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mollm.planning.settings import BYTES, LORA_BYTES, PER_OBJECTIVE, PlanSettings
+from mollm.planning.settings import BYTES, LORA_BYTES, OBJECTIVES, PER_OBJECTIVE, PlanSettings
 from mollm.planning.shapes import Shape
 from mollm_ops import _chunks
-
-OBJECTIVES = 3
-"""forget, kl, retain."""
-
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 """An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""
@@ -113,7 +109,7 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
         trainable=_trainable(shape, settings),
         stages=tuple((_streamed_stages if settings.streams else _stages)(shape, settings)),
         host_bytes=(
-            OBJECTIVES * _trainable(shape, settings) * settings.gradient_bytes
+            settings.objectives * _trainable(shape, settings) * settings.gradient_bytes
             if settings.gradient_memory == "host" and settings.device == "cuda"
             else 0
         ),
@@ -192,7 +188,7 @@ def _means(shape: Shape, settings: PlanSettings) -> int:
     if settings.momentum != PER_OBJECTIVE:
         return 0
     size = settings.waiting_bytes or settings.gradient_bytes
-    return OBJECTIVES * _trainable(shape, settings) * size
+    return settings.objectives * _trainable(shape, settings) * size
 
 
 # ---- activations
@@ -305,9 +301,12 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
         return Stage(name, {part: size for part, size in everything.items() if size})
 
     def before(done: int) -> int:
-        return OBJECTIVES - 1 if again else done
+        """Of how many objectives the gradients are held; more sets have theirs between these."""
+        return settings.objectives - 1 if again else done + settings.objectives - OBJECTIVES
 
     own = _trainable(shape, settings) * settings.gradient_bytes if again else 0
+    copied = _trainable(shape, settings) * settings.gradient_bytes if settings.relearn_steps else 0
+    put_back = {"weights to put back": copied}
     retain = settings.of_retain_batch
     if settings.casts and settings.gradient_checkpointing and not settings.lora_rank:
         # autocast holds on to its casts of what trains until the forward pass ends
@@ -315,11 +314,16 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     else:
         forward = 0
     retained = {"activations": _activations(shape, settings)}
+    if settings.relearn_steps:
+        moments = 2 * _trainable(shape, settings) * settings.gradient_bytes
+        attacker = {"weights to put back": copied, "attacker's state": moments}
+        yield stage("relearning", 0, attacker | _backward(shape, settings, keep=False))
     yield stage(
         "forget forward",
         before(0),
         {
             **retained,
+            **put_back,
             "gradient in the making": own,
             "working set": forward + _adapter_input(shape, settings),
         },
@@ -327,10 +331,10 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     yield stage(
         "forget loss",
         before(0),
-        {**retained, "gradient in the making": own} | _loss(shape, settings, 1),
+        {**retained, **put_back, "gradient in the making": own} | _loss(shape, settings, 1),
     )
-    yield stage("forget backward", before(0), _backward(shape, settings, keep=False))
-    held = OBJECTIVES if again else 1
+    yield stage("forget backward", before(0), put_back | _backward(shape, settings, keep=False))
+    held = settings.objectives if again else before(1)
     retained = {"activations": _activations(shape, retain)}
     yield stage("reference", held, {**retained, "working set": _reference_pass(shape, retain)})
     original = {"states of the original": retain.answers * shape.hidden * retain.weight_bytes}
@@ -342,7 +346,7 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     yield stage("retain backward", before(2), left | _backward(shape, retain, keep=False))
     moment = _trainable(shape, settings) * _passing_moment(settings)
     update = {"working set": _update(shape, settings) + moment}
-    yield stage("update", OBJECTIVES, left | update)
+    yield stage("update", settings.objectives, left | update)
 
 
 def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
@@ -366,8 +370,8 @@ def _update(shape: Shape, settings: PlanSettings) -> int:
         largest = settings.lora_rank * (shape.hidden + shape.intermediate)
     elif settings.trains_head:
         largest = shape.embedding
-    everything = OBJECTIVES * _trainable(shape, settings) * size
-    return min(2 * (_HOST_BUCKET_BYTES + OBJECTIVES * largest * size), everything)
+    everything = settings.objectives * _trainable(shape, settings) * size
+    return min(2 * (_HOST_BUCKET_BYTES + settings.objectives * largest * size), everything)
 
 
 def _backward(shape: Shape, settings: PlanSettings, *, keep: bool) -> dict[str, int]:
@@ -461,7 +465,8 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     streams = [s.tokens * s.weight_bytes * shape.hidden for s in (settings, retain)]
     # What blocks are given, and what the last one returns; retain and KL share theirs.
     sides = [(shape.num_layers + 1) * stream for stream in streams]
-    objectives = [streams[0], *[streams[1]] * (OBJECTIVES - 1)]
+    more = (settings.objectives - OBJECTIVES) * sides[0]  # of further sets
+    objectives = [streams[0], *[streams[1]] * (settings.objectives - 1)]
     earlier = settings.accumulation - 1
     size = settings.gradient_bytes
     ends = (_trainable(shape, settings) - shape.layers) * size
@@ -470,7 +475,7 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
 
     def stage(name: str, done: int, cotangents: int, ends: int, parts: Mapping[str, int]) -> Stage:
         everything = lasting | {
-            "block inputs": earlier * sum(sides) + sum(sides[:done]),
+            "block inputs": earlier * (sum(sides) + more) + sum(sides[:done]) + more,
             "cotangents": earlier * sum(objectives) + sum((2 * objectives)[:cotangents]),
             "embeddings, head and norm": ends,
             **parts,
@@ -479,7 +484,7 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
 
     def top(found: int) -> int:
         """Bytes of the gradients outside of the blocks that the losses have left by then."""
-        return (OBJECTIVES if earlier else found) * (ends - late)
+        return (settings.objectives if earlier else found) * (ends - late)
 
     def forward(side: PlanSettings) -> dict[str, int]:
         return {"working set": _forward_pass(shape, side)}
@@ -502,15 +507,15 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     yield stage("reference", 2, 1, top(1), {"working set": _reference_pass(shape, retain)})
     yield stage("retain loss", 2, 1, top(1), original | loss(retain, 2))
     yield stage("retain backward, head", 2, 3, top(3), original | backward(retain, 2))
-    whole = OBJECTIVES * ends
+    whole = settings.objectives * ends
     larger = max(settings, retain, key=lambda side: side.tokens)
     block = max(_block_moments(shape, larger), key=lambda parts: sum(parts.values()))
-    yield stage("blocks, twice", 2, 2 * OBJECTIVES, whole, block)
+    yield stage("blocks, twice", 2, 2 * settings.objectives, whole, block)
     made = {
         "gradient in the making": dW - late,  # on top of those of a tied head
         "second moment": ends // size * _passing_moment(settings),
     }
-    yield stage("embeddings, head and norm", 2, 2 * OBJECTIVES, whole, made)
+    yield stage("embeddings, head and norm", 2, 2 * settings.objectives, whole, made)
 
 
 def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, int]]:
@@ -528,7 +533,7 @@ def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, i
             "working set": working,
         }
 
-    before = (OBJECTIVES if again else OBJECTIVES - 1) * layer
+    before = (settings.objectives if again else settings.objectives - 1) * layer
     yield moment(before + again * layer, norm + residual)
     yield moment(before + down, mlp + residual - freed)
     yield moment(before + layer, norm + residual, kept=False)

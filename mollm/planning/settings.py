@@ -32,6 +32,10 @@ METRICS = ("base", "euclidean")
 PER_OBJECTIVE = "per-objective"
 
 
+OBJECTIVES = 3
+"""forget, kl, retain: with one set of each role."""
+
+
 LORA_BYTES = 4
 """peft keeps adapters in float32, whatever the base model's dtype."""
 
@@ -58,6 +62,13 @@ class PlanSettings:
             "help": "retain examples per micro-batch",
             "default": "as many as forget examples",
         },
+    )
+    objectives: int = field(
+        default=OBJECTIVES,
+        metadata={"help": "losses whose gradients meet: of each set to forget or retain, and KL"},
+    )
+    relearn_steps: int = field(
+        default=0, metadata={"help": "steps of simulated relearning before each forget loss"}
     )
     sequence_length: int = field(
         default=512, metadata={"flag": "--max-length", "help": "tokens per example"}
@@ -156,6 +167,14 @@ class PlanSettings:
         for name in ("batch_size", "sequence_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        for name, least in (("objectives", OBJECTIVES), ("relearn_steps", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, but got {getattr(self, name)}.")
+        if self.relearn_steps and self.streams:
+            raise UsageError(
+                f"relearn_steps must be 0 with gradient_memory {STREAMED!r}, whose gradients are "
+                f"taken once the weights are put back, but got {self.relearn_steps}: leave it out."
+            )
         if self.retain_batch_size is not None and self.retain_batch_size < 1:
             raise UsageError(
                 f"retain_batch_size must be at least 1, but got {self.retain_batch_size}."

@@ -33,8 +33,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def peak_memory() -> float:
-    """The largest resident memory of this process so far, in bytes; NaN where unknown."""
+def peak_memory(device: torch.device) -> float:
+    """The most memory of `device` that this process has held so far, in bytes; NaN where unknown.
+
+    On the CPU its largest resident memory, on a GPU what Torch has allocated.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
     try:
         # Not getrusage: a process starts with the peak of the one that started it.
         return _kilobytes(Path("/proc/self/status"), "VmHWM")

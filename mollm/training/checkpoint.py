@@ -68,18 +68,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 # ---- weights
 
 
-def save_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path | None) -> None:
-    """Writes what trains for `from_pretrained`: the whole model, or its adapter.
-
-    Args:
-        model: The model, without the wrapper of `peft`.
-        wrapped: The same in its wrapper, if it has one.
-        folder: Where to, on the first process; where processes hold parts of the model the others
-            must call it too, with None.
-    """
-    write_weights(model, wrapped, whole_weights(model, wrapped), folder)
-
-
 def whole_weights(model: PreTrainedModel, wrapped: Any | None) -> dict[str, Tensor]:
     """What `write_weights` writes; of parts, on the first process. All processes must call it."""
     own = own_tensors(model) if wrapped is None else trained_tensors(model, wrapped)
@@ -114,7 +102,7 @@ def write_weights(
 
 @torch.no_grad()
 def load_weights(model: PreTrainedModel, wrapped: Any | None, folder: Path) -> None:
-    """Reads what `save_weights` wrote into the same model, or into this process's parts of it.
+    """Reads what `write_weights` wrote into the same model, or into this process's parts of it.
 
     Raises:
         UsageError: The weights are those of another model, or damaged.

@@ -231,6 +231,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "fsdp must be full_shard where the launcher does not say how many processes a node "
                 "has, but got hybrid_shard: use torchrun, or set LOCAL_WORLD_SIZE."
             )
+        if self.stop_when is not None:
+            self._check_stop_when(self.stop_when)
         for name in ("stop_when", "sample_replies"):
             if getattr(self, name) and self.sharding:
                 raise UsageError(
@@ -246,7 +248,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name, kind, what in (
             ("system_prompt", str, "a text"),
             ("chat_template_kwargs", dict, "options by name"),
-            ("stop_when", dict, "options by name"),
         ):
             if not isinstance(getattr(self, name), kind | None):
                 raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
@@ -364,6 +365,19 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"{self.quantization} alone: give peft_config, or --lora."
             )
 
+    def _check_stop_when(self, told: Any) -> None:
+        if not isinstance(told, dict):
+            raise UsageError(f"stop_when must be options by name, but got {told!r}.")
+        from mollm.training.targets import StopRule
+
+        self.stop_when = _numbers(told)
+        StopRule.of(self.stop_when)
+        if self.load_best_model_at_end:
+            raise UsageError(
+                "load_best_model_at_end must be left out with stop_when, whose target the last "
+                "model has reached, not the best one, but got True."
+            )
+
     def _refuse_launchers(self) -> None:
         for engine in ("FSDP", "DEEPSPEED"):
             if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1"):
@@ -403,6 +417,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             left_out = value is None and name == "per_device_retain_batch_size"
             if not left_out and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
+        for name in ("relearn_steps", "sample_replies"):
+            if not isinstance(getattr(self, name), int):
+                raise UsageError(f"{name} must be a whole number, but got {getattr(self, name)}.")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise UsageError(

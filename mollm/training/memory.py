@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
+from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4, in_four_bits
 from mollm.planning.run import check_memory
 from mollm.planning.settings import PER_OBJECTIVE, PlanSettings
@@ -17,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def check_run(
-    model: str | PreTrainedModel, config: Any, args: MOLLMConfig, adapter: Any | None, longest: int
+    model: str | PreTrainedModel,
+    config: Any,
+    args: MOLLMConfig,
+    adapter: Any | None,
+    *,
+    longest: int,
+    objectives: Sequence[str],
 ) -> float | None:
     """Compares a run with the memory of its device before it takes any; see `check_memory`.
 
@@ -30,6 +38,7 @@ def check_run(
         args: The settings of the run.
         adapter: The LoraConfig that it trains, or None.
         longest: Tokens of the longest row.
+        objectives: Their names.
 
     Returns:
         The peak in bytes that is predicted, None where none is.
@@ -49,7 +58,12 @@ def check_run(
         return None
     try:
         settings = plan_settings(
-            args, adapter, longest=longest, dtype=dtype, quantization=quantization
+            args,
+            adapter,
+            longest=longest,
+            objectives=objectives,
+            dtype=dtype,
+            quantization=quantization,
         )
     except UsageError:
         return None
@@ -61,6 +75,7 @@ def plan_settings(
     adapter: Any | None,
     *,
     longest: int,
+    objectives: Sequence[str] = OBJECTIVES,
     dtype: str | None = None,
     quantization: str | None = None,
 ) -> PlanSettings:
@@ -70,13 +85,14 @@ def plan_settings(
         args: Its settings.
         adapter: The LoraConfig that it trains, or None.
         longest: Tokens of the longest row.
+        objectives: Their names.
         dtype: That of the weights; None for that of the settings.
         quantization: "nf4" where they are in 4 bits.
 
     Raises:
         UsageError: A setting is one that is not planned.
     """
-    options = args.optimizer_options
+    options, made = args.optimizer_options, args.for_optimizer(objectives)
     momentum = options.get("momentum")
     original = "copy" if adapter is None else "adapter"
     with computing_in(args.compute_dtype):
@@ -84,15 +100,17 @@ def plan_settings(
     return PlanSettings(
         batch_size=args.per_device_train_batch_size,
         retain_batch_size=args.per_device_retain_batch_size,
+        objectives=len(objectives),
+        relearn_steps=args.relearn_steps,
         sequence_length=longest,
         accumulation=args.gradient_accumulation_steps,
         dtype=dtype or args.dtype,
         compute_dtype=computes,
         state_dtype=options.get("state_dtype"),
-        adam_beta2=float(args.for_optimizer().get("betas", (0, args.adam_beta2))[1]),
+        adam_beta2=float(made.get("betas", (0, args.adam_beta2))[1]),
         gradient_memory=options.get("gradient_memory", "as-produced"),
         momentum=momentum if momentum == PER_OBJECTIVE else None,
-        metric=args.for_optimizer()["metric"],
+        metric=made["metric"],
         reference=original if args.reference == "auto" else args.reference,
         lora_rank=0 if adapter is None else adapter.r,
         quantization=quantization,

@@ -65,6 +65,7 @@ def relearnt(
             backward()
             attacker.step()
             attacker.zero_grad()
+        attacker.state.clear()
         yield
     finally:
         attacker.zero_grad()

@@ -14,10 +14,12 @@ from mollm.distributed import processes
 from mollm.errors import UsageError, did_you_mean
 from mollm.evaluation.records import read_records
 from mollm.evaluation.scores import score_rows
-from mollm.training.config import MOLLMConfig
+from mollm.system.parsing import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from mollm.training.config import MOLLMConfig
 
 MOST_ROWS = 64
 """Of each set, how many are looked at."""
@@ -57,6 +59,7 @@ class StopRule:
                     f"{did_you_mean(str(name), known)}"
                 )
         steps = told.get(_STEPS, _EVERY)
+        steps = int(steps) if isinstance(steps, float) and steps.is_integer() else steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise UsageError(f"stop_when: steps must be a whole number from 1, but got {steps!r}.")
         values = {name: _value(name, told[name]) for name in told if name != _STEPS}
@@ -97,7 +100,12 @@ class StopWhen(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if processes.rank() or (step % self.rule.steps and step < state.max_steps):
             return
-        found = self._measure()
+        try:
+            found = self._measure()
+        except UsageError as error:  # its outputs are not finite: the losses will say so
+            self.told = f"stopped after step {step}: {error}"
+            control.should_training_stop = True
+            return
         state.log_history.append({f"{_PREFIX}{n}": v for n, v in found.items()} | {"step": step})
         low = [n for n, bound in self.rule.at_least.items() if not found[n] >= bound]
         reached = self.rule.at_most and all(found[n] <= v for n, v in self.rule.at_most.items())
@@ -121,7 +129,7 @@ class StopWhen(TrainerCallback):  # type: ignore[misc]
         return ", ".join(f"{n} is {found[n]:.3g} (at most {v:.3g})" for n, v in targets)
 
     def _missed(self, state: TrainerState) -> str:
-        """The best of what was reached: where the worst of the ratios to the targets is least."""
+        """The best of what was reached: where the farthest from its target is nearest."""
         looks = [log for log in state.log_history if _PREFIX + next(iter(self.rule.at_most)) in log]
 
         def distance(log: Mapping[str, float]) -> float:
@@ -143,13 +151,13 @@ def measured(
 
     Args:
         model: The model.
-        rows: Of each role; the first 64 are looked at.
+        rows: Of each role.
         pad_id: The id that fills a batch.
         batch_size: Rows that go together.
     """
     found = {}
     for role, some in rows.items():
-        scores = score_rows(model, some[:MOST_ROWS], pad_id=pad_id, batch_size=batch_size)
+        scores = score_rows(model, some, pad_id=pad_id, batch_size=batch_size)
         found[f"{role}_probability"] = sum(math.exp(-s.mean_nll) for s in scores) / len(scores)
         found[f"{role}_accuracy"] = sum(float(s.hits.mean()) for s in scores) / len(scores)
     return found
@@ -157,7 +165,9 @@ def measured(
 
 def _value(name: str, value: Any) -> float:
     if isinstance(value, str) and name == "forget_probability":
-        scores = [r.scores["probability"] for r in read_records(value) if r.group == "forget"]
+        scores = [
+            r.scores["probability"] for r in read_records(user_path(value)) if r.group == "forget"
+        ]
         if not scores:
             raise UsageError(
                 f"stop_when: {value} must hold records of a forget set, but it holds none."

@@ -96,7 +96,7 @@ from mollm.training.replies import ReplySamples
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings, plain
 from mollm.training.step import accumulate_forget, accumulate_retain
-from mollm.training.targets import StopRule, StopWhen, measured
+from mollm.training.targets import MOST_ROWS, StopRule, StopWhen, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -357,7 +357,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 logger.warning(note)
         longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
-        self._planned = check_run(model, config, args, peft_config or given, longest)
+        self._planned = check_run(
+            model,
+            config,
+            args,
+            peft_config or given,
+            longest=longest,
+            objectives=self.objectives,
+        )
         # A model that will be cut into parts may be too large for the device as a whole.
         device = args.device if args.sharding is None else torch.device("cpu")
         self._base: PreTrainedModel
@@ -445,7 +452,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """Mean likelihood of the answers of each role, and the share of their tokens that are the
         likeliest: of the first 64 rows to evaluate on, else of those to train on."""
         rows: dict[str, list[Tokens]] = {
-            role: [row for name in self._data.looked_at(role) for row in self._data.rows[name]]
+            role: [
+                row
+                for name in self._data.looked_at(role)
+                for row in self._data.rows[name][:MOST_ROWS]
+            ]
             for role in ROLES
         }
         size = self.args.per_device_eval_batch_size
@@ -1037,7 +1048,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "device": machine.device_name(self.args.device),
             "processes": self.args.world_size,
             "seconds": round(time.time() - self._started, 1),
-            "peak_memory_gib": round(machine.peak_memory() / GIB, 2),
+            "peak_memory_gib": round(machine.peak_memory(self.args.device) / GIB, 2),
             "planned_gib": None if self._planned is None else round(self._planned / GIB, 2),
             "evaluations": [log for log in self.state.log_history if "eval_loss" in log],
             "replies": self._samples.rows(),

@@ -535,3 +535,26 @@ def test_without_a_known_memory_there_is_no_verdict(capsys, monkeypatch):
     assert "with --device-memory" in capsys.readouterr().out
     assert main(["plan", "--preset", "smollm2-135m", "--max-length", "64"]) == 0
     assert "tokens on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gradient_memory", ["as-produced", "streamed"])
+def test_further_sets_take_their_gradients(gradient_memory):
+    llama = shape_named("llama-3.2-1b")
+    three, five = (
+        plan(llama, PlanSettings(objectives=count, gradient_memory=gradient_memory))
+        for count in (3, 5)
+    )
+    held = 0 if gradient_memory == "streamed" else 2 * three.trainable * 4
+    assert five.peak.total > three.peak.total + held / 2
+
+
+def test_simulated_relearning_takes_a_copy_and_a_state():
+    llama = shape_named("llama-3.2-1b")
+    without, with_it = (plan(llama, PlanSettings(relearn_steps=steps)) for steps in (0, 3))
+    assert with_it.component("weights to put back") == with_it.trainable * 4
+    assert with_it.component("attacker's state") == 2 * with_it.trainable * 4
+    assert with_it.peak.total >= without.peak.total
+    with pytest.raises(UsageError, match="relearn_steps must be 0 with gradient_memory"):
+        PlanSettings(relearn_steps=3, gradient_memory="streamed")
+    with pytest.raises(UsageError, match="objectives must be at least 3, but got 2"):
+        PlanSettings(objectives=2)

@@ -66,7 +66,7 @@ def test_a_damaged_tree_is_told_in_one_sentence(tmp_path, name, content):
 
 def test_damaged_weights_are_told_in_one_sentence(tmp_path):
     model = tiny.model()
-    checkpoint.save_weights(model, None, tmp_path)
+    checkpoint.write_weights(model, None, checkpoint.whole_weights(model, None), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UsageError, match="must be a whole checkpoint, but it is damaged: "):
@@ -88,7 +88,7 @@ def test_weights_come_back_and_transformers_reads_them(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, other = tiny.model(seed=1), tiny.model(seed=2)
-    checkpoint.save_weights(model, None, tmp_path)
+    checkpoint.write_weights(model, None, checkpoint.whole_weights(model, None), tmp_path)
     checkpoint.load_weights(other, None, tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, value in model.state_dict().items():
