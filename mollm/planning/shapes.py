@@ -127,8 +127,6 @@ def shape_of(config: Any, label: str) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mollm.planning.activations import adapter_sides, counter
-
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -137,6 +135,19 @@ def shape_of(config: Any, label: str) -> Shape:
             f"the config of the model {label} must describe a causal language model, but none can "
             f"be built from it: {reason_of(error)}."
         ) from error
+    try:
+        return _shape(model, config, label)
+    except UsageError:
+        raise
+    except Exception as error:  # a config that answers for a layer alone, a head of its own kind
+        raise UsageError(
+            f"the memory of the model {label} cannot be planned: {reason_of(error, 200)}."
+        ) from error
+
+
+def _shape(model: Any, config: Any, label: str) -> Shape:
+    from mollm.planning.activations import adapter_sides, counter
+
     inner, head = config.get_text_config(), model.get_output_embeddings()
     embeddings = model.get_input_embeddings()
     if head is None or embeddings is None or getattr(config, "is_encoder_decoder", False):
@@ -147,8 +158,11 @@ def shape_of(config: Any, label: str) -> Shape:
     layers = _layers(model)
     linear = _linear(model, head)
     widths = [max(w.shape) for w in linear]
-    hidden, heads = head.weight.shape[1], getattr(inner, "num_attention_heads", None) or 1
-    formula = _is_like_llama(layers)
+    hidden = head.weight.shape[1]
+    formula = _is_like_llama(layers) and isinstance(inner.intermediate_size, int)
+    # Some configurations answer for a layer alone; only the formula asks.
+    heads = inner.num_attention_heads if formula else 1
+    head_dim = getattr(inner, "head_dim", None) if formula else None
     counts = {
         "parameters": _count(model),
         "layers": sum(map(_count, layers)),
@@ -165,7 +179,7 @@ def shape_of(config: Any, label: str) -> Shape:
         hidden=hidden,
         intermediate=inner.intermediate_size if formula else max(widths, default=hidden),
         heads=heads,
-        head_dim=getattr(inner, "head_dim", None) or hidden // heads,
+        head_dim=head_dim or hidden // heads,
         sides=sum(sum(w.shape) for w in linear) if formula else adapter_sides(model),
         kept=None if formula else counter(config, label),
     )

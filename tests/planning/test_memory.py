@@ -312,11 +312,10 @@ def test_a_model_is_found_as_a_folder_and_as_a_config(tmp_path):
 
 
 def test_another_kind_of_model_is_refused(tmp_path):
-    from transformers import BertConfig, T5Config
+    from transformers import T5Config
 
-    for config in (T5Config(num_layers=1), BertConfig(num_hidden_layers=1)):
-        with pytest.raises(UsageError, match=f"of type '{config.model_type}'|be built from it"):
-            shape_of(config, "other")
+    with pytest.raises(UsageError, match=r"none can be built from it|of type 't5'"):
+        shape_of(T5Config(num_layers=1), "other")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
     with pytest.raises(UsageError, match="cannot be loaded as a causal language model"):
         loading.load_config(str(tmp_path / "config.json"))
