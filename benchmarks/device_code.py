@@ -72,11 +72,20 @@ def compiled(source: str, architecture: str, folder: Path) -> list[Kernel]:
 
 def loops_of(cubin: Path) -> dict[str, list[Loop]]:
     """The loops of every kernel in a file, by its mangled name."""
-    listing = subprocess.run(
+    return {name: list(_loops(lines)) for name, lines in _bodies(_listing(cubin)).items()}
+
+
+def load_widths(cubin: Path) -> set[str]:
+    """How wide the loads from global memory are, such as 128 (bits) or U16."""
+    return {load.split(".")[-1] for load in re.findall(r"\bLDG\.\S+", _listing(cubin))}
+
+
+def _listing(cubin: Path) -> str:
+    done = subprocess.run(
         [str(nvdisasm()), "-c", str(cubin)], capture_output=True, text=True, check=False
     )
-    assert listing.returncode == 0, listing.stderr
-    return {name: list(_loops(lines)) for name, lines in _bodies(listing.stdout).items()}
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _resources(report: str) -> Iterator[tuple[str, int, int]]:

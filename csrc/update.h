@@ -107,4 +107,10 @@ MOLLM_HD static inline uint32_t rounding_key(uint64_t seed, float step, int64_t 
   return mix(key ^ mix(static_cast<uint32_t>(tensor) + 0x9e3779b9u));
 }
 
+// The parameter (salt 0) and its states draw from keys of their own: keys that differ in a bit only
+// would draw the same noise for other elements.
+MOLLM_HD static inline uint32_t salted(uint32_t key, uint32_t salt) {
+  return salt ? mix(key + salt) : key;
+}
+
 }  // namespace mollm

@@ -116,8 +116,8 @@ __device__ inline void update_vectors(const Row* rows, const Row* means, const E
                   u.second_weights ? square[e] : d[e] * d[e], x[e], m[e], v[e]);
     }
     const bool stochastic = u.options.stochastic;
-    if (to.second.data) write_vector(to.second, stochastic, plan.key + 2, at, v);
-    if (to.first.data) write_vector(to.first, stochastic, plan.key + 1, at, m);
+    if (to.second.data) write_vector(to.second, stochastic, salted(plan.key, 2), at, v);
+    if (to.first.data) write_vector(to.first, stochastic, salted(plan.key, 1), at, m);
     write_vector(to.param, stochastic, plan.key, at, x);
     if (!u.changes) continue;
     round_to(to.param.dtype, x);
@@ -125,6 +125,7 @@ __device__ inline void update_vectors(const Row* rows, const Row* means, const E
     for (int e = 0; e < kVector; ++e) before[e] = x[e] - before[e];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
+      if (!rows[k].data) continue;  // nothing times an infinite change
       float y[kVector];
       unpack(g[k], rows[k].dtype, y);
 #pragma unroll
@@ -159,12 +160,13 @@ __device__ inline void update_elements(const Row* rows, const Row* means, const 
     double v = to.second.data ? load_one(to.second, at) : 0;
     const double before = x;
     step<double>(u.options.method, to, plan.scalars, d, u.second_weights ? square : d * d, x, m, v);
-    if (to.second.data) write_one(to.second, stochastic, plan.key + 2, at, v);
-    if (to.first.data) write_one(to.first, stochastic, plan.key + 1, at, m);
+    if (to.second.data) write_one(to.second, stochastic, salted(plan.key, 2), at, v);
+    if (to.first.data) write_one(to.first, stochastic, salted(plan.key, 1), at, m);
     write_one(to.param, stochastic, plan.key, at, x);
     const double moved = load_one(to.param, at) - before;
 #pragma unroll
-    for (int k = 0; k < K; ++k) changes[k] += g[k] * moved;
+    for (int k = 0; k < K; ++k)
+      if (rows[k].data) changes[k] += g[k] * moved;
   }
 }
 

@@ -150,7 +150,7 @@ template <class T, class V>
 MOLLM_INLINE void set(const UpdateChunk& chunk, const Span& to, uint32_t salt, int64_t at,
                       int64_t valid, V x) {
   if (chunk.stochastic && to.dtype == DType::kBFloat16)
-    x = rounded_stochastically(x, chunk.key + salt, chunk.begin + at);
+    x = rounded_stochastically(x, salted(chunk.key, salt), chunk.begin + at);
   if constexpr (std::is_void_v<T>)
     write(to, at, valid, x);
   else

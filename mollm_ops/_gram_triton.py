@@ -30,11 +30,17 @@ def block_of(rows: int) -> int:
 
 
 @triton.jit
-def _rows(table, like, K: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers to the K rows, and which of them are there."""
+def _rows(table, like, K: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to the K rows, and which of them are there.
+
+    Where the compiler cannot know that they are multiples of 16 it loads two bytes at a time.
+    """
     k = tl.arange(0, ROWS)
     addresses = tl.load(table + k, mask=k < K, other=0)
-    return addresses.to(tl.pointer_type(like.dtype.element_ty)), addresses != 0
+    rows = addresses.to(tl.pointer_type(like.dtype.element_ty))
+    if ALIGNED:
+        rows = tl.multiple_of(rows, 16)
+    return rows, addresses != 0
 
 
 @triton.jit
@@ -45,11 +51,12 @@ def gram_kernel(
     count,
     K: tl.constexpr,
     ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """partials[program] = Σ x_i x_j over the blocks of this program, added in float64."""
-    rows, present = _rows(table, like, K, ROWS)
+    rows, present = _rows(table, like, K, ROWS, ALIGNED)
     total = tl.zeros((ROWS, ROWS), tl.float64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for begin in range(first, count, tl.num_programs(0) * BLOCK):
@@ -78,11 +85,12 @@ def combine_kernel(
     count,
     K: tl.constexpr,
     ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """out = Σ_k w_k x_k; a row of weight 0 is not read."""
-    rows, present = _rows(table, like, K, ROWS)
+    rows, present = _rows(table, like, K, ROWS, ALIGNED)
     k = tl.arange(0, ROWS)
     w = tl.load(weights + k, mask=k < K, other=0.0).to(EXACT)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -104,6 +112,10 @@ def serves(tensors: Sequence[Tensor | None]) -> bool:
 
 def _exact(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _aligned(tensors: Sequence[Tensor | None]) -> bool:
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _launch(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, int, int]:
@@ -140,6 +152,7 @@ def gram_triton(tensors: Sequence[Tensor | None]) -> Tensor:
                 like.numel(),
                 K=len(tensors),
                 ROWS=rows,
+                ALIGNED=_aligned(tensors),
                 BLOCK=block_of(rows),
                 EXACT=_exact(like.dtype),
             )
@@ -160,6 +173,7 @@ def combine_triton(tensors: Sequence[Tensor | None], weights: Tensor, out: Tenso
                 like.numel(),
                 K=len(tensors),
                 ROWS=rows,
+                ALIGNED=_aligned(tensors),
                 BLOCK=block_of(rows),
                 EXACT=_exact(wide),
             )

@@ -30,7 +30,8 @@ def _round_stochastically(x: Tensor, seed: int, step: int, n: int, first: int, s
 
     key = hashed(seed ^ hashed(seed >> 32))
     key = hashed(key + step)
-    key = (hashed(key ^ hashed(n + 0x9E3779B9)) + salt) & low
+    key = hashed(key ^ hashed(n + 0x9E3779B9))
+    key = hashed(key + salt) if salt else key
     at = torch.arange(first, first + x.numel(), device=x.device) & low
     noise = (_mix(at ^ key) & 0xFFFF).view(x.shape)
     bits = x.float().view(torch.int32).long() & low

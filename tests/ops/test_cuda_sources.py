@@ -325,6 +325,13 @@ def test_stochastic_rounding_gives_the_bits_of_its_definition(kernels):
         assert torch.equal(ours, true)
 
 
+def test_no_gradient_makes_no_change_of_an_infinite_step(kernels):
+    g = [[torch.ones(20)], [None]]
+    targets = Targets([torch.full((20,), 3e38)], None, None, [torch.ones(())])
+    changes = update_(g, torch.ones(2).double(), targets, SgdStep(1e39), track=True)
+    assert changes.tolist() == [-torch.inf, 0.0]
+
+
 # ---- what takes minutes
 
 FAULTS = {

@@ -7,6 +7,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from ahead_of_time import SHORT, compile_kernel, needs_ptxas, run_interpreted, spills  # noqa: E402
+from device_code import load_widths, nvdisasm  # noqa: E402
 from triton import language as tl  # noqa: E402
 
 from mollm_ops._gram_triton import block_of, combine_kernel, gram_kernel  # noqa: E402
@@ -23,9 +24,19 @@ def test_interpreted():
 @pytest.mark.parametrize("kernel", [gram_kernel, combine_kernel], ids=lambda k: k.__name__)
 def test_compiles_without_spills(kernel, K, dtype, capability, tmp_path):
     rows = triton.next_power_of_2(K)
-    constants = {"K": K, "ROWS": rows, "BLOCK": block_of(rows), "EXACT": tl.float32}
+    constants = {
+        "K": K,
+        "ROWS": rows,
+        "ALIGNED": True,
+        "BLOCK": block_of(rows),
+        "EXACT": tl.float32,
+    }
     types = {"table": "*i64", "like": f"*{dtype}", "out": f"*{dtype}", "count": "i64"}
     types |= {"weights": "*fp64", "partials": "*fp64"}
-    aligned = ("table", "like", "out", "weights", "partials")
+    aligned = ("table", "like", "out", "weights", "partials", "count")
     report, _ = compile_kernel(kernel, types, constants, aligned, capability, 4, tmp_path)
     assert spills(report) == 0, report
+    if capability == 90 and nvdisasm():
+        widths = load_widths(tmp_path / "kernel.cubin")
+        assert "128" in widths
+        assert "U16" not in widths

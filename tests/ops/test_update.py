@@ -324,3 +324,20 @@ def test_plain_torch_steps_in_slices(monkeypatch):
         ends.append([changes])
     assert all(map(torch.equal, ends[0], ends[2]))
     torch.testing.assert_close(ends[1], ends[3])
+
+
+def test_parameter_and_states_draw_noise_of_their_own():
+    """Not that of a neighbouring element, as keys that differ in one bit would."""
+    n, step = 4096, SgdStep(0.0, momentum=0.5)
+    value = torch.full((n,), 1 + 2.0**-8)  # half-way between two bfloat16
+    x, b = torch.ones(n, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.bfloat16)
+    targets = Targets([x], [b], None, [torch.ones(())])
+    update_([[value]], torch.ones(1), targets, step, rounding_seed=5)
+    first = b != 1
+    x.zero_()
+    update_([[-value]], torch.ones(1), Targets([x], None, None, targets.steps), SgdStep(1.0),
+            rounding_seed=5)  # fmt: skip
+    param = x != 1
+    at = torch.arange(n)
+    for other in range(4):
+        assert 0.4 < float((first == param[at ^ other]).float().mean()) < 0.6
