@@ -92,6 +92,7 @@ def _tune(arguments: argparse.Namespace) -> int:
             "points": [vars(point) | {"score": point.score} for point in found.points],
             "failed": dict(found.failed),
             "seconds": round(found.seconds, 1),
+            "warning": found.warning,
             "settings": str(path),
             "page": str(page),
         }
@@ -101,6 +102,8 @@ def _tune(arguments: argparse.Namespace) -> int:
             f"Recommended: learning rate {best.learning_rate:.2g}, {best.steps} steps (forgotten "
             f"{best.forgotten:.1%}, kept {best.kept:.1%} of {found.held_out})"
         )
+        if found.warning is not None:
+            print(f"Mind: {found.warning}")
         print(f"Picture: {page}   Next: mollm unlearn --config {path}")
     return 0
 
@@ -131,6 +134,7 @@ def _write(path: Path, settings: Mapping[str, Any], found: Sweep) -> None:
         "# Settings of a run: mollm unlearn --config THIS_FILE",
         f"# learning_rate and max_steps by mollm tune: forgotten {best.forgotten:.1%}, kept "
         f"{best.kept:.1%} of {found.held_out}.",
+        *([] if found.warning is None else [f"# Mind: {found.warning}"]),
         *(f"{name}: {_yaml(value)}" for name, value in settings.items() if value is not None),
     ]
     replace_text(path, "\n".join(lines) + "\n")

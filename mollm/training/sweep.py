@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 _LOOKS = 4
 _FACTOR = 4.0
 _HELD_OUT = 0.2
+_ENOUGH = 0.5
 _FEWEST_HELD_OUT, _MOST_HELD_OUT = 2, 32
+_LARGEST = 0.1
+"""No rate above this is tried."""
 _WORN = 0.5
 """Below this share of what was kept, larger rates are not tried."""
 
@@ -77,6 +80,17 @@ class Sweep:
         """The best end of a run: points on the way there have no run of their own."""
         ends = [point for point in self.points if point.is_end]
         return max(ends, key=lambda point: point.score, default=None)
+
+    @property
+    def warning(self) -> str | None:
+        """What speaks against the best, in a sentence."""
+        best = self.best
+        if best is None or best.forgotten >= _ENOUGH:
+            return None
+        return (
+            f"the best run forgot only {best.forgotten:.1%}: allow more steps or minutes, and see "
+            "with `mollm preview` whether the model knows the answers."
+        )
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -141,6 +155,8 @@ def _search(runs: _Runs, rate: float, steps: int) -> None:
         up *= _FACTOR
         if not runs.can_make(steps):
             return
+        if up > _LARGEST:
+            break
         runs.make(up, steps)
     best = runs.best(steps)
     while best is not None and best.learning_rate == min(r for r, s in runs.ends if s == steps):

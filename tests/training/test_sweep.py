@@ -70,6 +70,7 @@ def test_it_walks_up_and_refines_until_the_best_rate(fake):
     assert {made.args.max_steps for made in fake.made} == {10, 20, 40}
     assert len(rates) == len(set(rates))
     assert len(said) == len(fake.made)
+    assert found.warning is None
 
 
 def _score(rate, steps=20):
@@ -151,6 +152,8 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["learning_rate"] == 1e-3
+    assert "the best run forgot only" in found["warning"]  # of a model that knows nothing
+    assert "# Mind: the best run" in out.read_text()
     assert [point["step"] for point in found["points"]] == [1, 2, 3, 4]
     settings = read_settings({"config": out})
     assert settings["learning_rate"] == 1e-3
@@ -162,3 +165,21 @@ def test_the_command(tmp_path, capsys):
     assert not list(tmp_path.glob("mollm-tune-*"))
     assert main([*words[:1], "x.txt", *words[2:]]) == 2
     assert "must go to a .yaml file" in capsys.readouterr().err
+
+
+def test_a_model_that_forgets_nothing_ends_the_walk(fake, monkeypatch):
+    monkeypatch.setattr(
+        FakeTrainer,
+        "train",
+        lambda self: setattr(
+            self,
+            "state",
+            type("State", (), {"log_history": [
+                {"step": self.args.max_steps, "stop_forget_probability": 0.8,
+                 "stop_retain_probability": 0.5}]}),
+        ),
+    )  # fmt: skip
+    found = sweep("m", DATA, {"learning_rate": 2e-5, "max_steps": 20}, minutes=9)
+    assert max(made.args.learning_rate for made in fake.made) <= 0.1
+    assert found.best.forgotten == 0
+    assert "forgot only 0.0%" in found.warning
