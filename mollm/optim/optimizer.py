@@ -52,11 +52,16 @@ def _make_base(
         raise ValueError(
             f"base must be 'adamw', 'sgd', or an optimizer class or factory, but got {base!r}."
         )
-    for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, but got {value}.")
+    most = torch.finfo(torch.float32).max
+    for name, value in {"lr": lr, **options}.items():
+        on_host = isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1
+        if (on_host or isinstance(value, float)) and not abs(float(value)) <= most:
+            raise ValueError(f"{name} must be a finite number in float32, but got {value}.")
     try:
-        return make(params, lr=lr, **options)
+        made = make(params, lr=lr, **options)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"base must make an Optimizer of Torch, but made {made!r}.")
+        return made
     except TypeError as error:
         if callable(base):
             raise

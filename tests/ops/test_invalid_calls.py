@@ -456,9 +456,17 @@ def test_under_address_sanitizer(tmp_path):
     ]  # fmt: skip
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", str(tmp_path / "build"), "--parallel"], check=True)
-    done = run_sanitized(
-        tmp_path / name, "tests/ops/test_invalid_calls.py", "tests/ops/test_gram.py"
+    tests = (
+        "invalid_calls",
+        "gram",
+        "update",
+        "rows",
+        "edges",
+        "dual_space",
+        "linear_losses",
+        "uce",
     )
+    done = run_sanitized(tmp_path / name, *(f"tests/ops/test_{test}.py" for test in tests))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

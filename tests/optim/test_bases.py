@@ -130,10 +130,17 @@ def test_a_second_moment_of_one_step_takes_no_state():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_options_that_are_no_finite_numbers_are_refused(base, value):
     p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="weight_decay must be a finite number, but got"):
+    with pytest.raises(ValueError, match="weight_decay must be a finite number in float32"):
         MOLLMOptimizer([p], base=base, weight_decay=value)
 
 
-def test_rates_beyond_float32_are_refused():
-    with pytest.raises(ValueError, match="lr must be finite in float32, but got"):
-        MOLLMOptimizer([torch.nn.Parameter(torch.ones(2))], lr=1e300)
+@pytest.mark.parametrize("base", ["adamw", torch.optim.SGD], ids=str)
+@pytest.mark.parametrize("lr", [1e300, float("inf"), torch.tensor(float("nan"))])
+def test_rates_that_float32_does_not_have_are_refused(base, lr):
+    with pytest.raises(ValueError, match="lr must be a finite number in float32, but got"):
+        MOLLMOptimizer([torch.nn.Parameter(torch.ones(2))], lr=lr, base=base)
+
+
+def test_a_base_that_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match="must make an Optimizer of Torch, but made None"):
+        MOLLMOptimizer([torch.nn.Parameter(torch.ones(2))], base=lambda params, lr: None)
