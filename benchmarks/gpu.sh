@@ -102,7 +102,7 @@ case ${1:-first} in
     benchmark step_time_8b_layers 60 step_time "${layers[@]}"
     ;;
   rest)
-    benchmark step_time_8b_streamed 230 step_time --train --shape llama-3-8b
+    benchmark step_time_8b_streamed 230 step_time --train --preset llama-3-8b
     part racecheck 150 bash -c 'sanitizer racecheck 20'
     benchmark gram_throughput_all 120 gram_throughput
     benchmark loss_throughput_all 240 loss_throughput

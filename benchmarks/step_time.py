@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --train    the whole training step, see _training_step.py
-    python benchmarks/step_time.py --train --shape llama-3-8b
+    python benchmarks/step_time.py --train --preset llama-3-8b
                                               one that trains in full on one card, streamed alone
 
 Bytes of an ideal implementation, P elements of s bytes, K gradients:
@@ -222,8 +222,8 @@ def _train(options: argparse.Namespace, device: str) -> None:
     path = options.json or results_folder(device) / "step_time_train.json"
     rows: list[Row] = []
     cases = _training_step.cases(device, quick=options.quick)
-    if options.shape:
-        cases = iter([_training_step.streamed_case(options.shape, device, quick=options.quick)])
+    if options.preset:
+        cases = iter([_training_step.streamed_case(options.preset, device, quick=options.quick)])
     for case in islice(cases, options.cases):
         part = rows_or_none(
             partial(_training_step.rows_of, case, device, options.rounds), {"case": case.name}

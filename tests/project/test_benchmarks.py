@@ -21,7 +21,7 @@ COMMANDS = [
     "gram_throughput.py --elements 100000",
     "step_time.py --elements 100000",
     "step_time.py --train --quick",
-    "step_time.py --train --quick --shape smollm2-135m",
+    "step_time.py --train --quick --preset smollm2-135m",
     "loss_throughput.py --quick --losses uce kl",
 ]
 
