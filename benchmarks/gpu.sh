@@ -88,8 +88,8 @@ sanitizer() {
 
 export -f build gpu_tests sanitizer
 export PYTHON DRY
-rows=(--rows 4096 8192) layers=(--layers 4)
-[ -n "$DRY" ] && rows=() layers=(--elements 100000)
+rows=(--rows 4096 8192) losses=() layers=(--layers 4)
+[ -n "$DRY" ] && rows=(--losses uce) losses=(--losses uce) layers=(--elements 100000)
 case ${1:-first} in
   first)
     part build 90 bash -c build || exit 1
@@ -104,7 +104,7 @@ case ${1:-first} in
   rest)
     part racecheck 150 bash -c 'sanitizer racecheck 20'
     benchmark gram_throughput_all 120 gram_throughput
-    benchmark loss_throughput_all 240 loss_throughput
+    benchmark loss_throughput_all 240 loss_throughput "${losses[@]}"
     benchmark step_time_train 240 step_time --train
     part memcheck_all 240 bash -c 'sanitizer memcheck 200'
     ;;
