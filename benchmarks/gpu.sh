@@ -77,7 +77,7 @@ gpu_tests() {
 # sanitizer TOOL COUNT: so many GPU tests of the kernels, spread over all.
 sanitizer() {
   local tool=$1 count=$2 chosen
-  chosen=$("$PYTHON" -m pytest -m gpu --collect-only -q tests/ops/test_gram.py \
+  chosen=$("$PYTHON" -m pytest -m gpu --collect-only tests/ops/test_gram.py \
     tests/ops/test_dual_space.py tests/ops/test_update.py | grep :: |
     awk -v n="$count" '{ a[NR] = $0 } END { for (i = 1; i <= n; i++) print a[int(i * NR / n)] }')
   [ -n "$chosen" ] || return 1
