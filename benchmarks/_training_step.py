@@ -255,11 +255,14 @@ def _rows(case: Case) -> tuple[list[Tokens], list[Tokens]]:
 
 
 def _torchs_adamw(optimizer: MOLLMOptimizer) -> torch.optim.Optimizer:
-    """Torch's own optimizer with the very moments of ours: a second set may not fit."""
+    """Torch's own optimizer with the very moments of ours, as far as those go: a second set may
+    not fit."""
     optimizer.base.make_state()  # type: ignore[attr-defined]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     torchs = torch.optim.AdamW(params, lr=LR, fused=True)
-    torchs.state = optimizer.state
+    for p in params:
+        held = optimizer.state[p]  # in Adam's metric without a first moment
+        torchs.state[p] = held if "exp_avg" in held else held | {"exp_avg": torch.zeros_like(p)}
     return torchs
 
 

@@ -77,7 +77,7 @@ gpu_tests() {
 # sanitizer TOOL COUNT: so many GPU tests of the kernels, spread over all.
 sanitizer() {
   local tool=$1 count=$2 chosen
-  chosen=$("$PYTHON" -m pytest -m gpu --collect-only -q tests/ops/test_gram.py \
+  chosen=$("$PYTHON" -m pytest -m gpu --collect-only tests/ops/test_gram.py \
     tests/ops/test_dual_space.py tests/ops/test_update.py | grep :: |
     awk -v n="$count" '{ a[NR] = $0 } END { for (i = 1; i <= n; i++) print a[int(i * NR / n)] }')
   [ -n "$chosen" ] || return 1
@@ -88,8 +88,8 @@ sanitizer() {
 
 export -f build gpu_tests sanitizer
 export PYTHON DRY
-rows=(--rows 4096 8192) layers=(--layers 4)
-[ -n "$DRY" ] && rows=() layers=(--elements 100000)
+rows=(--rows 4096 8192) losses=() layers=(--layers 4)
+[ -n "$DRY" ] && rows=(--losses uce) losses=(--losses uce) layers=(--elements 100000)
 case ${1:-first} in
   first)
     part build 90 bash -c build || exit 1
@@ -105,7 +105,7 @@ case ${1:-first} in
     benchmark step_time_8b_streamed 230 step_time --train --preset llama-3-8b
     part racecheck 150 bash -c 'sanitizer racecheck 20'
     benchmark gram_throughput_all 120 gram_throughput
-    benchmark loss_throughput_all 240 loss_throughput
+    benchmark loss_throughput_all 240 loss_throughput "${losses[@]}"
     benchmark step_time_train 240 step_time --train
     part memcheck_all 240 bash -c 'sanitizer memcheck 200'
     ;;
