@@ -141,7 +141,7 @@ def await_others() -> None:
     patience = timedelta(seconds=JOINING)
     try:
         # Of many tenants: Torch's own store, made later, listens at the same port.
-        _meeting = dist.TCPStore(
+        _meeting = dist.TCPStore(  # type: ignore[attr-defined]
             address, int(port), world, rank == 0, patience, wait_for_workers=False,
             multi_tenant=True,
         )  # fmt: skip
