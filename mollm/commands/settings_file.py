@@ -85,6 +85,8 @@ def _own(name: str, value: Any) -> Any:
     if value is None or name == "lora":
         return value
     path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(path, str) and any("\ud800" <= letter <= "\udfff" for letter in path):
+        raise UsageError(f"{name} must be a name in UTF-8, but got {path!r}: rename it.")
     if isinstance(path, str) and any(len(part.encode()) > _LONGEST for part in path.split("/")):
         raise UsageError(
             f"{name} must be a name that a file can have, but got one of {len(path)} characters: "

@@ -45,7 +45,10 @@ def read_records(path: Path | str) -> tuple[Record, ...]:
     for number, row in table.rows:
         try:
             records.append(Record(**row))
-            valid = all(isinstance(value, float) for value in records[-1].scores.values())
+            made = records[-1]
+            texts = made.group, made.question, made.answer
+            valid = all(isinstance(text, str) for text in texts)
+            valid = valid and all(isinstance(value, float) for value in made.scores.values())
         except (TypeError, AttributeError):
             valid = False
         if not valid:

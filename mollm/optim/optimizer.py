@@ -32,7 +32,7 @@ from mollm.optim.directions import make_rule
 from mollm.optim.gradients import STREAMED
 from mollm.optim.groups import alike, columns_of, columns_of_means
 from mollm.optim.means import ObjectiveMeans, moved, next_means
-from mollm.optim.saved_state import check_number, check_structure
+from mollm.optim.saved_state import check_finite_state, check_number, check_structure
 from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
 from mollm.optim.streamed import StreamedGradients, make_store
@@ -1073,10 +1073,18 @@ class MOLLMOptimizer(Optimizer):
             check_number("grad_scale", mine["grad_scale"], positive=True)
         if isinstance(self.base, FusedBase):
             plain = self.base.fitted(plain)
+        else:
+            check_finite_state(plain)
         self._forget_gradients()
-        super().load_state_dict(plain)
-        self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self._share_state_with_base()
+        kept = self.base.state, self.base.param_groups
+        try:
+            super().load_state_dict(plain)
+            self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        except BaseException:  # of another base, about what it alone knows
+            self.base.state, self.base.param_groups = kept
+            raise
+        finally:
+            self._share_state_with_base()
         if isinstance(self.base, FusedBase):
             self.base.restore_dtypes(plain)
         self._skips = SkipCounter(mine.get("skipped_steps", 0))

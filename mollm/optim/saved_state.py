@@ -47,6 +47,27 @@ def check_structure(state_dict: Any) -> None:
             raise UsageError("every group in the state to load must be a dict with its params.")
 
 
+def check_finite_state(state_dict: dict[str, Any]) -> None:
+    """Refuses a state, of whatever optimizer, after which no step could be good.
+
+    Raises:
+        UsageError: a tensor or an option in it is not finite, or has no memory.
+    """
+    options = [((), group) for group in state_dict["param_groups"]]
+    for n, named in [*state_dict["state"].items(), *options]:
+        for name, value in named.items():
+            if isinstance(value, Tensor):
+                good = not value.is_meta and bool(local(value).isfinite().all())
+            else:
+                good = not isinstance(value, float) or math.isfinite(value)
+            if not good:
+                whose = "" if n == () else f" of parameter {n}"
+                raise UsageError(
+                    f"{name}{whose} must be finite, but the state to load has something else: load "
+                    "an earlier checkpoint."
+                )
+
+
 def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
     """Refuses what is no state of parameter n.
 

@@ -30,6 +30,7 @@ from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
 
 _SIDES = ("left", "right")
+_LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 _SHARDINGS = ("full_shard", "hybrid_shard")
 _REPORTED = (
     "method",
@@ -219,6 +220,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         self.sharding = _sharding(self.fsdp)
         # Accelerate, which transformers would hand it on to, is not to wrap the model.
         self.fsdp = None
+        for name in ("log_level", "log_level_replica"):
+            _one_of(name, getattr(self, name), _LOG_LEVELS)
         await_others()
         super().__post_init__()
         if self.sharding and self.world_size == 1:

@@ -324,3 +324,31 @@ def test_the_state_helpers_of_fsdp_carry_a_run_on(options):
     set_optimizer_state_dict(other, again, saved[1])
     assert again.param_groups[0]["lr"] == 1e-2
     assert torch.equal(train(other, again, 3, first=3), train(model, opt, 3, first=3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["state"][0]["exp_avg"].fill_(float("nan")),
+        lambda s: s["state"][0].update(step=torch.tensor(float("inf"))),
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(3, device="meta")),
+        lambda s: s["param_groups"][0].update(eps=float("nan")),
+    ],
+)
+def test_a_bad_state_of_another_base_is_refused_and_changes_nothing(change):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MOLLMOptimizer([p], base=torch.optim.AdamW, objectives=("a",))
+    optimizer.backward({"a": p.sum()})
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    with pytest.raises((UsageError, RuntimeError)):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for name, value in before["state"][0].items():
+        assert torch.equal(after["state"][0][name], value)
+    optimizer.backward({"a": p.sum()})
+    optimizer.step()
+    assert p.isfinite().all()
