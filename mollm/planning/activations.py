@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _RANK = 8
 """Of the adapter while it is counted; its own part in what is kept is small."""
+_FEW = 8
+"""Tokens over which a model that goes from token to token is followed, and twice and three times
+as many."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def counter(config: Any, label: str) -> Callable[[PlanSettings], Kept]:
     @cache
     def counted(dtype: str, casts: bool, lora: bool, length: int) -> Kept:
         try:
-            one, two = (_bytes(config, dtype, casts, lora, rows, length) for rows in (1, 2))
+            one, two = (
+                _bytes_of_length(config, dtype, casts, lora, rows, length) for rows in (1, 2)
+            )
         except Exception as error:  # whatever the code of an architecture makes of such tensors
             raise UsageError(
                 f"the memory of the model {label} cannot be planned, for a forward pass without "
@@ -79,18 +84,44 @@ def adapter_sides(model: PreTrainedModel) -> int:
     return trained // _RANK
 
 
+def _bytes_of_length(
+    config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int
+) -> int:
+    """What is kept of rows of that length.
+
+    A model that goes from token to token is followed over a few of them: a pass of more takes
+    minutes, and what it keeps is a polynomial of their number.
+    """
+    if length > 2 * _FEW:
+        counted = [_counted(config, dtype, casts, lora, rows, n * _FEW) for n in (1, 2)]
+        if counted[1][1] > 1.5 * counted[0][1]:
+            few, more = (size for size, _ in counted)
+            most, _ = _counted(config, dtype, casts, lora, rows, 3 * _FEW)
+            n = length / _FEW - 1
+            return int(few + n * (more - few) + n * (n - 1) / 2 * (most - 2 * more + few))
+    return _counted(config, dtype, casts, lora, rows, length)[0]
+
+
 class _WithoutGroups(TorchFunctionMode):
-    """Products of experts with their tokens as one product: they keep the same."""
+    """Products of experts with their tokens as one product: they keep the same; counts calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        self.calls += 1
         if "grouped_mm" in getattr(function, "__name__", str(function)):
             return torch.matmul(args[0], args[1][0])
         return function(*args, **(kwargs or {}))
 
 
-def _bytes(config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int) -> int:
+def _counted(
+    config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int
+) -> tuple[int, int]:
+    """Bytes that are kept, and the number of calls of Torch that it took."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -113,11 +144,11 @@ def _bytes(config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: 
         ids = torch.zeros(rows, length, dtype=torch.long)
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        stack.enter_context(_WithoutGroups())
+        calls = stack.enter_context(_WithoutGroups())
         states_at_head(model, ids, torch.ones_like(ids))
         for weight in (*model.parameters(), *model.buffers()):
             kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(size for size, _ in kept.values())
+    return sum(size for size, _ in kept.values()), calls.calls
 
 
 def _leave_meta(model: nn.Module) -> None:
