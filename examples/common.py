@@ -43,20 +43,18 @@ def tiny_llama() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    return LlamaForCausalLM(config), tokenizer
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)), tokenizer
 
 
 def batches(
     tokenizer: PreTrainedTokenizerFast, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Without end, a batch to forget and one to retain: this process's part of eight rows each."""
-    chat, samplers = ChatFormat(tokenizer), []
+    chat, samplers, share = ChatFormat(tokenizer), [], {"rank": rank, "world_size": world_size}
     for role, name in (("forget", "authors-forget.jsonl"), ("retain", "authors-retain.jsonl")):
         rows = encode_records(load_records(SAMPLES / name, role=role), chat, max_length=512).rows
-        samplers.append(
-            EndlessBatches(rows, 8, seed=0, name=role, rank=rank, world_size=world_size)
-        )
+        samplers.append(EndlessBatches(rows, 8, seed=0, name=role, **share))
     for pair in zip(*samplers, strict=True):
         forget, retain = (vars(collate(rows, chat.pad_id).to(device)) for rows in pair)
         yield forget, retain

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
         if rank == 0:
-            print(history[-1], optimizer.last_step)
+            print(history[-1], optimizer.last_step, sep="\n")
     if world_size > 1:
         dist.destroy_process_group()
     return history

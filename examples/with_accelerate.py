@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
             accelerator.backward(expect_backward(model, losses["retain"]))
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
-        accelerator.print(history[-1], optimizer.last_step)
+        accelerator.print(history[-1], optimizer.last_step, sep="\n")
     accelerator.end_training()
     return history
 

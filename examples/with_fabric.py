@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
             fabric.backward(expect_backward(model, losses["retain"]))
         optimizer.step()
         history.append({name: loss.item() for name, loss in losses.items()})
-        fabric.print(history[-1], optimizer.last_step)
+        fabric.print(history[-1], optimizer.last_step, sep="\n")
     return history
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mollm_ops.operands import LogitTransform, RowLoss
 
 MAX_BLOCK = 8192
+REGISTERS = 128  # a thread, all there are; left alone, ptxas takes 64, and spills
 
 
 class Config(NamedTuple):
@@ -294,6 +295,7 @@ def log_rows_triton(
             NARROW=ce.gradient is not None and ce.gradient.dtype != logits.dtype,
             BLOCK=config.BLOCK,
             num_warps=config.num_warps,
+            maxnreg=REGISTERS,
         )
 
 
@@ -340,6 +342,7 @@ def kl_rows_triton(
             NARROW=any(g.dtype != logits.dtype for g in written),
             BLOCK=config.BLOCK,
             num_warps=config.num_warps,
+            maxnreg=REGISTERS,
         )
 
 

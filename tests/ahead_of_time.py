@@ -46,12 +46,13 @@ needs_ptxas = pytest.mark.skipif(
 )
 
 
-def compile_kernel(kernel, types, constants, aligned, capability, warps, tmp_path):
+def compile_kernel(kernel, types, constants, aligned, capability, warps, tmp_path, registers=None):
     """ptxas's report and Triton's metadata of one kernel.
 
     Args:
         types: The type of every argument that is not in `constants`.
         aligned: Arguments that are divisible by 16.
+        registers: What a thread may have; None for what the compiler takes.
     """
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -60,7 +61,9 @@ def compile_kernel(kernel, types, constants, aligned, capability, warps, tmp_pat
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": warps, "maxnreg": registers}
+    )
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     arch = re.search(r"\.target (\S+?)(,|\s)", compiled.asm["ptx"])[1]

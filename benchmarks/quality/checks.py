@@ -115,7 +115,7 @@ class Setting:
             key = {"task": self.task, "method": label, "settings": settings_of(method), **how}
             if self.cases is not None and not self.own.has(key):
                 _, row = unlearned(self.cases(seed), method, **how)
-                self.own.add({**key, **self.resume_signature, **row})
+                self.own.add({**key, **self.about, **row})
         runs = self.own.of(self.task, label)
         if not runs:
             raise NotRunError(label)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from mollm import MOLLMConfig
 from mollm.cli import main
@@ -20,6 +20,7 @@ from mollm.commands.settings_file import OWN_SETTINGS, read_settings
 from mollm.data.files import sample_path
 from mollm.errors import UsageError
 from mollm.models import loading
+from mollm.planning import run as planning_run
 from mollm.system import machine
 from mollm.system.units import GIB
 
@@ -275,7 +276,7 @@ def empty(folder):
         ),
         (
             lambda _: {"lora": 4, "optimizer_options": {"gradient_memory": "streamed"}},
-            "gradient_memory must be another one than 'streamed' with LoRA",
+            "gradient_memory must be another one than 'streamed' with an adapter",
         ),
         (lambda _: {"dataloader_num_workers": 4}, "dataloader_num_workers must be left out"),
         (lambda _: {"method": "npo", "uce_eps": 0.1}, "uce_eps must be left out with the method"),
@@ -357,9 +358,13 @@ def test_a_run_is_held_against_the_memory_before_its_model_is_loaded(
 
 
 def test_a_model_that_cannot_be_planned_passes(tmp_path, capsys, monkeypatch):
-    config = GPT2Config(vocab_size=259, n_positions=512, n_embd=32, n_layer=1, n_head=2)
-    loading.save(GPT2LMHeadModel(config), tiny.tokenizer(), tmp_path / "tiny")
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
     monkeypatch.setattr(machine, "available_memory", lambda device: 1e4)
+
+    def unknown(config, label):
+        raise UsageError(f"the memory of the model {label} cannot be planned.")
+
+    monkeypatch.setattr(planning_run, "shape_of", unknown)
     assert main(["unlearn", "--config", settings_file(tmp_path, max_steps=1)]) == 0
 
 

@@ -44,7 +44,8 @@ def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
             types[name] = "i32"
     plain = (*FLOATS, "R", *constants)
     aligned = [n for n in kernel.arg_names if n not in plain and "scale_stride" not in n]
-    return compile_kernel(kernel, types, constants, aligned, capability, config.num_warps, tmp_path)
+    warps, registers = config.num_warps, _rows_triton.REGISTERS
+    return compile_kernel(kernel, types, constants, aligned, capability, warps, tmp_path, registers)
 
 
 FLAGS = list(itertools.product([False, True], repeat=2))
