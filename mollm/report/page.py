@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,21 @@ def write_report(folders: Sequence[Path | str], path: Path) -> None:
         UsageError: A folder is not that of a run, or the file cannot be written.
     """
     replace_text(path, render([read_reported(folder) for folder in folders]))
+
+
+def write_public_report(folder: Path | str, path: Path) -> None:
+    """Writes the page of a run for others: without replies, which repeat what was to be
+    forgotten, and without the command.
+
+    Raises:
+        UsageError: The folder is not that of a run, or jinja2 is missing.
+    """
+    if find_spec("jinja2") is None:
+        raise UsageError("a report needs the package jinja2: pip install jinja2.")
+    run = read_reported(folder)
+    private = ("replies", "command")
+    facts = {name: value for name, value in run.facts.items() if name not in private}
+    replace_text(path, render([replace(run, facts=facts)]))
 
 
 def render(runs: Sequence[ReportedRun]) -> str:
