@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -144,6 +145,16 @@ class Evaluation:
                 f"{folder} must be a folder that an evaluation was written to, but its "
                 f"{METRICS_FILE} cannot be read: {error}."
             ) from error
+
+
+def remove_evaluation(folder: Path) -> None:
+    """Removes what `Evaluation.write` wrote into `folder`, and the folder if nothing else is in
+    it; one that holds no evaluation stays as it is."""
+    if (folder / METRICS_FILE).is_file():
+        for name in (METRICS_FILE, EXAMPLES_FILE):
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _cell(estimate: Estimate | None) -> str:

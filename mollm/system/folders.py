@@ -67,12 +67,16 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def complete(folder: Path) -> Iterator[Path]:
+def complete(folder: Path, *, private: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write to, which becomes `folder` at the end, all at once.
 
     What was written is on the disk before it gets its name: a process that is killed, or a machine
     that loses power, leaves `folder` whole or not there. Where the block raises, nothing is left.
     A folder of that name that is there already is replaced.
+
+    Args:
+        folder: Where it goes.
+        private: Whether only this user may read what is in it.
 
     Raises:
         UsageError: There is no room, or `folder` cannot be written.
@@ -84,7 +88,7 @@ def complete(folder: Path) -> Iterator[Path]:
         inner = stage / folder.name  # the outer folder is for this user's eyes alone
         inner.mkdir()
         yield inner
-        _permit(inner)
+        _permit(inner, private=private)
         _sync_all(inner)
         if folder.exists():
             remove(folder)
@@ -236,10 +240,13 @@ def _lock(descriptor: int, folder: Path) -> None:
         ) from error
 
 
-def _permit(folder: Path) -> None:
+def _permit(folder: Path, *, private: bool = False) -> None:
     """Gives files the permissions of this user's other files: safetensors makes them private."""
     umask = os.umask(0)
     os.umask(umask)
+    if private:
+        umask = 0o077
+        folder.chmod(0o700)
     for path in folder.rglob("*"):
         if not path.is_symlink():
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
