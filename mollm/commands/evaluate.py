@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, data_of, device_of, template_options
+from mollm.commands.arguments import NO_ORIGINAL, add_loading, data_of, device_of, template_options
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mollm.evaluation.summary import Evaluation
     from mollm.models.loading import Source
 
-_NO_ORIGINAL = "none"
 _OWN = ("run", "no_cache", "explain", "quiet", "json")
 _ABOUT_BYTES = 1 << 24
 
@@ -191,7 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if tasks is not None:
         find_benchmarks(tasks)
     first = given.get("original") or original_of(given["model"])
-    first = None if first == _NO_ORIGINAL else first
+    first = None if first == NO_ORIGINAL else first
     options: dict[str, Any] = {n: given[n] for n in ("batch_size", "max_new_tokens", "resamples")}
     wanted_scores(suite, names=names, original=first is not None, judges=judges, **options)
     options |= {

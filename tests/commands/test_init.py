@@ -93,3 +93,10 @@ def test_narrow_weights_are_written_into_the_file():
     text = written({"model": "m"}, made, "")
     assert 'dtype: "bfloat16"' in text
     assert "adam_beta2: 0 " in text
+
+
+def test_a_device_is_written_where_it_is_given(words, tmp_path):
+    assert main(words) == 0
+    assert read_settings({"config": tmp_path / "run.yaml"})["device"] == "cpu"
+    assert main([*words[:-2], "--force"]) == 0
+    assert "device" not in read_settings({"config": tmp_path / "run.yaml"})
