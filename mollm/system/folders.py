@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mollm.errors import UsageError
 from mollm.system.units import GIB
@@ -17,6 +18,7 @@ from mollm.system.units import GIB
 UNFINISHED = ".unfinished-"
 """Begins the names of what is not whole yet."""
 _PROBE_BYTES = 4096
+_PATHS = re.compile(r"(?<![\w:/.<])(?:~|/[^\s/,;:'\"]+)(?:/[^\s/,;:'\"]+)+")
 _SHOWN = 200
 
 
@@ -171,6 +173,28 @@ def public_name(name: str) -> str:
     if not local and text.count("/") < 2:  # a name on the hub has one
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1].lstrip("~") or "a local folder"
+
+
+def public(value: Any) -> Any:
+    """A value, or all within it, for others to read: without the folders of this machine, which
+    name its user."""
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if isinstance(value, str) and _is_prose(value):
+        return without_paths(value)
+    return public_name(str(value)) if isinstance(value, str | Path) else value
+
+
+def without_paths(text: str) -> str:
+    """Words for others to read: of each path on this machine in them, its last part alone."""
+    return _PATHS.sub(lambda found: public_name(found[0]), text)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether this is words, in which a path may stand, and no path with spaces in it."""
+    return len(text.split()) > 1 and not text.startswith(("/", "~", ".", "\\"))
 
 
 def _not_written(path: Path, error: Exception) -> UsageError:
