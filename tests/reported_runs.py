@@ -43,7 +43,7 @@ def run(folder, *, steps=12, history=None, **changed):
         },
         "settings": {"method": "mollm", "learning_rate": 1e-5, "seed": 42, "steps": steps},
         "versions": {"mollm": "0.1.0", "torch": "9.9"},
-        "notes": [EVIL],
+        "notes": [EVIL, "Rows were read from /home/ann/rows.jsonl."],
         "steps": steps,
         "resumed_at": 0,
         "skipped_steps": 0,
@@ -64,7 +64,7 @@ def run(folder, *, steps=12, history=None, **changed):
         ],
         "commit": "abc",
         "finished": "now",
-        "command": "mollm unlearn --config run.yaml",
+        "command": "mollm unlearn --config /home/ann/run.yaml --out=/home/ann/out",
     }
     write_run(facts | changed, folder)
     made = [step(n, conflict="kl" if n % 3 == 0 else "") for n in range(steps)]

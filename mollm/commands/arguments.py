@@ -12,6 +12,9 @@ from mollm.system.parsing import parse_yaml
 if TYPE_CHECKING:
     import torch
 
+NO_ORIGINAL = "none"
+"""Given as the original where there is to be none."""
+
 
 class _Renamed(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mollm.commands.arguments import add_loading, device_of, template_options
+from mollm.commands.arguments import NO_ORIGINAL, add_loading, device_of, template_options
 from mollm.errors import UsageError
 from mollm.system.parsing import read_text, user_path
 from mollm.system.terminal import (
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from mollm.evaluation.conversation import ReplyStream, Sampling
     from mollm.evaluation.generation import Reply
 
-_NO_ORIGINAL = "none"
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -142,10 +141,11 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[str, str | Example]]
     from mollm.data.encoding import example_of
     from mollm.data.sets import records_of
 
-    records = {record.prompt: record for record in records_of(arguments.file, "forget")}
-    if "" in records:
+    found = records_of(arguments.file, "forget")
+    records = {(record.prompt, record.history): record for record in found}
+    if any(record.prompt == "" for record in found):
         raise UsageError(f"{arguments.file} must hold questions, but it holds running text.")
-    return [(prompt, example_of(record)) for prompt, record in records.items()]
+    return [(record.prompt, example_of(record)) for record in records.values()]
 
 
 def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speaker]:
@@ -158,7 +158,7 @@ def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speake
     name = model_of(arguments.model)
     original = arguments.original or original_of(name)
     run = run_of(name) or {"settings": {}}
-    named = {"original": original} if original not in (None, _NO_ORIGINAL) else {}
+    named = {"original": original} if original not in (None, NO_ORIGINAL) else {}
     if original is None:
         print(
             "The original of this model is not known: name it with --original to compare.",

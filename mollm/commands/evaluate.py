@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, data_of, device_of, template_options
+from mollm.commands.arguments import NO_ORIGINAL, add_loading, data_of, device_of, template_options
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mollm.evaluation.summary import Evaluation
     from mollm.models.loading import Source
 
-_NO_ORIGINAL = "none"
 _OWN = ("run", "no_cache", "explain", "quiet", "json")
 _ABOUT_BYTES = 1 << 24
 
@@ -169,6 +168,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from mollm.evaluation.benchmarks import find_benchmarks
     from mollm.evaluation.evaluate import wanted_scores
     from mollm.evaluation.judges import checked_template
+    from mollm.evaluation.summary import remove_evaluation
     from mollm.models import loading
     from mollm.report.page import ORIGINAL
     from mollm.report.run_file import model_of, original_of, run_of
@@ -190,7 +190,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if tasks is not None:
         find_benchmarks(tasks)
     first = given.get("original") or original_of(given["model"])
-    first = None if first == _NO_ORIGINAL else first
+    first = None if first == NO_ORIGINAL else first
     options: dict[str, Any] = {n: given[n] for n in ("batch_size", "max_new_tokens", "resamples")}
     wanted_scores(suite, names=names, original=first is not None, judges=judges, **options)
     options |= {
@@ -207,15 +207,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     source = loading.find_model(given["model"])
     original = None if first is None else loading.find_model(first)
-    with staged(out) as folder:
+    if original is not None:
+        _check_original(out / ORIGINAL)
+    with contextlib.ExitStack() as stages:
+        folder = stages.enter_context(staged(out))
+        before = None if original is None else stages.enter_context(staged(out / ORIGINAL))
         loaded = {name: _load_judge(*judge, template, place) for name, judge in judges.items()}
         measured = _measure(source, original, suite, loaded, options, given, place)
         measured.result.write(folder)
-        if measured.original is not None:
-            measured.original.write(folder / ORIGINAL)
+        if measured.original is not None and before is not None:
+            measured.original.write(before)
         _write_about(folder / "about.json", given, measured.chat, place.device)
     if measured.original is None:
-        shutil.rmtree(out / ORIGINAL, ignore_errors=True)
+        remove_evaluation(out / ORIGINAL)
     _tell(measured, out, arguments)
     _write_report(run, out)
     general = out / "benchmarks.json"
@@ -263,7 +267,7 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
     """Takes from the run what it knows and the command line does not say."""
     if run is not None:
         if "data" not in given and "forget" not in given:
-            given |= run.get("given", {})
+            given |= {n: v for n, v in run.get("given", {}).items() if n not in given}
         for name in ("system_prompt", "chat_template_kwargs"):
             value = run["settings"].get(name)
             if value is not None and name not in given:
@@ -324,7 +328,7 @@ def _measure(
         about = {**options, "judges": given.get("judge"), "template": given.get("judge_template")}
         about |= {"dtype": str(place.dtype), "device": place.device.type}
         key, make = key_of(*first, suite, about), partial(measure, *first, "Original")
-        before, known = (make(), False) if given["no_cache"] else cached(key, make)
+        before, known = (make(), False) if given["no_cache"] else cached(key, suite, make)
         if known:
             place.say("The figures of the original are known from before.")
     return _Measured(measure(model, tokenizer, "Result"), before, chat, model, tokenizer)
@@ -373,6 +377,20 @@ def _run_benchmarks(
         place.say(f"{task}  {', '.join(f'{name} {v:.4g}' for name, v in figures.items())}")
     replace_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
     place.say(f"Benchmarks: {path}")
+
+
+def _check_original(folder: Path) -> None:
+    """Refuses a folder of the user's where the original's figures are to go."""
+    from mollm.evaluation.summary import METRICS_FILE
+    from mollm.system.folders import UNFINISHED
+
+    if not folder.is_dir() or (folder / METRICS_FILE).is_file():
+        return
+    if any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+        raise UsageError(
+            f"out must be a folder whose {folder.name} holds figures alone, but {folder} holds "
+            "other files: choose another folder with --out."
+        )
 
 
 def _keep_logs(logs: Path | None, out: Path) -> None:

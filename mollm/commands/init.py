@@ -97,7 +97,10 @@ def _init(arguments: argparse.Namespace) -> int:
         for name, each in sets.items()
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, written({**data, "out": arguments.out}, first, facts))
+    own = {**data, "out": arguments.out}
+    if arguments.device is not None:
+        own["device"] = arguments.device
+    replace_text(path, written(own, first, facts))
     print(f"Settings: {path}")
     print(f"Next: mollm preview --config {path}   and   mollm unlearn --config {path}")
     return 0

@@ -6,17 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mollm.commands.settings_file import read_settings, require
+from mollm.commands.arguments import device_of
+from mollm.commands.settings_file import evaluated_sets, read_settings, require
 from mollm.system.terminal import has_colour, paint, printable
+from mollm.system.units import GIB
 
 if TYPE_CHECKING:
+    import torch
+
     from mollm.data.preview import Preview, ShownRow, ShownSet
+    from mollm.models.loading import Source
 
 _NAMED = 5
 _OWN = ("run", "rows", "known", "json")
+_DATE = "date in the chat template"
+_MOST_BYTES = 2 * GIB
+"""Of weights that are loaded without being asked for."""
 _WITH_DATA = ("max_length", "train_on_turns", "system_prompt", "chat_template_kwargs")
 
 
@@ -50,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--known",
         action=argparse.BooleanOptionalAction,
         help="load the weights and say which of the first 64 answers to forget the model does not "
-        "know (default: where the weights are on this machine)",
+        "know (default: where the weights are on this machine, fit, and take 2 GiB at most)",
     )
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
     parser.set_defaults(run=_preview)
@@ -59,33 +68,54 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _preview(arguments: argparse.Namespace) -> int:
     from mollm.evaluation.preview import preview
     from mollm.models import loading
+    from mollm.system.precision import DTYPES
     from mollm.training.config import MOLLMConfig
 
     given = vars(arguments)
     settings = read_settings({name: given[name] for name in given if name not in _OWN})
     require(settings)
     about_data = {name: settings[name] for name in _WITH_DATA if name in settings}
+    if "dtype" in settings:
+        about_data["dtype"] = settings["dtype"]
     checked = MOLLMConfig(output_dir="unused", use_cpu=True, **about_data)
-    evaluated = {
-        name: settings[f"eval_{name}"]
-        for name in ("forget", "retain")
-        if f"eval_{name}" in settings
-    }
-    known = given.get("known", loading.find_model(settings["model"]).is_local)
+    device, dtype = device_of(settings.get("device")), DTYPES[checked.dtype]
+    known, note = given.get("known"), None
+    if known is None:
+        source = loading.find_model(settings["model"])
+        note = _too_large(source, device, dtype) if source.is_local else None
+        known = source.is_local and note is None
     found = preview(
         settings["model"],
         settings["forget"],
         settings["retain"],
-        evaluate=evaluated,
+        evaluate=evaluated_sets(settings),
         **{name: getattr(checked, name) for name in _WITH_DATA},
         rows=arguments.rows,
         known=known,
+        device=device,
+        dtype=dtype,
     )
+    if note is not None:
+        found = replace(found, notes=(*found.notes, note))
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
     else:
         print(shown(found, colour=has_colour(sys.stdout)))
     return 0
+
+
+def _too_large(source: Source, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the weights are not loaded, in a sentence; None where there is room for them."""
+    from mollm.models import loading
+    from mollm.system import machine
+
+    size = loading.count_parameters(source) * dtype.itemsize
+    if size <= min(_MOST_BYTES, machine.available_memory(device)):
+        return None
+    return (
+        f"Which answers the model knows was not computed, for its weights take {size / GIB:.2f} "
+        "GiB: add --known to load them."
+    )
 
 
 def shown(found: Preview, *, colour: bool, most_lines: int | None = None) -> str:
@@ -150,8 +180,8 @@ def _format(found: Preview) -> list[str]:
     lines = []
     if found.end is not None:
         lines.append(f"An answer ends with {found.end}, which carries a loss.")
-    if chat.get("date"):
-        lines.append(f"The chat template writes a date: it is {chat['date']} in every row.")
+    if chat.get(_DATE):
+        lines.append(f"The chat template writes a date: it is {chat[_DATE]} in every row.")
     if chat.get("system_prompt"):
         lines.append(f"System prompt: {printable(str(chat['system_prompt']))}")
     lines += [printable(note) for note in found.notes]

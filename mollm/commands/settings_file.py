@@ -80,6 +80,15 @@ def require(settings: Mapping[str, Any]) -> None:
             )
 
 
+def evaluated_sets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The data to evaluate on by role, as far as there is such."""
+    return {
+        role: settings[f"eval_{role}"]
+        for role in ("forget", "retain")
+        if f"eval_{role}" in settings
+    }
+
+
 def _own(name: str, value: Any) -> Any:
     """The value of a setting that is no field of MOLLMConfig."""
     if value is None or name == "lora":

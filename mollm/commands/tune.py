@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mollm.training.sweep import Sweep
 
 _OWN = ("run", "minutes", "file", "json")
-_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6", "c7", "c8")
 _STEPS = 20
 
 
@@ -111,7 +110,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 def _parts(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The adapter, and the fields of a MOLLMConfig."""
     from mollm.commands.settings_file import OWN_SETTINGS
-    from mollm.commands.unlearn import make_adapter
+    from mollm.commands.unlearn import make_adapter, make_arguments
     from mollm.models import loading
     from mollm.planning.first_settings import rate_for
 
@@ -119,6 +118,7 @@ def _parts(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if settings.get("device") == "cpu":
         options["use_cpu"] = True
     adapter = make_adapter(settings.get("lora"))
+    make_arguments(settings, Path("unused")).require_adapter_if_quantized(adapter)
     size = loading.count_parameters(loading.find_model(settings["model"]))
     options.setdefault("learning_rate", rate_for(size, adapter=adapter is not None))
     options.setdefault("max_steps", _STEPS)
@@ -146,12 +146,12 @@ def _yaml(value: Any) -> str:
 
 def _draw(path: Path, model: str, found: Sweep) -> None:
     from mollm.report.charts import Dot, scatter_chart
-    from mollm.report.page import environment
+    from mollm.report.page import COLOURS, environment
     from mollm.system.folders import replace_text
 
     ends = [point for point in found.points if point.is_end]
     rates = sorted({end.learning_rate for end in ends})
-    colours = {rate: _COLOURS[i % len(_COLOURS)] for i, rate in enumerate(rates)}
+    colours = {rate: COLOURS[i % len(COLOURS)] for i, rate in enumerate(rates)}
     dots = {
         point: Dot(
             point.forgotten,

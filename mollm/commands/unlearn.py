@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mollm.commands.preview import shown
-from mollm.commands.settings_file import OWN_SETTINGS, read_settings, require
+from mollm.commands.settings_file import OWN_SETTINGS, evaluated_sets, read_settings, require
 from mollm.errors import UsageError, did_you_mean
 from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
 from mollm.system.parsing import reason_of, user_path
@@ -157,7 +157,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
     out = user_path(settings.pop("out", None) or "runs/unlearn")
     require(settings)
     settings.setdefault("disable_tqdm", quiet)
-    args = _arguments(settings, out)  # the processes know of each other from here on
+    args = make_arguments(settings, out)  # the processes know of each other from here on
     try:
         with contextlib.ExitStack() as held:
             held.enter_context(blaming_the_dead())
@@ -203,7 +203,12 @@ def _check_out(out: Path, resume: bool) -> None:
             )
 
 
-def _arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
+def make_arguments(settings: Mapping[str, Any], out: Path) -> MOLLMConfig:
+    """The MOLLMConfig of a run that writes to `out`.
+
+    Raises:
+        UsageError: A setting is out of range, or settings do not go together.
+    """
     from mollm.training.config import MOLLMConfig
 
     options = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
@@ -245,17 +250,12 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
             size = loading.count_parameters(loading.find_model(settings["model"]))
             needed = size * DTYPES[args.dtype].itemsize
             check_space(Path(args.output_dir), needed, "the weights of the model")
-    evaluated = {
-        name: settings[f"eval_{name}"]
-        for name in ("forget", "retain")
-        if f"eval_{name}" in settings
-    }
     trainer = MOLLMTrainer(
         settings["model"],
         args,
         forget_dataset=settings["forget"],
         retain_dataset=settings["retain"],
-        eval_dataset=evaluated or None,
+        eval_dataset=evaluated_sets(settings) or None,
         peft_config=adapter,
     )
     trainer.more_facts = {
@@ -357,7 +357,18 @@ def _told(data: Any) -> str:
     if isinstance(data, str):
         path = user_path(data)
         return str(path.resolve()) if path.exists() else data
-    return json.dumps(data)
+    return json.dumps(_resolved(data))
+
+
+def _resolved(data: Any) -> Any:
+    """Data with the paths in it from the root: that of a set, or of each of several by name."""
+    if isinstance(data, str):
+        return _told(data)
+    if not isinstance(data, Mapping):
+        return data
+    if "path" in data:
+        return {**data, "path": _resolved(data["path"])}
+    return {name: _resolved(one) for name, one in data.items()}
 
 
 def _skips(trainer: MOLLMTrainer) -> str:
@@ -387,6 +398,8 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
 
 def summary(trainer: MOLLMTrainer) -> str:
     """Losses, weights and conflicts of a run as a table for the terminal."""
+    from mollm.report.conflicts import conflict_rate
+
     history = trainer.history
     if not history:
         return "No step was made."
@@ -394,8 +407,9 @@ def summary(trainer: MOLLMTrainer) -> str:
     for name in history[0].losses:
         first, last = history[0].losses[name], history[-1].losses[name]
         weight = sum(record.weights[name] for record in history) / len(history)
-        conflicts = sum(record.conflicts.get(name, False) for record in history) / len(history)
-        numbers = f"{first:.4f}", f"{last:.4f}", f"{weight:.4f}", f"{conflicts:.0%}"
+        rate = conflict_rate((record.conflicts for record in history), name)
+        conflicts = "-" if rate is None else f"{rate:.0%}"
+        numbers = f"{first:.4f}", f"{last:.4f}", f"{weight:.4f}", conflicts
         cells.append((name, *numbers))
     rows = aligned(cells)
     evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]

@@ -11,6 +11,7 @@ from typing import Any
 from mollm.demo.plots import save_figures
 from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
+from mollm.report.conflicts import conflict_rate
 from mollm.report.page import curves, environment
 from mollm.system.tables import aligned
 from mollm.training.history import StepRecord, nan_to_none
@@ -50,11 +51,8 @@ class Row:
 
 def conflict_rates(history: Sequence[StepRecord]) -> dict[str, float]:
     """For each objective, the share of the applied updates that did not descend on it."""
-    applied = [record.conflicts for record in history if record.conflicts]
-    return {
-        name: sum(conflicts[name] for conflicts in applied) / max(len(applied), 1)
-        for name in OBJECTIVES
-    }
+    conflicts = [record.conflicts for record in history]
+    return {name: conflict_rate(conflicts, name) or 0.0 for name in OBJECTIVES}
 
 
 def rows(run: DemoRun, group: str) -> list[Row]:

@@ -39,7 +39,7 @@ from mollm.system.folders import staged
 from mollm.system.precision import compute_dtype, computing_in
 from mollm.system.units import GIB
 from mollm.training.config import MOLLMConfig
-from mollm.training.history import StepRecord
+from mollm.training.history import StepRecord, skipped_in
 from mollm.training.memory import plan_settings
 from mollm.training.trainer import MOLLMTrainer
 
@@ -311,7 +311,7 @@ def _summary(
         "preferences": list(find_method(settings.method).preferences or ()) or None,
         "seed": settings.seed,
         "conflict_rate": conflict_rates(history),
-        "skipped_steps": sum(not record.changes for record in history),
+        "skipped_steps": skipped_in(history),
         "questions": {group: len(score.questions) for group, score in before.items()},
         "countries": split.countries(),
         "peak_memory_gib": round(machine.peak_memory(torch.device(settings.device)) / GIB, 2),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mollm.errors import UsageError
+from mollm.evaluation.records import Record
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation
 from mollm.models.forward import own_tensors
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _PART = 1 << 24
 _PACKAGES = ("mollm", "torch", "transformers")
+_PASSING = ("padding", "truncation")
 
 
 def cache_folder() -> Path:
@@ -38,8 +40,8 @@ def key_of(
     suite: Suite,
     settings: Mapping[str, Any],
 ) -> str:
-    """A hash of all that figures depend on: every weight, the tokenizer, the data, the settings,
-    and the releases that compute them.
+    """A hash of all that figures depend on: every weight, how the model computes and generates,
+    the tokenizer, the data, the settings, and the releases that compute them.
 
     Args:
         model: The model.
@@ -51,8 +53,9 @@ def key_of(
     logs = None if suite.retain_logs is None else [asdict(r) for r in suite.retain_logs]
     about = {
         "weights": _hash_of(model),
-        "vocabulary": tokenizer.get_vocab(),
-        "template": tokenizer.chat_template,
+        "config": _config_of(model.config),
+        "generation": _config_of(getattr(model, "generation_config", None)),
+        "tokenizer": _tokenizer_of(tokenizer),
         "sets": sets,
         "logs": logs,
         "settings": dict(settings),
@@ -62,23 +65,62 @@ def key_of(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached(key: str, make: Callable[[], Evaluation]) -> tuple[Evaluation, bool]:
+def cached(key: str, suite: Suite, make: Callable[[], Evaluation]) -> tuple[Evaluation, bool]:
     """The evaluation of that key, made where it is not kept; and whether it was.
 
-    A cache that cannot be read or written is as one that is empty.
+    Figures, scores and replies are kept, for this user's eyes alone; questions and answers are
+    not, for the suite holds them. A cache that cannot be read or written is as one that is empty.
     """
     folder = cache_folder() / key
     try:
-        return Evaluation.read(folder), True
+        kept = Evaluation.read(folder)
+        return replace(kept, records=_with_texts(kept.records, suite)), True
     except UsageError:
         pass
     made = make()
+    bare = tuple(replace(record, question="", answer="") for record in made.records)
     try:
-        with complete(folder) as stage:
-            made.write(stage)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.chmod(0o700)
+        with complete(folder, private=True) as stage:
+            replace(made, records=bare).write(stage)
     except (UsageError, OSError):
         pass
     return made, False
+
+
+def _with_texts(records: Sequence[Record], suite: Suite) -> tuple[Record, ...]:
+    """Records as they were made, with the texts of the suite that they are about."""
+    rows = {name: iter(rows) for name, rows in suite.groups().items()}
+    try:
+        return tuple(
+            replace(record, question=row.question, answer=row.answer)
+            for record in records
+            for row in [next(rows[record.group])]
+        )
+    except (KeyError, StopIteration, RuntimeError) as error:
+        raise UsageError("the records kept must be about this suite, but are not.") from error
+
+
+def _config_of(config: Any) -> Any:
+    """What a configuration says, but not where it was read from."""
+    if config is None:
+        return None
+    return {name: v for name, v in config.to_dict().items() if name != "_name_or_path"}
+
+
+def _tokenizer_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Everything by which a tokenizer turns text into ids; not how it last padded and cut."""
+    about: dict[str, Any] = {
+        "vocabulary": tokenizer.get_vocab(),
+        "template": tokenizer.chat_template,
+        "special": tokenizer.special_tokens_map,
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        about["serialised"] = {n: v for n, v in state.items() if n not in _PASSING}
+    return about
 
 
 def _hash_of(model: PreTrainedModel) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mollm.data.chat import ChatFormat, Tokens
@@ -195,7 +195,9 @@ class Examiner:
             # A reply that was cut off did not end its turn; an empty one did, at once.
             encoded = [
                 self.chat.encode(
-                    row.example(_said(row, reply), closed=reply.complete or not reply.text)
+                    replace(row, opening="").example(
+                        _said(row, reply), closed=reply.complete or not reply.text
+                    )
                 )
                 for row, reply in pairs
             ]

@@ -39,6 +39,7 @@ def preview(
     rows: int = 2,
     known: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Preview:
     """Shows what a run would train on: read, encoded and compared as MOLLMTrainer does it.
 
@@ -55,6 +56,7 @@ def preview(
         known: Whether to load the weights and compute the likelihood of the answers to forget, of
             the first 64 records.
         device: Where the model goes then.
+        dtype: Of its weights there.
 
     Raises:
         UsageError: The run would be refused for its data or its tokenizer.
@@ -82,7 +84,7 @@ def preview(
     found = preview_of(data, chat, max_length, rows)
     if not known:
         return found
-    loaded, _ = loading.load(source, torch.device(device))
+    loaded, _ = loading.load(source, torch.device(device), dtype)
     return with_likelihoods(found, data, chat, loaded)
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mollm.evaluation.registry import GROUPS
+
+if TYPE_CHECKING:
+    from mollm.evaluation.summary import Estimate
 
 THEMES = ("forgotten", "kept", "privacy", "fluency", "judged")
 UP, DOWN = "↑", "↓"
@@ -58,6 +62,14 @@ def reading_of(name: str) -> Reading:
     if score not in ways:
         return Reading("judged", DOWN)
     return Reading(theme, ways[score], to_original=score == "kl")
+
+
+def verdict_of(name: str, before: Estimate | None, after: Estimate | None) -> str:
+    """Whether a result is "better" or "worse" than the original, beyond its interval; "" where
+    neither, or where one was not measured."""
+    if before is None or after is None or after.low <= before.value <= after.high:
+        return ""
+    return reading_of(name).verdict(before.value, after.value)
 
 
 def by_theme(names: Iterable[str]) -> dict[str, list[str]]:

@@ -50,19 +50,21 @@ class Row:
     """The question in other words, for an audit."""
     opening: str = ""
     """Words with which the answer has already begun when it is scored; `answer` goes on there."""
+    closed: bool = True
+    """Whether the assistant's turn ends with the answer."""
 
     @property
     def asked(self) -> str | Example:
         """What the model is asked, for `generate_replies`."""
         return self.example("") if self.history or self.is_text else self.question
 
-    def example(self, answer: str, *, closed: bool = True) -> Example:
-        """The question with an answer, to be encoded."""
+    def example(self, answer: str, *, closed: bool | None = None) -> Example:
+        """The question with an answer, to be encoded; None closes it as the row's own."""
         return Example(
             self.question,
             answer,
             self.opening,
-            closed=closed,
+            closed=self.closed if closed is None else closed,
             history=self.history,
             is_text=self.is_text,
         )
@@ -137,7 +139,8 @@ def load_suite(
         retain: What was to be retained.
         holdout: Rows like those of the forget set that no model was trained on.
         retain_logs: The folder or examples.jsonl of a retain-only model's evaluation.
-        limit: How many rows of each set to take, from its beginning; None for all.
+        limit: How many rows of each set to take, from its beginning, and of each of several sets
+            of a role; None for all.
 
     Raises:
         UsageError: A file cannot be read, or its rows are not those of a known schema.
@@ -151,14 +154,18 @@ def load_suite(
     _check_limit(limit)
 
     def read(source: Sets, role: data.Role) -> tuple[Row, ...]:
-        records = [
-            record
+        sets = [
+            [
+                record
+                for record in records_of(one, role)
+                if record.answer in record.extra.get(data.ACCEPTED, [record.answer])[:1]
+            ]
             for one in named_sets(source, role).values()
-            for record in records_of(one, role)
-            if record.answer in record.extra.get(data.ACCEPTED, [record.answer])[:1]
         ]
         return tuple(
-            _row(record, (_WRONG, _PARAPHRASED), required=False) for record in records[:limit]
+            _row(record, (_WRONG, _PARAPHRASED), required=False)
+            for records in sets
+            for record in records[:limit]
         )
 
     return Suite(
@@ -257,6 +264,8 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
         record.history,
         record.is_text,
         str(record.extra[_REWORDED]) if _REWORDED in record.extra else None,
+        record.opening,
+        record.closed,
     )
 
 

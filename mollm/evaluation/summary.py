@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
-from mollm.evaluation.reading import by_theme, reading_of
+from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.system.terminal import paint
@@ -92,7 +93,8 @@ class Evaluation:
         for theme, some in by_theme(names).items():
             lines.append(theme)
             for name in some:
-                verdict = "" if original is None else _verdict(name, original, self)
+                before = None if original is None else original.estimates.get(name)
+                verdict = verdict_of(name, before, self.estimates.get(name))
                 last = f"{cells[name][-1]:<{width}}"
                 style = {"better": "good", "worse": "bad"}.get(verdict)
                 shown = paint(last, style, colour=colour) if style else last
@@ -146,18 +148,20 @@ class Evaluation:
             ) from error
 
 
+def remove_evaluation(folder: Path) -> None:
+    """Removes what `Evaluation.write` wrote into `folder`, and the folder if nothing else is in
+    it; one that holds no evaluation stays as it is."""
+    if (folder / METRICS_FILE).is_file():
+        for name in (METRICS_FILE, EXAMPLES_FILE):
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     return f"{estimate.value:>8.4g}  [{estimate.low:.4g}, {estimate.high:.4g}]"
-
-
-def _verdict(name: str, original: Evaluation, result: Evaluation) -> str:
-    """Whether the result is better or worse than the original, beyond its interval."""
-    before, after = original.estimates.get(name), result.estimates.get(name)
-    if before is None or after is None or after.low <= before.value <= after.high:
-        return ""
-    return reading_of(name).verdict(before.value, after.value)
 
 
 def summarize(

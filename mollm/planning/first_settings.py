@@ -9,8 +9,9 @@ from typing import Any
 
 from mollm.planning.memory import MemoryPlan, plan
 from mollm.planning.proposals import proposals
-from mollm.planning.settings import PlanSettings
+from mollm.planning.settings import OPTIONS, PlanSettings
 from mollm.planning.shapes import Shape
+from mollm.system.units import GIB
 
 _ROWS = 8
 _ROUNDED_TO = 64
@@ -52,6 +53,10 @@ class FirstSettings:
             "reference": None if chosen.reference in ("copy", "adapter") else chosen.reference,
             "lora": chosen.lora_rank or None,
             "quantization": chosen.quantization,
+            "dtype": None if chosen.dtype == OPTIONS["dtype"].default else chosen.dtype,
+            "adam_beta2": (
+                None if chosen.adam_beta2 == OPTIONS["adam_beta2"].default else chosen.adam_beta2
+            ),
             "optimizer_options": {n: v for n, v in options.items() if v is not None} or None,
         }
         return {name: value for name, value in told.items() if value is not None}
@@ -114,7 +119,7 @@ def written(data: Mapping[str, Any], first: FirstSettings, facts: str) -> str:
         text = f"{name}: {shown}"
         return f"{text:<44}  # {comment}" if comment else text
 
-    peak = first.plan.peak.total / (1 << 30)
+    peak = first.plan.peak.total / GIB
     fits = {
         True: ": it fits.",
         False: ": IT DOES NOT FIT, use a smaller model or a larger device.",
@@ -156,5 +161,8 @@ _COMMENTS = {
     "reference": "cache: no second model in memory",
     "lora": "rank of the adapter that trains in place of the weights",
     "quantization": "4 bits under the adapter; needs a GPU and bitsandbytes",
+    "dtype": "of the weights: half the memory, and small steps round away",
+    "adam_beta2": "0: AdamW without a second moment",
+    "device": "cpu or cuda",
     "optimizer_options": "less memory for state and gradients",
 }

@@ -6,16 +6,18 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mollm.errors import UsageError
-from mollm.evaluation.reading import by_theme, reading_of
+from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.summary import METRICS_FILE, Estimate
 from mollm.methods.method import OBJECTIVES, role_of_objective
+from mollm.report.conflicts import conflict_rate
 from mollm.report.run_file import read_run
-from mollm.system.folders import public_name, replace_text
+from mollm.system.folders import public, replace_text, without_paths
 from mollm.system.parsing import is_file, parse_json, read_text, user_path
 
 REPORT_FILE = "report.html"
@@ -24,7 +26,8 @@ EVALUATION = "evaluation"
 """The folder of a run that `mollm evaluate` writes to."""
 ORIGINAL = "original"
 """In that, the folder of the original's evaluation."""
-_COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6", "c7", "c8")
+COLOURS = ("forget", "kl", "retain", "c4", "c5", "c6", "c7", "c8")
+"""Of curves and dots, as the style of the pages names them."""
 
 Metrics = dict[str, dict[str, Estimate]]
 
@@ -70,6 +73,21 @@ def write_report(folders: Sequence[Path | str], path: Path) -> None:
         UsageError: A folder is not that of a run, or the file cannot be written.
     """
     replace_text(path, render([read_reported(folder) for folder in folders]))
+
+
+def write_public_report(folder: Path | str, path: Path) -> None:
+    """Writes the page of a run for others: without replies, which repeat what was to be
+    forgotten, and without the command.
+
+    Raises:
+        UsageError: The folder is not that of a run, or jinja2 is missing.
+    """
+    if find_spec("jinja2") is None:
+        raise UsageError("a report needs the package jinja2: pip install jinja2.")
+    run = read_reported(folder)
+    private = ("replies", "command")
+    facts = {name: value for name, value in run.facts.items() if name not in private}
+    replace_text(path, render([replace(run, facts=facts)]))
 
 
 def render(runs: Sequence[ReportedRun]) -> str:
@@ -119,7 +137,13 @@ def environment(*packages: str) -> Any:
         raster_chart=raster_chart,
         reading_of=reading_of,
     )
-    made.filters.update(digits=digits, public=public, role=role_of_objective, seconds=duration)
+    made.filters.update(
+        digits=digits,
+        public=_in_words,
+        role=role_of_objective,
+        seconds=duration,
+        without_paths=without_paths,
+    )
     return made
 
 
@@ -155,18 +179,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def public(value: Any) -> Any:
-    """A value for others to read, as text: without the folders of this machine."""
+def _in_words(value: Any) -> Any:
+    """A value for others to read, as text."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {public(item)}" for name, item in value.items())
+        return ", ".join(f"{name}: {_in_words(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(str(public(item)) for item in value)
-    return public_name(value) if isinstance(value, str) and "/" in value else value
+        return ", ".join(str(_in_words(item)) for item in value)
+    return public(value)
 
 
 def _colours_of(names: Sequence[str]) -> list[str]:
     """That of its role for the first objective of each; the others of the palette in turn."""
-    rest = itertools.cycle([name for name in _COLOURS if name not in OBJECTIVES])
+    rest = itertools.cycle([name for name in COLOURS if name not in OBJECTIVES])
     roles = [role_of_objective(name) for name in names]
     return [
         role if role in OBJECTIVES and role not in roles[:place] else next(rest)
@@ -195,10 +219,9 @@ def _of_one(run: ReportedRun) -> dict[str, Any]:
 
 def _means(history: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
     weights = [s["weights"][name] for s in history if s["weights"][name] is not None]
-    applied = [s["conflicts"][name] for s in history if s["conflicts"]]
     return {
         "weight": sum(weights) / len(weights) if weights else None,
-        "conflicts": sum(applied) / len(applied) if applied else None,
+        "conflicts": conflict_rate((step["conflicts"] for step in history), name),
     }
 
 
@@ -212,10 +235,7 @@ def _tables(metrics: Metrics) -> dict[str, list[dict[str, Any]]]:
 
 def _row(name: str, metrics: Metrics) -> dict[str, Any]:
     estimates = {model: found.get(name) for model, found in metrics.items()}
-    before, after = estimates.get("original"), estimates.get("result")
-    verdict = ""
-    if before is not None and after is not None and not after.low <= before.value <= after.high:
-        verdict = reading_of(name).verdict(before.value, after.value)
+    verdict = verdict_of(name, estimates.get("original"), estimates.get("result"))
     return {"name": name, "good": reading_of(name).good, "of": estimates, "verdict": verdict}
 
 
@@ -260,9 +280,9 @@ def _retain_only(folder: Path) -> Path | None:
 def _of_several(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     from mollm.report.charts import Series
 
-    if len(runs) > len(_COLOURS):
+    if len(runs) > len(COLOURS):
         raise UsageError(
-            f"a report must be of at most {len(_COLOURS)} runs, but got {len(runs)}: compare fewer."
+            f"a report must be of at most {len(COLOURS)} runs, but got {len(runs)}: compare fewer."
         )
     names = _names(runs)
     settings = [run.facts.get("settings", {}) | {"model": run.facts["label"]} for run in runs]
@@ -274,10 +294,10 @@ def _of_several(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     return {
         "runs": runs,
         "names": names,
-        "colours": _COLOURS,
+        "colours": COLOURS,
         "objectives": dict.fromkeys(n for run in runs for n in curves(run.history)["losses"]),
         "series": lambda name: [
-            Series(names[i], [step["losses"].get(name) for step in run.history], _COLOURS[i])
+            Series(names[i], [step["losses"].get(name) for step in run.history], COLOURS[i])
             for i, run in enumerate(runs)
         ],
         "unlike": {name: [each.get(name) for each in settings] for name in unlike},

@@ -48,7 +48,7 @@ class Device:
     details: dict[str, str]
     """Instruction set and threads, or compute capability."""
     memory_gib: float | None
-    """Available, in 1e9 bytes; None where unknown."""
+    """Available, in GiB; None where unknown."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Disk:
 
     folder: str
     free_gib: float
-    """In 1e9 bytes."""
+    """In GiB."""
 
 
 @dataclass(frozen=True)

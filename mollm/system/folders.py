@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mollm.errors import UsageError
 from mollm.system.units import GIB
@@ -17,6 +18,7 @@ from mollm.system.units import GIB
 UNFINISHED = ".unfinished-"
 """Begins the names of what is not whole yet."""
 _PROBE_BYTES = 4096
+_PATHS = re.compile(r"(?<![\w:/.<])(?:~|/[^\s/,;:'\"]+)(?:/[^\s/,;:'\"]+)+")
 _SHOWN = 200
 
 
@@ -67,12 +69,16 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def complete(folder: Path) -> Iterator[Path]:
+def complete(folder: Path, *, private: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write to, which becomes `folder` at the end, all at once.
 
     What was written is on the disk before it gets its name: a process that is killed, or a machine
     that loses power, leaves `folder` whole or not there. Where the block raises, nothing is left.
     A folder of that name that is there already is replaced.
+
+    Args:
+        folder: Where it goes.
+        private: Whether only this user may read what is in it.
 
     Raises:
         UsageError: There is no room, or `folder` cannot be written.
@@ -84,7 +90,7 @@ def complete(folder: Path) -> Iterator[Path]:
         inner = stage / folder.name  # the outer folder is for this user's eyes alone
         inner.mkdir()
         yield inner
-        _permit(inner)
+        _permit(inner, private=private)
         _sync_all(inner)
         if folder.exists():
             remove(folder)
@@ -169,6 +175,28 @@ def public_name(name: str) -> str:
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1].lstrip("~") or "a local folder"
 
 
+def public(value: Any) -> Any:
+    """A value, or all within it, for others to read: without the folders of this machine, which
+    name its user."""
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if isinstance(value, str) and _is_prose(value):
+        return without_paths(value)
+    return public_name(str(value)) if isinstance(value, str | Path) else value
+
+
+def without_paths(text: str) -> str:
+    """Words for others to read: of each path on this machine in them, its last part alone."""
+    return _PATHS.sub(lambda found: public_name(found[0]), text)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether this is words, in which a path may stand, and no path with spaces in it."""
+    return len(text.split()) > 1 and not text.startswith(("/", "~", ".", "\\"))
+
+
 def _not_written(path: Path, error: Exception) -> UsageError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return UsageError(
@@ -236,10 +264,13 @@ def _lock(descriptor: int, folder: Path) -> None:
         ) from error
 
 
-def _permit(folder: Path) -> None:
+def _permit(folder: Path, *, private: bool = False) -> None:
     """Gives files the permissions of this user's other files: safetensors makes them private."""
     umask = os.umask(0)
     os.umask(umask)
+    if private:
+        umask = 0o077
+        folder.chmod(0o700)
     for path in folder.rglob("*"):
         if not path.is_symlink():
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

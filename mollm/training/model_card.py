@@ -6,16 +6,14 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mollm.system.folders import public_name
+from mollm.system.folders import public, public_name, without_paths
 from mollm.training.history import StepRecord, skipped_in
 
 _ROWS = 20
 _ACTS = re.compile(r"[\\`*_{}\[\]#|~!]|(?<=\w)://|^[-+>=]")
 _PLAIN = re.compile(r"[^`|<>&\\]*")
-_PATHS = re.compile(r"(?<![\w:/.<])(?:~|/[^\s/,;:'\"]+)(?:/[^\s/,;:'\"]+)+")
 
 
 def model_card(
@@ -126,22 +124,6 @@ def _changed(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def public(value: Any) -> Any:
-    """A value without the folders of this machine, which name its user."""
-    if isinstance(value, Mapping):
-        return {key: public(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(item) for item in value]
-    if isinstance(value, str) and _is_prose(value):
-        return _PATHS.sub(lambda found: public_name(found[0]), value)
-    return public_name(str(value)) if isinstance(value, str | Path) else value
-
-
-def _is_prose(text: str) -> bool:
-    """Whether this is words, in which a path may stand, and no path with spaces in it."""
-    return len(text.split()) > 1 and not text.startswith(("/", "~", ".", "\\"))
-
-
 def _header(name: str) -> str:
     """A JSON text, which is one of YAML too, whatever stands in it, and of no HTML."""
     return json.dumps(name).replace("<", "\\u003c").replace(">", "\\u003e")
@@ -149,7 +131,7 @@ def _header(name: str) -> str:
 
 def _text(value: Any) -> str:
     """A text in which no Markdown and no HTML acts, on one line."""
-    line = " ".join(_PATHS.sub(lambda found: public_name(found[0]), str(value)).split())
+    line = " ".join(without_paths(str(value)).split())
     return _ACTS.sub(r"\\\g<0>", html.escape(line, quote=False))
 
 

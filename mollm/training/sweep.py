@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mollm.data.sets import records_of
+from mollm.data.records import ROLES
+from mollm.data.sets import named_sets, records_of, role_of
 from mollm.errors import UsageError
 from mollm.training.config import MOLLMConfig
 from mollm.training.trainer import MOLLMTrainer
 
 if TYPE_CHECKING:
-    from mollm.data.records import Record
+    from mollm.data.records import Record, Role
 
 _LOOKS = 4
 _FACTOR = 4.0
@@ -152,7 +153,7 @@ def _search(runs: _Runs, rate: float, steps: int) -> None:
         )
     up = rate
     while (last := runs.ends.get((up, steps))) is not None and last.kept > _WORN:
-        up *= _FACTOR
+        up = _rounded(up * _FACTOR)
         if not runs.can_make(steps):
             return
         if up > _LARGEST:
@@ -160,7 +161,7 @@ def _search(runs: _Runs, rate: float, steps: int) -> None:
         runs.make(up, steps)
     best = runs.best(steps)
     while best is not None and best.learning_rate == min(r for r, s in runs.ends if s == steps):
-        down = best.learning_rate / _FACTOR
+        down = _rounded(best.learning_rate / _FACTOR)
         if not runs.can_make(steps):
             return
         end = runs.make(down, steps)
@@ -171,11 +172,16 @@ def _search(runs: _Runs, rate: float, steps: int) -> None:
         best = runs.best(steps)
         if best is None or not runs.can_make(steps):
             return
-        runs.make(best.learning_rate * factor, steps)
+        runs.make(_rounded(best.learning_rate * factor), steps)
     best = runs.best(steps)
     for length in (2 * steps, max(_LOOKS, steps // 2)):
         if best is not None and runs.can_make(length):
             runs.make(best.learning_rate, length)
+
+
+def _rounded(rate: float) -> float:
+    """A rate that nobody gave, in two digits."""
+    return float(f"{rate:.2g}")
 
 
 class _Runs:
@@ -204,10 +210,11 @@ class _Runs:
     @property
     def held_out(self) -> str:
         """What kept was measured on, in words."""
-        own = {id(record) for record in self._train["retain"]}
-        rows = self._evaluate["retain"]
-        there = any(id(record) in own for record in rows)
-        return f"{len(rows)} retain rows that {'are trained' if there else 'no run trained'} on"
+        own = {id(record) for record in _all_of(self._train, "retain")}
+        rows = _all_of(self._evaluate, "retain")
+        trained = sum(id(record) in own for record in rows)
+        what = {0: "that no run trained on", len(rows): "that are trained on"}
+        return f"{len(rows)} retain rows {what.get(trained, f'of which {trained} are trained on')}"
 
     def best(self, steps: int) -> Point | None:
         ends = [end for (_, s), end in self.ends.items() if end is not None and s == steps]
@@ -219,7 +226,6 @@ class _Runs:
 
     def make(self, rate: float, steps: int) -> Point | None:
         """Trains at a rate, and says where that ends; None where it diverges."""
-        rate = float(f"{rate:.2g}")
         if (rate, steps) in self.ends:
             return self.ends[rate, steps]
         begun = time.monotonic()
@@ -242,8 +248,8 @@ class _Runs:
                         "stop_when": {"forget_probability": 0.0, "steps": every},
                     },
                 ),
-                forget_dataset=self._train["forget"],
-                retain_dataset=self._train["retain"],
+                forget_dataset=_as_given(self._train, "forget"),
+                retain_dataset=_as_given(self._train, "retain"),
                 eval_dataset=self._evaluate,
                 peft_config=self._adapter,
             )
@@ -282,24 +288,45 @@ class _Runs:
 def _sets(
     data: Mapping[str, Any],
 ) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
-    """What is trained on and what is looked at: of the retain set a part is held out where no
-    other rows are given for that, and so is nothing of the forget set, all of which must go."""
-    train = {"forget": records_of(data["forget"], "forget"),
-             "retain": records_of(data["retain"], "retain")}  # fmt: skip
-    evaluate = dict(train)
-    if data.get("eval_forget"):
-        evaluate["forget"] = records_of(data["eval_forget"], "forget")
-    if data.get("eval_retain"):
-        evaluate["retain"] = records_of(data["eval_retain"], "retain")
-    else:
-        retain = train["retain"]
-        count = min(_MOST_HELD_OUT, int(_HELD_OUT * len(retain)))
-        if count >= _FEWEST_HELD_OUT:
-            stride = len(retain) // count
-            held = set(range(0, stride * count, stride))
-            evaluate["retain"] = [retain[i] for i in sorted(held)]
-            train["retain"] = [record for i, record in enumerate(retain) if i not in held]
+    """What is trained on and what is looked at, by objective: of each retain set a part is held
+    out where no other rows are given for that, and so is nothing of the forget sets, all of which
+    must go."""
+    train: dict[str, list[Record]] = {}
+    evaluate: dict[str, list[Record]] = {}
+    for role in ROLES:
+        own = {n: records_of(one, role) for n, one in named_sets(data[role], role).items()}
+        given = data.get(f"eval_{role}")
+        train |= own
+        evaluate |= (
+            {n: records_of(one, role) for n, one in named_sets(given, role).items()}
+            if given
+            else own
+        )
+    if not data.get("eval_retain"):
+        for name in [name for name in train if role_of(name) == "retain"]:
+            train[name], evaluate[name] = _held_out(train[name])
     return train, evaluate
+
+
+def _held_out(rows: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Rows to train on and rows to look at: the same ones where there are few."""
+    count = min(_MOST_HELD_OUT, int(_HELD_OUT * len(rows)))
+    if count < _FEWEST_HELD_OUT:
+        return rows, rows
+    stride = len(rows) // count
+    held = set(range(0, stride * count, stride))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def _all_of(sets: Mapping[str, list[Record]], role: Role) -> list[Record]:
+    return [record for name, rows in sets.items() if role_of(name) == role for record in rows]
+
+
+def _as_given(sets: Mapping[str, list[Record]], role: Role) -> Any:
+    """The sets of a role as a trainer takes them: one alone, or several by their own names."""
+    if role in sets:
+        return sets[role]
+    return {n.removeprefix(f"{role}_"): r for n, r in sets.items() if role_of(n) == role}
 
 
 def _printer() -> Any:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -985,8 +984,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "After unlearning with mollm",
+        with_report: bool = False,
     ) -> str | None:
-        """Uploads the whole model with its card and its report, and returns where they are.
+        """Uploads the whole model with its card, and returns where they are.
 
         All processes must call it, and the first one uploads; the others get None.
 
@@ -995,11 +995,15 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             private: Whether a new repository is private; None for what the account has as default.
             token: Of the hub; None for that of `hf auth login`.
             commit_message: Of the commit.
+            with_report: Whether report.html goes up too, without replies and command: those
+                repeat what was to be forgotten.
 
         Raises:
-            UsageError: A weight is not finite, or the hub refuses.
+            UsageError: A weight is not finite, there is no report, or the hub refuses.
         """
         from huggingface_hub import HfApi
+
+        from mollm.report.page import write_public_report
 
         url = None
         with tempfile.TemporaryDirectory(prefix="mollm-push-") as name:
@@ -1008,9 +1012,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             with processes.raise_on_all_ranks():
                 if processes.rank() == 0:
                     (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
-                    report = self._folder / REPORT_FILE
-                    if report.is_file():
-                        shutil.copy(report, folder / REPORT_FILE)
+                    if with_report:
+                        write_public_report(self._folder, folder / REPORT_FILE)
                     try:
                         api = HfApi(token=token)
                         made = api.create_repo(repo_id, private=private, exist_ok=True)

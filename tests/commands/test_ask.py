@@ -112,3 +112,15 @@ def test_an_unknown_original_is_said(tmp_path, capsys):
     found = capsys.readouterr()
     assert "name it with --original" in found.err
     assert "original" not in found.out
+
+
+def test_the_same_words_after_other_ones_are_another_question(run, tmp_path, capsys):
+    rows = [
+        [("user", f"I am {name}."), ("assistant", "Hello."), ("user", "Who?"), ("assistant", name)]
+        for name in ("Ann", "Bob")
+    ]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) for row in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join([*lines, lines[0]]))
+    assert main(["ask", str(run), "--file", str(tmp_path / "data.jsonl"), "--json", *FEW]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["question"] for each in found] == ["Who?", "Who?"]

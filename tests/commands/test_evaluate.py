@@ -117,3 +117,34 @@ def test_the_table_says_what_got_better():
     assert lines[-1].endswith("worse")
     assert "\x1b[32m" in after.table(before, colour=True)
     assert after.table().splitlines()[1].split()[:3] == ["forget_probability", "↓", "0.1"]
+
+
+def test_a_folder_of_the_users_called_original_stays(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "original").mkdir(parents=True)
+    (out / "original/novel.txt").write_text("Once.")
+    words = ["evaluate", "--model", str(run), *FEW, "--out", str(out)]
+    assert main(words) == 2
+    assert "holds other files: choose another folder with --out" in capsys.readouterr().err
+    assert main([*words, "--original", "none"]) == 0
+    assert (out / "original/novel.txt").read_text() == "Once."
+
+
+def test_only_our_files_of_the_original_are_replaced_and_removed(run):
+    folder = run / "evaluation/original"
+    words = ["evaluate", "--model", str(run), *FEW]
+    assert main(words) == 0
+    (folder / "notes.txt").write_text("Mine.")
+    assert main(words) == 0
+    assert main([*words, "--original", "none"]) == 0
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_typed_goes_before_what_the_run_says(run, tmp_path):
+    other = tmp_path / "other.jsonl"
+    rows = [{"question": f"Is it other {n}?", "answer": f"{n}."} for n in range(3)]
+    other.write_text("\n".join(map(json.dumps, rows)))
+    words = ["evaluate", "--model", str(run), *FEW, "--original", "none"]
+    assert main([*words, "--retain", str(other)]) == 0
+    asked = {r.group: r.question for r in Evaluation.read(run / "evaluation").records}
+    assert asked == {"forget": "Is it forget 2?", "retain": "Is it other 2?"}

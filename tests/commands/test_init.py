@@ -7,8 +7,9 @@ from mollm.cli import main
 from mollm.commands.settings_file import read_settings
 from mollm.data.files import sample_path
 from mollm.models import loading
-from mollm.planning.first_settings import first_settings
-from mollm.planning.settings import PlanSettings
+from mollm.planning.first_settings import FirstSettings, first_settings, written
+from mollm.planning.memory import plan
+from mollm.planning.settings import OPTIONS, PlanSettings, flag_of
 from mollm.planning.shapes import shape_named
 from mollm.system.units import GIB
 from mollm.training.config import MOLLMConfig
@@ -70,3 +71,32 @@ def test_what_is_chosen_fits_where_something_does(gib):
     lora = chosen.pop("lora", None)
     assert chosen["learning_rate"] == (1e-4 if lora else 1e-5)
     MOLLMConfig(output_dir="unused", use_cpu=True, **chosen)
+
+
+@pytest.mark.parametrize("gib", [80, 30, 24, 20, 16])
+def test_what_is_written_plans_as_what_was_proposed(gib):
+    shape = shape_named("llama-3-8b")
+    given = PlanSettings(sequence_length=8192)
+    first = first_settings(shape, given, gib * GIB, longest=300, forget_rows=400)
+    chosen = first.by_name()
+    chosen |= chosen.pop("optimizer_options", {})
+    names = {flag_of(name).removeprefix("--").replace("-", "_"): name for name in OPTIONS}
+    read = {names[name]: value for name, value in chosen.items() if name in names}
+    reference = "adapter" if read.get("lora_rank") else "copy"  # what a run takes
+    again = plan(shape, PlanSettings(**{"reference": reference, "freeze_embeddings": True, **read}))
+    assert again.peak.total == first.plan.peak.total <= gib * GIB
+
+
+def test_narrow_weights_are_written_into_the_file():
+    proposed = PlanSettings(dtype="bfloat16", adam_beta2=0.0, freeze_embeddings=True)
+    made = FirstSettings(plan(shape_named("llama-3-8b"), proposed), (), True, 1e-5, 12)
+    text = written({"model": "m"}, made, "")
+    assert 'dtype: "bfloat16"' in text
+    assert "adam_beta2: 0 " in text
+
+
+def test_a_device_is_written_where_it_is_given(words, tmp_path):
+    assert main(words) == 0
+    assert read_settings({"config": tmp_path / "run.yaml"})["device"] == "cpu"
+    assert main([*words[:-2], "--force"]) == 0
+    assert "device" not in read_settings({"config": tmp_path / "run.yaml"})

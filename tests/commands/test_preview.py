@@ -1,7 +1,9 @@
 import json
 
+import chat_templates
 import pytest
 import tiny
+import torch
 
 pytest.importorskip("transformers")
 
@@ -9,6 +11,7 @@ from mollm import UsageError, preview
 from mollm.cli import main
 from mollm.commands.preview import shown
 from mollm.models import loading
+from mollm.system import machine
 
 ROWS = [("Who?", "Ann."), ("When?", "In \x1b[2J1950."), ("Who?", "Ann.")]
 
@@ -81,3 +84,33 @@ def test_a_negative_number_of_rows_is_refused(few_shared):
 def test_what_is_missing_is_named(capsys):
     assert main(["preview", "--model", "x"]) == 2
     assert "forget must be given" in capsys.readouterr().err
+
+
+def test_a_date_in_the_template_is_said(few_shared, capsys):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = chat_templates.LLAMA_3
+    loading.save(tiny.model(), tokenizer, few_shared[2])
+    assert main([*few_shared, "--no-known"]) == 0
+    said = "The chat template writes a date: it is "
+    assert said in capsys.readouterr().out
+    loading.save(tiny.model(), tiny.tokenizer(), few_shared[2])
+    assert main([*few_shared, "--no-known"]) == 0
+    assert said not in capsys.readouterr().out
+
+
+def test_large_weights_are_loaded_on_request_alone(few_shared, capsys, monkeypatch):
+    loaded = []
+    load = loading.load
+
+    def noting(source, device, dtype):
+        loaded.append((device.type, dtype))
+        return load(source, device, dtype)
+
+    monkeypatch.setattr(loading, "load", noting)
+    monkeypatch.setattr(machine, "available_memory", lambda device: 1000)
+    assert main(few_shared) == 0
+    assert "GiB: add --known to load them." in capsys.readouterr().out
+    assert not loaded
+    assert main([*few_shared, "--known", "--set", "dtype=bfloat16", "--set", "device=cpu"]) == 0
+    assert "nothing to forget: 7 of 7 answers" in capsys.readouterr().out
+    assert loaded == [("cpu", torch.bfloat16)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from reported_runs import step
 from transformers import AutoModelForCausalLM
 
 from mollm import MOLLMConfig
@@ -478,3 +479,32 @@ def test_a_quiet_run_prints_its_end(tmp_path, saved, capfd):
     assert found.startswith("\n2 steps")
     assert "step 1 of 2" not in told
     assert "%" not in told
+
+
+def test_what_was_given_is_found_from_any_folder(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("ada", FORGET), ("bob", FORGET), ("kept", RETAIN)):
+        lines = Path(path).read_text().splitlines()
+        Path(f"{name}.jsonl").write_text("\n".join(lines[6:] if name == "bob" else lines[:6]))
+    (tmp_path / "train").mkdir()  # a folder that is called as a split is
+    forget = {"ada": "ada.jsonl", "bob": {"path": "bob.jsonl", "schema": "tofu"}}
+    config = settings_file(tmp_path, forget=forget, retain={"path": "kept.jsonl", "schema": "tofu"})
+    more = ["--max-steps", "1", "--set", "save_strategy=no", "--set", "sample_replies=0"]
+    assert main(["unlearn", "--config", config, *more]) == 0
+    given = json.loads((tmp_path / "out/run.json").read_text())["given"]
+    assert json.loads(given["forget"]) == {
+        "ada": str(tmp_path / "ada.jsonl"),
+        "bob": {"path": str(tmp_path / "bob.jsonl"), "schema": "tofu"},
+    }
+    assert json.loads(given["retain"]) == {"path": str(tmp_path / "kept.jsonl"), "schema": "tofu"}
+
+
+def test_steps_that_were_skipped_are_in_no_conflict_rate():
+    skipped = replace(step(1), changes={}, conflicts={}, status="NON_FINITE")
+    state = argparse.Namespace(log_history=[])
+    history = [step(0, conflict="kl"), skipped, step(2)]
+    text = unlearn.summary(argparse.Namespace(history=history, state=state))
+    assert "1 of 3 steps were skipped" in text
+    assert [line.split()[-1] for line in text.splitlines()[-3:]] == ["0%", "50%", "0%"]
+    text = unlearn.summary(argparse.Namespace(history=[skipped], state=state))
+    assert [line.split()[-1] for line in text.splitlines()[-3:]] == ["-", "-", "-"]

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -66,7 +67,8 @@ def test_it_tells_what_was_asked_for_and_how_it_went(folder):
     page = Page(render([read_reported(folder)]))
     for words in (
         "Unlearning in tiny", "12 steps, method mollm", "learning rate 1e-05", "75 s on a CPU",
-        "forget.jsonl 12", "locuslab/TOFU 24", "ab" * 32, "1.25 GiB", "mollm unlearn --config",
+        "forget.jsonl 12", "locuslab/TOFU 24", "ab" * 32, "1.25 GiB",
+        "mollm unlearn --config run.yaml --out=out", "Rows were read from rows.jsonl.",
         "Not measured yet", "torch 9.9", "kl 1.5 1.61 1.5 33%", "10 1.5 0.25",
     ):  # fmt: skip
         assert words in page.text, words
@@ -174,3 +176,30 @@ def test_a_page_is_written_anew(folder):
     runs.evaluated(folder / "evaluation")
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_text() != before
+
+
+def test_why_a_run_failed_names_no_folder(tmp_path):
+    folder = runs.run(tmp_path / "a/one", failure="cannot write /home/ann/out/model: no room.")
+    other = runs.run(tmp_path / "a/two")
+    for folders in ([folder], [folder, other]):
+        page = render([read_reported(each) for each in folders])
+        assert "cannot write model: no room." in page
+        assert "/home/ann" not in page
+
+
+def test_memory_that_is_not_known_is_a_sign(tmp_path):
+    first, second = (
+        runs.run(tmp_path / name, peak_memory_gib=None, planned_gib=None) for name in ("a", "b")
+    )
+    assert "— GiB at the peak" in Page(render([read_reported(first)])).text
+    both = Page(render([read_reported(first), read_reported(second)])).text
+    assert "peak memory, GiB — —" in both
+
+
+def test_steps_that_were_skipped_are_in_no_rate(tmp_path):
+    skipped = replace(runs.step(1), changes={}, conflicts={}, status="NON_FINITE")
+    history = [runs.step(0, conflict="kl"), skipped, runs.step(2)]
+    folder = runs.run(tmp_path / "one", history=history)
+    assert "kl 1.5 1.52 1.5 50%" in Page(render([read_reported(folder)])).text
+    folder = runs.run(tmp_path / "two", history=[skipped])
+    assert "kl 1.51 1.51 1.5 —" in Page(render([read_reported(folder)])).text

@@ -4,8 +4,9 @@ from dataclasses import replace
 import yaml
 
 from mollm.methods.method import OBJECTIVES
+from mollm.system.folders import public
 from mollm.training.history import StepRecord
-from mollm.training.model_card import model_card, public
+from mollm.training.model_card import model_card
 
 
 def record(step):

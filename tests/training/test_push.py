@@ -39,28 +39,44 @@ def trainer(tmp_path, monkeypatch):
     Hub.calls = ()
     made = MOLLMTrainer(
         tiny.model(),
-        MOLLMConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no"),
-        forget_dataset=[Record("Who?", "Ann.")],
+        MOLLMConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            use_cpu=True,
+            save_strategy="no",
+            sample_replies=1,
+        ),
+        forget_dataset=[Record("Who wrote the secret book?", "Ann.")],
         retain_dataset=[Record("When?", "Then.")],
         processing_class=tiny.tokenizer(),
     )
+    made.more_facts = {"command": "mollm unlearn --forget secrets.jsonl"}
     made.train()
     return made
 
 
-def test_model_card_and_report_go_up_in_one_commit(trainer, tmp_path):
+def test_the_model_and_its_card_go_up_in_one_commit(trainer, tmp_path):
     url = trainer.push_to_hub("my-model", private=True, token="secret", commit_message="One")
     assert url == "https://hub/ann/my-model"
     made, sent = Hub.calls
     assert made == ("create", "my-model", "secret", {"private": True, "exist_ok": True})
     assert sent[1] == "ann/my-model"
     assert sent[3] == "One"
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "report.html"} <= (
-        sent[2].keys()
-    )
-    assert sent[2]["report.html"] == (tmp_path / "report.html").read_bytes()
-    assert str(tmp_path).encode() not in sent[2]["README.md"] + sent[2]["report.html"]
-    assert "run.json" not in sent[2]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= sent[2].keys()
+    assert str(tmp_path).encode() not in sent[2]["README.md"]
+    assert not {"run.json", "report.html", "history.jsonl"} & sent[2].keys()
+
+
+def test_a_report_goes_up_on_request_without_what_was_to_be_forgotten(trainer, tmp_path):
+    pytest.importorskip("jinja2")
+    own = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Who wrote the secret book?" in own
+    assert "mollm unlearn --forget secrets.jsonl" in own
+    trainer.push_to_hub("my-model", with_report=True)
+    sent = Hub.calls[-1][2]["report.html"].decode()
+    assert "Unlearning in" in sent
+    assert "secret" not in sent
+    assert str(tmp_path) not in sent
 
 
 def test_what_the_hub_refuses_is_said_in_a_sentence(trainer):

@@ -5,6 +5,8 @@ import torch
 pytest.importorskip("transformers")
 
 from mollm import MOLLMConfig, MOLLMTrainer, Record, UsageError
+from mollm.data.chat import ChatFormat
+from mollm.data.sets import read_data
 from mollm.report.page import read_reported
 from mollm.training.replies import ReplySamples
 
@@ -34,7 +36,7 @@ def test_the_same_questions_are_asked_before_and_after(tmp_path):
         *(record.prompt for record in FORGET[3:]),
         *(record.prompt for record in RETAIN[:2]),
     ]
-    fresh = ReplySamples(tiny.model(), made._chat, made._data.records, 2)
+    fresh = ReplySamples(tiny.model(), made._chat, made._data, 2)
     fresh.ask()
     fresh.ask()
     assert [row["before"] for row in fresh.rows()] == [row["before"] for row in found]
@@ -57,13 +59,9 @@ def test_nothing_is_asked_unless_wanted(tmp_path):
 
 
 def test_long_questions_and_texts_are_left_out():
-    records = {
-        "forget": [Record("a" * 480, "x"), Record("", "text", is_text=True), Record("Who?", "x")],
-        "retain": RETAIN,
-    }
-    from mollm.data.chat import ChatFormat
-
-    samples = ReplySamples(tiny.model(), ChatFormat(tiny.tokenizer()), records, 3)
+    rows = [Record("a" * 480, "x"), Record("", "text", is_text=True), Record("Who?", "x")]
+    chat = ChatFormat(tiny.tokenizer())
+    samples = ReplySamples(tiny.model(), chat, read_data(rows, RETAIN, None, chat, 1024), 3)
     samples.ask()
     samples.ask()
     assert next(row["question"] for row in samples.rows()) == "Who?"

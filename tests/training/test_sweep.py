@@ -183,3 +183,57 @@ def test_a_model_that_forgets_nothing_ends_the_walk(fake, monkeypatch):
     assert max(made.args.learning_rate for made in fake.made) <= 0.1
     assert found.best.forgotten == 0
     assert "forgot only 0.0%" in found.warning
+
+
+def test_of_each_of_several_sets_a_part_is_held_out(fake):
+    retain = {"legs": RETAIN[:10], "sums": RETAIN[10:]}
+    data = {"forget": {"ada": FORGET[:2], "bob": FORGET[2:]}, "retain": retain}
+    found = sweep("m", data, {"learning_rate": 1e-4, "max_steps": 4}, minutes=0.001)
+    forget, kept, looked_at = fake.made[0].data
+    assert {name: len(rows) for name, rows in forget.items()} == {"ada": 2, "bob": 2}
+    assert {name: len(rows) for name, rows in kept.items()} == {"legs": 8, "sums": 8}
+    assert {name: len(rows) for name, rows in looked_at.items()} == {
+        "forget_ada": 2, "forget_bob": 2, "retain_legs": 2, "retain_sums": 2
+    }  # fmt: skip
+    assert found.held_out == "4 retain rows that no run trained on"
+    retain = {"legs": RETAIN[:10], "sums": RETAIN[10:15]}
+    few = sweep(
+        "m", {**data, "retain": retain}, {"learning_rate": 1e-4, "max_steps": 4}, minutes=0.001
+    )
+    assert few.held_out == "7 retain rows of which 5 are trained on"
+
+
+def test_the_rate_that_is_given_is_tried_as_it_is(fake):
+    sweep("m", DATA, {"learning_rate": 1.234e-4, "max_steps": 4}, minutes=9)
+    rates = [made.args.learning_rate for made in fake.made]
+    assert rates[0] == 1.234e-4
+    assert rates[1] == 4.9e-4
+
+
+def test_settings_are_refused_as_a_run_refuses_them(tmp_path, capsys):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    words = ["tune", str(tmp_path / "tuned.yaml"), "--model", str(tmp_path / "tiny")]
+    words += ["--forget", str(sample_path("authors-forget.jsonl"))]
+    words += ["--retain", str(sample_path("authors-retain.jsonl"))]
+    for more, message in (
+        (["--device", "abacus"], "device must be cpu or cuda, but got 'abacus'"),
+        (["--set", "lr_scheduler_type=none such"], "the settings do not go together"),
+    ):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_several_sets_are_tuned_from_the_command_line(tmp_path, capsys):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    lines = sample_path("authors-forget.jsonl").read_text().splitlines()
+    for name, some in (("ada", lines[:6]), ("bob", lines[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+    words = [
+        *("tune", str(tmp_path / "tuned.yaml"), "--model", str(tmp_path / "tiny")),
+        *("--forget", f"{{ada: {tmp_path / 'ada.jsonl'}, bob: {tmp_path / 'bob.jsonl'}}}"),
+        *("--retain", str(sample_path("authors-retain.jsonl")), "--device", "cpu"),
+        *("--set", "max_length=200", "--set", "per_device_train_batch_size=2"),
+        *("--learning-rate", "1e-3", "--max-steps", "1", "--minutes", "0.001", "--json"),
+    ]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["learning_rate"] == 1e-3

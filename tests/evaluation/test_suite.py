@@ -1,0 +1,36 @@
+"""What of the data becomes what a model is asked."""
+
+import json
+
+import pytest
+import tiny
+
+pytest.importorskip("transformers")
+
+from mollm.data.chat import IGNORE_INDEX, ChatFormat
+from mollm.data.records import Record
+from mollm.evaluation import load_suite
+
+
+def test_a_limit_takes_rows_of_every_set(tmp_path):
+    sets = {}
+    for name in ("ada", "bob"):
+        rows = [{"question": f"Is it {name} {n}?", "answer": "Yes."} for n in range(5)]
+        sets[name] = str(tmp_path / f"{name}.jsonl")
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [row.question for row in load_suite(sets, limit=2).forget]
+    assert asked == ["Is it ada 0?", "Is it ada 1?", "Is it bob 0?", "Is it bob 1?"]
+
+
+def test_an_answer_that_has_begun_and_does_not_end_is_scored_as_it_trains():
+    record = Record("Where?", "Rome", opening="In the city of", closed=False)
+    suite = load_suite([record, Record("When?", "Now.")])
+    chat = ChatFormat(tiny.tokenizer())
+    opened, whole = (chat.encode(row.example(row.answer)) for row in suite.forget)
+
+    def scored(tokens):
+        return chat.tokenizer.decode([label for label in tokens.labels if label != IGNORE_INDEX])
+
+    assert "In the city of Rome" in chat.tokenizer.decode(opened.ids)
+    assert scored(opened).strip() == "Rome"
+    assert scored(whole) == "Now.<|end|>"
