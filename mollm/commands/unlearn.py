@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.preview import shown
 from mollm.commands.settings_file import OWN_SETTINGS, evaluated_sets, read_settings, require
 from mollm.errors import UsageError, did_you_mean
-from mollm.system.folders import UNFINISHED, check_space, check_writable, complete, locked
+from mollm.system.folders import (
+    UNFINISHED,
+    check_space,
+    check_writable,
+    complete,
+    locked,
+    replace_text,
+)
 from mollm.system.parsing import reason_of, user_path
 from mollm.system.tables import aligned
 from mollm.system.terminal import has_colour
@@ -323,7 +330,7 @@ def _run(
     with processes.on_rank_zero(complete(out / _MODEL)) as folder:
         trainer.export(folder or out)
         if folder is not None:
-            (folder / "README.md").write_text(trainer.model_card(), encoding="utf-8")
+            replace_text(folder / "README.md", trainer.model_card())
     tell(f"Model: {out / _MODEL}   Report: {out / REPORT_FILE}   Card and history: beside it")
     tell(f"Next: {evaluate_line(settings, out)}")
     if _skips(trainer):

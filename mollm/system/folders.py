@@ -108,14 +108,16 @@ def complete(folder: Path, *, private: bool = False) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file that holds either what it held before or all of the text.
+    """Writes a file that holds either what it held before or all of the text, in UTF-8.
+
+    Of a file's name that is no UTF-8, bytes stand in it as \\udcff and the like.
 
     Raises:
         UsageError: There is no room, or it cannot be written.
     """
     part = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         _sync(part)
         os.replace(part, path)
     except OSError as error:
