@@ -147,7 +147,7 @@ class Tape:
         blocks: Modules that run one after the other, first to last. They share no parameters, and
             each is given what it needs as arguments. What happens before, between and after them
             is up to the model: its graph is kept as it is.
-        params: What trains, inside the blocks and outside of them.
+        params: What trains, inside the blocks and outside of them; frozen ones are left out.
         objectives: K.
 
     Raises:
@@ -158,7 +158,7 @@ class Tape:
     def __init__(
         self, blocks: Sequence[nn.Module], params: Sequence[Tensor], objectives: int
     ) -> None:
-        train = dict.fromkeys(params)
+        train = dict.fromkeys(p for p in params if p.requires_grad)
         self.blocks = tuple(blocks)
         self.inside: list[list[Tensor]] = [
             [p for p in block.parameters() if p in train] for block in self.blocks

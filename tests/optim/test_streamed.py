@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
+from mollm.models.forward import freeze_embeddings
 from mollm.optim import streamed as streaming_module
 from mollm.optim.directions import DIRECTIONS
 
@@ -68,10 +69,12 @@ def hold(opt, losses):
             loss.backward(retain_graph=n < len(losses) - 1)
 
 
-def trained(model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, **options):
-    """The model and its reports after some steps; lr below 0 stands for groups of their own."""
+def trained(
+    model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, everything=False, **options
+):
+    """The model and its reports after some steps."""
     model = copy.deepcopy(model)
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if everything or p.requires_grad]
     memory = "streamed" if streamed else "as-produced"
     opt = MOLLMOptimizer(
         options.pop("groups", lambda params: params)(params),
@@ -177,6 +180,21 @@ def test_frozen_blocks():
     assert_equal_steps(model)
     model.model.layers[1].mlp.up_proj.requires_grad_(True)
     assert_equal_steps(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("frozen", ["embeddings", "head", "block", "part of a block"])
+def test_frozen_parameters_given_to_the_optimizer(kind, frozen):
+    model = made(kind)
+    if frozen == "embeddings":
+        freeze_embeddings(model)
+    else:
+        {
+            "head": model.lm_head,
+            "block": model.model.layers[1],
+            "part of a block": model.model.layers[0].mlp,
+        }[frozen].requires_grad_(False)
+    assert_equal_steps(model, everything=True, micro=2)
 
 
 def test_groups_of_their_own():
