@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -333,6 +333,29 @@ def test_what_a_block_checkpoints_inside():
     for layer in model.model.layers:
         layer.mlp = Checkpointed(layer.mlp)
     assert_same(plain, trained(model, streamed=True, steps=3))
+
+
+class Noisy(nn.Module):
+    """Drops out whether it trains or not."""
+
+    def forward(self, x):
+        return dropout(x, 0.3, training=True)
+
+
+def test_a_block_that_draws_numbers_in_evaluation_mode():
+    def run(streamed):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), Noisy(), nn.Linear(4, 4)).double().eval()
+        memory = "streamed" if streamed else "as-produced"
+        opt = MOLLMOptimizer(net.parameters(), objectives=("a", "b"), gradient_memory=memory)
+        with opt.streamed(list(net)) if streamed else contextlib.nullcontext():
+            y = net(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4))
+            opt.backward({"a": y.square().sum(), "b": (y - 1).square().sum()})
+        torch.manual_seed(1)
+        opt.step()
+        return net, opt, [opt.last_step]
+
+    assert_same(run(False), run(True))
 
 
 def test_autocast():
