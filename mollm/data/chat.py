@@ -67,11 +67,17 @@ class Batch:
     input_ids: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T], 1 for a token, 0 for padding
     labels: Tensor  # [B, T]
+    padded_left: bool | None = None
+    """Whether padding may come before a row; None if that must be read from the mask, for which
+    a GPU has to be waited for."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
         )
 
 
@@ -424,4 +430,5 @@ def collate(rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] 
         input_ids=torch.tensor([pad(row.ids, pad_id) for row in rows]),
         attention_mask=torch.tensor([pad([1] * len(row.ids), 0) for row in rows]),
         labels=torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
+        padded_left=side == "left" and any(len(row.ids) < width for row in rows),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 200
 """As in open-unlearning."""
@@ -147,31 +151,53 @@ def ask(
 def answers_alike_in_company(model: PreTrainedModel) -> bool:
     """Whether rows of a batch that is padded on the left are answered as each is alone.
 
-    Found by a try, then known. Recurrent models, and some whose positions are learned, take padding
-    for tokens whatever the mask says; some mix the states of rows up.
+    Found by a try, then known for the model's dtype; if not, the log says why, once. Recurrent
+    models, and some whose positions are learned, take padding for tokens whatever the mask says;
+    some mix the states of rows up.
     """
-    known: bool | None = getattr(model, "_mollm_answers_alike", None)
-    if known is None:
-        ids = torch.arange(1, 11, device=model.device).view(2, 5)
-        ids = ids % model.get_input_embeddings().weight.shape[0]
-        mask = torch.ones_like(ids)
-        mask[1, :2] = 0
-        together = _first_logits(model, ids, mask)
-        alone = _first_logits(model, ids[:1], mask[:1]), _first_logits(model, ids[1:, 2:], None)
-        apart = (together - torch.cat(alone)).abs().max() / together.abs().max()
-        known = bool(apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2))
-        vars(model)["_mollm_answers_alike"] = known
-    return known
+    reasons: dict[torch.dtype, str] = vars(model).setdefault("_mollm_asked_alone", {})
+    if model.dtype in reasons:
+        return not reasons[model.dtype]
+    try:
+        apart = _apart_in_company(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises that wants other inputs
+        reason = f"a padded batch fails with it ({reason_of(error, 200)})"
+    else:
+        if not math.isfinite(apart):
+            return False  # nothing is known of a model whose weights are broken at the moment
+        alike = apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2)
+        reason = "" if alike else f"padding before a row changes its logits by {apart:.1%}"
+    reasons[model.dtype] = reason
+    if reason:
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        logger.warning("The model %s is asked one row at a time: %s.", name, reason)
+    return not reason
+
+
+def _apart_in_company(model: PreTrainedModel) -> float:
+    """By how much, of the largest logit, those of two rows differ from what each has alone."""
+    ids = torch.arange(1, 11, device=model.device).view(2, 5)
+    ids = ids % model.get_input_embeddings().weight.shape[0]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    together = _first_logits(model, ids, mask)
+    alone = _first_logits(model, ids[:1], mask[:1]), _first_logits(model, ids[1:, 2:], None)
+    return float((together - torch.cat(alone)).abs().max() / together.abs().max())
 
 
 def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, 3, V]: of the tokens that are written first."""
+    """[B, 3, V]: of three tokens to come, when the same ones are written whatever is likeliest."""
     from transformers import GenerationConfig
 
+    ends = ends_of(getattr(model, "generation_config", None))
+    written = next(token for token in range(len(ends) + 1) if token not in ends)
     with computing_in("float32"), autocast(model.device):
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else mask,
+            prefix_allowed_tokens_fn=lambda *_: [written],
             generation_config=GenerationConfig(  # the model's own may not work
                 min_new_tokens=3,
                 max_new_tokens=3,
@@ -182,7 +208,7 @@ def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> T
             ),
         )
     logits: Tensor = torch.stack(output.logits, 1).double()
-    return logits.masked_fill(~logits.isfinite(), 0)
+    return logits.masked_fill(logits.isinf(), 0)  # of ids that no token has
 
 
 def _refuse_generation_config(

@@ -6,6 +6,7 @@ these tokens shows that gradients can be streamed through them, see `mollm.model
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,7 +37,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 
     Raises:
         UsageError: The model has no such list, modules in it share parameters, or they hand each
-            other more than they return; or an adapter trains, which streaming gives nothing.
+            other more than they return; what it computes is not finite; or an adapter trains,
+            which streaming gives nothing.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +47,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
         >>> [type(block).__name__ for block in find_blocks(LlamaForCausalLM(config))]
         ['LlamaDecoderLayer', 'LlamaDecoderLayer', 'LlamaDecoderLayer']
     """
-    if hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_modules()):
+    if _has_adapter(model):
         raise UsageError(
             "gradient_memory must be another one than 'streamed' with an adapter, whose gradients "
             "take next to no memory as they are: leave it out."
@@ -65,10 +67,24 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return blocks
 
 
+def _has_adapter(model: nn.Module) -> bool:
+    if hasattr(model, "peft_config"):
+        return True
+    if "peft" not in sys.modules:  # nor can a layer be of its classes
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _name_of(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
 def _refuse(model: nn.Module, what: str) -> NoReturn:
-    name = getattr(model, "name_or_path", "") or type(model).__name__
     raise UsageError(
-        f"gradient_memory must be another one than 'streamed' for the model {name}, which {what}: "
+        f"gradient_memory must be another one than 'streamed' for the model {_name_of(model)}, "
+        f"which {what}: "
         "choose as-produced, bfloat16 or host."
     )
 
@@ -157,6 +173,12 @@ def _refuse_side_paths(model: PreTrainedModel, blocks: tuple[nn.Module, ...]) ->
         _refuse(model, f"cannot be cut at its blocks ({reason_of(error, 200)})")
     finally:
         handle.remove()
+    if not bool(plain.isfinite().all()):
+        raise UsageError(
+            f"the model {_name_of(model)} must compute finite numbers, but its hidden states or "
+            f"their gradients are not finite for {2 * _TOKENS} plain tokens: mend its weights, or "
+            "load it in a wider dtype."
+        )
     tolerance = 1e-5 if plain.dtype in (torch.float32, torch.float64) else 1e-2
     largest = float(plain.double().abs().max())
     if (

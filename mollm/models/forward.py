@@ -71,7 +71,7 @@ def answer_hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, 
         States [N, H] in the dtype of the head's weight and targets [N].
     """
     with autocast(model.device):
-        hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+        hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.padded_left)
     targets = batch.labels[:, 1:]
     rows = targets != IGNORE_INDEX
     return hidden[:, :-1][rows].to(head(model).weight.dtype), targets[rows]
@@ -112,7 +112,12 @@ def linears_before_head(model: PreTrainedModel) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m not in after]
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    padded_left: bool | None = None,
+) -> Tensor:
     """The final hidden states [B, T, H] of a batch, padded on either side: what its head is given.
 
     The whole model runs, with a head that computes nothing: some models transform what their
@@ -120,8 +125,11 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
     Padding on the left is moved to the right on the way. No token of a causal model sees what
     follows it, but several kinds count padding before it as tokens, whatever the mask says.
+    Where it is not known whether there is any, the mask is read, for which a GPU is waited for.
     """
-    if bool(attention_mask[:, 0].all()):
+    if padded_left is None:
+        padded_left = not bool(attention_mask[:, 0].all())
+    if not padded_left:
         return states_at_head(model, input_ids, attention_mask)
     rows = _to_the_left(attention_mask)
     hidden = states_at_head(model, input_ids.gather(1, rows), attention_mask.gather(1, rows))
@@ -159,6 +167,11 @@ def _takes(model: nn.Module, name: str) -> bool:
 @contextlib.contextmanager
 def _forward_replaced(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
     own = vars(layer)
+    if own.setdefault("_mollm_replaced", forward) is not forward:  # in one step, for threads
+        raise RuntimeError(
+            "the hidden states of a model can be taken by one call at a time, but another one is "
+            "under way, in this thread or another: wait for it."
+        )
     before = own.get("forward")
     own["forward"] = forward
     try:
@@ -168,6 +181,7 @@ def _forward_replaced(layer: Any, forward: Callable[..., Tensor]) -> Iterator[No
             del own["forward"]
         else:
             own["forward"] = before
+        del own["_mollm_replaced"]
 
 
 def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -92,16 +92,18 @@ class _Call:
     def __post_init__(self) -> None:
         self._versions = [(t, t._version) for t in _tensors(self.arguments)]
         self._modes = [module.training for module in self.block.modules()]
-        device = next((t.device for t in self.block.parameters()), torch.device("cpu"))
-        self._device = device
+        # A block may lie elsewhere than its inputs, which are then moved inside of it.
+        tensors = (*_tensors(self.arguments), *self.block.parameters())
+        devices = dict.fromkeys(t.device for t in tensors)
+        kinds = (device.type for device in devices if device.type not in ("cpu", "meta"))
+        self._kind = next(kinds, "cpu")
         self._autocast = (
-            torch.get_autocast_dtype(device.type),
-            torch.is_autocast_enabled(device.type),
+            torch.get_autocast_dtype(self._kind),
+            torch.is_autocast_enabled(self._kind),
         )
-        self._random: tuple[Tensor, Tensor | None] | None = None
-        if any(self._modes):
-            on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            self._random = torch.get_rng_state(), on_device
+        # In evaluation mode as well: a block may draw numbers whatever its mode.
+        self._random = torch.get_rng_state()
+        self._random_on = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
 
     def again(self) -> tuple[list[Tensor], list[Tensor]]:
         """Computes the block once more, on inputs of its own; these and its outputs."""
@@ -118,21 +120,17 @@ class _Call:
         own = {id(t): t.detach().requires_grad_() for t in self.inputs}
         args, kwargs = _mapped(self.arguments, lambda t: own.get(id(t), t))
         dtype, enabled = self._autocast
-        casting = torch.autocast(self._device.type, dtype, enabled, cache_enabled=False)
+        casting = torch.autocast(self._kind, dtype, enabled, cache_enabled=False)
         with self._same_random_numbers(), torch.enable_grad(), casting:
             outputs = _live(self.block(*args, **kwargs))
         return list(own.values()), outputs
 
     @contextlib.contextmanager
     def _same_random_numbers(self) -> Iterator[None]:
-        if self._random is None:
-            yield
-            return
-        on_host, on_device = self._random
-        with torch.random.fork_rng([] if on_device is None else [self._device]):
-            torch.set_rng_state(on_host)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self._device)
+        with torch.random.fork_rng(list(self._random_on)):
+            torch.set_rng_state(self._random)
+            for device, state in self._random_on.items():
+                torch.cuda.set_rng_state(state, device)
             yield
 
 
@@ -147,7 +145,7 @@ class Tape:
         blocks: Modules that run one after the other, first to last. They share no parameters, and
             each is given what it needs as arguments. What happens before, between and after them
             is up to the model: its graph is kept as it is.
-        params: What trains, inside the blocks and outside of them.
+        params: What trains, inside the blocks and outside of them; frozen ones are left out.
         objectives: K.
 
     Raises:
@@ -158,7 +156,7 @@ class Tape:
     def __init__(
         self, blocks: Sequence[nn.Module], params: Sequence[Tensor], objectives: int
     ) -> None:
-        train = dict.fromkeys(params)
+        train = dict.fromkeys(p for p in params if p.requires_grad)
         self.blocks = tuple(blocks)
         self.inside: list[list[Tensor]] = [
             [p for p in block.parameters() if p in train] for block in self.blocks

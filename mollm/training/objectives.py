@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class Objectives(nn.Module):
             return answer_hidden_states(self.model, batch)[0]
 
 
-def _batch(batch: Batch | Mapping[str, Tensor]) -> Batch:
+def _batch(batch: Batch | Mapping[str, Any]) -> Batch:
     return batch if isinstance(batch, Batch) else Batch(**batch)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import chat_templates
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 
 from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate, ends_of
 from mollm.errors import UsageError
-from mollm.models.forward import answer_hidden_states, head
+from mollm.models.forward import answer_hidden_states, head, hidden_states
 
 CAPITAL = Example("What is the capital of Peru?", "Lima", "The capital of Peru is", closed=False)
 SENTENCE = Example("Where is Oslo?", "Oslo is in Norway, ô là!")
@@ -195,6 +196,42 @@ def test_states_and_targets_do_not_depend_on_padding(chat):
             assert torch.equal(targets, torch.cat([t for _, t in alone]))
             # the forward pass may compute in bf16, whose relative rounding is 2^-8
             torch.testing.assert_close(states, expected, rtol=0.05, atol=0.05)
+
+
+def test_which_side_is_padded_is_known_without_a_look_at_the_mask(chat, monkeypatch):
+    rows = [chat.encode(CAPITAL), chat.encode(SENTENCE)]
+    batches = {side: collate(rows, chat.pad_id, side).to("cpu") for side in ("left", "right")}
+    assert {side: batch.padded_left for side, batch in batches.items()} == {
+        "left": True,
+        "right": False,
+    }
+    assert collate(rows[:1], chat.pad_id, "left").padded_left is False
+    model = tiny.model()
+    unknown = dataclasses.replace(batches["left"], padded_left=None)
+    for batch in (unknown, *batches.values()):
+        assert answer_hidden_states(model, batch)[0].isfinite().all()
+    expected, found = (answer_hidden_states(model, b)[0] for b in (unknown, batches["left"]))
+    assert torch.equal(expected, found)
+
+    def refuse(*_):
+        raise AssertionError("the host waited for the mask")
+
+    monkeypatch.setattr(torch.Tensor, "all", refuse)
+    for batch in batches.values():
+        hidden_states(model, batch.input_ids, batch.attention_mask, batch.padded_left)
+    with pytest.raises(AssertionError, match="waited for the mask"):
+        hidden_states(model, unknown.input_ids, unknown.attention_mask)
+
+
+def test_hidden_states_are_taken_by_one_call_at_a_time(chat):
+    model = tiny.model()
+    batch = collate([chat.encode(SENTENCE)], chat.pad_id)
+    handle = model.model.norm.register_forward_hook(lambda *_: answer_hidden_states(model, batch))
+    with pytest.raises(RuntimeError, match="by one call at a time"):
+        answer_hidden_states(model, batch)
+    handle.remove()
+    assert answer_hidden_states(model, batch)[0].isfinite().all()
+    assert {"forward", "_mollm_replaced"}.isdisjoint(vars(head(model)))
 
 
 def test_answer_hidden_states_predict_the_answer_tokens(chat):

@@ -23,9 +23,10 @@ class Parrot:
     """A model that replies the given texts, whatever it is asked."""
 
     device = torch.device("cpu")
-    _mollm_answers_alike = True
+    dtype = torch.float32
 
     def __init__(self, tokenizer, texts, ends=None):
+        self._mollm_asked_alone = {self.dtype: ""}
         self.replies = [tokenizer(text)["input_ids"] for text in texts]
         self.generation_config = GenerationConfig(eos_token_id=ends)
         self.config = types.SimpleNamespace(max_position_embeddings=512)
@@ -230,8 +231,66 @@ def test_a_model_that_takes_padding_for_tokens_is_asked_a_row_at_a_time():
     together = ask(model, chat, questions, max_new_tokens=8)
     alone = [ask(model, chat, [question], max_new_tokens=8)[0] for question in questions]
     assert together == alone
-    vars(model)["_mollm_answers_alike"] = True
+    vars(model)["_mollm_asked_alone"] = {model.dtype: ""}
     assert ask(model, chat, questions, max_new_tokens=8) != alone
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_why_a_model_is_asked_a_row_at_a_time_is_said_once(caplog):
+    model, chat = recurrent(), ChatFormat(tiny.tokenizer())
+    for _ in range(2):
+        ask(model, chat, ["Who?", "Where is it?"], max_new_tokens=1)
+    (said,) = caplog.messages
+    assert "RwkvForCausalLM is asked one row at a time: padding before a row changes" in said
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_near_ties_do_not_make_a_model_unsound():
+    """Rounding then decides which token comes next, and what follows another one differs."""
+    model = tiny.model(initializer_range=0.3)
+
+    def tie(module, args, logits):
+        tied = 1.1 * logits.abs().amax(-1)
+        logits[..., 100] = tied
+        logits[..., 101] = tied * (1 + (1e-5 if len(logits) > 1 else -1e-5))
+        return logits
+
+    model.lm_head.register_forward_hook(tie)
+    assert answers_alike_in_company(model)
+
+
+def test_a_model_whose_numbers_are_not_finite_is_tried_again():
+    model = tiny.model()
+    weight = model.get_output_embeddings().weight.data
+    before = weight.clone()
+    weight.fill_(float("nan"))
+    assert not answers_alike_in_company(model)
+    weight.copy_(before)
+    assert answers_alike_in_company(model)
+
+
+def test_what_is_known_is_known_for_a_dtype(caplog):
+    model = tiny.model()
+    vars(model)["_mollm_asked_alone"] = {torch.bfloat16: "it is narrow"}
+    assert answers_alike_in_company(model)
+    assert not answers_alike_in_company(model.bfloat16())
+    assert not caplog.messages
+
+
+def test_a_model_that_takes_no_padded_batch_is_asked_a_row_at_a_time(caplog):
+    model, chat = tiny.model(), ChatFormat(tiny.tokenizer())
+
+    def refuse(module, args, given):
+        mask = given.get("attention_mask")
+        if mask is not None and not mask.all():
+            raise ValueError("no padding, please")
+
+    handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert len(ask(model, chat, ["Who?", "Where is it?"], max_new_tokens=1)) == 2
+    assert not answers_alike_in_company(model)
+    handle.remove()
+    (said,) = caplog.messages
+    assert said.endswith("one row at a time: a padded batch fails with it (no padding, please).")
 
 
 def test_sampled_replies_are_drawn_from_the_whole_distribution_by_the_seed():

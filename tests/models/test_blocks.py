@@ -105,6 +105,19 @@ def test_an_adapter_is_refused():
     assert "with an adapter" in refusal(model.get_base_model())
 
 
+def test_a_name_like_that_of_an_adapter_is_none():
+    model = made("llama")
+    model.model.layers[0].mlp.lora_like = nn.Identity()
+    assert find_blocks(model) == tuple(model.model.layers)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_computes_no_finite_numbers_is_told_so(value):
+    model = made("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    assert "the model LlamaForCausalLM must compute finite numbers" in refusal(model)
+
+
 def test_a_model_without_a_list_of_blocks_is_refused():
     model = made("llama", num_hidden_layers=1)
     model.model.layers = nn.ModuleList()

@@ -8,11 +8,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
+from mollm.models.forward import freeze_embeddings
 from mollm.optim import streamed as streaming_module
 from mollm.optim.directions import DIRECTIONS
 
@@ -68,10 +69,12 @@ def hold(opt, losses):
             loss.backward(retain_graph=n < len(losses) - 1)
 
 
-def trained(model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, **options):
-    """The model and its reports after some steps; lr below 0 stands for groups of their own."""
+def trained(
+    model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, everything=False, **options
+):
+    """The model and its reports after some steps."""
     model = copy.deepcopy(model)
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if everything or p.requires_grad]
     memory = "streamed" if streamed else "as-produced"
     opt = MOLLMOptimizer(
         options.pop("groups", lambda params: params)(params),
@@ -177,6 +180,21 @@ def test_frozen_blocks():
     assert_equal_steps(model)
     model.model.layers[1].mlp.up_proj.requires_grad_(True)
     assert_equal_steps(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("frozen", ["embeddings", "head", "block", "part of a block"])
+def test_frozen_parameters_given_to_the_optimizer(kind, frozen):
+    model = made(kind)
+    if frozen == "embeddings":
+        freeze_embeddings(model)
+    else:
+        {
+            "head": model.lm_head,
+            "block": model.model.layers[1],
+            "part of a block": model.model.layers[0].mlp,
+        }[frozen].requires_grad_(False)
+    assert_equal_steps(model, everything=True, micro=2)
 
 
 def test_groups_of_their_own():
@@ -315,6 +333,29 @@ def test_what_a_block_checkpoints_inside():
     for layer in model.model.layers:
         layer.mlp = Checkpointed(layer.mlp)
     assert_same(plain, trained(model, streamed=True, steps=3))
+
+
+class Noisy(nn.Module):
+    """Drops out whether it trains or not."""
+
+    def forward(self, x):
+        return dropout(x, 0.3, training=True)
+
+
+def test_a_block_that_draws_numbers_in_evaluation_mode():
+    def run(streamed):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), Noisy(), nn.Linear(4, 4)).double().eval()
+        memory = "streamed" if streamed else "as-produced"
+        opt = MOLLMOptimizer(net.parameters(), objectives=("a", "b"), gradient_memory=memory)
+        with opt.streamed(list(net)) if streamed else contextlib.nullcontext():
+            y = net(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4))
+            opt.backward({"a": y.square().sum(), "b": (y - 1).square().sum()})
+        torch.manual_seed(1)
+        opt.step()
+        return net, opt, [opt.last_step]
+
+    assert_same(run(False), run(True))
 
 
 def test_autocast():
