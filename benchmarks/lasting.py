@@ -45,6 +45,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "simnpo": {"method": "simnpo", **_LONG},
     "graddiff": {"method": "graddiff", **_LONG},
     "mollm, relearning": {"method": "mollm", **_RELEARNING},
+    "mollm, relearning gently": {"method": "mollm", **_RELEARNING, "learning_rate": 2e-4},
     "sum, relearning": {"method": "sum", **_RELEARNING},
     "npo, relearning": {"method": "npo", **_RELEARNING},
     "simnpo, relearning": {"method": "simnpo", **_RELEARNING},
