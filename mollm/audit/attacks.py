@@ -16,6 +16,7 @@ from mollm.audit.relearning import RATE_FACTOR, STEPS, taught
 from mollm.audit.subject import Subject, best_of
 from mollm.evaluation import metrics
 from mollm.evaluation.metrics import Floats
+from mollm.evaluation.scores import NotFiniteError
 from mollm.evaluation.suite import Row
 
 SIZES = (1, 3, 10, 30, 100)
@@ -152,12 +153,18 @@ def after_rounding(rows: Sequence[Row], name: str) -> Attack:
 def after_merging(rows: Sequence[Row], wrapped: Any) -> Attack:
     """The adapter of `wrapped` merged in the dtype that models are served in.
 
-    What it adds to a weight may be less than bfloat16 can tell apart.
+    What it adds to a weight may be less than bfloat16 can tell apart. Buffers stay as they are.
     """
 
     def measure(subject: Subject, tick: Tick) -> Measured:
-        merged = copy.deepcopy(wrapped).to(torch.bfloat16).merge_and_unload()
-        found = {"": (replace(subject, model=merged.to(subject.model.dtype)).likelihoods(rows),)}
+        merged = copy.deepcopy(wrapped)
+        for p in merged.parameters():
+            p.data = p.data.to(torch.bfloat16)
+        merged = merged.merge_and_unload()
+        dtypes = {name: p.dtype for name, p in subject.model.named_parameters()}
+        for name, p in merged.named_parameters():
+            p.data = p.data.to(dtypes[name])
+        found = {"": (replace(subject, model=merged).likelihoods(rows),)}
         tick()
         return found
 
@@ -195,7 +202,7 @@ def after_relearning(
                 after_step=tick,
                 **how,
             ):
-                found[name] = (_likelihoods_or_nothing(subject, measured),)
+                found[name] = (likelihoods_or_nothing(subject, measured),)
         return found
 
     def untaught(subject: Subject, tick: Tick) -> Measured:
@@ -214,11 +221,14 @@ def after_relearning(
     )
 
 
-def _likelihoods_or_nothing(subject: Subject, rows: Sequence[Row]) -> Floats:
-    """Nothing where so large a rate has left a model that puts out no numbers."""
-    if all(bool(p.isfinite().all()) for p in subject.model.parameters()):
+def likelihoods_or_nothing(subject: Subject, rows: Sequence[Row]) -> Floats:
+    """[len(rows)], 0 where so large a rate has left a model that puts out no numbers."""
+    try:
         return subject.likelihoods(rows)
-    return np.zeros(len(rows))
+    except NotFiniteError:
+        if len(rows) == 1:
+            return np.zeros(1)
+        return np.concatenate([likelihoods_or_nothing(subject, [row]) for row in rows])
 
 
 def membership(rows: Sequence[Row], holdout: Sequence[Row]) -> Attack:

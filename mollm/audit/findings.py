@@ -15,6 +15,8 @@ PASSES_TO = 0.1
 FAILS_FROM = 0.3
 LEAST_GAP = 0.05
 """Where the original gives away less than this beyond the base line, nothing can be told."""
+LEAST_KEPT = 0.01
+"""Where the original gives retain rows a likelihood below this, what was lost cannot be told."""
 _SMALLEST_GAP = 1e-3
 
 Level = Callable[..., float]
@@ -151,11 +153,14 @@ def _best(measured: Measured, scale: Scale) -> str:
 
 def judge_kept(
     model: Floats, original: Floats, retain_only: Floats | None, **options: int
-) -> Finding:
+) -> Finding | None:
     """Whether the model still knows the retain set: value = 1 - model / original, what was lost.
 
-    A model that knows nothing any more would pass all attacks.
+    A model that knows nothing any more would pass all attacks. None where the original gives the
+    rows less than LEAST_KEPT.
     """
+    if mean(original) < LEAST_KEPT:
+        return None
 
     def lost(mine: Floats, first: Floats) -> float:
         return 1 - mean(mine) / max(mean(first), _SMALLEST_GAP)

@@ -73,17 +73,58 @@ def cross_entropy(answers: AnswerTokens) -> Tensor:
 
 
 @contextlib.contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """Afterwards every parameter holds bit for bit what it did, and trains or not as it did."""
-    kept = [(p, p.requires_grad, p.detach().clone()) for p in model.parameters()]
+def put_back(model: nn.Module, changed: Iterable[Tensor] | None = None) -> Iterator[None]:
+    """Afterwards parameters and buffers hold bit for bit what they did, and train or not as before.
+
+    Args:
+        model: Whose they are.
+        changed: The parameters whose values may change inside, by default all of them.
+    """
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    kept = [(p, p.detach().clone()) for p in (model.parameters() if changed is None else changed)]
+    buffers = [(*each, each[2].clone()) for each in _buffers(model)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for p, trains, value in kept:
+            for p, value in kept:
                 p.data.copy_(value)
-                p.requires_grad_(trains)
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
+            for p, did in trains:
+                p.requires_grad_(did)
                 p.grad = None
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters and buffers of fewer bits are float32; afterwards they are as they were.
+
+    A step of lr 5e-5 is less than half of what bfloat16 tells apart at a weight of 0.05.
+    """
+    small = (torch.bfloat16, torch.float16)
+    kept = [(p, p.data) for p in model.parameters() if p.dtype in small]
+    buffers = [each for each in _buffers(model) if each[2].dtype in small]
+    try:
+        for p, value in kept:
+            p.data = value.float()
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer.float())
+        yield
+    finally:
+        for p, value in kept:
+            p.grad = None  # of the other dtype
+            p.data = value
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
 
 
 @contextlib.contextmanager
@@ -101,7 +142,8 @@ def taught(
     """Inside, the model has learnt `rows`, in STEPS steps; afterwards it is as it was.
 
     Its weights learn all but embeddings and head, see `freeze_embeddings`; an adapter, LoRA of rank
-    16 with α = 32 beside every linear layer but the head, learns at ten times the rate.
+    16 with α = 32 beside every linear layer but the head, learns at ten times the rate. What learns
+    is float32 at least, see `in_float32`.
 
     Args:
         model: What is taught.
@@ -129,12 +171,15 @@ def taught(
 @contextlib.contextmanager
 def _trainable(model: PreTrainedModel, kind: Kind, seed: int) -> Iterator[list[nn.Parameter]]:
     """What an attacker trains; afterwards the model is as it was."""
-    with put_back(model):
-        if kind == "full":
+    if kind == "full":
+        with put_back(model, changed=()):  # before they are frozen
             model.requires_grad_(True)
             freeze_embeddings(model)
-            yield [p for p in model.parameters() if p.requires_grad]
-            return
+            trained = [p for p in model.parameters() if p.requires_grad]
+            with put_back(model, trained), in_float32(model):
+                yield trained
+        return
+    with put_back(model, changed=()), in_float32(model):
         wrapped = _with_adapter(model, seed)
         try:
             yield [p for p in wrapped.parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ from mollm.audit import attacks, rounding
 from mollm.audit.attacks import Attack
 from mollm.audit.findings import (
     LEAST_GAP,
+    LEAST_KEPT,
     Finding,
     Measured,
     Verdict,
@@ -128,8 +129,9 @@ def audit(
         progress: Whether to show a bar for each attack on each model.
 
     Raises:
-        UsageError: The forget set has fewer than 4 rows, the models are not of one architecture, or
-            the original does not know the forget set.
+        UsageError: The forget set has fewer than 4 rows, the models are not of one architecture,
+            the original or the retain-only model has an adapter or both are one object, or the
+            original does not know the forget set.
     """
     check_options(suite, learning_rates, batch_size, resamples)
     wrapped = model if hasattr(model, "peft_config") else None
@@ -142,6 +144,7 @@ def audit(
         ends=ends_of(getattr(whole, "generation_config", None)),
     )
     models = {"original": original, "retain-only": retain_only, "model": whole}
+    _check_whole(original, retain_only)
     subjects = {
         role: Subject(role, each, chat, batch_size, seed)
         for role, each in models.items()
@@ -167,8 +170,7 @@ def audit(
         for attack in made:
             if course.attack_model(attack):
                 after_finding(course.audit(complete=False))
-        if suite.retain is not None:
-            course.judge_kept(suite.retain)
+        if suite.retain is not None and course.judge_kept(suite.retain):
             after_finding(course.audit(complete=False))
     return course.audit(complete=True)
 
@@ -234,8 +236,13 @@ class _Course:
         mine = self._run(attack, "model")
         first = self.others["original"][attack.name]
         base = self.others.get("retain-only", {}).get(attack.name)
-        if attack.taught:
-            self.curve += _curve(attack, mine, first, base)
+        points = curve_of(attack, mine, first, base) if attack.taught else []
+        self.curve += points
+        if attack.taught and not points:
+            self.missing[attack.name] = (
+                "the original does not know the half of the forget set that is measured"
+            )
+            return False
         if not attack.is_judged:
             self.missing[attack.name] = (
                 "more than ten examples also teach what a model never knew, and only a retain-only "
@@ -252,17 +259,23 @@ class _Course:
         self.findings.append(finding)
         return True
 
-    def judge_kept(self, rows: Sequence[Row]) -> None:
+    def judge_kept(self, rows: Sequence[Row]) -> bool:
+        """Looks at what was kept; whether there is another finding."""
         scores = {role: subject.likelihoods(rows) for role, subject in self.subjects.items()}
-        self.findings.append(
-            judge_kept(
-                scores["model"],
-                scores["original"],
-                scores.get("retain-only"),
-                resamples=self.resamples,
-                seed=self.seed,
-            )
+        finding = judge_kept(
+            scores["model"],
+            scores["original"],
+            scores.get("retain-only"),
+            resamples=self.resamples,
+            seed=self.seed,
         )
+        if finding is None:
+            self.missing["lost of the retain set"] = (
+                f"the original gives it a likelihood below {LEAST_KEPT}, too little to lose any"
+            )
+            return False
+        self.findings.append(finding)
+        return True
 
     def _run(self, attack: Attack, role: str) -> Measured:
         work = attack.work_on(role)
@@ -277,9 +290,11 @@ class _Course:
             return attack.run(self.subjects[role], role, bar.update)
 
 
-def _curve(
+def curve_of(
     attack: Attack, mine: Measured, first: Measured, base: Measured | None
 ) -> list[CurvePoint]:
+    """None of a setting where the original does not know the measured half."""
+
     def share(found: Measured, setting: str) -> float:
         return mean(found[setting][0]) / mean(first[setting][0])
 
@@ -291,6 +306,7 @@ def _curve(
             None if base is None else share(base, setting),
         )
         for setting in mine
+        if mean(first[setting][0]) >= LEAST_GAP
     ]
 
 
@@ -391,6 +407,20 @@ def check_options(
             "learning_rates must be one or more numbers between 0 and 1, but got "
             f"{', '.join(map(str, learning_rates)) or 'none'}."
         )
+
+
+def _check_whole(original: Any, retain_only: Any) -> None:
+    if retain_only is original:
+        raise UsageError(
+            "retain_only must be another model than the original, one that never saw the forget "
+            "set, but is the same object: give that model, or None."
+        )
+    for name, model in (("original", original), ("retain_only", retain_only)):
+        if hasattr(model, "peft_config"):
+            raise UsageError(
+                f"{name} must be a whole model, but is a {type(model).__name__} with an adapter: "
+                "give model.merge_and_unload()."
+            )
 
 
 def _check_models(subjects: Mapping[str, Subject]) -> None:

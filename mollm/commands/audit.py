@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,11 +64,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--resamples", type=int, default=1000, help="resamples of each confidence interval"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
+    parser.add_argument(
+        "--json", action="store_true", default=False, help="print audit.json, all else to stderr"
+    )
     add_loading(parser)
     parser.set_defaults(run=_audit)
 
 
 def _audit(arguments: argparse.Namespace) -> int:
+    if not arguments.json:
+        return _audit_and_tell(arguments)
+    from mollm.audit.report import JSON_FILE
+
+    with contextlib.redirect_stdout(sys.stderr):
+        status = _audit_and_tell(arguments)
+    print((arguments.out / JSON_FILE).read_text(encoding="utf-8").rstrip())
+    return status
+
+
+def _audit_and_tell(arguments: argparse.Namespace) -> int:
     import torch
 
     from mollm.audit import audit

@@ -37,6 +37,10 @@ _SMALLEST_VARIANCE = 1e-6
 """As in open-unlearning: where the model is certain, log p does not vary."""
 
 
+class NotFiniteError(UsageError):
+    """A model puts out what is no number."""
+
+
 @dataclass(frozen=True)
 class TokenScores:
     """One example's tokens that carry a loss, in their order, in float64."""
@@ -84,7 +88,8 @@ def score_rows(
         Scores in the order of `rows`.
 
     Raises:
-        UsageError: A row has no token with a loss, or the model's output is not finite.
+        NotFiniteError: The model's output is not finite.
+        UsageError: A row has no token with a loss.
     """
     layer, transform = head(model), logit_transform(model)
     scores: dict[int, TokenScores] = {}
@@ -219,7 +224,7 @@ def _token_statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _finite_array(part: Tensor, place: int) -> Floats:
     if not part.isfinite().all():
-        raise UsageError(
+        raise NotFiniteError(
             f"the model's output for row {place} must be finite, but it is not: has the model "
             "diverged? Evaluate an earlier checkpoint."
         )

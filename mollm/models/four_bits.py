@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,15 @@ def in_four_bits(weight: Tensor) -> bool:
 
 def dequantized(model: nn.Module) -> dict[str, Tensor]:
     """Of the matrices in 4 bits by name, on the CPU: what they compute with."""
+    named: Iterable[tuple[str, Any]] = model.named_parameters()
+    return {name: _dequantized(p) for name, p in named if in_four_bits(p)}
+
+
+def _dequantized(weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    named: Iterable[tuple[str, Any]] = model.named_parameters()
-    return {
-        name: dequantize_4bit(p.data, p.quant_state).cpu() for name, p in named if in_four_bits(p)
-    }
+    # In one row: on a CPU it gives rows that are no multiple of a block another block's scale.
+    state = copy.copy(weight.quant_state)
+    shape, state.shape = state.shape, (math.prod(state.shape),)
+    flat: Tensor = dequantize_4bit(weight.data, state)
+    return flat.reshape(shape).cpu()

@@ -115,6 +115,13 @@ def test_of_the_retain_set_the_value_is_what_was_lost():
     assert judge_kept(0 * original, original, None, resamples=10).verdict == "FAIL"
 
 
+def test_of_a_retain_set_that_the_original_does_not_know_nothing_is_told():
+    unknown = np.full(4, 5e-4)
+    assert judge_kept(unknown, unknown, None, resamples=10) is None
+    known = np.full(4, 0.02)
+    assert judge_kept(known, known, None, resamples=10).value == 0
+
+
 def test_a_line_says_verdict_value_interval_limit_and_all_models():
     found = judged(scores(0.3, 0.5), scores(0.9, 0.9), scores(0.1, 0.3))
     line = str(found)

@@ -9,7 +9,14 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from mollm.audit.relearning import RATE_FACTOR, STEPS, cross_entropy, put_back, relearn, taught
+from mollm.audit.relearning import (
+    RATE_FACTOR,
+    STEPS,
+    cross_entropy,
+    put_back,
+    relearn,
+    taught,
+)
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.evaluation.scores import score_rows
 from mollm.methods import answers_of
@@ -106,3 +113,27 @@ def test_weights_that_were_changed_are_put_back():
             p.mul_(1 + 2**-20).requires_grad_(False)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", RATE_FACTOR)
+def test_a_model_in_bfloat16_learns_as_its_copy_in_float32_does(kind):
+    model = tiny.model().to(torch.bfloat16)
+    whole = tiny.model()
+    with torch.no_grad():
+        for p, rounded in zip(whole.parameters(), model.parameters(), strict=True):
+            p.copy_(rounded)
+    how = {"pad_id": CHAT.pad_id, "kind": kind, "lr": 2e-5}
+    with taught(whole, ROWS, **how):
+        learnt = score(whole)
+    with taught(model, ROWS, **how):
+        assert score(model) == pytest.approx(learnt, rel=1e-4)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_buffers_that_were_changed_or_replaced_are_put_back():
+    model = torch.nn.BatchNorm1d(2)
+    before = copy.deepcopy(model.state_dict())
+    with put_back(model, changed=()):
+        model(torch.randn(3, 2))
+        model.running_var = torch.zeros(2)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

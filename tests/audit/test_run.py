@@ -12,6 +12,9 @@ import tiny
 import torch
 
 from mollm.audit import attacks, audit
+from mollm.audit.run import curve_of
+from mollm.audit.subject import Subject
+from mollm.data.chat import ChatFormat
 from mollm.errors import UsageError
 from mollm.evaluation import Row, Suite
 from mollm.models import adapters
@@ -151,6 +154,46 @@ def test_an_adapter_is_audited_merged(suite, original):
     assert hasattr(wrapped, "peft_config")
 
 
+def test_merging_rounds_parameters_and_leaves_buffers(original, suite, monkeypatch):
+    from peft import LoraConfig
+
+    wrapped = adapters.adapted(
+        copy.deepcopy(original), LoraConfig(r=2, init_lora_weights=True, target_modules=["q_proj"])
+    )
+    seen = []
+    monkeypatch.setattr(
+        Subject, "likelihoods", lambda self, rows: seen.append(self.model) or np.ones(len(rows))
+    )
+    subject = Subject("model", original, ChatFormat(audit_models.tokenizer()), 8, 0)
+    attacks.after_merging(suite.forget, wrapped).run(subject, "model", lambda: None)
+    (merged,) = seen
+    theirs = dict(original.named_parameters())
+    assert all(
+        p.equal(theirs[name].to(torch.bfloat16).float()) for name, p in merged.named_parameters()
+    )
+    buffers = dict(original.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    assert all(buffer.equal(buffers[name]) for name, buffer in merged.named_buffers())
+
+
+def test_a_rate_that_leaves_no_numbers_gives_nothing_away(original, suite):
+    rows = suite.forget
+    model = copy.deepcopy(original)
+    with torch.no_grad():  # finite, but not what comes out
+        model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e6)
+    subject = Subject("model", model, ChatFormat(audit_models.tokenizer()), 8, 0)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert attacks.likelihoods_or_nothing(subject, rows).tolist() == [0] * len(rows)
+
+
+def test_a_measured_half_that_the_original_does_not_know_has_no_curve():
+    attack = attacks.after_relearning([], [], (1e-5,), with_retain_only=True)
+    low, high = {"a": (np.array([0.0, 0.04]),)}, {"a": (np.array([0.5, 0.5]),)}
+    assert curve_of(attack, low, low, None) == []
+    assert [point.model for point in curve_of(attack, high, high, None)] == [1.0]
+
+
 # ---- what is refused
 
 
@@ -169,7 +212,21 @@ def test_rows_that_the_original_does_not_know_are_refused(retain_only):
 def test_rows_that_the_retain_only_model_knows_too_are_refused(original):
     suite = Suite(forget=audit_models.people()["forget"])
     with pytest.raises(UsageError, match="and the retain-only model 0"):
+        audited(original, suite, original, copy.deepcopy(original))
+
+
+def test_one_model_as_original_and_retain_only_is_refused(suite, original):
+    with pytest.raises(UsageError, match="but is the same object"):
         audited(original, suite, original, original)
+
+
+@pytest.mark.parametrize("role", ["original", "retain_only"])
+def test_an_adapter_in_place_of_a_whole_model_is_refused(role, suite, original):
+    from peft import LoraConfig
+
+    wrapped = adapters.adapted(copy.deepcopy(original), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UsageError, match=rf"{role} must be a whole model.*merge_and_unload"):
+        audited(original, suite, **{"original": original, role: wrapped})
 
 
 def test_models_of_other_sizes_are_refused(suite, original):

@@ -142,3 +142,10 @@ def test_another_tokenizer_is_refused(run, folder, tmp_path):
     status, _, error = run(str(tmp_path / "model"), "--out", str(tmp_path / "out"))
     assert status == 2
     assert "must have the tokenizer of the one under audit, but the token '<other>'" in error
+
+
+def test_as_json_it_prints_the_file_and_all_else_to_stderr(run, tmp_path):
+    status, said, told = run("original", "--json", "--out", str(tmp_path))
+    assert status == 1
+    assert json.loads(said) == read(tmp_path)
+    assert "Verdict: FAIL" in told

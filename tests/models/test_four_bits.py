@@ -10,7 +10,7 @@ from mollm.cli import main
 from mollm.data.files import sample_path
 from mollm.data.records import Record
 from mollm.errors import UsageError
-from mollm.models import forward, loading
+from mollm.models import forward, four_bits, loading
 from mollm.system import precision
 
 pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
@@ -145,3 +145,26 @@ def test_what_cannot_be_in_four_bits_is_refused(saved, tmp_path):
     source = loading.Source("some", str(tmp_path), "some.gguf")
     with pytest.raises(UsageError, match=r"must be left out for a \.gguf file"):
         loading.load(source, CPU, quantization="nf4")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_that_are_no_multiple_of_a_block_are_given_back_with_their_own_scales(nested):
+    from bitsandbytes.functional import dequantize_blockwise
+    from bitsandbytes.nn import Params4bit
+
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    layer = torch.nn.Linear(96, 5, bias=False)
+    packed = Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=nested
+    ).to("cpu")
+    layer.weight = packed
+    state = packed.quant_state
+    scales = state.absmax
+    if nested:
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    both = packed.data.flatten().long()
+    codes = state.code[torch.stack([both >> 4, both & 15], dim=1).flatten()]
+    plain = codes * scales.repeat_interleave(state.blocksize)[: codes.numel()]
+    found = four_bits.dequantized(layer)["weight"]
+    torch.testing.assert_close(found, plain.reshape(5, 96), rtol=1e-6, atol=1e-6)
+    assert state.shape == (5, 96)
