@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mollm_ops.operands import LogitTransform, RowLoss
 
 MAX_BLOCK = 8192
-REGISTERS = 128  # a thread, all there are; left alone, ptxas takes 64, and spills
+MAX_KL_BLOCK = 4096  # of rows in float32
+KL_REGISTERS = 112  # a thread; left alone, ptxas takes 64 here, and spills
+_EACH = 8
 
 
 class Config(NamedTuple):
@@ -28,14 +30,13 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def config_of(vocab: int, capped: bool = False) -> Config:
-    """The shipped configurations: 16 warps for a real vocabulary, 16 logits a thread.
+def config_of(vocab: int, most: int = MAX_BLOCK) -> Config:
+    """The shipped configurations: 8 logits a thread, and up to 32 warps, or 16 for KL.
 
-    Eight where they are capped, else registers spill.
+    With more logits, two blocks on their way do not fit into a thread's registers.
     """
-    each = 8 if capped else 16
-    block = min(MAX_BLOCK // 16 * each, max(128, triton.next_power_of_2(vocab)))
-    return Config(block, max(1, block // (32 * each)))
+    block = min(most, max(128, triton.next_power_of_2(vocab)))
+    return Config(block, max(1, block // (32 * _EACH)))
 
 
 # ---- kernels
@@ -273,7 +274,7 @@ def _programs(logits: Tensor) -> int:
 def log_rows_triton(
     logits: Tensor, target: Tensor, ce: RowLoss, eps: float | None, transform: LogitTransform
 ) -> None:
-    config = config_of(logits.shape[1], transform.softcap is not None)
+    config = config_of(logits.shape[1])
     with _device_of(logits):
         log_rows_kernel[(_programs(logits),)](
             logits,
@@ -295,7 +296,6 @@ def log_rows_triton(
             NARROW=ce.gradient is not None and ce.gradient.dtype != logits.dtype,
             BLOCK=config.BLOCK,
             num_warps=config.num_warps,
-            maxnreg=REGISTERS,
         )
 
 
@@ -308,8 +308,7 @@ def kl_rows_triton(
     transform: LogitTransform,
     ref_transform: LogitTransform,
 ) -> None:
-    capped = transform.softcap is not None or ref_transform.softcap is not None
-    config = config_of(logits.shape[1], capped)
+    config = config_of(logits.shape[1], MAX_KL_BLOCK)
     other = kl if ce is None else ce
     written = [to.gradient for to in (kl, other) if to.gradient is not None]
     with _device_of(logits):
@@ -342,7 +341,7 @@ def kl_rows_triton(
             NARROW=any(g.dtype != logits.dtype for g in written),
             BLOCK=config.BLOCK,
             num_warps=config.num_warps,
-            maxnreg=REGISTERS,
+            maxnreg=KL_REGISTERS,
         )
 
 

@@ -26,7 +26,8 @@ def test_interpreted():
 
 def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
     """ptxas's report of one kernel at the vocabulary of Llama 3, all strides divisible by 16."""
-    config = config_of(VOCAB, constants["HAS_CAP"])
+    is_kl = kernel is kl_rows_kernel
+    config = config_of(VOCAB, _rows_triton.MAX_KL_BLOCK) if is_kl else config_of(VOCAB)
     constants = {**constants, "BLOCK": config.BLOCK}
     types = {}
     for name in kernel.arg_names:
@@ -44,8 +45,10 @@ def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
             types[name] = "i32"
     plain = (*FLOATS, "R", *constants)
     aligned = [n for n in kernel.arg_names if n not in plain and "scale_stride" not in n]
-    warps, registers = config.num_warps, _rows_triton.REGISTERS
-    return compile_kernel(kernel, types, constants, aligned, capability, warps, tmp_path, registers)
+    registers = _rows_triton.KL_REGISTERS if is_kl else None
+    return compile_kernel(
+        kernel, types, constants, aligned, capability, config.num_warps, tmp_path, registers
+    )
 
 
 FLAGS = list(itertools.product([False, True], repeat=2))
@@ -97,7 +100,8 @@ def test_compiles_without_spills(kernel, dtype, gradient, constants, capability,
     report, metadata = compile_rows(kernel, dtype, gradient, capability, constants, tmp_path)
     assert spills(report) == 0, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
-    assert registers * 32 * config_of(VOCAB).num_warps <= 65536, report
+    most = _rows_triton.MAX_KL_BLOCK if kernel is kl_rows_kernel else _rows_triton.MAX_BLOCK
+    assert registers * 32 * config_of(VOCAB, most).num_warps <= 65536, report
     assert metadata.shared <= 48 * 1024
 
 
@@ -116,8 +120,8 @@ def test_two_blocks_of_a_row_are_on_their_way(dtype, tmp_path):
 
 
 def test_one_configuration_per_vocabulary_size():
-    assert config_of(128256) == (8192, 16)
-    assert config_of(49152) == (8192, 16)
+    assert config_of(128256) == (8192, 32)
+    assert config_of(49152) == (8192, 32)
     assert config_of(100) == (128, 1)
-    assert config_of(128256, capped=True) == (4096, 16)
+    assert config_of(128256, _rows_triton.MAX_KL_BLOCK) == (4096, 16)
     assert _rows_triton.MAX_BLOCK == 8192
