@@ -37,7 +37,7 @@ other terms are the same, with the widest matrix in place of I.
 On the CPU, against the bytes that Torch allocated in real steps of small models
 (tests/planning/test_memory.py): what lasts is exact; what the step adds came out between 0 and
 3% too high for full training, LoRA and QLoRA, and 7% too low for LoRA with gradient checkpointing.
-Of thirteen other kinds it came out between 7% too low and 8% too high in float32, full and LoRA,
+Of a dozen other kinds it came out between 7% too low and 8% too high in float32, full and LoRA,
 and 13% too low for a mixture of experts under autocast.
 On a GPU it has not been measured.
 """
