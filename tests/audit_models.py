@@ -11,7 +11,6 @@ from plain_loop import unlearn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mollm.audit.relearning import cross_entropy
 from mollm.data.chat import ChatFormat, Tokens, collate
 from mollm.evaluation import Row
 from mollm.methods import answers_of
@@ -97,7 +96,7 @@ def learnt(*groups: str, seed: int = 0) -> LlamaForCausalLM:
         rng.shuffle(lessons)
         for part in (lessons[:half], lessons[half:]):
             optimizer.zero_grad()
-            cross_entropy(answers_of(model, collate(part, chat.pad_id))).backward()
+            answers_of(model, collate(part, chat.pad_id)).cross_entropy().backward()
             optimizer.step()
             schedule.step()
     return model

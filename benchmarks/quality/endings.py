@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mollm.audit.relearning import cross_entropy, relearn
+from mollm.audit.relearning import STEPS
+from mollm.training.relearning import relearn
 from quality.case import Case, likelihood, measure, share
 
 
@@ -50,7 +51,11 @@ def ending(case: Case, model: nn.Module, lr: float) -> dict[str, Any]:
 def learn_ten(case: Case, model: nn.Module, lr: float) -> None:
     """The audit's relearning on the ten examples."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    relearn(trained, lambda: [cross_entropy(case.answers(model, case.ten))], lr=lr)
+
+    def backward() -> None:
+        torch.autograd.backward(case.answers(model, case.ten).cross_entropy())
+
+    relearn(trained, backward, steps=STEPS, lr=lr)
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mollm.data.chat import IGNORE_INDEX, Tokens, collate
-from mollm.methods.answers import AnswerTokens, LossDenominators, answers_of
+from mollm.data.chat import Tokens, collate
+from mollm.methods.answers import answers_of
 from mollm.models.adapters import adapted
 from mollm.models.forward import freeze_embeddings, in_evaluation_mode
-from mollm_ops import linear_cross_entropy
+from mollm.training.objectives import count_loss_tokens
+from mollm.training.relearning import relearn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,51 +26,6 @@ LORA_RANK = 16
 Kind = Literal["full", "LoRA"]
 RATE_FACTOR: dict[Kind, float] = {"full": 1, "LoRA": 10}
 """An adapter takes about ten times the learning rate of the weights themselves."""
-
-
-def relearn(
-    parameters: Iterable[Tensor],
-    losses: Callable[[], Iterable[Tensor]],
-    *,
-    lr: float,
-    steps: int = STEPS,
-    after_step: Callable[[], object] = lambda: None,
-) -> None:
-    """θ ← AdamW(θ, ∇ Σ losses(θ), lr), `steps` times, without weight decay.
-
-    Args:
-        parameters: What is taught.
-        losses: Gives the losses of a step, one for each micro-batch; their gradients add up.
-        lr: The learning rate, the same in every step.
-        steps: How many steps.
-        after_step: Called after each.
-
-    Example:
-        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> relearn([w], lambda: [(w - 3).square().sum()], lr=0.5)
-        >>> bool(abs(w - 3) < 1)
-        True
-    """
-    trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        for loss in losses():
-            torch.autograd.backward(loss)
-        optimizer.step()
-        after_step()
-    optimizer.zero_grad()
-
-
-def cross_entropy(answers: AnswerTokens) -> Tensor:
-    """Σ_t -log p(y_t | x, y_<t) / tokens of the batch, or of the whole that it is a part of."""
-    return linear_cross_entropy(
-        answers.hidden,
-        answers.weight,
-        answers.target,
-        **answers.head_options,
-        normalizer=answers.tokens,
-    )
 
 
 @contextlib.contextmanager
@@ -155,16 +111,16 @@ def taught(
         seed: Of the adapter's beginning.
         after_step: Called after each step.
     """
-    tokens = sum(label != IGNORE_INDEX for row in rows for label in row.labels[1:])
-    totals = LossDenominators(tokens, len(rows))
+    totals = count_loss_tokens(rows)
 
-    def losses() -> Iterator[Tensor]:
+    def backward() -> None:
         for start in range(0, len(rows), batch_size):
             batch = collate(rows[start : start + batch_size], pad_id).to(model.device)
-            yield cross_entropy(answers_of(model, batch, totals))
+            torch.autograd.backward(answers_of(model, batch, totals).cross_entropy())
 
     with in_evaluation_mode(model), _trainable(model, kind, seed) as parameters:
-        relearn(parameters, losses, lr=lr * RATE_FACTOR[kind], after_step=after_step)
+        rate = lr * RATE_FACTOR[kind]
+        relearn(parameters, backward, steps=STEPS, lr=rate, after_step=after_step)
         yield
 
 

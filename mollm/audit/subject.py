@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mollm.audit.prompts import gives_away
-from mollm.data.chat import ChatFormat, Tokens
+from mollm.data.chat import ChatFormat, Tokens, context_of
 from mollm.evaluation import metrics
 from mollm.evaluation.generation import generate_replies
 from mollm.evaluation.metrics import Floats
@@ -51,8 +51,7 @@ class Subject:
 
     def fits(self, rows: Sequence[Row]) -> bool:
         """Whether the rows fit into the model's context."""
-        config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or math.inf
+        context = context_of(self.model.config)
         return all(len(tokens.ids) <= context for tokens in self.encode(rows))
 
     def leaks(self, rows: Sequence[Row], samples: int) -> list[int]:

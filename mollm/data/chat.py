@@ -12,6 +12,7 @@ models the padding token is the token that ends a turn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -372,6 +373,11 @@ def vocabulary_of(config: Any) -> int | None:
     """How many ids a model has embeddings for, by its configuration; None where that says none."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None
+
+
+def context_of(config: Any) -> float:
+    """The most tokens that a model takes, by its configuration; inf where that says none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _writer(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mollm.data.chat import ChatFormat, Example, ends_of
+from mollm.data.chat import ChatFormat, Example, context_of, ends_of
 from mollm.errors import UsageError
 from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply
 from mollm.models.forward import in_evaluation_mode
@@ -131,13 +131,13 @@ class ReplyStream:
 
 
 def _room(model: PreTrainedModel, asked: int, wanted: int) -> int:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and asked >= context:
+    context = context_of(model.config)
+    if asked >= context:
         raise UsageError(
             f"a question must leave room for a reply in the model's context of {context} tokens, "
             f"but it takes {asked} with all that was said before it: shorten it, or begin anew."
         )
-    return wanted if context is None else min(wanted, context - asked)
+    return int(min(wanted, context - asked))
 
 
 class _Stopped(BaseException):

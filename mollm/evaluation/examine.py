@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from mollm.data.chat import ChatFormat, Tokens
+from mollm.data.chat import ChatFormat, Tokens, context_of
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
 from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply, generate_replies
@@ -64,8 +63,7 @@ class Examiner:
         """
         if "kl" in wanted:
             check_vocabularies(self.model, self._original())
-        config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or math.inf
+        context = context_of(self.model.config)
         asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
         for row in rows:
             texts = [row.answer]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
+from mollm.data.chat import ChatFormat, context_of, ends_of, vocabulary_of
 from mollm.data.preview import Preview, place_of, preview_of
 from mollm.data.sets import TrainingData, read_data
 from mollm.errors import UsageError
@@ -78,8 +78,7 @@ def preview(
         vocabulary=vocabulary_of(config),
         ends=ends_of(loading.load_generation_config(source)),
     )
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(max_length, context or max_length)
+    max_length = int(min(max_length, context_of(config)))
     data = read_data(forget, retain, evaluate, chat, max_length, train_on_turns)
     found = preview_of(data, chat, max_length, rows)
     if not known:

@@ -74,6 +74,16 @@ class AnswerTokens:
         )
         return -losses.new_zeros(self.count).index_add(0, self.sequence, losses)
 
+    def cross_entropy(self) -> Tensor:
+        """Σ_t -log p(y_t | x, y_<t) / tokens of the batch, or of the whole that it is a part of."""
+        return linear_cross_entropy(
+            self.hidden,
+            self.weight,
+            self.target,
+            **self.head_options,
+            normalizer=self.tokens,
+        )
+
     def lengths(self) -> Tensor:
         """[B]: |y|, the number of answer tokens."""
         return torch.bincount(self.sequence, minlength=self.count)

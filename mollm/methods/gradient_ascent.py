@@ -16,18 +16,11 @@ from torch import Tensor
 
 from mollm.methods.answers import AnswerTokens
 from mollm.methods.method import Method
-from mollm_ops import linear_cross_entropy
 
 
 def negative_cross_entropy(answers: AnswerTokens, reference: Callable[[], AnswerTokens]) -> Tensor:
     """−CE, averaged over the answer tokens."""
-    return -linear_cross_entropy(
-        answers.hidden,
-        answers.weight,
-        answers.target,
-        **answers.head_options,
-        normalizer=answers.tokens,
-    )
+    return -answers.cross_entropy()
 
 
 GRADIENT_ASCENT = Method("ga", negative_cross_entropy, "sum", (1.0, 0.0, 0.0))

@@ -21,7 +21,7 @@ from mollm.models.dropout import without_dropout
 from mollm.models.forward import answer_hidden_states, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.training.reference_model import Reference
-from mollm_ops import linear_ce_kl, linear_cross_entropy
+from mollm_ops import linear_ce_kl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,14 +105,7 @@ class Objectives(nn.Module):
         return losses
 
     def _relearn(self, batch: Batch, totals: LossDenominators | None) -> Tensor:
-        answers = answers_of(self.model, batch, totals or _totals(batch))
-        return linear_cross_entropy(
-            answers.hidden,
-            answers.weight,
-            answers.target,
-            **answers.head_options,
-            normalizer=answers.tokens,
-        )
+        return answers_of(self.model, batch, totals or _totals(batch)).cross_entropy()
 
     def _forget(self, batch: Batch, totals: LossDenominators | None) -> Tensor:
         answers = answers_of(self.model, batch, totals or _totals(batch))

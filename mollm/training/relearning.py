@@ -59,16 +59,43 @@ def relearnt(
         lr: η, its learning rate.
     """
     saved = [p.detach().clone() for p in params]
-    attacker = AdamW(params, lr=lr, weight_decay=0.0)
     try:
-        for _ in range(steps):
-            backward()
-            attacker.step()
-            attacker.zero_grad()
-        attacker.state.clear()
+        relearn(params, backward, steps=steps, lr=lr)
         yield
     finally:
-        attacker.zero_grad()
         with torch.no_grad():
             for p, before in zip(params, saved, strict=True):
+                p.grad = None
                 p.copy_(before)
+
+
+def relearn(
+    params: Sequence[Tensor],
+    backward: Callable[[], None],
+    *,
+    steps: int,
+    lr: float,
+    after_step: Callable[[], object] = lambda: None,
+) -> None:
+    """θ ← AdamW(θ, ∇ L(θ), lr), `steps` times, without weight decay.
+
+    Args:
+        params: What is taught.
+        backward: Adds the gradient of the loss of a step to `.grad` of the parameters.
+        steps: How many steps.
+        lr: The learning rate, the same in every step.
+        after_step: Called after each.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> relearn([w], lambda: (w - 3).square().sum().backward(), steps=10, lr=0.5)
+        >>> bool(abs(w - 3) < 1)
+        True
+    """
+    attacker = AdamW(params, lr=lr, weight_decay=0.0)
+    attacker.zero_grad()
+    for _ in range(steps):
+        backward()
+        attacker.step()
+        attacker.zero_grad()
+        after_step()

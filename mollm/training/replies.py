@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mollm.data.chat import ChatFormat
+from mollm.data.chat import ChatFormat, context_of
 from mollm.data.encoding import example_of
 from mollm.data.records import ROLES, Record
 from mollm.data.sets import TrainingData
@@ -36,13 +36,13 @@ class ReplySamples:
         count: int,
     ) -> None:
         self._model, self._chat = model, chat
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(model.config)
         self._asked = [
             (role, record)
             for role in ROLES
             for name in data.looked_at(role)
             for record in data.records[name][:count]
-            if not record.is_text and (context is None or self._length(record) + _LONGEST < context)
+            if not record.is_text and self._length(record) + _LONGEST < context
         ]
         self._said: list[list[str]] = []
 

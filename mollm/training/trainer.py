@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 
-from mollm.data.chat import Batch, ChatFormat, Tokens, collate, ends_of, vocabulary_of
+from mollm.data.chat import Batch, ChatFormat, Tokens, collate, context_of, ends_of, vocabulary_of
 from mollm.data.encoding import encode_records
 from mollm.data.preview import Preview, preview_of
 from mollm.data.records import ROLES
@@ -342,9 +342,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 else loading.load_generation_config(source)
             ),
         )
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if context is not None:
-            args.max_length = min(args.max_length, context)
+        args.max_length = int(min(args.max_length, context_of(config)))
         self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:

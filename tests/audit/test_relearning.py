@@ -9,17 +9,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from mollm.audit.relearning import (
-    RATE_FACTOR,
-    STEPS,
-    cross_entropy,
-    put_back,
-    relearn,
-    taught,
-)
+from mollm.audit.relearning import RATE_FACTOR, STEPS, put_back, taught
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.evaluation.scores import score_rows
 from mollm.methods import answers_of
+from mollm.training.relearning import relearn
 
 CHAT = ChatFormat(tiny.tokenizer())
 ROWS = [CHAT.encode(Example("Who?", "a" * n)) for n in (1, 3, 6, 2, 5)]
@@ -34,7 +28,7 @@ def test_the_cross_entropy_is_the_mean_over_answer_tokens():
     batch = collate(ROWS, CHAT.pad_id)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
-    torch.testing.assert_close(cross_entropy(answers_of(model, batch)), plain)
+    torch.testing.assert_close(answers_of(model, batch).cross_entropy(), plain)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -100,8 +94,13 @@ def test_adapters_of_one_seed_are_the_same():
 
 def test_losses_of_micro_batches_add_up():
     one, two = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
-    relearn([one], lambda: [(3 * one).square().sum()], lr=0.1, steps=3)
-    relearn([two], lambda: [(n * two.square()).sum() for n in (4, 5)], lr=0.1, steps=3)
+
+    def in_parts():
+        for n in (4, 5):
+            (n * two.square()).sum().backward()
+
+    relearn([one], lambda: (3 * one).square().sum().backward(), lr=0.1, steps=3)
+    relearn([two], in_parts, lr=0.1, steps=3)
     torch.testing.assert_close(one, two)
 
 
