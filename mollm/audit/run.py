@@ -25,7 +25,7 @@ from mollm.audit.findings import (
     worst,
 )
 from mollm.audit.subject import Subject
-from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
+from mollm.data.chat import ChatFormat
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner
 from mollm.evaluation.metrics import mean
@@ -136,12 +136,11 @@ def audit(
     check_options(suite, learning_rates, batch_size, resamples)
     wrapped = model if hasattr(model, "peft_config") else None
     whole = model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
-    chat = ChatFormat(
+    chat = ChatFormat.of(
+        whole,
         tokenizer,
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
-        vocabulary=vocabulary_of(whole.config),
-        ends=ends_of(getattr(whole, "generation_config", None)),
     )
     models = {"original": original, "retain-only": retain_only, "model": whole}
     _check_whole(original, retain_only)

@@ -151,7 +151,7 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[str, str | Example]]
 def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speaker]:
     import torch
 
-    from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
+    from mollm.data.chat import ChatFormat
     from mollm.models import loading
     from mollm.report.run_file import model_of, original_of, run_of
 
@@ -169,12 +169,11 @@ def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speake
     speakers = []
     for role, source in {**named, "result": name}.items():
         model, tokenizer = loading.load(loading.find_model(source), device, dtype)
-        chat = ChatFormat(
+        chat = ChatFormat.of(
+            model,
             tokenizer,
             template_kwargs=options or run["settings"].get("chat_template_kwargs"),
             system_prompt=prompt or run["settings"].get("system_prompt"),
-            vocabulary=vocabulary_of(model.config),
-            ends=ends_of(getattr(model, "generation_config", None)),
         )
         speakers.append(_Speaker(role, model, chat, sampling))
     return speakers

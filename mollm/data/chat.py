@@ -25,7 +25,7 @@ from mollm.data.templates import THOUGHTS, PlainWriter, Span, TemplateWriter, Wr
 from mollm.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 TRAIN_ON_TURNS = ("last", "all")
@@ -97,6 +97,24 @@ class ChatFormat:
         UsageError: The tokenizer's chat template fails or leaves out questions or answers, or the
             keyword arguments are not its.
     """
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
+    ) -> ChatFormat:
+        """The format of a model that is loaded: its vocabulary and its ends of a turn."""
+        return cls(
+            tokenizer,
+            template_kwargs=template_kwargs,
+            system_prompt=system_prompt,
+            vocabulary=vocabulary_of(model.config),
+            ends=ends_of(getattr(model, "generation_config", None)),
+        )
 
     def __init__(
         self,

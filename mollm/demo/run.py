@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
+from mollm.data.chat import ChatFormat
 from mollm.data.records import Record
 from mollm.demo import facts
 from mollm.demo.facts import Question, capital_question
@@ -90,10 +90,9 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         say(f"Loading {source.label} …")
         torch.manual_seed(settings.seed)
         model, tokenizer = loading.load(source, device)
-        chat = ChatFormat(
+        chat = ChatFormat.of(
+            model,
             tokenizer,
-            vocabulary=vocabulary_of(model.config),
-            ends=ends_of(getattr(model, "generation_config", None)),
         )
 
         split, before = examine(model, chat, chosen, random.Random(settings.seed), say)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mollm.data.chat import ChatFormat, ends_of, vocabulary_of
+from mollm.data.chat import ChatFormat
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.generation import MAX_NEW_TOKENS
@@ -81,12 +81,11 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         resamples=resamples,
     )
-    chat = ChatFormat(
+    chat = ChatFormat.of(
+        model,
         tokenizer,
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
-        vocabulary=vocabulary_of(model.config),
-        ends=ends_of(getattr(model, "generation_config", None)),
     )
     if chat.note is not None:
         say(chat.note)
