@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from mollm.system import machine
 from mollm.system.tables import aligned
@@ -129,6 +130,19 @@ def interleaved_medians(
         name: math.nan if name in failed else statistics.median(values)
         for name, values in times.items()
     }
+
+
+def most_allocated(call: Callable[[], object]) -> int:
+    """The most bytes that Torch has allocated at once on the CPU during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        call()
+    results: Any = run.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    most = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def why(error: Exception) -> str:

@@ -31,8 +31,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from _common import Row, interleaved_medians
-from torch.profiler import ProfilerActivity, profile
+from _common import Row, interleaved_medians, most_allocated
 
 from mollm import MOLLMOptimizer, find_blocks
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
@@ -83,31 +82,31 @@ class Case:
         return replace(self, settings=settings)
 
 
-_ON_CPU = PlanSettings(batch_size=4, sequence_length=128, device="cpu")
+CPU_SETTINGS = PlanSettings(batch_size=4, sequence_length=128, device="cpu")
 _ON_GPU = PlanSettings(
     batch_size=4, sequence_length=512, dtype="bfloat16", gradient_checkpointing=True
 )
 _SMOL = shapes.NAMED_SHAPES["smollm2-135m"]
-_SMALL = _SMOL | {
+SMALL = _SMOL | {
     "num_hidden_layers": 8,
     "hidden_size": 384,
     "num_attention_heads": 6,
     "intermediate_size": 1024,
 }
-_TINY = _SMALL | {"num_hidden_layers": 2, "hidden_size": 96, "vocab_size": 512}
+_TINY = SMALL | {"num_hidden_layers": 2, "hidden_size": 96, "vocab_size": 512}
 
 
 def cases(device: str, *, quick: bool) -> Iterator[Case]:
     """What is measured on a device; on a GPU the largest Llama 3 that fits."""
     if quick:
-        for name, settings in _ways(replace(_ON_CPU, sequence_length=16, device=device)):
+        for name, settings in _ways(replace(CPU_SETTINGS, sequence_length=16, device=device)):
             yield Case(f"tiny, {name}", _TINY, settings)
     elif device == "cpu":
-        for name, settings in _ways(_ON_CPU):
-            yield Case(f"34M, {name}", _SMALL, settings)
-        for name, settings in _ways(_ON_CPU):
+        for name, settings in _ways(CPU_SETTINGS):
+            yield Case(f"34M, {name}", SMALL, settings)
+        for name, settings in _ways(CPU_SETTINGS):
             yield Case(f"SmolLM2-135M, {name}", _SMOL, settings)
-        settings = replace(_ON_CPU, freeze_embeddings=True, gradient_checkpointing=True)
+        settings = replace(CPU_SETTINGS, freeze_embeddings=True, gradient_checkpointing=True)
         yield Case("SmolLM2-135M, copy, checkpointing", _SMOL, settings)
     else:
         free, _ = torch.cuda.mem_get_info()
@@ -122,7 +121,7 @@ def cases(device: str, *, quick: bool) -> Iterator[Case]:
 
 def streamed_case(shape: str, device: str, *, quick: bool) -> Case:
     """A model that trains in full on one card, with nothing beside the streamed step."""
-    on_device = _ON_GPU if device == "cuda" else replace(_ON_CPU, batch_size=1)
+    on_device = _ON_GPU if device == "cuda" else replace(CPU_SETTINGS, batch_size=1)
     settings = replace(on_device, freeze_embeddings=True, reference="cache")
     if quick:
         settings = replace(settings, sequence_length=16)
@@ -403,7 +402,8 @@ def peak(call: Mollm, case: Case) -> Row:
         call()
         found = torch.cuda.max_memory_allocated()
     else:
-        found = _lasting_bytes(call) + _most_allocated(call)
+        call.optimizer.zero_grad()
+        found = _lasting_bytes(call) + most_allocated(call)
     return {"peak GiB": found / GIB, "planned GiB": planned / GIB}
 
 
@@ -413,20 +413,6 @@ def _lasting_bytes(call: Mollm) -> int:
     copied = () if original is None else original.parameters()
     tensors = {t.data_ptr(): t for t in (*call.objectives.model.parameters(), *copied, *state)}
     return sum(t.nbytes for t in tensors.values())
-
-
-def _most_allocated(call: Mollm) -> int:
-    """The most bytes that Torch has allocated at once during a step on the CPU."""
-    call.optimizer.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        call()
-    results: Any = run.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    most = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
