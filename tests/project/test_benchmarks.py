@@ -23,6 +23,7 @@ COMMANDS = [
     "step_time.py --train --quick",
     "step_time.py --train --quick --preset smollm2-135m",
     "loss_throughput.py --quick --losses uce kl",
+    "growth.py --quick --curves vocabulary tensors",
 ]
 
 
