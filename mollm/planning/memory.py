@@ -108,11 +108,7 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
         settings=settings,
         trainable=_trainable(shape, settings),
         stages=tuple((_streamed_stages if settings.streams else _stages)(shape, settings)),
-        host_bytes=(
-            settings.objectives * _trainable(shape, settings) * settings.gradient_bytes
-            if settings.gradient_memory == "host" and settings.device == "cuda"
-            else 0
-        ),
+        host_bytes=settings.objectives * _pinned(shape, settings),
         cache_bytes_per_token=settings.weight_bytes * shape.hidden
         if settings.reference == "cache"
         else 0,
@@ -133,6 +129,19 @@ def _trainable(shape: Shape, settings: PlanSettings) -> int:
         return settings.lora_rank * shape.sides
     matrices = 1 if shape.tied else 2
     return shape.parameters - settings.freeze_embeddings * matrices * shape.embedding
+
+
+def _pinned(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of the host for one objective's gradients: Torch rounds each up to a power of two."""
+    if settings.gradient_memory != "host" or settings.device != "cuda":
+        return 0
+    if settings.lora_rank:  # a thousandth of the weights, in too many ranks to count
+        return _trainable(shape, settings) * settings.gradient_bytes
+    sizes = list(shape.tensors)
+    if settings.freeze_embeddings:
+        for _ in range(1 if shape.tied else 2):
+            sizes.remove(shape.embedding)
+    return sum(1 << (size * settings.gradient_bytes - 1).bit_length() for size in sizes)
 
 
 def _lasting(shape: Shape, settings: PlanSettings) -> dict[str, int]:

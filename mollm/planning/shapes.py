@@ -91,6 +91,8 @@ class Shape:
     """Σ (inputs + outputs) of what LoRA adapts: the parameters of one of rank 1."""
     largest: int
     """Of the largest matrix of a layer."""
+    tensors: tuple[int, ...]
+    """Of every parameter, a tied one once."""
     kept: Callable[[PlanSettings], Kept] | None = field(default=None, compare=False)
     """What its layers keep for backward, counted; None where the formula of `memory` holds."""
 
@@ -169,6 +171,7 @@ def _shape(model: Any, config: Any, label: str) -> Shape:
         "largest_layer": max(_count(layer) for layer in layers),
         "linear": sum(w.numel() for w in linear),
         "largest": max((p.numel() for layer in layers for p in layer.parameters()), default=0),
+        "tensors": tuple(p.numel() for p in model.parameters()),
         "tied": head.weight is embeddings.weight,
         "vocab": head.weight.shape[0],
     }

@@ -357,8 +357,13 @@ def test_what_lasts_is_counted_in_bytes(llama):
 def test_waiting_elsewhere_is_told():
     shape = shape_named("smollm2-135m")
     assert plan(shape, PlanSettings(reference="cache")).cache_bytes_per_token == 4 * 576
+    kib, mib = 2**10, 2**20
+    layer = 2 * 2 * mib + 2 * 512 * kib + 3 * 4 * mib + 2 * 4 * kib  # each a power of two
+    rounded = 30 * layer + 4 * kib
     host = plan(shape, PlanSettings(gradient_memory="host"))
-    assert host.host_bytes == 3 * 4 * shape.parameters
+    assert host.host_bytes == 3 * (128 * mib + rounded)
+    frozen = plan(shape, PlanSettings(gradient_memory="host", freeze_embeddings=True))
+    assert frozen.host_bytes == 3 * rounded
     on_cpu = plan(shape, PlanSettings(gradient_memory="host", device="cpu"))
     assert on_cpu.host_bytes == 0
     assert on_cpu.component("gradients held") == 3 * 4 * shape.parameters
