@@ -70,7 +70,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
     serialization.save_tree({"a": torch.arange(3)}, tmp_path, "tree")
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UsageError, match="damaged: .* must be a file, but it is a pipe"):
+    with pytest.raises(UsageError, match=r"damaged: .* must be a file, but it is a pipe"):
         serialization.load_tree(tmp_path, "tree")
 
 

@@ -116,7 +116,9 @@ def test_a_cache_that_was_begun_is_completed(tmp_path):
     assert not list(tmp_path.glob(".unfinished-*"))
 
 
-@pytest.mark.parametrize("how", ["cut short", "of another model", "of other rows", "narrower", "a pipe"])
+@pytest.mark.parametrize(
+    "how", ["cut short", "of another model", "of other rows", "narrower", "a pipe"]
+)
 def test_a_cache_that_cannot_be_trusted_is_computed_again(tmp_path, how, caplog):
     from safetensors.torch import load_file, save_file
 
