@@ -261,7 +261,7 @@ def _combine_plain(
         return None
     if not _plain.apart([to], [_plain.without(found, to)], [span_of(w), span_of(weights)]):
         return None
-    torch.autograd.graph.increment_version(to.held[0])
+    torch.autograd.graph.increment_version([t for t in to.held[0] if t is not None])
     extension.combine_cpu(
         data=found.data,
         dtypes=found.dtypes,

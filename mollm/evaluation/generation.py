@@ -191,7 +191,8 @@ def _answers_alone(model: PreTrainedModel) -> bool:
 def _some_ids(model: PreTrainedModel) -> Tensor:
     """[2, 5]"""
     ids = torch.arange(1, 11, device=model.device).view(2, 5)
-    return ids % model.get_input_embeddings().weight.shape[0]
+    ids %= model.get_input_embeddings().weight.shape[0]
+    return ids
 
 
 def _apart_in_company(model: PreTrainedModel) -> float:
