@@ -27,6 +27,7 @@ from mollm.commands import (
     unlearn,
 )
 from mollm.errors import UsageError
+from mollm.system.terminal import printable
 
 _COMMANDS = (
     demo,
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes, which all know it
-            print(f"mollm: {error}", file=sys.stderr)
+            print(f"mollm: {_in_one_line(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
@@ -118,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _in_one_line(error: UsageError) -> str:
+    """A sentence in which a name or a value of a stranger's file cannot act on the terminal."""
+    return printable(str(error)).replace("\n", "\\n")
+
+
 def _report_defect(error: BaseException) -> int:
     """Tells of what nobody foresaw in a sentence, with the traceback in a file of its own.
 
@@ -137,7 +143,7 @@ def _report_defect(error: BaseException) -> int:
         name = log.name
     except OSError:  # a full disk, of all times
         name = "what MOLLM_TRACEBACK=1 shows"
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".: ")
+    what = printable(" ".join(f"{type(error).__name__}: {error}".split()))[:300].rstrip(".: ")
     print(
         f"mollm: this is a defect of mollm or of a package that it uses ({what}): please report it "
         f"with {name}.",

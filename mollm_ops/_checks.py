@@ -275,7 +275,7 @@ def check_apart(written: Named, read: Named, in_place: str | None = None) -> Non
     if not _any_crossing(*_sorted_spans([_span_of_storage(t) for t in tensors]), writes):
         return
     columns = len(written[0][1])
-    for i, j in _crossing([_span(t) for t in tensors], writes):
+    for i, j in _crossing([span_of(t) for t in tensors], writes):
         (name, n), (other, m) = places[i], places[j]
         allowed = other == in_place and name == written[0][0] and n == m % columns
         if not (allowed and _is_same(tensors[i], tensors[j])) and _share(tensors[i], tensors[j]):
@@ -292,7 +292,7 @@ def _span_of_storage(t: Tensor) -> tuple[int, int]:
     return start, start + storage.nbytes()
 
 
-def _span(t: Tensor) -> tuple[int, int]:
+def span_of(t: Tensor) -> tuple[int, int]:
     if t.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -346,7 +346,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
     start = min(a.data_ptr(), b.data_ptr())
     if b.element_size() != size or (a.data_ptr() - b.data_ptr()) % size:
         return True  # as good as certain, and not worth counting bytes
-    end = max(_span(a)[1], _span(b)[1])
+    end = max(span_of(a)[1], span_of(b)[1])
     taken = torch.zeros((end - start) // size, dtype=torch.bool, device=a.device)
     views = [taken.as_strided(t.shape, t.stride(), (t.data_ptr() - start) // size) for t in (a, b)]
     views[0].fill_(True)

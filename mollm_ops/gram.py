@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mollm_ops import _cuda
+from mollm_ops import _cuda, _plain
 from mollm_ops._checks import (
     GradientLists,
     check_apart,
@@ -24,6 +24,7 @@ from mollm_ops._checks import (
     flattened,
     refuse_transforms,
     refuse_without_memory,
+    span_of,
 )
 from mollm_ops._extension import (
     MAX_OBJECTIVES,
@@ -143,15 +144,58 @@ def _gram_cpu(
         dtypes=dtypes,
         counts=counts,
         means=moving and (listed("means", means, counts, device), moving.beta),
-        metric=metric
-        and (
-            listed("exp_avg_sqs", moments, counts, device),
-            [1 - metric.beta2 ** (float(step) + 1) for step in metric.steps],
-            metric.weights.tolist(),
-            metric.beta2,
-            metric.eps,
-        ),
+        metric=metric and _metric(metric, listed("exp_avg_sqs", moments, counts, device)),
         gram=memory("gram", out, torch.float64, device),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _metric(metric: AdamMetric, moments: tuple[list[int], list[int]]) -> tuple[object, ...]:
+    """The metric as csrc/bindings.cpp takes it."""
+    steps = [step.item() for step in metric.steps]
+    corrections = {t: 1 - metric.beta2 ** (t + 1) for t in set(steps)}
+    return (
+        moments,
+        [corrections[t] for t in steps],
+        metric.weights.tolist(),
+        metric.beta2,
+        metric.eps,
+    )
+
+
+def _gram_plain(
+    gradients: GradientLists,
+    moving: RunningMeans | None = None,
+    metric: AdamMetric | None = None,
+) -> Tensor | None:
+    """The Gram matrix of plain tensors; None where they must go by the op."""
+    found = _plain.gradients_of(gradients)
+    if found is None or extension is None:
+        return None
+    means = moments = None
+    if moving is not None:
+        means = _plain.walk(moving.means, found, optional=True)
+        if means is None or not _plain.covers(means, found):
+            return None
+        check_range("beta", moving.beta, 0, 1)
+    if metric is not None:
+        moments = _plain.walk([metric.exp_avg_sqs], found, optional=True)
+        steps = _plain.counters(metric.steps, len(found.counts), 0)
+        if moments is None or steps is None or _plain.numbers(metric.weights) is None:
+            return None
+        check_weights("the metric's weights", metric.weights, len(gradients))
+        check_range("beta2", metric.beta2, 0, 1)
+        check_range("eps", metric.eps, 0)
+    lists = len(gradients)
+    out = torch.zeros(lists, lists, dtype=torch.float64)
+    extension.gram_cpu(
+        data=found.data,
+        dtypes=found.dtypes,
+        counts=found.counts,
+        means=None if moving is None or means is None else (means.listed, moving.beta),
+        metric=None if metric is None or moments is None else _metric(metric, moments.listed),
+        gram=memory("gram", out, torch.float64, out.device),
         threads=torch.get_num_threads(),
     )
     return out
@@ -198,6 +242,53 @@ def _combine_cpu(
         out=listed("out", out, counts, device),
         threads=torch.get_num_threads(),
     )
+
+
+def _combine_plain(
+    gradients: GradientLists, weights: Tensor, out: Sequence[Tensor | None] | None
+) -> list[Tensor | None] | None:
+    """The weighted sum of plain tensors; None where they must go by the op."""
+    found = _plain.gradients_of(gradients)
+    if found is None or extension is None or _plain.numbers(weights) is None:
+        return None
+    check_weights("weights", weights, len(gradients))
+    w = weights.detach().to(dtype=torch.float64).contiguous()
+    if out is None:
+        columns = zip(*found.held, strict=True)
+        out = [torch.empty_like(next(t for t in ts if t is not None)) for ts in columns]
+    to = _plain.walk([out], found)
+    if to is None or any(t is not None and t.requires_grad for t in out):
+        return None
+    if not _plain.apart([to], [_plain.without(found, to)], [span_of(w), span_of(weights)]):
+        return None
+    torch.autograd.graph.increment_version([t for t in to.held[0] if t is not None])
+    extension.combine_cpu(
+        data=found.data,
+        dtypes=found.dtypes,
+        counts=found.counts,
+        weights=memory("weights", w, torch.float64, w.device),
+        out=to.listed,
+        threads=torch.get_num_threads(),
+    )
+    return list(to.held[0])
+
+
+def _dots_plain(gradients: GradientLists, x: Sequence[Tensor]) -> Tensor | None:
+    """Dot products with plain tensors; None where they must go by the op."""
+    found = _plain.gradients_of(gradients)
+    column = None if found is None else _plain.walk([x], found)
+    if found is None or column is None or extension is None:
+        return None
+    out = torch.zeros(len(gradients), dtype=torch.float64)
+    extension.dots_cpu(
+        data=found.data,
+        dtypes=found.dtypes,
+        counts=found.counts,
+        x=column.listed,
+        dots=memory("dots", out, torch.float64, out.device),
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
 @_combine_.register_fake
@@ -306,6 +397,9 @@ def gram(gradients: GradientLists) -> Tensor:
         tensor([[ 4., -2.],
                 [-2.,  2.]], dtype=torch.float64)
     """
+    plain = _gram_plain(gradients)
+    if plain is not None:
+        return plain
     check_structure(gradients)
     refuse_transforms("gram", flattened(gradients))
     result: Tensor = _gram(_flatten(gradients), len(gradients))
@@ -344,6 +438,9 @@ def gram_moved(
         tensor([[ 1.0000, -0.5000],
                 [-0.5000,  0.5000]], dtype=torch.float64)
     """
+    plain = _gram_plain(gradients, moving, metric)
+    if plain is not None:
+        return plain
     check_gradients(gradients)
     flat = _flatten(gradients)
     device = _device(flat)
@@ -416,6 +513,9 @@ def combine(
         >>> combine([forget, retain], torch.tensor([0.5, 2.0]))
         [tensor([-1.,  2.])]
     """
+    plain = _combine_plain(gradients, weights, out)
+    if plain is not None:
+        return plain
     check_structure(gradients)
     check_weights("weights", weights, len(gradients))
     like = [next((t for t in ts if t is not None), None) for ts in zip(*gradients, strict=True)]
@@ -452,6 +552,9 @@ def dots(gradients: GradientLists, x: Sequence[Tensor]) -> Tensor:
         >>> dots([forget, retain], [torch.tensor([1.0, 1.0])])
         tensor([2., 0.], dtype=torch.float64)
     """
+    plain = _dots_plain(gradients, x)
+    if plain is not None:
+        return plain
     check_structure(gradients)
     for n, t in enumerate(x):
         check_tensor(f"x[{n}]", t)

@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from mollm_ops import _cuda
+from mollm_ops import _cuda, _plain
 from mollm_ops._checks import (
     GradientLists,
     Named,
@@ -95,6 +95,73 @@ def _update_cpu(
     return changes
 
 
+def _update_plain(
+    gradients: GradientLists,
+    weights: Tensor,
+    targets: Targets,
+    method: SgdStep | AdamWStep,
+    moving: RunningMeans | None,
+    rounding_seed: int | None,
+    proceed: Tensor | None,
+    track: bool,
+) -> Tensor | None:
+    """g_k · Δθ after the step of plain tensors; None, with nothing written, for all others."""
+    adam = isinstance(method, AdamWStep)
+    if extension is None or not _plain.eager() or adam != (targets.second is not None):
+        return None
+    second_weights = getattr(method, "second_weights", None)
+    rate = method.lr if isinstance(method.lr, Tensor) else None
+    others = _plain.numbers(weights, rate, second_weights, proceed)
+    params = _plain.walk([targets.params])
+    if others is None or params is None or (proceed is not None and proceed.dtype != torch.bool):
+        return None
+    going = proceed is None or (proceed.numel() == 1 and bool(proceed))
+    rows = _plain.walk(gradients, params, optional=True)
+    steps = _plain.counters(targets.steps, len(params.counts), int(going and adam))
+    state = [
+        None if tensors is None else _plain.walk([tensors], params)
+        for tensors in (targets.first, targets.second)
+    ]
+    means = None if moving is None else _plain.walk(moving.means, params, optional=True)
+    if (
+        rows is None
+        or not any(rows.held)
+        or steps is None
+        or (targets.first is not None and state[0] is None)
+        or (targets.second is not None and state[1] is None)
+        or (moving is not None and (means is None or not _plain.covers(means, rows)))
+    ):
+        return None
+    written = [each for each in (params, *state, means) if each is not None]
+    if not _plain.apart(written, [rows, steps], others):
+        return None
+    if moving is not None:
+        check_range("beta", moving.beta, 0, 1)
+    _check_numbers(len(gradients), weights, method, rounding_seed)
+    changes = torch.zeros(len(weights), dtype=torch.float64)
+    if not going:
+        return changes
+    torch.autograd.graph.increment_version(
+        [t for each in written for tensors in each.held for t in tensors if t is not None]
+    )
+    extension.update_cpu(
+        data=rows.data,
+        dtypes=rows.dtypes,
+        counts=rows.counts,
+        weights=weights.tolist(),
+        second_weights=None if second_weights is None else second_weights.tolist(),
+        means=None if moving is None or means is None else (means.listed, moving.beta),
+        params=params.listed,
+        first=None if state[0] is None else state[0].listed,
+        second=None if state[1] is None else state[1].listed,
+        steps=steps.data,
+        options=_options(method, rounding_seed),
+        changes=memory("changes", changes, torch.float64, changes.device) if track else None,
+        threads=torch.get_num_threads(),
+    )
+    return changes
+
+
 def _has_kernels(device: torch.device, lists: int) -> bool:
     return has_kernels_for(device) and lists <= (MAX_ROWS if device.type == "cpu" else MAX_LISTS)
 
@@ -166,15 +233,17 @@ def update_(
         raise TypeError(
             f"method must be an SgdStep or an AdamWStep, but got {type(method).__name__}."
         )
+    done = _update_plain(gradients, weights, targets, method, moving, rounding_seed, proceed, track)
+    if done is not None:
+        return done if track else None
     written, read = _memory_of(gradients, weights, targets, method, moving, proceed)
     tensors = [t for _, group in (*written, *read) for t in group]
     refuse_transforms("update_", tensors)
     refuse_without_memory("update_", tensors)
     _check(gradients, weights, targets, method, proceed)
+    _check_numbers(len(gradients), weights, method, rounding_seed)
     if moving is not None:
         check_means(gradients, moving.means, moving.beta)
-    if rounding_seed is not None:
-        check_range("rounding_seed", rounding_seed, 0, 2**64)
     check_apart(written, read)
     device = targets.params[0].device
     changed = [*targets.params, *(targets.first or ()), *(targets.second or ())]
@@ -219,8 +288,7 @@ def _check(
     if len(gradients) == 0:
         raise ValueError("gradients must hold at least one list, but got none.")
     check_gradients([*gradients, targets.params])
-    lists, params = len(gradients), targets.params
-    check_weights("weights", weights, lists)
+    params = targets.params
     device = next(p.device for p in params if p is not None)
     check_list("targets.params", params, params, device)
     if proceed is not None:
@@ -233,11 +301,19 @@ def _check(
     if isinstance(method, SgdStep):
         if targets.second is not None:
             raise ValueError("targets.second must be None for SGD, but got a list of tensors.")
-        check_range("momentum", method.momentum, 0, 1)
     else:
         if targets.second is None:
             raise ValueError("targets.second must hold AdamW's second moments, but got None.")
         check_list("targets.second", targets.second, params, device)
+
+
+def _check_numbers(
+    lists: int, weights: Tensor, method: SgdStep | AdamWStep, rounding_seed: int | None
+) -> None:
+    check_weights("weights", weights, lists)
+    if isinstance(method, SgdStep):
+        check_range("momentum", method.momentum, 0, 1)
+    else:
         check_range("beta1", method.beta1, 0, 1)
         check_range("beta2", method.beta2, 0, 1)
         check_range("eps", method.eps, 0)
@@ -250,6 +326,8 @@ def _check(
         raise ValueError(f"lr must be one number, but got shape {tuple(method.lr.shape)}.")
     elif not method.lr.is_cuda and not method.lr.is_meta:
         check_range("lr", float(method.lr), 0)
+    if rounding_seed is not None:
+        check_range("rounding_seed", rounding_seed, 0, 2**64)
 
 
 def _memory_of(

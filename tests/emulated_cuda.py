@@ -121,8 +121,9 @@ def set_order(path: Path, number: int, seed: int = 1) -> None:
 @contextmanager
 def emulated(module: ModuleType) -> Iterator[None]:
     """The kernels of `module` serve the tensors of the CPU, by way of `mollm_ops._cuda`."""
-    _cuda, dual_space, gram, update = (
-        import_module(f"mollm_ops.{name}") for name in ("_cuda", "dual_space", "gram", "update")
+    _cuda, _plain, dual_space, gram, update = (
+        import_module(f"mollm_ops.{name}")
+        for name in ("_cuda", "_plain", "dual_space", "gram", "update")
     )
     cuda = {
         "device": lambda device: nullcontext(),
@@ -132,6 +133,7 @@ def emulated(module: ModuleType) -> Iterator[None]:
     with ExitStack() as stack:
         for place, names in (
             (_cuda, {"extension": module}),
+            (_plain, {"eager": lambda: False}),
             (torch.cuda, cuda),
             (torch.Tensor, {"pin_memory": lambda t: t}),
             (gram, {"_gram_cpu": _gram, "_combine_cpu": _cuda.combine, "MAX_ROWS": 8}),

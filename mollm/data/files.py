@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from mollm.data.formats import READERS
 from mollm.data.hub import is_hub_name, load_from_hub
 from mollm.data.table import Table, listed
 from mollm.errors import UsageError
-from mollm.system.parsing import is_file, is_folder, user_path
+from mollm.system.parsing import check_file, is_file, is_folder, user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +53,8 @@ def read_table(
             )
         return read_folder(path, split)
     if not is_file(path):
+        if str(source) and os.path.exists(path):
+            check_file(path)  # says what it is
         _refuse_missing_file(str(source))
         name = " ".join(part for part in (str(source), config, split) if part)
         return _table_of(load_from_hub(str(source), config, split or "train"), name)

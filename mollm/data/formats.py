@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.data.table import Rows, Table, shown, table
 from mollm.errors import UsageError
-from mollm.system.parsing import parse_json, read_text, reason_of
+from mollm.system.parsing import check_file, parse_json, read_text, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,7 +29,7 @@ _UNPACKED_TIMES = 100
 
 
 def _read_lines(path: Path) -> Table:
-    lines = enumerate(read_text(path).split("\n"), 1)
+    lines = enumerate(read_text(path, None).split("\n"), 1)
     rows = [(number, _parse_line(path, number, line)) for number, line in lines if line.strip()]
     return table(str(path), "line", rows)
 
@@ -46,7 +46,7 @@ def _object(row: Any, place: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Table:
-    text = read_text(path)
+    text = read_text(path, None)
     if not text.lstrip().startswith("["):  # many a .json file has an object on every line
         return _read_lines(path)
     rows = parse_json(text, str(path))
@@ -84,13 +84,7 @@ def _cells_of_any_length() -> Iterator[None]:
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, each with the line on which it begins."""
-    text = read_text(path)
-    if "\0" in text:  # UTF-16 without its mark, or a file that was never written to its end
-        raise UsageError(
-            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1} must hold no null "
-            "character, but it does: save it as UTF-8."
-        )
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, None), newline=""), strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -106,6 +100,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
+    check_file(path)
     with refused_as_unreadable(path), pyarrow.parquet.ParquetFile(path) as file:
         rows = _unpacked(path, file.iter_batches(batch_size=_BATCH))
     return table(str(path), "row", rows)
@@ -119,6 +114,7 @@ def read_arrow(path: Path) -> Rows:
     """
     import pyarrow
 
+    check_file(path)
     with refused_as_unreadable(path), pyarrow.OSFile(str(path)) as file:
         return _unpacked(path, pyarrow.ipc.open_stream(file))
 

@@ -163,6 +163,8 @@ def answers_alike_in_company(model: PreTrainedModel) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model raises that wants other inputs
+        if not _answers_alone(model):
+            return False  # it is no matter of padding: what is asked of it next says what it is
         reason = f"a padded batch fails with it ({reason_of(error, 200)})"
     else:
         if not math.isfinite(apart):
@@ -176,10 +178,26 @@ def answers_alike_in_company(model: PreTrainedModel) -> bool:
     return not reason
 
 
+def _answers_alone(model: PreTrainedModel) -> bool:
+    try:
+        _first_logits(model, _some_ids(model)[:1], None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    return True
+
+
+def _some_ids(model: PreTrainedModel) -> Tensor:
+    """[2, 5]"""
+    ids = torch.arange(1, 11, device=model.device).view(2, 5)
+    ids %= model.get_input_embeddings().weight.shape[0]
+    return ids
+
+
 def _apart_in_company(model: PreTrainedModel) -> float:
     """By how much, of the largest logit, those of two rows differ from what each has alone."""
-    ids = torch.arange(1, 11, device=model.device).view(2, 5)
-    ids = ids % model.get_input_embeddings().weight.shape[0]
+    ids = _some_ids(model)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     together = _first_logits(model, ids, mask)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mollm.errors import UsageError
+from mollm.models.checks import check_files, check_json_files
 from mollm.models.forward import in_evaluation_mode
-from mollm.system.parsing import reason_of
+from mollm.system.parsing import is_folder, reason_of, user_path
 from mollm_ops._dtypes import wide_dtype
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ def _load(
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if is_folder(user_path(name)):
+        check_files(user_path(name))
+        check_json_files(user_path(name))
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,

@@ -15,6 +15,7 @@ from mollm.evaluation import metrics
 from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 from mollm.evaluation.registry import choose, columns_of, missing_input
+from mollm.system.parsing import parse_json, read_text
 from mollm.system.terminal import paint
 
 METRICS_FILE = "metrics.json"
@@ -136,7 +137,7 @@ class Evaluation:
         """
         path = Path(folder) / METRICS_FILE
         try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
+            figures = parse_json(read_text(path), str(path))
             estimates = {name: Estimate(**entry) for name, entry in figures["metrics"].items()}
             return cls(read_records(folder), estimates, figures["missing"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -12,12 +12,12 @@ import torch
 
 from mollm.errors import UsageError
 from mollm.system.parsing import (
+    check_file,
     is_file,
     is_folder,
     parse_json,
     read_text,
     reason_of,
-    refuse_no_file,
 )
 
 if TYPE_CHECKING:
@@ -118,16 +118,12 @@ def check_files(folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"{folder} cannot be read: {error.strerror}.") from error
     for path in found:
-        if path.suffix not in (*_TEXTS, ".safetensors"):
-            continue
-        refuse_no_file(path)
-        size, most = path.stat().st_size, _JSON_BYTES
-        if path.name == "tokenizer.json" or path.suffix == ".model":
-            most = _TOKENIZER_BYTES
-        if path.suffix in _TEXTS and size > most:
-            raise UsageError(
-                f"{path} must have at most {most:,} bytes, but has {size:,}: is it damaged?"
-            )
+        if path.suffix == ".safetensors":
+            check_file(path)
+        elif path.name == "tokenizer.json" or path.suffix == ".model":
+            check_file(path, _TOKENIZER_BYTES)
+        elif path.suffix in _TEXTS:
+            check_file(path, _JSON_BYTES)
 
 
 def check_json_files(folder: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -57,7 +57,7 @@ def read_reported(folder: Path | str) -> ReportedRun:
     facts = read_run(folder)
     root = Path(facts["folder"])
     history = []
-    if is_file(root / HISTORY_FILE):
+    if os.path.exists(root / HISTORY_FILE):
         lines = read_text(root / HISTORY_FILE).splitlines()
         history = [
             parse_json(line, f"{root / HISTORY_FILE}, line {number}")
@@ -270,7 +270,7 @@ def _estimates(folder: Path | None) -> dict[str, Estimate]:
 def _retain_only(folder: Path) -> Path | None:
     """Where the evaluation is that this one compared with."""
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = parse_json(read_text(folder / "about.json"), "about.json")
         logs = user_path(about["settings"]["retain_logs"])
     except (OSError, ValueError, TypeError, LookupError):
         return None

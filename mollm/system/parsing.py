@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NoReturn
 from mollm.errors import UsageError
 
 _YAML_BYTES = 1 << 18
+_TEXT_BYTES = 1 << 28
+_PART = 1 << 20
 
 
 def reason_of(error: BaseException, length: int | None = 300) -> str:
@@ -33,20 +35,26 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def refuse_no_file(path: Path) -> None:
-    """Refuses what is there and can be opened but is no file, such as a pipe, which may never end.
+def check_file(path: Path, most_bytes: int | None = None) -> None:
+    """Refuses, before it is opened, what is no file, such as a pipe, which may never end, and a
+    file that is too large to be what it should be.
 
     Raises:
         UsageError: It is such a thing, or cannot be looked at.
     """
     try:
-        mode = path.stat().st_mode
+        about = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UsageError(f"{path} cannot be read: {reason}.") from error
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+    if not stat.S_ISREG(about.st_mode):
+        what = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, a socket or a device"
         raise UsageError(f"{path} must be a file, but it is {what}.")
+    if most_bytes is not None and about.st_size > most_bytes:
+        raise UsageError(
+            f"{path} must have at most {most_bytes:,} bytes, but has {about.st_size:,}: is it the "
+            "file that you meant, or is it damaged?"
+        )
 
 
 def user_path(name: str | Path) -> Path:
@@ -57,22 +65,16 @@ def user_path(name: str | Path) -> Path:
         return Path(name)
 
 
-def read_text(path: Path, most_bytes: int | None = None) -> str:
+def read_text(path: Path, most_bytes: int | None = _TEXT_BYTES) -> str:
     """The text of a UTF-8 file, with its own line ends and without a byte order mark.
 
     Raises:
-        UsageError: It cannot be read, is not UTF-8, or has more than `most_bytes` or than fits into
-            the memory.
+        UsageError: It cannot be read, is not UTF-8, holds a null character, or has more than
+            `most_bytes` or than fits into the memory.
     """
-    refuse_no_file(path)
+    check_file(path, most_bytes)
     try:
-        if most_bytes is not None and path.stat().st_size > most_bytes:
-            raise UsageError(
-                f"{path} must have at most {most_bytes:,} bytes, but has "
-                f"{path.stat().st_size:,}: is it the file that you meant?"
-            )
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        return _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} must be UTF-8 text, but its byte {error.start} is not: save it as UTF-8."
@@ -84,6 +86,22 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
             f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for: "
             "split it."
         ) from None
+
+
+def _read_bytes(path: Path) -> bytearray:
+    """All bytes, none of them 0: a hole in a file, which may take no room on the disk and
+    terabytes in the memory, ends it at once."""
+    found = bytearray()
+    with path.open("rb") as file:
+        while part := file.read(_PART):
+            if b"\0" in part:
+                line = found.count(b"\n") + part[: part.index(0)].count(b"\n") + 1
+                raise UsageError(
+                    f"{path}, line {line} must hold no null character, but it does: save it as "
+                    "UTF-8, or write it again if it was cut short."
+                )
+            found += part
+    return found
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -176,10 +194,20 @@ def _loader() -> type:
             return found
 
         def whole_number(self, node: Any) -> int:
+            self.refuse_base_60(node)
             value: int = self.construct_yaml_int(node)
             if abs(value) >> 64:  # one of many digits cannot even be shown
                 self.refuse("must hold whole numbers of at most 64 bits", node)
             return value
+
+        def fraction(self, node: Any) -> float:
+            self.refuse_base_60(node)
+            value: float = self.construct_yaml_float(node)
+            return value
+
+        def refuse_base_60(self, node: Any) -> None:
+            if ":" in str(node.value):  # 1:30:00 is 5400 in YAML 1.1 and a text in YAML 1.2
+                self.refuse(f"must hold numbers without colons, but got {node.value[:40]}", node)
 
         def refuse(self, what: str, place: Any) -> NoReturn:
             raise yaml.MarkedYAMLError(problem=what, problem_mark=place.start_mark)
@@ -189,7 +217,8 @@ def _loader() -> type:
 
     tag = "tag:yaml.org,2002:"
     Loader.add_constructor(f"{tag}int", Loader.whole_number)
-    for name in ("null", "bool", "float"):
+    Loader.add_constructor(f"{tag}float", Loader.fraction)
+    for name in ("null", "bool"):
         Loader.add_constructor(f"{tag}{name}", getattr(yaml.SafeLoader, f"construct_yaml_{name}"))
     for name in ("str", "timestamp", "merge", "value"):
         Loader.add_constructor(f"{tag}{name}", yaml.SafeLoader.construct_scalar)

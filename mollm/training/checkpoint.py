@@ -25,6 +25,7 @@ from mollm.models.adapters import adapter_tensors, named, not_finite, trained_te
 from mollm.models.forward import own_tensors
 from mollm.system import folders
 from mollm.system.folders import public_name
+from mollm.system.parsing import read_text
 from mollm.training.serialization import load_file
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def check(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: It is of another format, or one of the values differs.
     """
     try:
-        found = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / _ABOUT))
         settings = found.get(_SETTINGS, {})
         about = json.loads(json.dumps(dict(about)))  # tuples are lists there
         if not isinstance(settings, dict):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.trainer_utils import SaveStrategy
 
 from mollm.data.chat import TRAIN_ON_TURNS
@@ -56,6 +56,7 @@ NOT_REPORTED = (
     "use_cpu",
 )
 """What readers of a model card need not know."""
+_WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
 _PLAIN = (bool, int, float, str, list, dict)
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
@@ -275,6 +276,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "lr_scheduler_type must be one that goes by the step, but got "
                 f"{SchedulerType(self.lr_scheduler_type).value}."
             )
+        self._check_schedule()
         self._refuse_without_effect()
         self._refuse_unknown_reports()
         with computing_in(self.compute_dtype):
@@ -401,6 +403,38 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 raise UsageError(
                     f"{name} must be left out of a MOLLMConfig, but got {value}: {instead}."
                 )
+
+    def _check_schedule(self) -> None:
+        """Tries the schedule of learning rates out, whose options transformers looks at late."""
+        given, name = self.lr_scheduler_kwargs, SchedulerType(self.lr_scheduler_type).value
+        if not isinstance(given, dict | None):
+            raise UsageError(f"lr_scheduler_kwargs must be options by name, but got {given!r}.")
+        if given and name in _WITHOUT_OPTIONS:
+            raise UsageError(
+                f"lr_scheduler_kwargs must be left out with the schedule {name}, which has none, "
+                f"but got {given}."
+            )
+        steps = self.max_steps if self.max_steps > 0 else 1000
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        try:
+            made = get_scheduler(
+                name,
+                optimizer,
+                num_warmup_steps=self.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=given,
+            )
+            rates = [float(made.lr_lambdas[0](step)) for step in (0, 1, steps // 2, steps - 1)]
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"lr_scheduler_kwargs must be options of the schedule {name}, but got {given}: "
+                f"{reason_of(error)}."
+            ) from error
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise UsageError(
+                f"lr_scheduler_kwargs must make learning rates that are finite and not negative, "
+                f"but {given} make {name} change the learning rate by {rates}."
+            )
 
     def _refuse_unusable_numbers(self) -> None:
         """Texts that are numbers become such; NaN, infinity and what is out of range is refused."""

@@ -33,6 +33,7 @@ from mollm.models.dropout import without_dropout
 from mollm.models.forward import frozen_copy, head_weights, in_evaluation_mode
 from mollm.models.logits import logit_transform
 from mollm.system.folders import clear_unfinished, complete, remove
+from mollm.system.parsing import is_file
 from mollm.system.precision import compute_dtype
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ class CachedReference(nn.Module):
     def _is_whole(self, path: Path, rows: Mapping[str, Tokens]) -> bool:
         from safetensors import SafetensorError, safe_open
 
+        if not is_file(path):
+            return False
         try:
             with safe_open(str(path), framework="pt") as file:
                 if (file.metadata() or {}).get(_MODEL, "") != self._of:

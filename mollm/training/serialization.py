@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mollm.errors import UsageError
+from mollm.system.parsing import check_file, read_text
 
 _DAMAGE = (
     ArithmeticError,
@@ -53,9 +54,11 @@ def load_tree(folder: Path, name: str) -> Any:
     Raises:
         UsageError: A file is missing or damaged.
     """
-    with corrupt_checkpoint_errors(folder):
-        plain = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return _decode(plain, load_file(folder / f"{name}.safetensors"))
+    try:
+        plain = json.loads(read_text(folder / f"{name}.json"))
+        return _decode(plain, _tensors_in(folder / f"{name}.safetensors"))
+    except _DAMAGE as error:
+        raise _damaged(folder, error) from error
 
 
 def tensors_of(tree: Any) -> dict[str, Tensor]:
@@ -76,11 +79,18 @@ def load_file(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: It is missing or damaged.
     """
+    try:
+        return _tensors_in(path)
+    except _DAMAGE as error:
+        raise _damaged(path.parent, error) from error
+
+
+def _tensors_in(path: Path) -> dict[str, Tensor]:
     from safetensors import torch as files
 
-    with corrupt_checkpoint_errors(path.parent):
-        tensors: dict[str, Tensor] = files.load_file(path)
-        return tensors
+    check_file(path)
+    tensors: dict[str, Tensor] = files.load_file(path)
+    return tensors
 
 
 @contextlib.contextmanager
@@ -91,12 +101,16 @@ def corrupt_checkpoint_errors(folder: Path) -> Iterator[None]:
     except UsageError:
         raise
     except _DAMAGE as error:
-        told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        reason = " ".join(told.split())[:300].rstrip(".") or type(error).__name__
-        raise UsageError(
-            f"{folder} must be a whole checkpoint, but it is damaged: {reason}: remove it, and go "
-            "on from the one before."
-        ) from error
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> UsageError:
+    told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    reason = " ".join(told.split())[:300].rstrip(".") or type(error).__name__
+    return UsageError(
+        f"{folder} must be a whole checkpoint, but it is damaged: {reason}: remove it, and go on "
+        "from the one before."
+    )
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

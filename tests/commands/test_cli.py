@@ -64,6 +64,17 @@ def test_mistakes_of_a_plan_are_told_in_one_sentence(capsys, arguments, words):
     assert len(sentence.splitlines()) == 1
 
 
+def test_a_name_cannot_act_on_the_terminal_that_shows_it(capsys, saved, tmp_path):
+    path = tmp_path / "new\nline \x1b[31mred.jsonl"
+    path.write_text("{")
+    given = ["--model", saved, "--forget", str(path), "--retain", str(path)]
+    assert main(["preview", *given]) == 2
+    sentence = capsys.readouterr().err.strip()
+    assert len(sentence.splitlines()) == 1
+    assert "\x1b" not in sentence
+    assert "new\\nline \\x1b[31mred.jsonl" in sentence
+
+
 def test_an_unwritable_folder_is_found_out_before_the_model_loads(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("too late"))
     (tmp_path / "file").touch()

@@ -293,6 +293,15 @@ def test_a_model_that_takes_no_padded_batch_is_asked_a_row_at_a_time(caplog):
     assert said.endswith("one row at a time: a padded batch fails with it (no padding, please).")
 
 
+def test_a_model_that_answers_nothing_is_not_said_to_mind_padding(caplog):
+    model = tiny.model()
+    handle = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    assert not answers_alike_in_company(model)
+    handle.remove()
+    assert not caplog.messages
+    assert answers_alike_in_company(model)
+
+
 def test_sampled_replies_are_drawn_from_the_whole_distribution_by_the_seed():
     model, chat = tiny.model(initializer_range=0.3), ChatFormat(tiny.tokenizer())
     model.generation_config.top_k, model.generation_config.temperature = 1, 0.01

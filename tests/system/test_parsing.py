@@ -40,6 +40,8 @@ def test_yaml_gives_plain_values():
         ("a: " + "9" * 5000, "Exceeds the limit"),
         ("a: 0x" + "f" * 5000, "must hold whole numbers of at most 64 bits"),
         ("a: !!int x", "must be valid YAML"),
+        ("a: 1:30:00", "must hold numbers without colons, but got 1:30:00"),
+        ("a: 1:30.5", "must hold numbers without colons, but got 1:30.5"),
         ("a: !!float ''", "must be valid YAML"),
         ("a: !!bool 7", "must be valid YAML"),
         ("a: !!map 3", "must hold a mapping"),
@@ -78,3 +80,22 @@ def test_what_may_never_end_is_no_file(tmp_path):
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UsageError, match="must be a file, but it is a pipe, a socket or a dev"):
             read_text(path)
+
+
+@pytest.mark.parametrize("before", [b"", b"a\nb\n"])
+def test_a_hole_in_a_file_is_refused_before_it_fills_the_memory(tmp_path, before):
+    path = tmp_path / "a"
+    path.write_bytes(before)
+    os.truncate(path, 1 << 40)  # takes no room on the disk
+    line = before.count(b"\n") + 1
+    with pytest.raises(UsageError, match=f"line {line} must hold no null character"):
+        read_text(path, None)
+    with pytest.raises(UsageError, match="must have at most 268,435,456 bytes"):
+        read_text(path)
+
+
+def test_the_byte_that_is_no_utf_8_is_named(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * (1 << 20) + b"\xff")
+    with pytest.raises(UsageError, match="its byte 1048576 is not"):
+        read_text(path)

@@ -1,3 +1,4 @@
+import os
 import random
 
 import numpy as np
@@ -61,6 +62,15 @@ def test_a_damaged_tree_is_told_in_one_sentence(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match="must be a whole checkpoint, but it is damaged: "):
+        serialization.load_tree(tmp_path, "tree")
+
+
+@pytest.mark.parametrize("name", ["tree.json", "tree.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    serialization.save_tree({"a": torch.arange(3)}, tmp_path, "tree")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=r"damaged: .* must be a file, but it is a pipe"):
         serialization.load_tree(tmp_path, "tree")
 
 

@@ -42,6 +42,23 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
             "must be one that goes by the step",
         ),
+        ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs must be options by name, but got 'x'"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            "lr_scheduler_kwargs must be left out with the schedule constant, which has none",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"nosuch": 2}},
+            "must be options of the schedule cosine, but got .*nosuch",
+        ),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}},
+            "must be options of the schedule cosine, but got .*'x'",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1.0}},
+            "must make learning rates that are finite and not negative",
+        ),
         ({"num_train_epochs": 0}, "num_train_epochs must be a positive number"),
         ({"num_train_epochs": float("inf")}, "num_train_epochs must be a finite number"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "eval_strategy must be given"),

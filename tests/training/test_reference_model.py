@@ -1,4 +1,5 @@
 import copy
+import os
 
 import pytest
 import tiny
@@ -115,7 +116,9 @@ def test_a_cache_that_was_begun_is_completed(tmp_path):
     assert not list(tmp_path.glob(".unfinished-*"))
 
 
-@pytest.mark.parametrize("how", ["cut short", "of another model", "of other rows", "narrower"])
+@pytest.mark.parametrize(
+    "how", ["cut short", "of another model", "of other rows", "narrower", "a pipe"]
+)
 def test_a_cache_that_cannot_be_trusted_is_computed_again(tmp_path, how, caplog):
     from safetensors.torch import load_file, save_file
 
@@ -128,6 +131,9 @@ def test_a_cache_that_cannot_be_trusted_is_computed_again(tmp_path, how, caplog)
         path.write_bytes(path.read_bytes()[:-7])
     elif how == "of another model":
         save_file({name: t + 1 for name, t in states.items()}, path, metadata={"model": "other"})
+    elif how == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
     elif how == "of other rows":
         save_file({name: t[:1].clone() for name, t in states.items()}, path)
     else:
