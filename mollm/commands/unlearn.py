@@ -284,6 +284,8 @@ def make_adapter(lora: Any) -> Any:
 
     options = {"r": lora} if isinstance(lora, int) and lora is not True else lora
     try:
+        if not isinstance(options, Mapping):
+            raise TypeError("it is neither a whole number nor a mapping")
         rank = options.get("r", 8)
         if not isinstance(rank, int):
             raise TypeError("r must be a whole number")
@@ -291,7 +293,7 @@ def make_adapter(lora: Any) -> Any:
             **{"target_modules": "all-linear", "lora_alpha": 2 * rank, **options},
             task_type="CAUSAL_LM",
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         known = [f.name for f in fields(LoraConfig)]
         unknown = (
             [str(name) for name in lora if name not in known] if isinstance(lora, dict) else []

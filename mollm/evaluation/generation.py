@@ -130,6 +130,7 @@ def ask(
             **drawn,
             "num_beams": 1,
             "num_return_sequences": 1,
+            "return_dict_in_generate": False,
             "pad_token_id": chat.pad_id,
             "eos_token_id": sorted(stops) or None,
         }

@@ -47,7 +47,8 @@ class ClassifierJudge:
     """The probability that a sequence-classification model gives to one of its labels.
 
     softmax over the labels; a sigmoid where the model's config says
-    problem_type="multi_label_classification" or where it has a single label.
+    problem_type="multi_label_classification" or where it has a single label. A text without any
+    token, as an empty reply may be, is read as a space: no model reads nothing.
 
     Args:
         model: A model, or the folder or hub name of one.
@@ -98,15 +99,24 @@ class ClassifierJudge:
         scores: list[float] = []
         with in_evaluation_mode(self.model):
             for start in range(0, len(texts), size):
-                inputs = self.tokenizer(
-                    texts[start : start + size],
+                inputs = self._encoded(
+                    self._with_tokens(texts[start : start + size]),
                     padding=padding,
-                    truncation=True,
-                    max_length=self.max_length,
                     return_tensors="pt",
                 ).to(self.model.device)
                 scores += self._probabilities(self.model(**inputs).logits).tolist()
         return scores
+
+    def _encoded(self, texts: list[str], **options: Any) -> Any:
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length, **options)
+
+    def _with_tokens(self, texts: list[str]) -> list[str]:
+        """The texts, but a space, or a full stop, for those that the tokenizer gives no token."""
+        blank = [not ids for ids in self._encoded(texts)["input_ids"]]
+        if not any(blank):
+            return texts
+        space = " " if self._encoded([" "])["input_ids"][0] else "."
+        return [space if empty else text for empty, text in zip(blank, texts, strict=True)]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         logits = logits.to(wide_dtype(logits.dtype))  # [B, labels]

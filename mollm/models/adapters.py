@@ -163,6 +163,11 @@ def given(model: Any) -> Any:
         )
     (config,) = model.peft_config.values()
     check_adapter(config, of_given_model=True)
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise UsageError(
+            "the adapter of a PeftModel must not be merged, for then nothing in it trains: call "
+            "unmerge_adapter() first."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(
             "the adapter of a PeftModel must be loaded with is_trainable=True, but nothing in it "
@@ -491,6 +496,10 @@ def uncompiled(model: Any) -> tuple[Any, bool]:
             if isinstance(child, OptimizedModule):
                 setattr(module, name, child._orig_mod)
                 found = True
+        forward = vars(module).get("forward")
+        own = getattr(forward, "_torchdynamo_orig_callable", None)
+        if own is not None:  # as after `layer.forward = torch.compile(layer.forward)`
+            module.forward, found = own, True
     return model, found
 
 

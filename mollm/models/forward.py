@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mollm.data.chat import IGNORE_INDEX, Batch
+from mollm.errors import UsageError
 from mollm.models.four_bits import in_four_bits
 from mollm.system.precision import autocast, compute_dtype
 
@@ -94,8 +95,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     Where `autocast` computes matrix products in bf16, the copy holds their weights in bf16: the
     same products from half the memory, bit for bit.
+
+    Raises:
+        UsageError: A part of the model has a forward of its own that the copy would share.
     """
     copied = copy.deepcopy(model).requires_grad_(False)
+    _refuse_shared_forward(model, copied)
     # A model without weights stands for one on the CPU, see `mollm.distributed.processes.shard`.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     dtype = compute_dtype(device).dtype
@@ -104,6 +109,22 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
             if not in_four_bits(module.weight):
                 module.weight.data = module.weight.data.to(dtype)
     return copied
+
+
+def _refuse_shared_forward(model: nn.Module, copied: nn.Module) -> None:
+    """Python copies methods with their object, but of functions not even what they close over: the
+    copy would run the layers that train."""
+    for (place, own), its in zip(model.named_modules(), copied.modules(), strict=True):
+        forward = vars(own).get("forward")
+        if forward is None or vars(its).get("forward") is not forward:
+            continue
+        held = ("__closure__", "__defaults__", "__kwdefaults__")
+        if any(getattr(forward, name, None) for name in held):
+            raise UsageError(
+                "a model must be one that can be copied for the reference model, but the forward "
+                f"of {place or type(model).__name__} was replaced by a function, which its copy "
+                "would share: replace it by a types.MethodType, or set reference to cache."
+            )
 
 
 def linears_before_head(model: PreTrainedModel) -> list[nn.Linear]:

@@ -37,10 +37,37 @@ from mollm_ops.update import update_
 
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+_OF_OTHER_BASES = {
+    "amsgrad": False,
+    "betas": None,
+    "dampening": 0,
+    "eps": None,
+    "maximize": False,
+    "momentum": 0,
+    "nesterov": False,
+}
+"""Options of Torch's AdamW and SGD, with what turns them off."""
+_OF_ALL_GROUPS = (
+    "base",
+    "direction",
+    "gradient_memory",
+    "length",
+    "mean_beta",
+    "metric",
+    "normalize",
+    "objectives",
+    "on_nonfinite",
+    "preferences",
+    "track_conflicts",
+)
+"""Arguments of `MOLLMOptimizer` that no single group can have."""
+
 
 def _check_number(name: str, value: Any, what: str = "") -> None:
     if isinstance(value, Tensor) and value.is_cuda:
         return  # the host would have to wait for it
+    if not isinstance(value, int | float | Tensor):
+        raise ValueError(f"{what}{name} must be a number, but got {value!r}.")
     if not float(value) >= 0:
         raise ValueError(f"{what}{name} must not be negative, but got {value}.")
     if float(value) > torch.finfo(torch.float32).max:  # kernels take it as that
@@ -57,6 +84,7 @@ class FusedBase(Optimizer, ABC):
     """
 
     first_name: ClassVar[str]
+    _own_options: ClassVar[tuple[str, ...]]
     second_name: ClassVar[str | None] = None
     _keep_first = True
 
@@ -71,10 +99,26 @@ class FusedBase(Optimizer, ABC):
         return {**super().__getstate__(), "_keep_first": self._keep_first}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any Torch optimizer; options that are out of range are refused first."""
+        """As of any Torch optimizer; options that are out of range, or would do nothing, are
+        refused first."""
         options = {**self.defaults, **param_group}
         self.check_group(options)
         super().add_param_group({**param_group, "state_dtype": options["state_dtype"]})
+
+    def _refuse_foreign_options(self, group: dict[str, Any]) -> None:
+        for name, value in group.items():
+            if name in _OF_ALL_GROUPS:
+                raise ValueError(
+                    f"{name} must be the same for all parameter groups, but got {value!r} in one: "
+                    "give it to MOLLMOptimizer."
+                )
+            if name in _OF_OTHER_BASES and name not in self._own_options:
+                if value is None or value == _OF_OTHER_BASES[name]:
+                    continue
+                raise ValueError(
+                    f"a parameter group must not have {name}, which base {type(self).__name__} "
+                    f"does not use, but got {value!r}: leave it out, or pass another base."
+                )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Refuses options that no step can be made with; a dtype given by name becomes one.
@@ -82,6 +126,7 @@ class FusedBase(Optimizer, ABC):
         Raises:
             ValueError: it says which option.
         """
+        self._refuse_foreign_options(group)
         _check_number("lr", group["lr"], "Invalid learning rate: ")
         _check_number("weight_decay", group["weight_decay"])
         dtype = group["state_dtype"]
@@ -338,6 +383,7 @@ class AdamW(FusedBase):
     """
 
     first_name = "exp_avg"
+    _own_options = ("betas", "eps")
     second_name = "exp_avg_sq"
 
     def __init__(
@@ -400,6 +446,7 @@ class SGD(FusedBase):
     """SGD, see `mollm_ops.update.SgdStep`. Unlike Torch's, its weight decay is decoupled."""
 
     first_name = "momentum_buffer"
+    _own_options = ("momentum", "nesterov")
 
     def __init__(
         self,

@@ -38,6 +38,12 @@ def taken(model: Any, peft_config: Any | None, args: MOLLMConfig) -> tuple[Any, 
             "model must be a name, a folder or a causal language model of transformers, but got "
             f"{type(model).__name__}."
         )
+    bare = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if bare is not None:
+        raise UsageError(
+            f"a model must have its weights, but {bare} of this one is on the meta device: load "
+            "them, or give the model's name."
+        )
     model, compiled = uncompiled(model)
     notes = [_NOT_COMPILED] if compiled else []
     if hasattr(model, "get_base_model"):

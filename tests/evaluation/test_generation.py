@@ -316,6 +316,14 @@ def test_sampled_replies_are_drawn_from_the_whole_distribution_by_the_seed():
     assert len(set(drawn(0))) == 1
 
 
+def test_a_generation_config_that_asks_for_more_than_replies_changes_none():
+    model, chat = tiny.model(), ChatFormat(tiny.tokenizer())
+    plain = ask(model, chat, ["Who?", "Where?"], max_new_tokens=4)
+    model.generation_config.return_dict_in_generate = True
+    model.generation_config.output_scores = True
+    assert ask(model, chat, ["Who?", "Where?"], max_new_tokens=4) == plain
+
+
 def test_a_generation_config_that_does_not_work_is_to_blame():
     model, chat = tiny.model(), ChatFormat(tiny.tokenizer())
     model.name_or_path = "tiny"

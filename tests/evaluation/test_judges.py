@@ -82,6 +82,17 @@ def test_without_a_padding_token_replies_are_judged_one_by_one():
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("pads", [True, False], ids=["padded", "one by one"])
+@pytest.mark.parametrize("replies", [["", ""], ["no, never", ""]])
+def test_a_reply_without_a_token_is_judged_as_a_space_in_whatever_company(pads, replies):
+    model = classifier()
+    if not pads:
+        model.config.pad_token_id = None
+    judge = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())
+    space = torch.tensor(logits_of(model, " ")).softmax(-1)[judge.index]
+    assert judge(["Who?"] * 2, replies)[1] == pytest.approx(float(space), abs=1e-6)
+
+
 def test_a_pickled_judge_and_code_of_its_own_are_refused(tmp_path, monkeypatch):
     model = classifier()
     model.save_pretrained(tmp_path)

@@ -95,6 +95,10 @@ def test_peft_models_that_cannot_train_are_refused():
     with pytest.raises(UsageError, match="must have one adapter, but got default, second"):
         given(wrapped)
     wrapped.delete_adapter("second")
+    wrapped.merge_adapter()
+    with pytest.raises(UsageError, match=r"must not be merged.*call unmerge_adapter"):
+        given(wrapped)
+    wrapped.unmerge_adapter()
     wrapped.requires_grad_(False)
     with pytest.raises(UsageError, match="must be loaded with is_trainable=True"):
         given(wrapped)

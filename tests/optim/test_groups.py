@@ -151,6 +151,11 @@ def test_a_group_added_later_starts_at_its_own_first_step():
         ({"betas": (0.9, 1.0)}, "betas must be in"),
         ({"eps": float("nan")}, "eps must not be negative"),
         ({"state_dtype": "int8"}, "state_dtype must be"),
+        ({"lr": "1e-3"}, "lr must be a number, but got '1e-3'"),
+        ({"maximize": True}, "must not have maximize, which base AdamW does not use"),
+        ({"amsgrad": True}, "must not have amsgrad"),
+        ({"momentum": 0.9}, "must not have momentum"),
+        ({"direction": "dual"}, "direction must be the same for all parameter groups"),
     ],
 )
 def test_bad_options_of_a_group_are_refused_when_given_and_when_set(options, message):
@@ -169,6 +174,20 @@ def test_bad_options_of_a_group_are_refused_when_given_and_when_set(options, mes
         opt.step()
     assert torch.equal(a.detach(), before[0])
     assert torch.equal(b.detach(), before[1])
+
+
+def test_a_group_may_have_a_name_and_options_that_are_off():
+    a, b = parameters(0)
+    options = {"name": "head", "initial_lr": 1e-3, "maximize": False, "momentum": 0.0}
+    opt = MOLLMOptimizer([{"params": [a]}, {"params": [b], **options}], lr=1e-2)
+    step(opt, a, b, 0)
+    assert opt.param_groups[1]["name"] == "head"
+
+
+def test_a_group_of_sgd_cannot_have_the_betas_of_adam():
+    a, b = parameters(0)
+    with pytest.raises(ValueError, match="must not have betas, which base SGD does not use"):
+        MOLLMOptimizer([{"params": [a]}, {"params": [b], "betas": (0.9, 0.99)}], base="sgd")
 
 
 def test_relative_rates():

@@ -688,6 +688,13 @@ def test_a_compiled_model_leaves_no_name_of_it_in_a_file(tmp_path):
     assert any("compiled" in note for note in made.notes)
 
 
+def test_a_model_without_weights_is_refused(tmp_path):
+    with torch.device("meta"):
+        model = tiny.model()
+    with pytest.raises(UsageError, match="a model must have its weights, but model.embed_tokens"):
+        trainer(tmp_path, model)
+
+
 def test_settings_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"forget_dataset": FORGET, "retain_dataset": RETAIN}
