@@ -400,6 +400,9 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
         words += ["--system-prompt", settings["system_prompt"]]
     if settings.get("chat_template_kwargs"):
         words += ["--chat-template-kwargs", json.dumps(settings["chat_template_kwargs"])]
+    form = settings.get("prompt_format")
+    if form is not None:
+        words += ["--prompt-format", form if isinstance(form, str) else json.dumps(form)]
     return shlex.join(words)
 
 

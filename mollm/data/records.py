@@ -52,6 +52,8 @@ _PAIRS = (
     ("instruction", "output"),
     ("prompt", "completion"),
 )
+_PROMPT = "prompt"
+"""A column that may hold the beginning of any text; those of other names hold questions."""
 _CONVERSATIONS = ("messages", "conversations")
 _TEXT = "text"
 _SYSTEM, _HISTORY = "system", "history"
@@ -94,6 +96,8 @@ class Record:
     """Words with which the assistant's answer has already begun: context without a loss."""
     closed: bool = True
     """Whether the assistant's turn ends with the answer; if so, its end carries a loss too."""
+    is_question: bool = True
+    """Whether the prompt is a question, and not the beginning of any text."""
 
     @property
     def place(self) -> str:
@@ -372,7 +376,7 @@ def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False)
     # Alpaca's instructions are about what stands in a third column, where that is not blank.
     if with_input and str(row.values.get("input") or "").strip():
         text = f"{text}\n\n{row.text('input')}"
-    return row.records(text, answer)
+    return [replace(each, is_question=prompt != _PROMPT) for each in row.records(text, answer)]
 
 
 def _holds_turns(value: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mollm.data.chat import ChatFormat
+from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.generation import MAX_NEW_TOKENS
@@ -39,6 +40,7 @@ def evaluate(
     seed: int = 0,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    prompt_format: FormatOption = None,
     say: Say = lambda text: None,
     show: Show | None = None,
 ) -> Evaluation:
@@ -61,6 +63,8 @@ def evaluate(
         seed: Of the resampling.
         system_prompt: Of conversations that have none of their own.
         chat_template_kwargs: Options of the chat template, such as {"enable_thinking": False}.
+        prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
+            options, see `mollm.data.prompt_format.PromptFormat`.
         say: Called with a line of progress.
         show: Called with how much there is to do; gives a context in which what it returns is
             called with how much more is done.
@@ -86,6 +90,7 @@ def evaluate(
         tokenizer,
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
+        prompt_format=prompt_format,
     )
     if chat.note is not None:
         say(chat.note)

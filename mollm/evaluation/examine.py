@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mollm.data.chat import ChatFormat, Tokens, context_of
@@ -182,8 +182,7 @@ class Examiner:
         scores: list[Scores] = [
             {
                 "rouge_l": max(
-                    metrics.rouge_l_recall(reply.text, answer)
-                    for answer in row.accepted_answers or (row.answer,)
+                    metrics.rouge_l_recall(reply.text, answer) for answer in self._accepted(row)
                 ),
                 "repetition": metrics.repetition(reply.text),
             }
@@ -192,10 +191,8 @@ class Examiner:
         if wanted & _ORIGINAL_REPLY:
             # A reply that was cut off did not end its turn; an empty one did, at once.
             encoded = [
-                self.chat.encode(
-                    replace(row, opening="").example(
-                        _said(row, reply), closed=reply.complete or not reply.text
-                    )
+                self.chat.encode_reply(
+                    row.example("", closed=reply.complete or not reply.text), reply.text
                 )
                 for row, reply in pairs
             ]
@@ -211,6 +208,14 @@ class Examiner:
                 judged = judge_replies(judge, name, questions, texts)
                 scores = _joined(scores, [{JUDGED + name: score} for score in judged])
         return scores
+
+    def _accepted(self, row: Row) -> Sequence[str]:
+        """What a reply is compared with: of plain text, which has no end, as much as a reply has
+        room for."""
+        answers = row.accepted_answers or (row.answer,)
+        if not self.chat.is_plain(row.example("")):
+            return answers
+        return [self.chat.beginning(row.example(text), self.max_new_tokens) for text in answers]
 
     def _original(self) -> PreTrainedModel:
         assert self.original is not None, "scores that need it are only offered where it is given"
@@ -239,11 +244,6 @@ def offers(
     compared = _ORIGINAL_REPLY | {"kl"} if original else frozenset()
     wrong = _WRONG if all(row.perturbed_answers for row in rows) else frozenset()
     return _ANSWER | wrong | _REPLY | judged | compared
-
-
-def _said(row: Row, reply: Reply) -> str:
-    """A reply as it follows what was asked: what goes on with a text, after the space it lost."""
-    return f" {reply.text}" if row.is_text and reply.text else reply.text
 
 
 def _choices(row: Row) -> list[str]:

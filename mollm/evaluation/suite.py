@@ -52,11 +52,14 @@ class Row:
     """Words with which the answer has already begun when it is scored; `answer` goes on there."""
     closed: bool = True
     """Whether the assistant's turn ends with the answer."""
+    is_question: bool = True
+    """Whether the question is one, and not the beginning of a text."""
 
     @property
     def asked(self) -> str | Example:
         """What the model is asked, for `generate_replies`."""
-        return self.example("") if self.history or self.is_text else self.question
+        bare = self.is_question and not (self.history or self.is_text)
+        return self.question if bare else self.example("")
 
     def example(self, answer: str, *, closed: bool | None = None) -> Example:
         """The question with an answer, to be encoded; None closes it as the row's own."""
@@ -67,6 +70,7 @@ class Row:
             closed=self.closed if closed is None else closed,
             history=self.history,
             is_text=self.is_text,
+            is_question=self.is_question,
         )
 
 
@@ -266,6 +270,7 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
         str(record.extra[_REWORDED]) if _REWORDED in record.extra else None,
         record.opening,
         record.closed,
+        record.is_question,
     )
 
 

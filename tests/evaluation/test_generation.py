@@ -191,10 +191,10 @@ def test_padding_and_ids_beyond_the_embeddings():
         evaluate(tiny.model(vocab_size=200), tokenizer, suite, **options)
 
 
-def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing():
+def test_what_goes_on_with_a_text_is_scored_as_it_was_written_even_if_it_is_nothing():
     chat = ChatFormat(tiny.tokenizer())
     rows = [Row("Once upon", " a time.", is_text=True)] * 2
-    replies = [Reply("a time.", True), Reply("", True)]
+    replies = [Reply(" a\n  time.", True), Reply("", True)]
     encoded = []
 
     class Original(Examiner):
@@ -205,8 +205,8 @@ def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing(
     scores = Original(tiny.model(), chat, original=tiny.model())._replies(
         rows, replies, {"reply_nll"}
     )
-    assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a time."
-    assert [each["reply_tokens"] for each in scores] == [len(" a time."), 1]
+    assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a\n  time."
+    assert [each["reply_tokens"] for each in scores] == [len(" a\n  time."), 1]
 
 
 def recurrent():
