@@ -326,6 +326,7 @@ def _measure(
             its,
             suite,
             original=None if first is None else first[0],
+            original_tokenizer=None if first is None else first[1],
             judges=judges,
             say=place.say,
             show=lambda total: progress(0 if place.quiet else total, what),

@@ -33,6 +33,7 @@ def evaluate(
     *,
     names: Sequence[str] | None = None,
     original: PreTrainedModel | None = None,
+    original_tokenizer: PreTrainedTokenizerBase | None = None,
     judges: Mapping[str, Judge] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -56,6 +57,9 @@ def evaluate(
         names: Which figures to compute, and nothing that they do not need; None for all that the
             suite and the arguments allow, the others then stand in `missing` with the reason.
         original: The model that unlearning started from, for the KL and the perplexity of replies.
+        original_tokenizer: Its tokenizer; None if it is the model's. With another vocabulary the
+            perplexity is that of the replies as text, in the original's tokens and format, and
+            there is no KL.
         judges: Judges of replies by the name of their figures, such as {"toxicity": …}.
         batch_size: Rows that pass through the model together.
         max_new_tokens: Where a reply is cut off.
@@ -76,10 +80,14 @@ def evaluate(
             output is not finite.
     """
     judges = dict(judges or {})
+    same_tokens = original_tokenizer is None or (
+        original_tokenizer.get_vocab() == tokenizer.get_vocab()
+    )
     wanted = wanted_scores(
         suite,
         names=names,
         original=original is not None,
+        same_tokens=same_tokens,
         judges=judges,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -92,12 +100,26 @@ def evaluate(
         system_prompt=system_prompt,
         prompt_format=prompt_format,
     )
+    original_chat = None
+    if original is not None and original_tokenizer is not None and not same_tokens:
+        original_chat = ChatFormat.of(
+            original,
+            original_tokenizer,
+            template_kwargs=chat_template_kwargs,
+            system_prompt=system_prompt,
+            prompt_format=prompt_format,
+        )
+        say(
+            "The original has another tokenizer: the perplexity of replies is counted in its "
+            "tokens, and there is no KL."
+        )
     if chat.note is not None:
         say(chat.note)
     examiner = Examiner(
         model,
         chat,
         original=original,
+        original_chat=original_chat,
         judges=judges,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -142,6 +164,7 @@ def wanted_scores(
     *,
     names: Sequence[str] | None = None,
     original: bool = False,
+    same_tokens: bool = True,
     judges: Iterable[str] = (),
     batch_size: int = 1,
     max_new_tokens: int = 1,
@@ -150,8 +173,9 @@ def wanted_scores(
     """The scores, by set, that `evaluate` would compute; needs no model.
 
     Args:
-        suite: As for `evaluate`; so are the other arguments, but for these two.
+        suite: As for `evaluate`; so are the other arguments, but for these three.
         original: Whether the original model is at hand.
+        same_tokens: Whether it has the model's vocabulary.
         judges: The names of the judges.
 
     Raises:
@@ -169,7 +193,8 @@ def wanted_scores(
         suite.retain_logs,
     )
     offered = {
-        group: offers(group, rows, judges, original=original) for group, rows in groups.items()
+        group: offers(group, rows, judges, original=original, same_tokens=same_tokens)
+        for group, rows in groups.items()
     }
     retrained = columns_of(suite.retain_logs or ())
     wanted: dict[str, set[str]] = {}

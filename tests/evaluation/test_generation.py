@@ -198,9 +198,9 @@ def test_what_goes_on_with_a_text_is_scored_as_it_was_written_even_if_it_is_noth
     encoded = []
 
     class Original(Examiner):
-        def _score(self, model, rows):
+        def _score(self, model, rows, chat=None):
             encoded.extend(rows)
-            return super()._score(model, rows)
+            return super()._score(model, rows, chat)
 
     scores = Original(tiny.model(), chat, original=tiny.model())._replies(
         rows, replies, {"reply_nll"}
