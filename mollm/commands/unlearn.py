@@ -47,7 +47,7 @@ A settings file:
   model: path/to/model
   forget: forget.jsonl            # a file, a folder or a hub name, several by name, or options:
   retain:
-    path: locuslab/TOFU           # also schema, prompt_field, answer_field
+    path: locuslab/TOFU           # also schema, prompt_field, answer_field, where
     config: retain90
     split: train
   out: runs/unlearn

@@ -79,6 +79,8 @@ def evaluate(
             logits cannot be computed from its hidden states, see `mollm.models.logits`; or its
             output is not finite.
     """
+    for note in suite.notes:
+        say(note)
     judges = dict(judges or {})
     same_tokens = original_tokenizer is None or (
         original_tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -1,5 +1,6 @@
 """What a model is asked, where its replies end, and what of them is read."""
 
+import json
 import types
 
 import chat_templates
@@ -147,7 +148,8 @@ def test_a_text_without_spaces_is_cut_between_characters(tmp_path):
 
 def test_a_limit_counts_rows_whatever_number_of_answers_they_accept(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "Where?", "answer": ["a", "b", "c"]}\n' * 3)
+    rows = [{"question": f"Where {n}?", "answer": ["a", "b", "c"]} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
     assert len(load_suite(path, limit=2).forget) == 2
 
 
