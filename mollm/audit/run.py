@@ -26,6 +26,7 @@ from mollm.audit.findings import (
 )
 from mollm.audit.subject import Subject
 from mollm.data.chat import ChatFormat
+from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner
 from mollm.evaluation.metrics import mean
@@ -97,6 +98,7 @@ def audit(
     seed: int = 0,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    prompt_format: FormatOption = None,
     after_finding: Callable[[Audit], object] = lambda audit: None,
     progress: bool = False,
 ) -> Audit:
@@ -125,6 +127,8 @@ def audit(
         seed: Of the split, of sampled replies, of adapters and of the resampling.
         system_prompt: Of conversations that have none of their own.
         chat_template_kwargs: Options of the chat template.
+        prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
+            options, see `mollm.data.prompt_format.PromptFormat`.
         after_finding: Called with the audit so far whenever there is another finding.
         progress: Whether to show a bar for each attack on each model.
 
@@ -141,6 +145,7 @@ def audit(
         tokenizer,
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
+        prompt_format=prompt_format,
     )
     models = {"original": original, "retain-only": retain_only, "model": whole}
     _check_whole(original, retain_only)

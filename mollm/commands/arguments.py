@@ -45,6 +45,13 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="options of the chat template, such as '{enable_thinking: false}'",
     )
+    parser.add_argument(
+        "--prompt-format",
+        metavar="TEXT_OR_YAML",
+        help="none for plain text, chat, or a template such as 'Q: {question}\\nA: {answer}', in "
+        "which \\n is a new line; with more options '{template: ..., prefix: ..., stop: [...]}' "
+        "(default: the chat template; without one, questions are asked and other rows go on)",
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +82,23 @@ def template_options(text: str | None) -> dict[str, Any] | None:
         "chat-template-kwargs must be options by name, such as '{enable_thinking: false}', but "
         f"got {text!r}."
     )
+
+
+def format_of(text: str | None) -> str | dict[str, Any] | None:
+    """What --prompt-format says.
+
+    Raises:
+        UsageError: It is no format.
+    """
+    from mollm.data.prompt_format import QUESTION, PromptFormat
+
+    if text is None:
+        return None
+    found: Any = text.replace("\\n", "\n")
+    if text.startswith("{") and not text.startswith(QUESTION):
+        found = parse_yaml(text, "prompt-format")
+    PromptFormat.of(found)
+    return found if isinstance(found, dict) else str(found)
 
 
 def device_of(name: str | None) -> torch.device:

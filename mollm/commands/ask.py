@@ -9,7 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mollm.commands.arguments import NO_ORIGINAL, add_loading, device_of, template_options
+from mollm.commands.arguments import (
+    NO_ORIGINAL,
+    add_loading,
+    device_of,
+    format_of,
+    template_options,
+)
 from mollm.errors import UsageError
 from mollm.system.parsing import read_text, user_path
 from mollm.system.terminal import (
@@ -166,6 +172,7 @@ def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speake
         )
     device, dtype = device_of(arguments.device), getattr(torch, arguments.dtype)
     prompt, options = arguments.system_prompt, template_options(arguments.chat_template_kwargs)
+    form = format_of(arguments.prompt_format)
     speakers = []
     for role, source in {**named, "result": name}.items():
         model, tokenizer = loading.load(loading.find_model(source), device, dtype)
@@ -174,6 +181,7 @@ def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speake
             tokenizer,
             template_kwargs=options or run["settings"].get("chat_template_kwargs"),
             system_prompt=prompt or run["settings"].get("system_prompt"),
+            prompt_format=form or run["settings"].get("prompt_format"),
         )
         speakers.append(_Speaker(role, model, chat, sampling))
     return speakers

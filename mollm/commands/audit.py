@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, data_of, device_of, template_options
+from mollm.commands.arguments import add_loading, data_of, device_of, format_of, template_options
 from mollm.errors import UsageError
 from mollm.system.parsing import user_path
 
@@ -128,6 +128,7 @@ def _audit_and_tell(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         system_prompt=given.get("system_prompt"),
         chat_template_kwargs=kwargs,
+        prompt_format=format_of(given.get("prompt_format")),
         after_finding=told,
         progress=True,
     )

@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import NO_ORIGINAL, add_loading, data_of, device_of, template_options
+from mollm.commands.arguments import (
+    NO_ORIGINAL,
+    add_loading,
+    data_of,
+    device_of,
+    format_of,
+    template_options,
+)
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -198,6 +205,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "system_prompt": given.get("system_prompt"),
         "chat_template_kwargs": template_options(given.get("chat_template_kwargs")),
+        "prompt_format": format_of(given.get("prompt_format")),
     }
     place = _Place(
         device_of(given.get("device")),
@@ -268,7 +276,7 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
     if run is not None:
         if "data" not in given and "forget" not in given:
             given |= {n: v for n, v in run.get("given", {}).items() if n not in given}
-        for name in ("system_prompt", "chat_template_kwargs"):
+        for name in ("system_prompt", "chat_template_kwargs", "prompt_format"):
             value = run["settings"].get(name)
             if value is not None and name not in given:
                 given[name] = value if isinstance(value, str) else json.dumps(value)
@@ -304,6 +312,7 @@ def _measure(
         tokenizer,
         template_kwargs=options["chat_template_kwargs"],
         system_prompt=options["system_prompt"],
+        prompt_format=options["prompt_format"],
     ).identity
     _refuse_other_logs(given.get("retain_logs"), chat)
     first = None
@@ -317,6 +326,7 @@ def _measure(
             its,
             suite,
             original=None if first is None else first[0],
+            original_tokenizer=None if first is None else first[1],
             judges=judges,
             say=place.say,
             show=lambda total: progress(0 if place.quiet else total, what),

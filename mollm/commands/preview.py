@@ -26,7 +26,13 @@ _OWN = ("run", "rows", "known", "json")
 _DATE = "date in the chat template"
 _MOST_BYTES = 2 * GIB
 """Of weights that are loaded without being asked for."""
-_WITH_DATA = ("max_length", "train_on_turns", "system_prompt", "chat_template_kwargs")
+_WITH_DATA = (
+    "max_length",
+    "train_on_turns",
+    "system_prompt",
+    "chat_template_kwargs",
+    "prompt_format",
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -47,7 +47,7 @@ A settings file:
   model: path/to/model
   forget: forget.jsonl            # a file, a folder or a hub name, several by name, or options:
   retain:
-    path: locuslab/TOFU           # also schema, prompt_field, answer_field
+    path: locuslab/TOFU           # also schema, prompt_field, answer_field, where
     config: retain90
     split: train
   out: runs/unlearn
@@ -402,6 +402,9 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
         words += ["--system-prompt", settings["system_prompt"]]
     if settings.get("chat_template_kwargs"):
         words += ["--chat-template-kwargs", json.dumps(settings["chat_template_kwargs"])]
+    form = settings.get("prompt_format")
+    if form is not None:
+        words += ["--prompt-format", form if isinstance(form, str) else json.dumps(form)]
     return shlex.join(words)
 
 

@@ -6,6 +6,8 @@ the conversation; one without a chat template gets the plain format
     Question: {question}
     Answer: {answer}
 
+and rows without a question are plain text then. A `PromptFormat` has them written otherwise.
+
 Labels come from where the answer stands in the text, never from the value of an id: in many
 models the padding token is the token that ends a turn.
 """
@@ -20,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mollm.data.conversations import ASSISTANT, USER, Turn
+from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn
+from mollm.data.prompt_format import CHAT, FormatOption, PromptFormat
 from mollm.data.templates import THOUGHTS, PlainWriter, Span, TemplateWriter, Writer
 from mollm.errors import UsageError
 
@@ -49,6 +52,8 @@ class Example:
     is_text: bool = False
     """Whether this is running text, not a conversation: the answer follows the question as it is,
     and has no end."""
+    is_question: bool = True
+    """Whether the question is one: if not, it is running text to a model without a template."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ class ChatFormat:
         template_kwargs: Keyword arguments of its `apply_chat_template`, such as
             {"enable_thinking": False}, or {"chat_template": NAME} to choose one of several.
         system_prompt: The system prompt of conversations that have none of their own.
+        prompt_format: How prompts are written, see `PromptFormat.of`; None leaves it to the
+            tokenizer.
         vocabulary: How many ids the model has embeddings for; None for as many as are asked.
         ends: Further ids that end a turn, such as those of the model's generation config.
 
@@ -106,12 +113,14 @@ class ChatFormat:
         *,
         template_kwargs: Mapping[str, Any] | None = None,
         system_prompt: str | None = None,
+        prompt_format: FormatOption = None,
     ) -> ChatFormat:
         """The format of a model that is loaded: its vocabulary and its ends of a turn."""
         return cls(
             tokenizer,
             template_kwargs=template_kwargs,
             system_prompt=system_prompt,
+            prompt_format=prompt_format,
             vocabulary=vocabulary_of(model.config),
             ends=ends_of(getattr(model, "generation_config", None)),
         )
@@ -122,13 +131,16 @@ class ChatFormat:
         *,
         template_kwargs: Mapping[str, Any] | None = None,
         system_prompt: str | None = None,
+        prompt_format: FormatOption = None,
         vocabulary: int | None = None,
         ends: Iterable[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
-        self.has_template = tokenizer.chat_template is not None
-        self._writer = _writer(tokenizer, template_kwargs or {}, system_prompt)
+        self.format = PromptFormat.of(prompt_format)
+        self._writer = _writer(tokenizer, template_kwargs or {}, system_prompt, self.format)
+        self._system_prompt = system_prompt
+        self.has_template = isinstance(self._writer, TemplateWriter)
         self._start_ids = _start_of(tokenizer)
         added = tokenizer.added_tokens_decoder
         named = (tokenizer.eos_token_id, *tokenizer.all_special_ids, *ends)
@@ -148,16 +160,22 @@ class ChatFormat:
     @property
     def note(self) -> str | None:
         """What the user should know about the format, in sentences."""
-        return " ".join(self._writer.notes) or None
+        return None if self.format.plain else " ".join(self._writer.notes) or None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What rows depend on besides data and tokenizer, by names.
 
-        The hash of the template, its options, the system prompt and, where the template writes
-        one, the date.
+        The hash of the template, its options, the system prompt, the format that was asked for
+        and, where the template writes one, the date.
         """
-        return self._writer.identity
+        return {**self._writer.identity, "prompt_format": self.format.identity}
+
+    def is_plain(self, example: Example) -> bool:
+        """Whether an example is written as plain text, without template and end."""
+        if example.is_text or self.format.plain:
+            return True
+        return not (example.is_question or self.has_template or self.format.template)
 
     def prompt(self, question: str) -> str:
         """The text that ends where the assistant's answer begins."""
@@ -174,7 +192,10 @@ class ChatFormat:
             question: The question, or an example, whose answer is left out.
         """
         example = question if isinstance(question, Example) else Example(question, "")
-        answer = f" {_ANSWER.content}" if example.is_text else _ANSWER.content
+        example = self._settled(replace(example, answer="", opening=""))
+        answer = _ANSWER.content
+        if example.is_text and not example.question[-1:].isspace():
+            answer = f" {answer}"
         text, ((start, end),) = self._write(replace(example, answer=answer, opening=""), "last")
         if not example.is_text:
             turns = [*example.history, Turn(USER, example.question), _ANSWER]
@@ -196,6 +217,7 @@ class ChatFormat:
         Raises:
             UsageError: The template cannot write the conversation, or leaves out the answer.
         """
+        example = self._settled(example)
         text, spans = self._write(example, on_turns)
         closed = example.closed and not example.is_text
         ids, places = self._tokenize(text if closed else text[: spans[-1][1]], spans)
@@ -214,6 +236,12 @@ class ChatFormat:
         labels = [token if i in counted else IGNORE_INDEX for i, token in enumerate(ids)]
         start = self._start(example)
         return Tokens(start + ids, [IGNORE_INDEX] * len(start) + labels, ended)
+
+    def encode_reply(self, example: Example, reply: str) -> Tokens:
+        """What a model was asked and replied, with a loss on the reply, which plain text goes on
+        with exactly as it was written."""
+        asked = self._settled(replace(example, answer="", opening=""))
+        return self.encode(replace(asked, answer=reply))
 
     def encode_text(self, text: str, max_length: int) -> list[Tokens]:
         """Running text, with a loss on every token that another one precedes.
@@ -249,6 +277,12 @@ class ChatFormat:
     def answer_length(self, tokens: Tokens) -> int:
         """How many tokens of a row carry a loss, without the one that ends the last turn."""
         return sum(label != IGNORE_INDEX for label in tokens.labels) - tokens.closed
+
+    def beginning(self, example: Example, count: int) -> str:
+        """The first tokens that carry a loss, at most `count` of them, as text."""
+        carrying = [label for label in self.encode(example).labels if label != IGNORE_INDEX]
+        text: str = self.tokenizer.decode(carrying[:count], skip_special_tokens=True)
+        return text
 
     def refuse_unknown(self, tokens: Tokens, place: str) -> None:
         """Refuses a row with ids that the model has no embeddings for.
@@ -304,6 +338,19 @@ class ChatFormat:
             end = spans[-1][1]
             spans[-1] = end - len(example.answer.strip()) - 1, end
         return text, spans
+
+    def _settled(self, example: Example) -> Example:
+        """The example as it is written: one that is plain text is two halves of a running text."""
+        if example.is_text or not self.is_plain(example):
+            return example
+        system = [] if self._system_prompt is None else [Turn(SYSTEM, self._system_prompt)]
+        has_own = any(turn.role == SYSTEM for turn in example.history)
+        said = [*(() if has_own else system), *example.history]
+        before = "\n\n".join(turn.content for turn in said)
+        prompt = _continued(self.format.prefix + example.question, example.opening)
+        prompt = f"{before}\n\n{prompt}" if before else prompt
+        whole = _continued(prompt, example.answer)
+        return Example(prompt, whole[len(prompt) :], is_text=True)
 
     def _start(self, example: Example) -> list[int]:
         """The ids before the text of an example; a chat template writes its own."""
@@ -399,16 +446,32 @@ def context_of(config: Any) -> float:
 
 
 def _writer(
-    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any], system: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
+    system: str | None,
+    form: PromptFormat,
 ) -> Writer:
-    if tokenizer.chat_template is not None:
-        return TemplateWriter(tokenizer, system, template_kwargs)
+    has_template = tokenizer.chat_template is not None
+    if form.template == CHAT and not has_template:
+        raise UsageError(
+            f"the tokenizer {tokenizer.name_or_path} must have a chat template for the "
+            "prompt_format chat, but it has none: leave prompt_format out, or give a template."
+        )
+    if form.template in (None, CHAT) and has_template:
+        return TemplateWriter(tokenizer, system, template_kwargs, form.prefix)
     if template_kwargs:
+        other = f"the prompt_format is {form.template!r}" if form.template else "it has none"
         raise UsageError(
             f"chat_template_kwargs must go with a chat template, but got {dict(template_kwargs)} "
-            f"for the tokenizer {tokenizer.name_or_path}, which has none: leave them out."
+            f"for the tokenizer {tokenizer.name_or_path}, and {other}: leave them out."
         )
-    return PlainWriter(tokenizer, system)
+    return PlainWriter(tokenizer, system, None if form.plain else form.template, form.prefix)
+
+
+def _continued(text: str, more: str) -> str:
+    """A text that goes on, after a space where neither has one."""
+    apart = not text or not more or text[-1].isspace() or more[0].isspace()
+    return text + more if apart else f"{text} {more}"
 
 
 def _start_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:

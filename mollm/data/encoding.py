@@ -113,6 +113,7 @@ def example_of(record: Record) -> Example:
         record.closed,
         history=record.history,
         is_text=record.is_text,
+        is_question=record.is_question,
     )
 
 

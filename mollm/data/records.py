@@ -19,11 +19,13 @@ import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn, read_turns, split_turns
 from mollm.data.files import read_table
+from mollm.data.selection import labelled, where_of
 from mollm.data.table import Table, Unit, listed, shown
 from mollm.errors import UsageError
 
@@ -52,6 +54,8 @@ _PAIRS = (
     ("instruction", "output"),
     ("prompt", "completion"),
 )
+_PROMPT = "prompt"
+"""A column that may hold the beginning of any text; those of other names hold questions."""
 _CONVERSATIONS = ("messages", "conversations")
 _TEXT = "text"
 _SYSTEM, _HISTORY = "system", "history"
@@ -94,6 +98,8 @@ class Record:
     """Words with which the assistant's answer has already begun: context without a loss."""
     closed: bool = True
     """Whether the assistant's turn ends with the answer; if so, its end carries a loss too."""
+    is_question: bool = True
+    """Whether the prompt is a question, and not the beginning of any text."""
 
     @property
     def place(self) -> str:
@@ -197,6 +203,7 @@ def load_records(
     answer_field: str | None = None,
     config: str | None = None,
     split: str | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> list[Record]:
     """Loads a data set and checks every row.
 
@@ -205,17 +212,21 @@ def load_records(
             Hugging Face hub, or a `datasets.Dataset`.
         role: What the records are for. Of PKU-SafeRLHF, the unsafe responses are to be forgotten
             and the safe ones retained: up to two records a row. The other schemas give one for
-            every accepted answer.
+            every accepted answer; of rows with a column is_safe, as in BeaverTails, or label, the
+            unsafe ones are to be forgotten and the safe ones retained.
         schema: One of SCHEMAS; auto goes by the columns.
         prompt_field: The column with the prompts, where the schema does not say.
         answer_field: The column with the answers, where the schema does not say; with the schema
             text or conversation the column with those, which needs no prompt_field.
         config: The subset of a hub data set, such as forget10.
         split: The split of a hub data set; None for train.
+        where: Which rows: a value, or a list of several, for each of some columns. One that names
+            the labels takes their place, and an empty one takes all rows.
 
     Raises:
         UsageError: The data set cannot be read, its columns do not fit, a value that is used is
-            missing, blank or of a wrong type, or nothing is left for the role.
+            missing, blank or of a wrong type, labels do not say what is safe, or nothing is left
+            for the role.
 
     Example:
         >>> from mollm.data.files import sample_path
@@ -230,8 +241,10 @@ def load_records(
         if value not in allowed:
             raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}.")
     named = _named(schema, prompt_field, answer_field)
-    table = read_table(source, config=config, split=split)
+    table = where_of(read_table(source, config=config, split=split), where)
     read = _reader(table, schema, role, named, answer_field)
+    if not set(_PKU) <= set(table.columns):
+        table = labelled(table, role, where)
     records = [
         record
         for number, values in table.rows
@@ -335,12 +348,25 @@ def _require(table: Table, names: Sequence[str], purpose: str) -> None:
 
 
 def _unknown(table: Table) -> UsageError:
-    pairs = "; ".join(" and ".join(pair) for pair in _PAIRS)
+    shapes = [*_PAIRS, *((name,) for names in _ONE_COLUMN.values() for name in names), _PKU]
+    known = "; ".join(" and ".join(shape) for shape in shapes[:-1])
+    nearest = max(shapes, key=lambda shape: _likeness(shape, table.columns))
+    lacking = [name for name in nearest if name not in table.columns]
     return UsageError(
-        f"{table.name} must have columns that tell prompts from answers ({pairs}; messages; "
-        f"conversations; text; or those of PKU-SafeRLHF), but its columns are "
-        f"{listed(table.columns)}: name the two with prompt_field and answer_field."
+        f"{table.name} must have columns that tell prompts from answers ({known}; or those of "
+        f"PKU-SafeRLHF), but its columns are {listed(table.columns)}, and the nearest shape, "
+        f"{' and '.join(nearest)}, lacks {' and '.join(lacking)}: name the two with prompt_field "
+        "and answer_field."
     )
+
+
+def _likeness(shape: Sequence[str], columns: Sequence[str]) -> float:
+    """How well the names of columns fit those of a shape: 1 where all are there."""
+    best = (
+        max((SequenceMatcher(None, name, column.lower()).ratio() for column in columns), default=0)
+        for name in shape
+    )
+    return sum(best) / len(shape)
 
 
 def _read_pku(row: _Row, role: str) -> list[Record]:
@@ -372,7 +398,7 @@ def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False)
     # Alpaca's instructions are about what stands in a third column, where that is not blank.
     if with_input and str(row.values.get("input") or "").strip():
         text = f"{text}\n\n{row.text('input')}"
-    return row.records(text, answer)
+    return [replace(each, is_question=prompt != _PROMPT) for each in row.records(text, answer)]
 
 
 def _holds_turns(value: Any) -> bool:

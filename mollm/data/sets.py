@@ -185,7 +185,7 @@ def records_of(data: Data, role: Role) -> list[Record]:
         except TypeError as error:
             raise UsageError(
                 f"the {role} data must be given by path, schema, prompt_field, answer_field, "
-                f"config and split, but got {', '.join(options)}."
+                f"config, split and where, but got {', '.join(options)}."
             ) from error
     if isinstance(data, Sequence) and not isinstance(data, str):
         return _listed(data, role)

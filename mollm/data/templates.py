@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn
+from mollm.data.prompt_format import ANSWER, QUESTION, QUESTION_AND_ANSWER
 from mollm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,10 +91,14 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class PlainWriter:
-    """Question and answer as plain text, for a tokenizer without a chat template."""
+    """Question and answer as a template of plain text has them."""
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
+    template: str | None = None
+    """With {question} and, at its end, {answer}; None for QUESTION_AND_ANSWER."""
+    prefix: str = ""
+    """Text before the first question."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -103,10 +108,13 @@ class PlainWriter:
     @property
     def notes(self) -> list[str]:
         """See `Writer`."""
+        if self.template is not None:
+            return []
         name = self.tokenizer.name_or_path or "of this model"
         return [
-            f"The tokenizer {name} has no chat template, so rows are "
-            r"written as 'Question: …\nAnswer:' and the answer."
+            f"The tokenizer {name} has no chat template, so rows with a question are "
+            r"written as 'Question: …\nAnswer:' and the answer, and others as plain text: "
+            "prompt_format writes them otherwise."
         ]
 
     def asked(self, turns: Sequence[Turn], before: str) -> str:
@@ -114,15 +122,20 @@ class PlainWriter:
         return before
 
     def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
-        """See `Writer`; the space before an answer is part of it, for the model is to write it."""
-        text, spans = "", {}
+        """See `Writer`; spaces before an answer are part of it, for the model is to write them."""
+        asking = (self.template or QUESTION_AND_ANSWER).removesuffix(ANSWER)
+        asked = asking.rstrip(" ")
+        space = asking[len(asked) :]
+        text, spans, prefix = "", {}, self.prefix
         for place, turn in enumerate(_with_system(turns, self.system_prompt)):
             text += "\n\n" if text and turn.role != ASSISTANT else ""
+            if turn.role == USER:
+                text, prefix = text + prefix, ""
             start = len(text)
             if turn.role == USER:
-                text += f"Question: {turn.content}\nAnswer:"
+                text += asked.replace(QUESTION, turn.content)
             elif turn.role == ASSISTANT:
-                text += f" {turn.content.strip()}".rstrip()
+                text += f"{space}{turn.content.strip()}".rstrip(" ")
             else:
                 text += turn.content
             spans[place] = start, len(text)
@@ -144,6 +157,8 @@ class TemplateWriter:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `apply_chat_template`: what the template reads, or `chat_template`, the
     name of one where the tokenizer has several."""
+    prefix: str = ""
+    """Text before the first question, in the turn of the user."""
 
     def __post_init__(self) -> None:
         self.options = dict(self.options)
@@ -211,7 +226,7 @@ class TemplateWriter:
         return text, [self._find(text, written, place) for place in places]
 
     def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
-        written = _with_system(turns, self.system_prompt)
+        written = _with_system(_with_prefix(turns, self.prefix), self.system_prompt)
         if self._takes_system or written[0].role != SYSTEM:
             return written
         self._folded = True
@@ -353,6 +368,15 @@ def _with_system(turns: Sequence[Turn], prompt: str | None) -> list[Turn]:
     if prompt is None or turns[0].role == SYSTEM:
         return list(turns)
     return [Turn(SYSTEM, prompt), *turns]
+
+
+def _with_prefix(turns: Sequence[Turn], prefix: str) -> list[Turn]:
+    """The conversation with a text before its first question."""
+    first = next((i for i, turn in enumerate(turns) if turn.role == USER), None)
+    if not prefix or first is None:
+        return list(turns)
+    asked = Turn(USER, prefix + turns[first].content)
+    return [*turns[:first], asked, *turns[first + 1 :]]
 
 
 def _thought_of(answer: str) -> tuple[str, int]:

@@ -91,6 +91,7 @@ class ReplyStream:
 
     def __iter__(self) -> Iterator[str]:
         stops = self._chat.stop_ids | ends_of(getattr(self._model, "generation_config", None))
+        form = self._chat.format
         ids: list[int] = []
         said, complete = "", False
         with contextlib.closing(self._tokens(stops)) as tokens:
@@ -99,14 +100,21 @@ class ReplyStream:
                 if complete:
                     break
                 ids.append(token)
-                text = self._chat.read_reply(ids)[0].lstrip().rstrip(_UNFINISHED_LETTER)
+                text, complete = form.until_stop(self._chat.read_reply(ids)[0])
+                held = 0 if complete else form.begun(text)
+                text = text[: len(text) - held].lstrip().rstrip(_UNFINISHED_LETTER)
                 if not text.startswith(said):  # what was said turned out to be a thought
                     yield "\n"
                     said = ""
                 if len(text) > len(said):
                     yield text[len(said) :]
                     said = text
+                if complete:
+                    break
         text, thinking = self._chat.read_reply(ids)
+        text, _ = form.until_stop(text)
+        if not complete and len(text.strip()) > len(said) and text.strip().startswith(said):
+            yield text.strip()[len(said) :]  # what could have been the beginning of a stop word
         self.reply = Reply(text.strip(), complete, thinking)
 
     def _tokens(self, stops: frozenset[int]) -> Generator[int, None, None]:

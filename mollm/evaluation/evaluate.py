@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mollm.data.chat import ChatFormat
+from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.generation import MAX_NEW_TOKENS
@@ -32,6 +33,7 @@ def evaluate(
     *,
     names: Sequence[str] | None = None,
     original: PreTrainedModel | None = None,
+    original_tokenizer: PreTrainedTokenizerBase | None = None,
     judges: Mapping[str, Judge] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -39,6 +41,7 @@ def evaluate(
     seed: int = 0,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    prompt_format: FormatOption = None,
     say: Say = lambda text: None,
     show: Show | None = None,
 ) -> Evaluation:
@@ -54,6 +57,9 @@ def evaluate(
         names: Which figures to compute, and nothing that they do not need; None for all that the
             suite and the arguments allow, the others then stand in `missing` with the reason.
         original: The model that unlearning started from, for the KL and the perplexity of replies.
+        original_tokenizer: Its tokenizer; None if it is the model's. With another vocabulary the
+            perplexity is that of the replies as text, in the original's tokens and format, and
+            there is no KL.
         judges: Judges of replies by the name of their figures, such as {"toxicity": …}.
         batch_size: Rows that pass through the model together.
         max_new_tokens: Where a reply is cut off.
@@ -61,6 +67,8 @@ def evaluate(
         seed: Of the resampling.
         system_prompt: Of conversations that have none of their own.
         chat_template_kwargs: Options of the chat template, such as {"enable_thinking": False}.
+        prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
+            options, see `mollm.data.prompt_format.PromptFormat`.
         say: Called with a line of progress.
         show: Called with how much there is to do; gives a context in which what it returns is
             called with how much more is done.
@@ -71,11 +79,17 @@ def evaluate(
             logits cannot be computed from its hidden states, see `mollm.models.logits`; or its
             output is not finite.
     """
+    for note in suite.notes:
+        say(note)
     judges = dict(judges or {})
+    same_tokens = original_tokenizer is None or (
+        original_tokenizer.get_vocab() == tokenizer.get_vocab()
+    )
     wanted = wanted_scores(
         suite,
         names=names,
         original=original is not None,
+        same_tokens=same_tokens,
         judges=judges,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -86,13 +100,28 @@ def evaluate(
         tokenizer,
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
+        prompt_format=prompt_format,
     )
+    original_chat = None
+    if original is not None and original_tokenizer is not None and not same_tokens:
+        original_chat = ChatFormat.of(
+            original,
+            original_tokenizer,
+            template_kwargs=chat_template_kwargs,
+            system_prompt=system_prompt,
+            prompt_format=prompt_format,
+        )
+        say(
+            "The original has another tokenizer: the perplexity of replies is counted in its "
+            "tokens, and there is no KL."
+        )
     if chat.note is not None:
         say(chat.note)
     examiner = Examiner(
         model,
         chat,
         original=original,
+        original_chat=original_chat,
         judges=judges,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -137,6 +166,7 @@ def wanted_scores(
     *,
     names: Sequence[str] | None = None,
     original: bool = False,
+    same_tokens: bool = True,
     judges: Iterable[str] = (),
     batch_size: int = 1,
     max_new_tokens: int = 1,
@@ -145,8 +175,9 @@ def wanted_scores(
     """The scores, by set, that `evaluate` would compute; needs no model.
 
     Args:
-        suite: As for `evaluate`; so are the other arguments, but for these two.
+        suite: As for `evaluate`; so are the other arguments, but for these three.
         original: Whether the original model is at hand.
+        same_tokens: Whether it has the model's vocabulary.
         judges: The names of the judges.
 
     Raises:
@@ -164,7 +195,8 @@ def wanted_scores(
         suite.retain_logs,
     )
     offered = {
-        group: offers(group, rows, judges, original=original) for group, rows in groups.items()
+        group: offers(group, rows, judges, original=original, same_tokens=same_tokens)
+        for group, rows in groups.items()
     }
     retrained = columns_of(suite.retain_logs or ())
     wanted: dict[str, set[str]] = {}

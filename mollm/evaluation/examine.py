@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mollm.data.chat import ChatFormat, Tokens, context_of
@@ -41,6 +41,8 @@ class Examiner:
     model: PreTrainedModel
     chat: ChatFormat
     original: PreTrainedModel | None = None
+    original_chat: ChatFormat | None = None
+    """The format of the original where its tokenizer is another one."""
     judges: Mapping[str, Judge] = field(default_factory=dict)
     batch_size: int = 16
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -61,7 +63,8 @@ class Examiner:
             UsageError: A text has no tokens, or does not fit into the model's context; or the
                 original is to be compared with, but has another vocabulary.
         """
-        if "kl" in wanted:
+        compared = wanted & ({"kl"} if self.original_chat else {"kl", *_ORIGINAL_REPLY})
+        if compared:
             check_vocabularies(self.model, self._original())
         context = context_of(self.model.config)
         asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
@@ -182,8 +185,7 @@ class Examiner:
         scores: list[Scores] = [
             {
                 "rouge_l": max(
-                    metrics.rouge_l_recall(reply.text, answer)
-                    for answer in row.accepted_answers or (row.answer,)
+                    metrics.rouge_l_recall(reply.text, answer) for answer in self._accepted(row)
                 ),
                 "repetition": metrics.repetition(reply.text),
             }
@@ -191,15 +193,14 @@ class Examiner:
         ]
         if wanted & _ORIGINAL_REPLY:
             # A reply that was cut off did not end its turn; an empty one did, at once.
+            chat = self.original_chat or self.chat
             encoded = [
-                self.chat.encode(
-                    replace(row, opening="").example(
-                        _said(row, reply), closed=reply.complete or not reply.text
-                    )
+                chat.encode_reply(
+                    row.example("", closed=reply.complete or not reply.text), reply.text
                 )
                 for row, reply in pairs
             ]
-            scored = self._score(self._original(), encoded)
+            scored = self._score(self._original(), encoded, chat)
             fluency = [
                 {"reply_nll": each.mean_nll, "reply_tokens": float(len(each.log_probs))}
                 for each in scored
@@ -212,18 +213,32 @@ class Examiner:
                 scores = _joined(scores, [{JUDGED + name: score} for score in judged])
         return scores
 
+    def _accepted(self, row: Row) -> Sequence[str]:
+        """What a reply is compared with: of plain text, which has no end, as much as a reply has
+        room for."""
+        answers = row.accepted_answers or (row.answer,)
+        if not self.chat.is_plain(row.example("")):
+            return answers
+        return [self.chat.beginning(row.example(text), self.max_new_tokens) for text in answers]
+
     def _original(self) -> PreTrainedModel:
         assert self.original is not None, "scores that need it are only offered where it is given"
         return self.original
 
-    def _score(self, model: PreTrainedModel, rows: Sequence[Tokens]) -> list[TokenScores]:
-        return score_rows(
-            model, rows, pad_id=self.chat.pad_id, batch_size=self.batch_size, done=self.done
-        )
+    def _score(
+        self, model: PreTrainedModel, rows: Sequence[Tokens], chat: ChatFormat | None = None
+    ) -> list[TokenScores]:
+        pad_id = (chat or self.chat).pad_id
+        return score_rows(model, rows, pad_id=pad_id, batch_size=self.batch_size, done=self.done)
 
 
 def offers(
-    group: str, rows: Sequence[Row], judges: Iterable[str], *, original: bool
+    group: str,
+    rows: Sequence[Row],
+    judges: Iterable[str],
+    *,
+    original: bool,
+    same_tokens: bool = True,
 ) -> frozenset[str]:
     """The scores that can be had for the examples of a set.
 
@@ -232,18 +247,15 @@ def offers(
         rows: Its rows.
         judges: The names of the judges.
         original: Whether the original model is at hand.
+        same_tokens: Whether it has the model's vocabulary.
     """
     if group == "holdout":
         return _ANSWER
     judged = {JUDGED + name for name in judges}
-    compared = _ORIGINAL_REPLY | {"kl"} if original else frozenset()
+    compared = _ORIGINAL_REPLY if original else frozenset()
+    compared |= {"kl"} if original and same_tokens else frozenset()
     wrong = _WRONG if all(row.perturbed_answers for row in rows) else frozenset()
     return _ANSWER | wrong | _REPLY | judged | compared
-
-
-def _said(row: Row, reply: Reply) -> str:
-    """A reply as it follows what was asked: what goes on with a text, after the space it lost."""
-    return f" {reply.text}" if row.is_text and reply.text else reply.text
 
 
 def _choices(row: Row) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,8 @@ def generate_replies(
 ) -> list[Reply]:
     """Replies to `questions`, in their order.
 
-    Questions of like length are answered together. Every run of white space in a reply becomes one
-    space, and a thought that comes before the answer is left out.
+    Questions of like length are answered together. A reply is as the model wrote it, but for the
+    space around an answer to a question, and a thought that comes before it.
 
     Args:
         model: A causal language model; its training mode is put back at the end.
@@ -114,6 +114,7 @@ def ask(
     drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
     rows = [chat.encode_prompt(text) for text in texts]
+    plain = [chat.is_plain(_example(text)) for text in texts]
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
     replies: dict[int, Reply] = {}
     if batch_size > 1 and len(rows) > 1 and not answers_alike_in_company(model):
@@ -134,6 +135,8 @@ def ask(
             "pad_token_id": chat.pad_id,
             "eos_token_id": sorted(stops) or None,
         }
+        if chat.format.stop:
+            asked["stopping_criteria"] = [_stop_words(chat, batch.input_ids.shape[1])]
         with autocast(model.device):
             try:
                 written = model.generate(**asked)
@@ -143,7 +146,9 @@ def ask(
                 _refuse_generation_config(model, asked, error)
                 raise
         answers = written[:, batch.input_ids.shape[1] :].tolist()
-        replies |= {p: _read(chat, a, stops) for p, a in zip(places, answers, strict=True)}
+        replies |= {
+            p: _read(chat, a, stops, plain[p]) for p, a in zip(places, answers, strict=True)
+        }
         done(len(places))
     return [replies[place] for place in range(len(rows))]
 
@@ -251,7 +256,30 @@ def _refuse_generation_config(
     ) from error
 
 
-def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int]) -> Reply:
+def _example(text: str | Example) -> Example:
+    return text if isinstance(text, Example) else Example(text, "")
+
+
+def _stop_words(chat: ChatFormat, start: int) -> Callable[..., Tensor]:
+    """A criterion of `generate`: a row is done once it holds a word that ends a reply.
+
+    Args:
+        chat: The format with the words.
+        start: How many tokens a row of the batch is asked with.
+    """
+    # A token has a character or more, but for letters of several bytes.
+    most = 4 * max(len(word) for word in chat.format.stop) + 4
+
+    def done(ids: Tensor, scores: object, **_: object) -> Tensor:
+        tails = chat.tokenizer.batch_decode(ids[:, start:][:, -most:].tolist())
+        found = [chat.format.until_stop(tail)[1] for tail in tails]
+        return torch.tensor(found, device=ids.device)
+
+    return done
+
+
+def _read(chat: ChatFormat, ids: list[int], stops: frozenset[int], plain: bool) -> Reply:
     end = next((place for place, token in enumerate(ids) if token in stops), None)
     text, thinking = chat.read_reply(ids[:end])
-    return Reply(" ".join(text.split()), end is not None, thinking)
+    text, stopped = chat.format.until_stop(text)
+    return Reply(text if plain else text.strip(), end is not None or stopped, thinking)

@@ -12,6 +12,7 @@ import torch
 
 from mollm.data.chat import ChatFormat, context_of, ends_of, vocabulary_of
 from mollm.data.preview import Preview, place_of, preview_of
+from mollm.data.prompt_format import FormatOption
 from mollm.data.sets import TrainingData, read_data
 from mollm.errors import UsageError
 from mollm.evaluation.scores import score_rows
@@ -36,6 +37,7 @@ def preview(
     train_on_turns: str = "last",
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    prompt_format: FormatOption = None,
     rows: int = 2,
     known: bool = False,
     device: torch.device | str = "cpu",
@@ -52,6 +54,8 @@ def preview(
         train_on_turns: "last" or "all" answers of a conversation carry a loss.
         system_prompt: Of conversations that have none of their own.
         chat_template_kwargs: Options of the chat template.
+        prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
+            options, see `mollm.data.prompt_format.PromptFormat`.
         rows: How many rows of each set to show.
         known: Whether to load the weights and compute the likelihood of the answers to forget, of
             the first 64 records.
@@ -75,6 +79,7 @@ def preview(
         loading.load_tokenizer(source),
         template_kwargs=chat_template_kwargs,
         system_prompt=system_prompt,
+        prompt_format=prompt_format,
         vocabulary=vocabulary_of(config),
         ends=ends_of(loading.load_generation_config(source)),
     )

@@ -140,7 +140,10 @@ def _how_to_get_group(group: str) -> str:
 
 def _how_to_get_score(score: str, group: str) -> str:
     if score in _COMPARED:
-        return "the original model: give the model that unlearning started from as original"
+        return (
+            "the original model: give the model that unlearning started from, with the same "
+            "tokenizer, as original"
+        )
     if score in ("truth_ratio", "choice_probability"):
         return f"wrong answers: rows with question, answer and perturbed_answer in the set {group}"
     return f"the score {score} of every example of the set {group}: evaluate it once more"

@@ -174,7 +174,7 @@ def check_vocabularies(model: PreTrainedModel, original: PreTrainedModel) -> Non
     if mine != theirs:
         raise UsageError(
             f"the original must have the vocabulary of the model, but they have {theirs} and "
-            f"{mine} tokens: give the model that unlearning started from."
+            f"{mine} tokens: give the model that unlearning started from, or its tokenizer too."
         )
 
 

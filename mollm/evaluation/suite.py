@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mollm.data import records as data
 from mollm.data.chat import Example
@@ -52,11 +52,14 @@ class Row:
     """Words with which the answer has already begun when it is scored; `answer` goes on there."""
     closed: bool = True
     """Whether the assistant's turn ends with the answer."""
+    is_question: bool = True
+    """Whether the question is one, and not the beginning of a text."""
 
     @property
     def asked(self) -> str | Example:
         """What the model is asked, for `generate_replies`."""
-        return self.example("") if self.history or self.is_text else self.question
+        bare = self.is_question and not (self.history or self.is_text)
+        return self.question if bare else self.example("")
 
     def example(self, answer: str, *, closed: bool | None = None) -> Example:
         """The question with an answer, to be encoded; None closes it as the row's own."""
@@ -67,6 +70,7 @@ class Row:
             closed=self.closed if closed is None else closed,
             history=self.history,
             is_text=self.is_text,
+            is_question=self.is_question,
         )
 
 
@@ -92,6 +96,8 @@ class Suite:
     """Rows like those of the forget set that no model was trained on, for membership inference."""
     retain_logs: Sequence[Record] | None = None
     """The records of a model trained without the forget set, evaluated on this suite."""
+    notes: tuple[str, ...] = ()
+    """Sentences that the user should see."""
 
     def __post_init__(self) -> None:
         for name, rows in self.groups().items():
@@ -130,7 +136,9 @@ def load_suite(
     """Reads the data that a model was unlearned with, given as to MOLLMTrainer.
 
     Of PKU-SafeRLHF the forget set is the unsafe responses, the retain set the safe ones. Rows with
-    question, answer and perturbed_answer, a list of wrong answers, allow the truth ratio. Running
+    question, answer and perturbed_answer, a list of wrong answers, allow the truth ratio. A
+    question with several answers is asked once; its first answer is scored, and a reply is compared
+    with the nearest one. Running
     text is asked for its continuation: of its first 400 words half are the question, and half the
     answer.
 
@@ -152,6 +160,7 @@ def load_suite(
         (4, 3)
     """
     _check_limit(limit)
+    notes: list[str] = []
 
     def read(source: Sets, role: data.Role) -> tuple[Row, ...]:
         sets = [
@@ -162,18 +171,41 @@ def load_suite(
             ]
             for one in named_sets(source, role).values()
         ]
-        return tuple(
-            _row(record, (_WRONG, _PARAPHRASED), required=False)
+        rows = [
+            [_row(record, (_WRONG, _PARAPHRASED), required=False) for record in records]
             for records in sets
-            for record in records[:limit]
-        )
+        ]
+        asked = [_asked_once(some) for some in rows]
+        twice = sum(map(len, rows)) - sum(map(len, asked))
+        if twice:
+            notes.append(
+                f"{twice} of {sum(map(len, rows))} {role} answers share their question with an "
+                "earlier one: it is asked once, its first answer is scored, and a reply is "
+                "compared with the nearest."
+            )
+        return tuple(row for some in asked for row in some[:limit])
 
     return Suite(
         forget=read(forget, "forget"),
         retain=None if retain is None else read(retain, "retain"),
         holdout=None if holdout is None else read(holdout, "forget"),
         retain_logs=None if retain_logs is None else read_records(retain_logs),
+        notes=tuple(notes),
     )
+
+
+def _asked_once(rows: Sequence[Row]) -> list[Row]:
+    """The rows, those of one question as one, unless it has wrong answers to be told apart."""
+    found: dict[Any, list[Row]] = {}
+    for place, row in enumerate(rows):
+        alone = row.is_text or row.opening or row.perturbed_answers
+        found.setdefault(place if alone else (row.question, row.history), []).append(row)
+    return [same[0] if len(same) == 1 else _with_all_answers(same) for same in found.values()]
+
+
+def _with_all_answers(rows: Sequence[Row]) -> Row:
+    answers = (text for row in rows for text in (row.accepted_answers or (row.answer,)))
+    return replace(rows[0], accepted_answers=tuple(dict.fromkeys(answers)))
 
 
 def _check_limit(limit: int | None) -> None:
@@ -266,6 +298,7 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
         str(record.extra[_REWORDED]) if _REWORDED in record.extra else None,
         record.opening,
         record.closed,
+        record.is_question,
     )
 
 

@@ -17,6 +17,7 @@ from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get
 from transformers.trainer_utils import SaveStrategy
 
 from mollm.data.chat import TRAIN_ON_TURNS
+from mollm.data.prompt_format import PromptFormat
 from mollm.distributed.watch import await_others
 from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
@@ -170,6 +171,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "options of the chat template, such as {enable_thinking: false}"},
     )
+    prompt_format: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "none for plain text, chat, or a template such as "
+            "'Q: {question} A: {answer}'; with more options {template: ..., prefix: ..., stop: ...}"
+        },
+    )
     padding_side: str = field(default="right", metadata={"help": "left or right"})
     dtype: str = field(
         default="float32", metadata={"help": "weight dtype of a model given by name"}
@@ -255,6 +263,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         ):
             if not isinstance(getattr(self, name), kind | None):
                 raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
+        PromptFormat.of(self.prompt_format)  # refuses what is none
         self.quantization = self.quantization or None
         if self.quantization:
             _one_of("quantization", self.quantization, (NF4,))

@@ -110,6 +110,7 @@ FIXED = frozenset(
         "dtype",
         "freeze_embeddings",
         "method",
+        "prompt_format",
         "quantization",
         "seed",
         "system_prompt",

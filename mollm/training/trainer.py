@@ -335,6 +335,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             tokenizer,
             template_kwargs=args.chat_template_kwargs,
             system_prompt=args.system_prompt,
+            prompt_format=args.prompt_format,
             vocabulary=vocabulary_of(config),
             ends=ends_of(
                 getattr(model, "generation_config", None)

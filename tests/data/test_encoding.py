@@ -106,8 +106,9 @@ def test_a_tokenizer_without_template_is_told_once():
     sets = [encode_records([SHORT, LONG], chat, max_length=512, name=n) for n in ("a", "b")]
     (note,) = {note for done in sets for note in done.notes}
     assert note == (
-        "The tokenizer somebody/model has no chat template, so rows are written as "
-        r"'Question: …\nAnswer:' and the answer."
+        "The tokenizer somebody/model has no chat template, so rows with a question "
+        r"are written as 'Question: …\nAnswer:' and the answer, and others as plain text: "
+        "prompt_format writes them otherwise."
     )
 
 

@@ -266,7 +266,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
 
 
 def test_unknown_columns_are_listed_with_the_way_out(write):
-    words = r"its columns are words, topic: name the two with prompt_field and answer_field\."
+    words = r"are words, topic, and the nearest .* lacks .*: name the two with prompt_field and"
     with pytest.raises(UsageError, match=words):
         load_records(write({"words": "t", "topic": "x"}), role="forget")
 

@@ -466,7 +466,7 @@ def test_a_tokenizer_without_a_template_is_told_about():
         resamples=2,
         say=told.append,
     )
-    assert "has no chat template, so rows are written as" in told[0]
+    assert "has no chat template, so rows with a question are written as" in told[0]
 
 
 def test_a_judge_may_not_take_a_name_that_is_there():

@@ -1,5 +1,6 @@
 """What a model is asked, where its replies end, and what of them is read."""
 
+import json
 import types
 
 import chat_templates
@@ -147,7 +148,8 @@ def test_a_text_without_spaces_is_cut_between_characters(tmp_path):
 
 def test_a_limit_counts_rows_whatever_number_of_answers_they_accept(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "Where?", "answer": ["a", "b", "c"]}\n' * 3)
+    rows = [{"question": f"Where {n}?", "answer": ["a", "b", "c"]} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
     assert len(load_suite(path, limit=2).forget) == 2
 
 
@@ -191,22 +193,22 @@ def test_padding_and_ids_beyond_the_embeddings():
         evaluate(tiny.model(vocab_size=200), tokenizer, suite, **options)
 
 
-def test_what_goes_on_with_a_text_is_scored_after_a_space_even_if_it_is_nothing():
+def test_what_goes_on_with_a_text_is_scored_as_it_was_written_even_if_it_is_nothing():
     chat = ChatFormat(tiny.tokenizer())
     rows = [Row("Once upon", " a time.", is_text=True)] * 2
-    replies = [Reply("a time.", True), Reply("", True)]
+    replies = [Reply(" a\n  time.", True), Reply("", True)]
     encoded = []
 
     class Original(Examiner):
-        def _score(self, model, rows):
+        def _score(self, model, rows, chat=None):
             encoded.extend(rows)
-            return super()._score(model, rows)
+            return super()._score(model, rows, chat)
 
     scores = Original(tiny.model(), chat, original=tiny.model())._replies(
         rows, replies, {"reply_nll"}
     )
-    assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a time."
-    assert [each["reply_tokens"] for each in scores] == [len(" a time."), 1]
+    assert chat.tokenizer.decode(encoded[0].ids) == "Once upon a\n  time."
+    assert [each["reply_tokens"] for each in scores] == [len(" a\n  time."), 1]
 
 
 def recurrent():
