@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mollm.commands import plan_cluster
 from mollm.commands.arguments import add_renamed
 from mollm.errors import UsageError
 from mollm.planning import shapes
@@ -37,14 +38,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=(
             "Predicts the peak memory of an unlearning step from a model's configuration, by "
             "component and by stage of the step, without loading weights. Where it does not fit, "
-            "proposes what would. The exit status is 0 where it fits, or no memory is known to "
-            "compare with, and 1 where it does not."
+            "proposes what would. With --gpus, predicts a step on a cluster: memory, FLOPs, bytes "
+            "on each link and time, and prints what starts it. The exit status is 0 where it fits, "
+            "or no memory is known to compare with, and 1 where it does not."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_model(parser)
     _add_training(parser)
     _add_memory(parser)
+    plan_cluster.add_cluster(parser)
     parser.add_argument("--json", action="store_true", help="print bytes as JSON")
     parser.set_defaults(run=_plan)
 
@@ -78,7 +81,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=argparse.SUPPRESS,
         metavar="GIB",
-        help="device memory in GiB (default: what is available on this machine)",
+        help="device memory in GiB (default: what is available on this machine, or what the GPU of "
+        "a cluster has)",
     )
 
 
@@ -91,6 +95,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     if not given.get("device_memory", 1) > 0:
         raise UsageError(f"device_memory must be positive, but got {arguments.device_memory}.")
+    if "gpus" in given:
+        return _plan_cluster(given)
+    plan_cluster.refuse_without_gpus(given)
     device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     settings = PlanSettings(
         **{
@@ -109,6 +116,25 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(table(first))
         print(verdict(first, memory))
     return 0 if memory is None or first.fits(memory) else _NO_FIT
+
+
+def _plan_cluster(given: dict[str, Any]) -> int:
+    from mollm.planning import cluster as clusters
+
+    cluster = plan_cluster.cluster_of(given)
+    if given.get("device", "cuda") != "cuda":
+        raise UsageError(f"device must be cuda with --gpus, but got {given['device']}.")
+    settings = PlanSettings(**{name: given[name] for name in OPTIONS if name in given})
+    memory = given.get("device_memory", cluster.gpu.memory) * GIB
+    found = clusters.plan_cluster(
+        _shape(given), settings, cluster, memory=memory, layout=given.get("fsdp")
+    )
+    if given["json"]:
+        print(json.dumps(plan_cluster.as_dict(found), indent=1))
+    else:
+        print(plan_cluster.table(found), plan_cluster.verdict(found), sep="\n\n")
+        print(f"\n{plan_cluster.starting(found)}", end="")
+    return 0 if found.fits else _NO_FIT
 
 
 def _shape(given: dict[str, str]) -> Shape:

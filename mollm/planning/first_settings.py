@@ -36,30 +36,44 @@ class FirstSettings:
 
     def by_name(self) -> dict[str, Any]:
         """The settings of a run that differ from the defaults, or that one would change first."""
-        chosen = self.plan.settings
-        options = {
-            "state_dtype": chosen.state_dtype,
-            "gradient_memory": None
-            if chosen.gradient_memory == "as-produced"
-            else chosen.gradient_memory,
-        }
-        told: dict[str, Any] = {
+        return {
             "learning_rate": self.learning_rate,
             "max_steps": self.max_steps,
-            "per_device_train_batch_size": chosen.batch_size,
-            "gradient_accumulation_steps": chosen.accumulation,
-            "max_length": chosen.sequence_length,
-            "gradient_checkpointing": chosen.gradient_checkpointing or None,
-            "reference": None if chosen.reference in ("copy", "adapter") else chosen.reference,
-            "lora": chosen.lora_rank or None,
-            "quantization": chosen.quantization,
-            "dtype": None if chosen.dtype == OPTIONS["dtype"].default else chosen.dtype,
-            "adam_beta2": (
-                None if chosen.adam_beta2 == OPTIONS["adam_beta2"].default else chosen.adam_beta2
-            ),
-            "optimizer_options": {n: v for n, v in options.items() if v is not None} or None,
+            **run_settings(self.plan.settings),
         }
-        return {name: value for name, value in told.items() if value is not None}
+
+
+def run_settings(chosen: PlanSettings) -> dict[str, Any]:
+    """What is planned as settings of a run: sizes, and what differs from the defaults of both."""
+
+    def other(name: str) -> Any:
+        value = getattr(chosen, name)
+        return None if value == OPTIONS[name].default else value
+
+    usual = "adapter" if chosen.lora_rank else "copy"
+    options = {
+        "base": other("optimizer"),
+        "state_dtype": chosen.state_dtype,
+        "gradient_memory": other("gradient_memory"),
+        "momentum": chosen.momentum,
+        "metric": other("metric"),
+    }
+    told: dict[str, Any] = {
+        "per_device_train_batch_size": chosen.batch_size,
+        "per_device_retain_batch_size": chosen.retain_batch_size,
+        "gradient_accumulation_steps": chosen.accumulation,
+        "max_length": chosen.sequence_length,
+        "gradient_checkpointing": chosen.gradient_checkpointing or None,
+        "reference": None if chosen.reference == usual else chosen.reference,
+        "relearn_steps": chosen.relearn_steps or None,
+        "lora": chosen.lora_rank or None,
+        "quantization": chosen.quantization,
+        "dtype": other("dtype"),
+        "freeze_embeddings": None if chosen.freeze_embeddings or chosen.lora_rank else False,
+        "adam_beta2": other("adam_beta2"),
+        "optimizer_options": {n: v for n, v in options.items() if v is not None} or None,
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def first_settings(

@@ -30,6 +30,12 @@ is kept, and one layer's activations at a time. LoRA on all linear layers of the
 operand of its own for each of them, and no x / rms. With these layers in 4 bits (QLoRA) no cast
 weights are kept, and autocast does not make the MLP's 4 I narrower than r bytes.
 
+Where processes hold shards (FSDP2), a process has its share of weights, copied reference, gradients
+and state, all of the embeddings, head and norm of model and reference from the first forward to the
+last backward, and up to three layers: the one that runs, and the next twice while it is unpacked.
+Layers compute in the dtype of matrix products, and so do their activations and gradients, of which
+one layer's are whole, and once more in the dtype in which they are added up.
+
 That is the formula for decoders like Llama whose layers are all alike. Of any other kind, what is
 kept is counted in a forward pass of tensors without memory, see `mollm.planning.activations`; the
 other terms are the same, with the widest matrix in place of I.
@@ -106,7 +112,7 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
     return MemoryPlan(
         shape=shape,
         settings=settings,
-        trainable=_trainable(shape, settings),
+        trainable=trainable(shape, settings),
         stages=tuple((_streamed_stages if settings.streams else _stages)(shape, settings)),
         host_bytes=settings.objectives * _pinned(shape, settings),
         cache_bytes_per_token=settings.weight_bytes * shape.hidden
@@ -118,13 +124,19 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
 # ---- what is there all the time
 
 
+def _shard(size: int, settings: PlanSettings) -> int:
+    """What one process holds of something that is cut."""
+    return -(-size // settings.shards)
+
+
 def _layer_trainable(shape: Shape, settings: PlanSettings) -> int:
     if settings.lora_rank:
         return settings.lora_rank * shape.sides // shape.num_layers
     return shape.layers // shape.num_layers
 
 
-def _trainable(shape: Shape, settings: PlanSettings) -> int:
+def trainable(shape: Shape, settings: PlanSettings) -> int:
+    """Parameters that train, of all shards."""
     if settings.lora_rank:
         return settings.lora_rank * shape.sides
     matrices = 1 if shape.tied else 2
@@ -136,24 +148,27 @@ def _pinned(shape: Shape, settings: PlanSettings) -> int:
     if settings.gradient_memory != "host" or settings.device != "cuda":
         return 0
     if settings.lora_rank:  # a thousandth of the weights, in too many ranks to count
-        return _trainable(shape, settings) * settings.gradient_bytes
+        return _shard(trainable(shape, settings) * settings.gradient_bytes, settings)
     sizes = list(shape.tensors)
     if settings.freeze_embeddings:
         for _ in range(1 if shape.tied else 2):
             sizes.remove(shape.embedding)
-    return sum(1 << (size * settings.gradient_bytes - 1).bit_length() for size in sizes)
+    parts = (_shard(size, settings) * settings.gradient_bytes for size in sizes)
+    return sum(1 << (part - 1).bit_length() for part in parts)
 
 
 def _lasting(shape: Shape, settings: PlanSettings) -> dict[str, int]:
     """Components that no stage is without."""
     weights = _model(shape, settings)
     if settings.lora_rank:
-        weights += _trainable(shape, settings) * LORA_BYTES
+        weights += trainable(shape, settings) * LORA_BYTES
+    reference = _reference(shape, settings)
+    copied = settings.reference == "copy"  # a cached head is a buffer, which FSDP2 does not cut
     return {
-        "parameters": weights,
-        "reference model": _reference(shape, settings),
-        "optimizer state": _state(shape, settings),
-        "running means": _means(shape, settings),
+        "parameters": _shard(weights, settings),
+        "reference model": _shard(reference, settings) if copied else reference,
+        "optimizer state": _shard(_state(shape, settings), settings),
+        "running means": _shard(_means(shape, settings), settings),
         "overhead": OVERHEAD_BYTES[settings.device],
     }
 
@@ -180,7 +195,7 @@ def _state(shape: Shape, settings: PlanSettings) -> int:
         return 0
     first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
     moments = first + (settings.adam_beta2 > 0)
-    return moments * _trainable(shape, settings) * _state_bytes(settings)
+    return moments * trainable(shape, settings) * _state_bytes(settings)
 
 
 def _state_bytes(settings: PlanSettings) -> int:
@@ -197,7 +212,7 @@ def _means(shape: Shape, settings: PlanSettings) -> int:
     if settings.momentum != PER_OBJECTIVE:
         return 0
     size = settings.waiting_bytes or settings.gradient_bytes
-    return settings.objectives * _trainable(shape, settings) * size
+    return settings.objectives * trainable(shape, settings) * size
 
 
 # ---- activations
@@ -302,8 +317,9 @@ def _loss_gradients(shape: Shape, settings: PlanSettings, losses: int) -> int:
 
 def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     lasting = _lasting(shape, settings)
-    waiting = _trainable(shape, settings) * settings.waiting_bytes
+    waiting = _shard(trainable(shape, settings) * settings.waiting_bytes, settings)
     again = settings.accumulation > 1  # then every gradient is there from the last batch
+    inside, gathered = settings.gathered, {"gathered": _gathered(shape, settings)}
 
     def stage(name: str, held: int, parts: Mapping[str, int]) -> Stage:
         everything = lasting | {"gradients held": held * waiting} | dict(parts)
@@ -313,19 +329,19 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
         """Of how many objectives the gradients are held; more sets have theirs between these."""
         return settings.objectives - 1 if again else done + settings.objectives - OBJECTIVES
 
-    own = _trainable(shape, settings) * settings.gradient_bytes if again else 0
-    copied = _trainable(shape, settings) * settings.gradient_bytes if settings.relearn_steps else 0
+    gradient = _shard(trainable(shape, settings) * settings.gradient_bytes, settings)
+    own = gradient if again else 0
+    copied = gradient if settings.relearn_steps else 0
     put_back = {"weights to put back": copied}
     retain = settings.of_retain_batch
-    if settings.casts and settings.gradient_checkpointing and not settings.lora_rank:
+    if inside.casts and settings.gradient_checkpointing and not settings.lora_rank:
         # autocast holds on to its casts of what trains until the forward pass ends
         forward = shape.linear * settings.operand_bytes
     else:
         forward = 0
-    retained = {"activations": _activations(shape, settings)}
+    retained = gathered | {"activations": _activations(shape, inside)}
     if settings.relearn_steps:
-        moments = 2 * _trainable(shape, settings) * settings.gradient_bytes
-        attacker = {"weights to put back": copied, "attacker's state": moments}
+        attacker = {"weights to put back": copied, "attacker's state": 2 * gradient}
         yield stage("relearning", 0, attacker | _backward(shape, settings, keep=False))
     yield stage(
         "forget forward",
@@ -334,28 +350,44 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
             **retained,
             **put_back,
             "gradient in the making": own,
-            "working set": forward + _adapter_input(shape, settings),
+            "working set": forward + _adapter_input(shape, inside),
         },
     )
     yield stage(
         "forget loss",
         before(0),
-        {**retained, **put_back, "gradient in the making": own} | _loss(shape, settings, 1),
+        {**retained, **put_back, "gradient in the making": own} | _loss(shape, inside, 1),
     )
     yield stage("forget backward", before(0), put_back | _backward(shape, settings, keep=False))
     held = settings.objectives if again else before(1)
-    retained = {"activations": _activations(shape, retain)}
-    yield stage("reference", held, {**retained, "working set": _reference_pass(shape, retain)})
-    original = {"states of the original": retain.answers * shape.hidden * retain.weight_bytes}
-    yield stage("retain loss", held, retained | original | _loss(shape, retain, 2))
-    both = {"head gradients of the losses": _loss_gradients(shape, retain, 2)}
+    inside = retain.gathered
+    retained = gathered | {"activations": _activations(shape, inside)}
+    yield stage("reference", held, {**retained, "working set": _reference_pass(shape, inside)})
+    original = {"states of the original": retain.answers * shape.hidden * inside.weight_bytes}
+    yield stage("retain loss", held, retained | original | _loss(shape, inside, 2))
+    both = {"head gradients of the losses": _loss_gradients(shape, inside, 2)}
     yield stage("kl backward", before(1), original | both | _backward(shape, retain, keep=True))
     # KL's graph keeps its gradients until the step is over.
-    left = original | {"head gradients of the losses": _loss_gradients(shape, retain, 1)}
+    left = original | {"head gradients of the losses": _loss_gradients(shape, inside, 1)}
     yield stage("retain backward", before(2), left | _backward(shape, retain, keep=False))
-    moment = _trainable(shape, settings) * _passing_moment(settings)
-    update = {"working set": _update(shape, settings) + moment}
+    moment = trainable(shape, settings) * _passing_moment(settings)
+    update = {"working set": _shard(_update(shape, settings) + moment, settings)}
     yield stage("update", settings.objectives, left | update)
+
+
+def ends(shape: Shape) -> int:
+    """Parameters outside of the layers: embeddings, head and norm."""
+    return shape.parameters - shape.layers
+
+
+def _gathered(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes that are whole on every process while it computes, see the module's text."""
+    if settings.shards == 1:
+        return 0
+    adapter = settings.lora_rank * shape.sides // shape.num_layers
+    models = 2 if settings.reference == "copy" else 1
+    whole = models * ends(shape) + 3 * (shape.largest_layer + adapter)
+    return whole * settings.gathered.weight_bytes
 
 
 def _reference_pass(shape: Shape, settings: PlanSettings) -> int:
@@ -379,7 +411,7 @@ def _update(shape: Shape, settings: PlanSettings) -> int:
         largest = settings.lora_rank * (shape.hidden + shape.intermediate)
     elif settings.trains_head:
         largest = shape.embedding
-    everything = settings.objectives * _trainable(shape, settings) * size
+    everything = settings.objectives * trainable(shape, settings) * size
     return min(2 * (_HOST_BUCKET_BYTES + settings.objectives * largest * size), everything)
 
 
@@ -392,10 +424,11 @@ def _backward(shape: Shape, settings: PlanSettings, *, keep: bool) -> dict[str, 
     return max(_moments(shape, settings, keep), key=lambda parts: sum(parts.values()))
 
 
-def _moments(shape: Shape, settings: PlanSettings, keep: bool) -> Iterator[dict[str, int]]:
+def _moments(shape: Shape, outside: PlanSettings, keep: bool) -> Iterator[dict[str, int]]:
+    settings = outside.gathered
     size, L = settings.gradient_bytes, shape.num_layers
-    total = _trainable(shape, settings) * size
-    layer = _layer_trainable(shape, settings) * size
+    total = _shard(trainable(shape, outside) * outside.gradient_bytes, outside)
+    layer = _shard(_layer_trainable(shape, outside) * outside.gradient_bytes, outside)
     dW = shape.embedding * size if settings.trains_head else 0
     down = shape.largest * size
     if settings.lora_rank:
@@ -403,12 +436,14 @@ def _moments(shape: Shape, settings: PlanSettings, keep: bool) -> Iterator[dict[
     final = _final(shape, settings)
     kept = _kept(shape, settings)
     again = settings.accumulation > 1
+    gathered = {"gathered": _gathered(shape, outside)}
+    whole = _whole_gradients(_layer_trainable(shape, outside), outside)
 
     def moment(layers_left: int, gradient: int, working: int) -> dict[str, int]:
         held = _activations(shape, settings) if keep else final + layers_left * kept
-        return {
+        return gathered | {
             "activations": held,
-            "gradient in the making": total + dW if again else gradient,
+            "gradient in the making": total + dW + whole if again else gradient,
             "working set": working,
         }
 
@@ -419,17 +454,29 @@ def _moments(shape: Shape, settings: PlanSettings, keep: bool) -> Iterator[dict[
         above = dW + (L - n) * layer
         # A graph that is not kept lets go of the MLP's product before its gradient is made.
         freed = 0 if consumed else settings.tokens * settings.product_bytes * shape.intermediate
-        yield moment(n, above + down, recomputed + mlp + residual - freed)
+        yield moment(n, above + (whole or down), recomputed + mlp + residual - freed)
         if recomputed:
             adapter = _adapter_input(shape, settings) + _adapter_gradient(shape, settings)
-            yield moment(n, above, recomputed + 2 * residual + adapter)
+            yield moment(n, above + whole, recomputed + 2 * residual + adapter)
         if keep:
-            yield moment(n, above + layer, norm + residual)
+            yield moment(n, above + (whole or layer), norm + residual)
     matrix = shape.embedding * size if settings.trains_head else 0
     tied = matrix if shape.tied or again else 0
+    if outside.shards > 1:
+        within = 0 if settings.lora_rank else shape.layers
+        tied = _whole_gradients(trainable(shape, outside) - within, outside)
     yield moment(0, total + tied, residual)
-    if settings.waiting_bytes < size:  # rounded, or sent away, while all of it is still there
-        yield moment(0, total, _trainable(shape, settings) * settings.waiting_bytes)
+    if outside.waiting_bytes < outside.gradient_bytes:
+        # rounded, or sent away, while all of it is still there
+        rounded = trainable(shape, outside) * outside.waiting_bytes
+        yield moment(0, total, _shard(rounded, outside))
+
+
+def _whole_gradients(parameters: int, settings: PlanSettings) -> int:
+    """Bytes of gradients that no process has cut yet: as autograd made them, and to be added up."""
+    if settings.shards == 1:
+        return 0
+    return parameters * (settings.gathered.weight_bytes + settings.reduced_bytes)
 
 
 def _adapter_input(shape: Shape, settings: PlanSettings) -> int:
@@ -478,7 +525,7 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     objectives = [streams[0], *[streams[1]] * (settings.objectives - 1)]
     earlier = settings.accumulation - 1
     size = settings.gradient_bytes
-    ends = (_trainable(shape, settings) - shape.layers) * size
+    ends = (trainable(shape, settings) - shape.layers) * size
     dW = shape.embedding * size if settings.trains_head else 0
     late = 0 if shape.tied else dW  # embeddings of their own have no gradient before the sweeps
 

@@ -83,9 +83,11 @@ def _small_gradients(now: MemoryPlan, memory: float) -> Iterator[tuple[str, Plan
     """Rounded gradients if those fit, and else gradients of one block at a time."""
     if now.settings.lora_rank:
         return
-    rounded = replace(now.settings, gradient_memory="bfloat16")
-    streamed = replace(now.settings, gradient_memory=STREAMED, gradient_checkpointing=False)
-    best = _first_that_fits(now, [rounded, streamed], memory)
+    tried = [replace(now.settings, gradient_memory="bfloat16")]
+    if now.settings.shards == 1:
+        streamed = replace(now.settings, gradient_memory=STREAMED, gradient_checkpointing=False)
+        tried.append(streamed)
+    best = _first_that_fits(now, tried, memory)
     words = f"--gradient-memory {best.gradient_memory}"
     given_up = now.settings.gradient_checkpointing and not best.gradient_checkpointing
     yield f"{words}, no checkpointing" if given_up else words, best
@@ -114,6 +116,7 @@ def _narrow_weights(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanS
         if narrow.gradient_memory == "bfloat16":  # rounds nothing more
             narrow = replace(narrow, gradient_memory="as-produced")
         yield "--dtype bfloat16", narrow
+    if not now.settings.lora_rank and now.settings.shards == 1:
         streamed = replace(narrow, gradient_memory=STREAMED, gradient_checkpointing=False)
         yield f"--gradient-memory {STREAMED}, no checkpointing", streamed
 
@@ -134,7 +137,7 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
 
 
 def _four_bits(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    if now.settings.lora_rank:
+    if now.settings.lora_rank and now.settings.shards == 1:
         yield f"--quantization {NF4}", replace(now.settings, quantization=NF4)
 
 

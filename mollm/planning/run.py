@@ -76,7 +76,7 @@ def plan_line(model: str, settings: PlanSettings) -> str:
     words = ["mollm", "plan", "--model", model]
     for option in fields(settings):
         value = getattr(settings, option.name)
-        if value is not None and value is not False:
+        if "help" in option.metadata and value is not None and value is not False:
             words.append(flag_of(option.name))
             words += [] if value is True else [str(value)]
     return shlex.join(words)

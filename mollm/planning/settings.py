@@ -162,9 +162,11 @@ class PlanSettings:
             "default": "cuda if there is a GPU, else cpu",
         },
     )
+    shards: int = 1
+    """Processes that each hold a shard of weights, reference, gradients and state (FSDP2)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "accumulation"):
+        for name in ("batch_size", "sequence_length", "accumulation", "shards"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but got {getattr(self, name)}.")
         for name, least in (("objectives", OBJECTIVES), ("relearn_steps", 0)):
@@ -206,6 +208,35 @@ class PlanSettings:
                 f"gradient_checkpointing must be left out with gradient_memory {STREAMED!r}, which "
                 "computes every block again anyway: leave it out."
             )
+
+        if self.shards > 1 and (self.streams or self.quantization):
+            raise UsageError(
+                f"shards must be 1 with {STREAMED if self.streams else self.quantization}, which "
+                f"needs each layer as a whole, but got {self.shards}: let each process hold a copy."
+            )
+
+    @property
+    def further_sets(self) -> int:
+        """Beside one to forget and one to retain."""
+        return self.objectives - OBJECTIVES
+
+    @property
+    def relearning_passes(self) -> int:
+        """Of simulated relearning: one of a micro-batch of each set to forget for each step."""
+        return self.relearn_steps * (1 + self.further_sets)
+
+    @property
+    def gathered(self) -> PlanSettings:
+        """The same settings as a layer meets them once FSDP2 has gathered it: in the dtype of
+        matrix products."""
+        if self.shards == 1:
+            return self
+        return replace(self, dtype=self.compute_dtype if self.casts else self.dtype)
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Of an element of a gradient that FSDP2 adds up over the processes."""
+        return 4 if self.compute_dtype == "bfloat16" else self.gradient_bytes
 
     @property
     def of_retain_batch(self) -> PlanSettings:

@@ -33,6 +33,22 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "tie_word_embeddings": False,
     },
+    "llama-3-70b": _LLAMA_3
+    | {
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "intermediate_size": 28672,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.1-405b": _LLAMA_3
+    | {
+        "num_hidden_layers": 126,
+        "hidden_size": 16384,
+        "num_attention_heads": 128,
+        "intermediate_size": 53248,
+        "tie_word_embeddings": False,
+    },
     "llama-3.2-1b": _LLAMA_3
     | {
         "num_hidden_layers": 16,
@@ -51,6 +67,18 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 8192,
         "tie_word_embeddings": True,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     "smollm2-135m": {
         "vocab_size": 49152,
         "num_hidden_layers": 30,
@@ -63,7 +91,7 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Options of a LlamaConfig."""
+"""Options of a LlamaConfig, or of that of another model type."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,8 @@ class Shape:
     """Of the largest matrix of a layer."""
     tensors: tuple[int, ...]
     """Of every parameter, a tied one once."""
+    active: int
+    """Of all layers' matrices, those that a token is multiplied with: of experts its own alone."""
     kept: Callable[[PlanSettings], Kept] | None = field(default=None, compare=False)
     """What its layers keep for backward, counted; None where the formula of `memory` holds."""
 
@@ -113,11 +143,12 @@ def shape_named(name: str) -> Shape:
     Raises:
         UsageError: There is none of that name.
     """
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     if name not in NAMED_SHAPES:
         raise UsageError(f"preset must be one of {', '.join(NAMED_SHAPES)}, but got {name!r}.")
-    return shape_of(LlamaConfig(**NAMED_SHAPES[name]), name)
+    options = {"model_type": "llama"} | NAMED_SHAPES[name]
+    return shape_of(AutoConfig.for_model(**options), name)
 
 
 def shape_of(config: Any, label: str) -> Shape:
@@ -172,6 +203,7 @@ def _shape(model: Any, config: Any, label: str) -> Shape:
         "linear": sum(w.numel() for w in linear),
         "largest": max((p.numel() for layer in layers for p in layer.parameters()), default=0),
         "tensors": tuple(p.numel() for p in model.parameters()),
+        "active": sum(_active(layer, inner) for layer in layers),
         "tied": head.weight is embeddings.weight,
         "vocab": head.weight.shape[0],
     }
@@ -202,6 +234,24 @@ def _linear(model: nn.Module, head: nn.Module) -> list[Tensor]:
 
     layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
     return [layer.weight for layer in layers if layer is not head]
+
+
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+"""What configurations call the number of experts of a layer."""
+
+
+def _active(layer: nn.Module, config: Any) -> int:
+    """Parameters of a layer's matrices that a token is multiplied with."""
+    experts = next((n for n in (getattr(config, name, None) for name in _EXPERTS) if n), 0)
+    chosen = getattr(config, "num_experts_per_tok", None) or experts
+    total = 0
+    for module in layer.modules():
+        for p in module.parameters(recurse=False):
+            if p.ndim == 3 and p.shape[0] == experts:
+                total += p.numel() * chosen // experts
+            elif p.ndim >= 2:
+                total += p.numel()
+    return total
 
 
 def _is_like_llama(layers: Iterable[nn.Module]) -> bool:

@@ -1,0 +1,41 @@
+"""The floating-point operations of a training step.
+
+    a layer's pass = tokens x (2 (matrix parameters that a token meets) + 4 T (queries' width))
+
+A step runs forward once per side, backward once per objective at twice that (once under LoRA, which
+takes no gradient of the weights), the original's forward, and what checkpointing and streaming
+compute again. The head meets answer tokens alone. Updates and elementwise work are left out.
+"""
+
+from __future__ import annotations
+
+from mollm.planning.settings import PlanSettings
+from mollm.planning.shapes import Shape
+
+
+def step_flops(shape: Shape, settings: PlanSettings) -> float:
+    """Of one process; the formula is the module's."""
+    forget, retain = settings, settings.of_retain_batch
+    backward = 1 if settings.lora_rank else 2
+    again = int(settings.gradient_checkpointing)
+    sides = 1 + settings.further_sets
+    if settings.streams:
+        of_forget = sides * (1 + 2 * (1 + backward))
+        of_retain = 1 + 2 * (1 + 2 * backward)
+    else:
+        of_forget = sides * (1 + backward + again)
+        of_retain = 1 + 2 * (backward + again)
+    of_forget += settings.relearning_passes * (1 + backward + again)
+    of_retain += settings.reference != "cache"
+    layers = of_forget * _layers_pass(shape, forget) + of_retain * _layers_pass(shape, retain)
+    at_head = 1 + settings.trains_head
+    losses = sides + settings.relearning_passes
+    head = losses * (1 + at_head) * forget.answers + (2 + 2 * at_head) * retain.answers
+    return float(settings.accumulation * (layers + head * 2 * shape.embedding))
+
+
+def _layers_pass(shape: Shape, settings: PlanSettings) -> int:
+    """FLOPs of one forward pass of a batch through all layers."""
+    matrices = 2 * (shape.active + settings.lora_rank * shape.sides)
+    attention = 4 * settings.sequence_length * shape.query * shape.num_layers
+    return settings.tokens * (matrices + attention)

@@ -1,0 +1,162 @@
+"""What processes of a training step send each other, counted in calls and in sockets.
+
+For tests/planning/test_traffic.py: a small Llama, a step of a MOLLMTrainer at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import struct
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import training_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from mollm.data.records import Record
+from mollm.distributed.sharding import local
+from mollm.system import precision
+from mollm.training.memory import plan_settings
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+STEPS = 3
+"""The first two also check that copies agree."""
+KINDS = {
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+}
+_BYTES_SENT = 200
+"""Where Linux has tcpi_bytes_sent in its tcp_info."""
+
+
+def config(tied):
+    return LlamaConfig(**SIZES, tie_word_embeddings=tied)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the bytes of the whole tensors of collectives, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and func._opname in KINDS:
+            sizes = [t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            self.bytes[KINDS[func._opname]] += max(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def sent():
+    """Bytes that this process's TCP sockets have sent."""
+    total = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed by now, or of another family
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(number))) as one:
+                    told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
+                    total += struct.unpack_from("Q", told, _BYTES_SENT)[0]
+    return total
+
+
+class CountSteps(TrainerCallback):
+    """What the last step sent."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def on_step_begin(self, *_, **__):
+        dist.barrier()
+        self.calls.bytes.clear()
+        self.before = sent()
+
+    def on_step_end(self, *_, **__):
+        self.counted = dict(self.calls.bytes)
+        dist.barrier()
+        self.sent = sent() - self.before
+
+
+def count(folder, layout, key, dtype):
+    # Enough rows to relearn as many as a step sees.
+    training_processes.FORGET = [Record(f"Who wrote book {n}?", "Ada") for n in range(24)]
+    options = dict(training_processes.OPTIONS[key])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config(options.pop("tied", False)))
+    with precision.computing_in(dtype), Calls() as calls:
+        made = training_processes.trainer(
+            folder, layout, model=model, steps=STEPS, compute_dtype=dtype, **options
+        )
+        counting = CountSteps(calls)
+        made.add_callback(counting)
+        made.train()
+        adapter = None if made._wrapped is None else made._wrapped.peft_config["default"]
+        settings = plan_settings(made.args, adapter, longest=64, objectives=made.objectives)
+        held = {
+            "parameters": made._base.parameters(),
+            "reference model": made._objectives.reference.parameters(),
+            "optimizer state": [t for slot in made.optimizer.state.values() for t in slot.values()],
+        }
+    return {
+        "settings": settings,
+        "calls": counting.counted,
+        "sent": counting.sent,
+        "held": {name: bytes_of(tensors) for name, tensors in held.items()},
+    }
+
+
+def bytes_of(tensors):
+    """Of the parts that this process holds."""
+    return sum(local(t).nbytes for t in tensors if isinstance(t, torch.Tensor) and t.ndim)
+
+
+def _work(rank, world, port, folder, cases):
+    local = 2 if world == 4 else world
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank % local),
+        LOCAL_WORLD_SIZE=str(local),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    found = {}
+    for case in cases:
+        try:
+            found[case] = count(Path(folder) / "-".join(case), *case)
+        except Exception:
+            found[case] = {"failed": traceback.format_exc()}
+            break
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    os._exit(0)  # gloo's threads now and then do not hear that they should end
+
+
+def run(world, folder, cases):
+    """What every process counted, by case."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["counted_traffic"])
+    torch.multiprocessing.start_processes(
+        _work, (world, port, str(folder), cases), nprocs=world, start_method="forkserver"
+    )
+    return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
