@@ -129,7 +129,7 @@ def _audit_and_tell(arguments: argparse.Namespace) -> int:
         system_prompt=given.get("system_prompt"),
         chat_template_kwargs=kwargs,
         after_finding=told,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     write_json(found, about, out)
     write_html(found, about, out)
