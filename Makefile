@@ -70,12 +70,12 @@ lock: $(VENV)/installed
 	done
 	rm requirements/constraints
 
-# Asks a service on the internet, so it is no part of `make soak`.
+# Asks a service on the internet, so it is no part of `make soak`; fails where that knows no answer.
 audit:
 	$(BIN)/python -m pip install pip-audit pip-licenses
 	$(BIN)/pip-licenses --from=mixed --order=license
 	for lock in requirements/*.lock; do \
-	  $(BIN)/pip-audit --require-hashes --disable-pip -r $$lock || exit 1; \
+	  $(BIN)/pip-audit --strict --require-hashes --disable-pip -r $$lock || exit 1; \
 	done
 
 # For this Python and for every GPU; whoever installs it compiles nothing.

@@ -699,6 +699,7 @@ def run_options(about: str | None) -> argparse.Namespace:
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--kind", default="", help="the beginning of the kinds to try")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="one case in N")
+    parser.add_argument("--first", type=int, default=0, metavar="M", help="from case M < N on")
     return parser.parse_args()
 
 
@@ -708,7 +709,9 @@ def run_all(make: Make, asked: argparse.Namespace) -> int:
     tried, wrong = try_all(
         make,
         asked.seed,
-        lambda number, case: case.kind.startswith(asked.kind) and number % asked.every == 0,
+        lambda number, case: (
+            case.kind.startswith(asked.kind) and number % asked.every == asked.first
+        ),
     )
     seconds = time.monotonic() - begun
     print(dict(tried), f"{tried.total()} tried, {len(wrong)} wrong, {seconds:.0f} s")

@@ -867,6 +867,111 @@ def resume_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
                 yield Case("resume", f"{file}: {where}", more)
 
 
+# ---- commands beside a run
+
+
+def _beside(inputs: Inputs, number: int, model: Path, forget: Path) -> list[str]:
+    """One of the commands that look at a run before it and after it."""
+    data = ["--forget", str(forget), "--retain", str(inputs.retain)]
+    named = ["--model", str(model), *data]
+    rates = ["--learning-rates", "1e-3", "--resamples", "10", "--device", "cpu"]
+    out, short = str(inputs.new("out")), ["--max-steps", "1", "--device", "cpu"]
+    return [
+        ["ask", str(model), "What?", "--max-new-tokens", "2", "--device", "cpu"],
+        ["ask", str(inputs.model), "--file", str(forget), "--max-new-tokens", "1"],
+        ["preview", *named],
+        ["init", str(inputs.new("run.yaml")), *named, "--device", "cpu"],
+        ["audit", *named, "--original", str(inputs.model), "--out", out, *rates],
+        ["audit", "--model", str(inputs.model), "--original", str(model), *data, "--out", out,
+         *rates],
+        ["tune", str(inputs.new("tuned.yaml")), *named, *short, "--minutes", "1"],
+    ][number % 7]  # fmt: skip
+
+
+def command_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
+    """Hostile models and data for the commands beside a run."""
+    for number, name in enumerate(rng.sample(sorted(REFUSED), 42)):
+        model = inputs.copy_model()
+        REFUSED[name](model)
+        argv = _beside(inputs, number, model, inputs.forget)
+        # `ask --file` asks the whole model, and what only training minds is no matter to it.
+        refused = model.name in " ".join(argv) and "template" not in name and argv[0] != "init"
+        yield Case(
+            "model, other commands", f"{argv[0]}: {name}", argv,
+            names=f"{model.name}|must know" if refused else "", refused=refused,
+        )  # fmt: skip
+    for number, name in enumerate(rng.sample(sorted(LINES), 42)):
+        content, _ = LINES[name]
+        path = inputs.new(name)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        argv = _beside(inputs, number, inputs.model, path)
+        if argv[0] in ("preview", "init", "ask"):
+            yield Case("data, other commands", f"{argv[0]}: {name}", argv)
+    for number, change in enumerate((fifo, Path.mkdir, lambda p: hole(p, 1 << 40)) * 7):
+        path = inputs.new("rows.jsonl")
+        change(path)
+        argv = _beside(inputs, number, inputs.model, path)
+        yield Case(
+            "data, other commands", f"{argv[0]}: {number}", argv, refused=str(path) in argv,
+            names=path.name if str(path) in argv else "",
+        )  # fmt: skip
+
+
+def report_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
+    """Folders of runs, for the commands that read one."""
+    whole = inputs.new("reported")
+    argv = inputs.command(0, inputs.model)
+    argv[argv.index("--out") + 1] = str(whole)
+    made = run(argv, inputs.folder)
+    assert made.status == 0, made.err
+    argv = inputs.command(1, whole / "model")
+    argv[argv.index("--out") + 1] = str(whole / "evaluation")
+    made = run([*argv, "--original", str(inputs.model)], inputs.folder)
+    assert made.status == 0, made.err
+    files = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.suffix in _READ]
+    files = [file for file in files if "model" not in file.parts]
+    ways: dict[str, Callable[[Path], object]] = {
+        "a pipe": fifo, "gone": Path.unlink, "empty": lambda path: path.write_bytes(b""),
+        "a folder": lambda path: (path.unlink(), path.mkdir()),
+        "a device": lambda path: link(path, "/dev/zero"),
+        "8 GiB": lambda path: hole(path, 8 * GIB),
+        "deep": lambda path: path.write_text("[" * 100_000),
+        "a list": lambda path: path.write_text("[3]"), "null": lambda path: path.write_text("null"),
+        "a number": lambda path: path.write_text("3"),
+    }  # fmt: skip
+    for file in files:
+        for number, name in enumerate(rng.sample(sorted(ways), 6)):
+            out = inputs.new("reported")
+            shutil.copytree(whole, out)
+            ways[name](out / file)
+            yield Case("run folder", f"{file}: {name}", _of_run(inputs, number, out))
+        for number in range(12):
+            out = inputs.new("reported")
+            shutil.copytree(whole, out)
+            lines = (out / file).read_text().splitlines()
+            parts = lines if file.suffix == ".jsonl" else ["\n".join(lines)]
+            try:
+                said = json.loads(parts[0])
+            except ValueError:  # a card or a page
+                break
+            where = _replace(said, rng)
+            (out / file).write_text("\n".join([json.dumps(said), *parts[1:]]))
+            yield Case("run folder", f"{file}: {where}", _of_run(inputs, number, out))
+
+
+_READ = (".json", ".jsonl", ".md")
+
+
+def _of_run(inputs: Inputs, number: int, out: Path) -> list[str]:
+    return [
+        ["report", str(out)], ["report", str(out), str(out)],
+        ["ask", str(out), "What?", "--max-new-tokens", "1", "--device", "cpu"],
+        ["evaluate", "--model", str(out), "--forget", str(inputs.forget), "--retain",
+         str(inputs.retain), "--out", str(inputs.new("out")), "--limit", "2", "--resamples", "10",
+         "--max-new-tokens", "1", "--device", "cpu"],
+    ][(0, 1, 0, 2, 0, 3)[number % 6]]  # fmt: skip
+
+
 def _replace(said: object, rng: random.Random) -> str:
     """Another value somewhere in a tree, and where."""
     place = ""
@@ -884,7 +989,10 @@ def cases(inputs: Inputs, seed: int = 0) -> Iterator[Case]:
     """Every case, in an order that the seed decides alone."""
     rng = random.Random(seed)
     write_rows(inputs.folder / "kept.jsonl", KEPT)
-    for part in (model_cases, gguf_cases, yaml_cases, data_cases, log_cases, resume_cases):
+    for part in (
+        model_cases, gguf_cases, yaml_cases, data_cases, log_cases, resume_cases, command_cases,
+        report_cases,
+    ):  # fmt: skip
         yield from part(inputs, rng)
 
 

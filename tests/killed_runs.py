@@ -75,14 +75,14 @@ def kill_and_resume(model, folder, number, delay):
     return f"{where}, after {found[-1] if found else 'no checkpoint'}", digest(out)
 
 
-def run(folder, kills):
+def run(folder, kills, seed=0):
     torch.set_num_threads(1)  # threads do not survive a fork
     model = folder / "model"
     loading.save(tiny.model(), tiny.tokenizer(), model)
     started = time.perf_counter()
     assert finish(start(command(model, folder / "whole"), folder / "whole.log")) == 0
     duration = time.perf_counter() - started
-    expected, rng = digest(folder / "whole"), random.Random(0)
+    expected, rng = digest(folder / "whole"), random.Random(seed)
     killed = number = 0
     while killed < kills:
         delay = rng.uniform(0, duration)
@@ -99,4 +99,4 @@ def run(folder, kills):
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -120,6 +120,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     speakers = _speakers(arguments, sampling)
     torch.manual_seed(arguments.seed)
     if questions is None:
+        _say_where_alone(arguments, speakers)
         _converse(speakers, arguments.json)
         return 0
     for number, (shown, question) in enumerate(questions):
@@ -127,7 +128,16 @@ def _ask(arguments: argparse.Namespace) -> int:
             head = paint(printable(shown), "bold", colour=has_colour(sys.stdout))
             print(f"\n{head}" if number else head)
         _answer(speakers, shown, question, arguments.json)
+    _say_where_alone(arguments, speakers)
     return 0
+
+
+def _say_where_alone(arguments: argparse.Namespace, speakers: Sequence[_Speaker]) -> None:
+    if len(speakers) == 1 and arguments.original is None:
+        print(
+            "The original of this model is not known: name it with --original to compare.",
+            file=sys.stderr,
+        )
 
 
 def _questions(arguments: argparse.Namespace) -> list[tuple[str, str | Example]] | None:
@@ -165,11 +175,6 @@ def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speake
     original = arguments.original or original_of(name)
     run = run_of(name) or {"settings": {}}
     named = {"original": original} if original not in (None, NO_ORIGINAL) else {}
-    if original is None:
-        print(
-            "The original of this model is not known: name it with --original to compare.",
-            file=sys.stderr,
-        )
     device, dtype = device_of(arguments.device), getattr(torch, arguments.dtype)
     prompt, options = arguments.system_prompt, template_options(arguments.chat_template_kwargs)
     form = format_of(arguments.prompt_format)

@@ -130,7 +130,7 @@ def _audit_and_tell(arguments: argparse.Namespace) -> int:
         chat_template_kwargs=kwargs,
         prompt_format=format_of(given.get("prompt_format")),
         after_finding=told,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     write_json(found, about, out)
     write_html(found, about, out)

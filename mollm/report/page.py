@@ -16,7 +16,8 @@ from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.summary import METRICS_FILE, Estimate
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.report.conflicts import conflict_rate
-from mollm.report.run_file import read_run
+from mollm.report.run_file import RUN_FILE, read_run
+from mollm.report.written import ANY, ESTIMATE, RUN, fault_in, fault_in_steps
 from mollm.system.folders import public, replace_text, without_paths
 from mollm.system.parsing import is_file, parse_json, read_text, user_path
 
@@ -63,6 +64,18 @@ def read_reported(folder: Path | str) -> ReportedRun:
             parse_json(line, f"{root / HISTORY_FILE}, line {number}")
             for number, line in enumerate(lines, 1)
         ]
+    fault = fault_in(facts, RUN)
+    if fault is not None:
+        raise UsageError(
+            f"{root / RUN_FILE} must be as `mollm unlearn` wrote it, but its "
+            f"{fault or 'whole'} is not."
+        )
+    bad = fault_in_steps(history)
+    if bad is not None:
+        raise UsageError(
+            f"{root / HISTORY_FILE} must be as `mollm unlearn` wrote it, but in line {bad[0] + 1} "
+            f"its {bad[1]} is not."
+        )
     return ReportedRun(root, facts, history, _metrics(root / EVALUATION))
 
 
@@ -259,6 +272,9 @@ def _estimates(folder: Path | None) -> dict[str, Estimate]:
     path = folder / METRICS_FILE
     try:
         read = parse_json(read_text(path), str(path))
+        fault = fault_in(read["metrics"], {ANY: ESTIMATE})
+        if fault is not None:
+            raise TypeError(fault)
         return {name: Estimate(**entry) for name, entry in read["metrics"].items()}
     except (TypeError, KeyError, AttributeError) as error:
         raise UsageError(

@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -167,6 +168,30 @@ def test_files_that_are_damaged_are_named(folder):
         read_reported(folder)
     (folder / "run.json").write_text('{"format": 99}')
     with pytest.raises(UsageError, match="must be of format 1"):
+        read_reported(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("run.json", {"settings": True}, "its settings is not"),
+        ("run.json", {"settings": {"method": "mollm"}}, "its settings.learning_rate is not"),
+        ("run.json", {"failure": 3}, "its failure is not"),
+        ("run.json", {"notes": ["a", []]}, r"its notes\[1\] is not"),
+        ("history.jsonl", {"losses": "x"}, "in line 1 its losses is not"),
+        ("history.jsonl", {"conflicts": {"kl": "x"}}, "in line 1 its conflicts.kl is not"),
+        ("history.jsonl", {"weights": {}}, "in line 1 its weights is not"),
+        ("history.jsonl", {"pareto_gap": float("nan")}, "in line 1 its pareto_gap is not"),
+        ("evaluation/metrics.json", {"metrics": {"x": {"value": []}}}, "as `mollm evaluate`"),
+    ],
+)
+def test_what_is_not_as_it_was_written_is_refused(folder, file, change, words):
+    runs.evaluated(folder / "evaluation")
+    first, *rest = (folder / file).read_text().splitlines()
+    whole = json.loads("".join([first, *rest]) if file != "history.jsonl" else first)
+    others = rest if file == "history.jsonl" else []
+    (folder / file).write_text("\n".join([json.dumps(whole | change), *others]))
+    with pytest.raises(UsageError, match=words):
         read_reported(folder)
 
 
