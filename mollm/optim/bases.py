@@ -147,6 +147,11 @@ class FusedBase(Optimizer, ABC):
         """Keep no momentum of the combined gradient: the caller has its own."""
         self._keep_first = False
 
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the combined gradient may have a momentum, see `drop_first`."""
+        return self._keep_first
+
     @abstractmethod
     def _slots(self, group: dict[str, Any]) -> list[str]:
         """The names of the state that a parameter of this group keeps, beside `step`."""

@@ -23,6 +23,7 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
+from mollm.optim.bases import AdamW
 from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import reason_of
@@ -232,6 +233,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
         await_others()
+        if self.report_to is None:  # to YAML, no is nothing
+            self.report_to = "none"
         super().__post_init__()
         if self.sharding and self.world_size == 1:
             raise UsageError(
@@ -296,6 +299,27 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"it on {self.device}."
             )
         self._try_optimizer()
+        self._try_schedule()
+
+    def _try_schedule(self) -> None:
+        """Says now what the schedule would say once the model is loaded."""
+        from transformers import get_scheduler
+
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        self.lr_scheduler_kwargs = options = _numbers(self.lr_scheduler_kwargs or {})
+        try:
+            get_scheduler(
+                self.lr_scheduler_type,
+                optimizer,
+                num_warmup_steps=0,
+                num_training_steps=100,
+                scheduler_specific_kwargs=options,
+            )
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"lr_scheduler_kwargs must suit the schedule {self.lr_scheduler_type.value}, but "
+                f"got {options}: {reason_of(error)}."
+            ) from error
 
     def _try_optimizer(self) -> None:
         """Says now what MOLLMOptimizer would say once the model is loaded."""
@@ -313,6 +337,14 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
+        usual = {f.name: f.default for f in fields(self)}["adam_beta1"]
+        no_first = isinstance(optimizer.base, AdamW) and not optimizer.base.keeps_first
+        if no_first and self.adam_beta1 != usual:
+            raise UsageError(
+                "adam_beta1 must be left out in AdamW's metric and with per-objective momentum, "
+                f"where there is no first moment, but got {self.adam_beta1}: leave it out, or add "
+                "metric='euclidean' to optimizer_options."
+            )
         if optimizer.streams:
             self._refuse_with_streaming()
         if self.max_grad_norm > 0 and not optimizer.can_aggregate:

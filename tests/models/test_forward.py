@@ -115,5 +115,5 @@ def test_a_layer_whose_forward_a_copy_would_share_is_refused():
     layer, own = model.model.layers[1], model.model.layers[1].forward
     for shared in (lambda *args, **kwargs: own(*args, **kwargs), lambda *a, _own=own: _own(*a)):
         layer.forward = shared
-        with pytest.raises(UsageError, match=r"the forward of model.layers.1 was replaced"):
+        with pytest.raises(UsageError, match=r"the forward of model\.layers\.1 was replaced"):
             frozen_copy(model)

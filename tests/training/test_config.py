@@ -20,6 +20,15 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
     ("options", "words"),
     [
         ({"method": "magic"}, "method must be one of ga"),
+        ({"adam_beta1": 0.5}, "adam_beta1 must be left out in AdamW's metric"),
+        (
+            {"lr_scheduler_kwargs": {"num_cycles": 2}},
+            "lr_scheduler_kwargs must suit the schedule linear",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min": 0.1}},
+            "lr_scheduler_kwargs must suit the schedule cosine_with_min_lr",
+        ),
         ({"reference": "twin"}, "reference must be one of auto"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
         ({"padding_side": "top"}, "padding_side must be one of left, right"),
@@ -151,3 +160,17 @@ def test_the_card_is_told_what_was_changed():
     assert told["method"] == "mollm"
     assert "secret" not in str(told)
     assert "logging_steps" not in told
+
+
+def test_no_report_is_none():
+    assert config(report_to=None).report_to == []
+
+
+def test_numbers_of_a_schedule_may_be_written_as_texts():
+    made = config(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": "1e-6"})
+    assert made.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_the_first_moment_of_plain_adamw_can_be_set():
+    made = config(adam_beta1=0.5, optimizer_options={"metric": "euclidean"})
+    assert made.for_optimizer()["betas"][0] == 0.5

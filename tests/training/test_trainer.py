@@ -691,7 +691,7 @@ def test_a_compiled_model_leaves_no_name_of_it_in_a_file(tmp_path):
 def test_a_model_without_weights_is_refused(tmp_path):
     with torch.device("meta"):
         model = tiny.model()
-    with pytest.raises(UsageError, match=r"a model must have its weights, but model.embed_tokens"):
+    with pytest.raises(UsageError, match=r"a model must have its weights, but model\.embed_tokens"):
         trainer(tmp_path, model)
 
 
