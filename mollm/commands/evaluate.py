@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from mollm.commands.arguments import (
     format_of,
     template_options,
 )
+from mollm.commands.judges import judge_again, read_judges
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from mollm.commands.judges import JudgeOption
     from mollm.evaluation.judges import Judge
     from mollm.evaluation.suite import Suite
     from mollm.evaluation.summary import Evaluation
@@ -64,8 +66,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     model = "a run, a model folder, a .gguf file or a hub name"
-    parser.add_argument(
-        "--model", required=True, default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
+    measured = parser.add_mutually_exclusive_group(required=True)
+    measured.add_argument(
+        "--model", default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
+    )
+    measured.add_argument(
+        "--replies",
+        default=argparse.SUPPRESS,
+        type=user_path,
+        metavar="PATH",
+        help="instead of a model: the examples.jsonl of an evaluation, or its folder; its replies "
+        "are judged again, with --judge, and nothing is generated",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -116,13 +127,19 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         action="append",
         metavar="NAME=MODEL:LABEL",
-        help="a classifier of replies, such as toxicity=unitary/toxic-bert:toxic; several allowed",
+        help="a classifier of replies, such as toxicity=unitary/toxic-bert:toxic,obscene, of which "
+        "any label counts; without a label a model that writes safe or unsafe, such as "
+        "harmful=meta-llama/Llama-Guard-3-8B; or all by name: '{name: toxicity, model: "
+        'unitary/toxic-bert, labels: [toxic], threshold: 0.7, template: "{reply}"}\'; several '
+        "allowed",
     )
     parser.add_argument(
         "--judge-template",
         default=argparse.SUPPRESS,
         metavar="TEXT",
-        help="what the judges read, with {reply} and perhaps {question} (default: {reply})",
+        help="what judges without a template of their own read, with {reply} and perhaps "
+        "{question} (default: {reply}; a model that writes its verdict is asked by its chat "
+        "template)",
     )
     parser.add_argument(
         "--benchmarks",
@@ -170,11 +187,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    import torch
 
     from mollm.evaluation.benchmarks import find_benchmarks
     from mollm.evaluation.evaluate import wanted_scores
-    from mollm.evaluation.judges import checked_template
     from mollm.evaluation.summary import remove_evaluation
     from mollm.models import loading
     from mollm.report.page import ORIGINAL
@@ -182,6 +197,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from mollm.system.folders import staged
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
+    judges = read_judges(given.get("judge", ()), given.get("judge_template"))
+    if "judge_template" in given and not judges:
+        raise UsageError("judge-template needs a judge: give one with --judge.")
+    if "replies" in given:
+        return _judge_replies(given, judges, arguments)
     given["model"] = model_of(arguments.model)
     run = run_of(given["model"])
     _fill_in(given, run)
@@ -189,10 +209,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     names = given["metrics"].split(",") if "metrics" in given else None
     _keep_logs(given.get("retain_logs"), out)
     suite = _suite(given)
-    judges = _judges(given.get("judge", ()))
-    if "judge_template" in given and not judges:
-        raise UsageError("judge-template needs a judge: give one with --judge.")
-    template = checked_template(given.get("judge_template", "{reply}"))
     tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
     if tasks is not None:
         find_benchmarks(tasks)
@@ -207,12 +223,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "chat_template_kwargs": template_options(given.get("chat_template_kwargs")),
         "prompt_format": format_of(given.get("prompt_format")),
     }
-    place = _Place(
-        device_of(given.get("device")),
-        getattr(torch, arguments.dtype),
-        quiet=arguments.quiet,
-        to_stderr=arguments.json,
-    )
+    place = _place_of(arguments)
     source = loading.find_model(given["model"])
     original = None if first is None else loading.find_model(first)
     if original is not None:
@@ -220,7 +231,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stages:
         folder = stages.enter_context(staged(out))
         before = None if original is None else stages.enter_context(staged(out / ORIGINAL))
-        loaded = {name: _load_judge(*judge, template, place) for name, judge in judges.items()}
+        loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
         measured = _measure(source, original, suite, loaded, options, given, place)
         measured.result.write(folder)
         if measured.original is not None and before is not None:
@@ -228,13 +239,56 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _write_about(folder / "about.json", given, measured.chat, place.device)
     if measured.original is None:
         remove_evaluation(out / ORIGINAL)
-    _tell(measured, out, arguments)
+    _tell(measured.result, measured.original, out, arguments)
     _write_report(run, out)
     general = out / "benchmarks.json"
     general.unlink(missing_ok=True)
     if tasks is not None:
         _run_benchmarks(measured, tasks, given, general, place)
     return 0
+
+
+def _judge_replies(
+    given: Mapping[str, Any], judges: Mapping[str, JudgeOption], arguments: argparse.Namespace
+) -> int:
+    """Judges stored replies again."""
+    from mollm.system.folders import staged
+
+    path: Path = given["replies"]
+    stray = [n for n in ("data", "forget", "original", "benchmarks", "limit") if n in given]
+    if stray:
+        raise UsageError(f"{stray[0]} goes with --model, but got --replies: leave out one.")
+    if not judges:
+        raise UsageError("replies needs a judge: give one with --judge.")
+    out = given.get("out", (path if path.is_dir() else path.parent) / "judged")
+    for other in (path, given.get("retain_logs")):
+        _keep_logs(other, out)
+    place = _place_of(arguments)
+    with staged(out) as folder:
+        loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
+        place.say("Judging replies …")
+        result = judge_again(
+            path,
+            loaded,
+            retain_logs=given.get("retain_logs"),
+            names=given["metrics"].split(",") if "metrics" in given else None,
+            resamples=arguments.resamples,
+            seed=arguments.seed,
+        )
+        result.write(folder)
+    _tell(result, None, out, arguments)
+    return 0
+
+
+def _place_of(arguments: argparse.Namespace) -> _Place:
+    import torch
+
+    return _Place(
+        device_of(arguments.device),
+        getattr(torch, arguments.dtype),
+        quiet=arguments.quiet,
+        to_stderr=arguments.json,
+    )
 
 
 @dataclass(frozen=True)
@@ -344,10 +398,11 @@ def _measure(
     return _Measured(measure(model, tokenizer, "Result"), before, chat, model, tokenizer)
 
 
-def _tell(measured: _Measured, out: Path, arguments: argparse.Namespace) -> None:
+def _tell(
+    result: Evaluation, original: Evaluation | None, out: Path, arguments: argparse.Namespace
+) -> None:
     from mollm.evaluation.summary import METRICS_FILE
 
-    result, original = measured.result, measured.original
     if arguments.json:
         models = (
             {"result": result} if original is None else {"original": original, "result": result}
@@ -404,11 +459,11 @@ def _check_original(folder: Path) -> None:
 
 
 def _keep_logs(logs: Path | None, out: Path) -> None:
-    """Refuses results that would take the place of the logs, and be compared with next time."""
+    """Refuses results that would take the place of what they are compared with or made of."""
     if logs is not None and out.resolve() in (logs.resolve(), logs.resolve().parent):
         raise UsageError(
-            f"out must be another folder than that of the retain logs, but got {out} for both: "
-            "choose another one with --out."
+            "out must be another folder than that of the replies or the retain logs, but got "
+            f"{out} for both: choose another one with --out."
         )
 
 
@@ -443,29 +498,6 @@ def _write_about(
     }
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _judges(texts: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Models and labels by the names of the judges."""
-    found: dict[str, tuple[str, str]] = {}
-    for text in texts:
-        name, _, rest = text.partition("=")
-        model, _, label = rest.rpartition(":")
-        if not (name and model and label):
-            raise UsageError(
-                f"judge must be NAME=MODEL:LABEL, such as toxicity=unitary/toxic-bert:toxic, but "
-                f"got {text!r}."
-            )
-        if name in found:
-            raise UsageError(f"every judge must have a name of its own, but two are called {name}.")
-        found[name] = model, label
-    return found
-
-
-def _load_judge(model: str, label: str, template: str, place: _Place) -> Judge:
-    from mollm.evaluation.judges import ClassifierJudge
-
-    return ClassifierJudge(model, label, template=template, device=place.device)
 
 
 def _suite(given: Mapping[str, Any]) -> Suite:

@@ -2,7 +2,7 @@
 
 from mollm.evaluation.benchmarks import general_benchmarks
 from mollm.evaluation.evaluate import evaluate
-from mollm.evaluation.judges import ClassifierJudge, Judge
+from mollm.evaluation.judges import ClassifierJudge, GenerativeJudge, Judge
 from mollm.evaluation.records import Record, read_records
 from mollm.evaluation.suite import Row, Suite, load_suite, load_tofu
 from mollm.evaluation.summary import Estimate, Evaluation, summarize
@@ -11,6 +11,7 @@ __all__ = [
     "ClassifierJudge",
     "Estimate",
     "Evaluation",
+    "GenerativeJudge",
     "Judge",
     "Record",
     "Row",

@@ -12,7 +12,7 @@ from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, offers
 from mollm.evaluation.generation import MAX_NEW_TOKENS
-from mollm.evaluation.judges import Judge
+from mollm.evaluation.judges import Judge, thresholds_of
 from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
@@ -150,7 +150,7 @@ def evaluate(
         records,
         suite.retain_logs,
         names=names,
-        judges=sorted(judges),
+        judges=dict(sorted(thresholds_of(judges).items())),
         resamples=resamples,
         seed=seed,
     )

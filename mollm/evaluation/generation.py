@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mollm.data.chat import ChatFormat, Example, collate, ends_of
+from mollm.data.chat import ChatFormat, Example, Tokens, collate, ends_of
 from mollm.errors import UsageError
 from mollm.models.forward import in_evaluation_mode
 from mollm.system.parsing import reason_of
@@ -84,7 +84,6 @@ class Reply:
         return self.text if self.complete else f"{self.text} …"
 
 
-@torch.no_grad()
 def ask(
     model: PreTrainedModel,
     chat: ChatFormat,
@@ -110,11 +109,40 @@ def ask(
         sampled: As for `generate_replies`.
         done: Called with the number of questions of each batch.
     """
+    rows = [chat.encode_prompt(text) for text in texts]
+    return ask_tokens(
+        model,
+        chat,
+        rows,
+        plain=[chat.is_plain(_example(text)) for text in texts],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        sampled=sampled,
+        done=done,
+    )
+
+
+@torch.no_grad()
+def ask_tokens(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    rows: Sequence[Tokens],
+    *,
+    plain: Sequence[bool] | None = None,
+    max_new_tokens: int,
+    batch_size: int,
+    sampled: bool = False,
+    done: Done = quietly,
+) -> list[Reply]:
+    """Answers to rows that end where an answer begins; see `ask`.
+
+    Args:
+        plain: Whether the answer to each row goes on with a text, and keeps the space around it.
+    """
     # A generation config of the model's own may cut the distribution short.
     drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sampled else {}
     stops = chat.stop_ids | ends_of(getattr(model, "generation_config", None))
-    rows = [chat.encode_prompt(text) for text in texts]
-    plain = [chat.is_plain(_example(text)) for text in texts]
+    plain = plain or [False] * len(rows)
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
     replies: dict[int, Reply] = {}
     if batch_size > 1 and len(rows) > 1 and not answers_alike_in_company(model):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -34,6 +35,10 @@ _MEMBERSHIP = {
     "mia_min_k": "min_k",
     "mia_min_k_plus_plus": "min_k_plus_plus",
 }
+
+
+Judges: TypeAlias = "Iterable[str] | Mapping[str, float]"
+"""The names of judges, or their thresholds by name."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,18 @@ class Figure:
     statistic: Callable[..., float]
 
 
-def figures(judges: Iterable[str] = ()) -> list[Figure]:
+def figures(judges: Judges = ()) -> list[Figure]:
     """All figures there are, with those of the judges by the given names.
+
+    Args:
+        judges: Their names, or their thresholds by name.
 
     Raises:
         UsageError: A judge has the name of something else.
     """
+    limits = judges if isinstance(judges, Mapping) else dict.fromkeys(judges, metrics.THRESHOLD)
     found = [
-        *(figure for group in GROUPS for figure in _figures_of(group, tuple(judges))),
+        *(figure for group in GROUPS for figure in _figures_of(group, limits)),
         _mean("exact_memorization", "forget", "exact_memorization"),
         _mean("extraction_strength", "forget", "extraction_strength"),
         *(
@@ -83,7 +92,7 @@ def figures(judges: Iterable[str] = ()) -> list[Figure]:
     return found
 
 
-def choose(names: Sequence[str] | None, judges: Sequence[str] = ()) -> list[Figure]:
+def choose(names: Sequence[str] | None, judges: Judges = ()) -> list[Figure]:
     """The figures by the given names, all of them for None.
 
     Raises:
@@ -149,15 +158,15 @@ def _how_to_get_score(score: str, group: str) -> str:
     return f"the score {score} of every example of the set {group}: evaluate it once more"
 
 
-def _figures_of(group: str, judges: Sequence[str]) -> list[Figure]:
+def _figures_of(group: str, limits: Mapping[str, float]) -> list[Figure]:
     choices = group in ("real_authors", "world_facts")
     ratio = metrics.forget_truth_ratio if group == "forget" else metrics.utility_truth_ratio
     judged = [
         figure
-        for name in judges
+        for name, limit in limits.items()
         for figure in (
             _mean(f"{group}_{name}", group, JUDGED + name),
-            Figure(f"{group}_{name}_rate", (Need(group, (JUDGED + name,)),), _flagged_rate),
+            Figure(f"{group}_{name}_rate", (Need(group, (JUDGED + name,)),), _flagged_from(limit)),
         )
     ]
     return [
@@ -187,8 +196,8 @@ def _utility_needs() -> tuple[Need, ...]:
     )
 
 
-def _flagged_rate(scores: Floats) -> float:
-    return metrics.flagged_rate(scores[0])
+def _flagged_from(limit: float) -> Callable[..., float]:
+    return lambda scores: metrics.flagged_rate(scores[0], limit)
 
 
 def _perplexity(scores: Floats) -> float:

@@ -14,7 +14,7 @@ from mollm.errors import UsageError
 from mollm.evaluation import metrics
 from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
-from mollm.evaluation.registry import choose, columns_of, missing_input
+from mollm.evaluation.registry import Judges, choose, columns_of, missing_input
 from mollm.system.parsing import parse_json, read_text
 from mollm.system.terminal import paint
 
@@ -170,7 +170,7 @@ def summarize(
     retain_logs: Sequence[Record] | None = None,
     *,
     names: Sequence[str] | None = None,
-    judges: Sequence[str] = (),
+    judges: Judges = (),
     resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -183,7 +183,7 @@ def summarize(
         records: Those of the model.
         retain_logs: Those of a retain-only model on the same forget set; None where there is none.
         names: Which figures; None for all that the records allow.
-        judges: The names of the judges whose scores the records hold.
+        judges: The names of the judges whose scores the records hold, or their thresholds by name.
         resamples: Resamples of each interval.
         seed: Of the resampling.
 

@@ -721,7 +721,7 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     assert "no/logs.jsonl, which is not on" in refused("--retain-logs", "no/logs.jsonl", *out)
     for logs in (tmp_path / "old", tmp_path / "old" / "examples.jsonl"):
         same = ("--retain-logs", str(logs), "--out", str(tmp_path / "old"))
-        assert "another folder than that of the retain logs" in refused(*same)
+        assert "another folder than that of the replies or the retain logs" in refused(*same)
     assert "retain goes with --forget" in refused("--retain", "r.jsonl", *out)
     assert "judge-template needs a judge" in refused("--judge-template", "{reply}", *out)
     template = ("--judge", "a=b:c", "--judge-template", "{answer}")
