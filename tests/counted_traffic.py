@@ -28,8 +28,8 @@ from mollm.training.memory import plan_settings
 
 SIZES = {
     "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
+    "hidden_size": 192,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -110,7 +110,7 @@ def count(folder, layout, key, dtype):
         settings = plan_settings(made.args, adapter, longest=64, objectives=made.objectives)
         held = {
             "parameters": made._base.parameters(),
-            "reference model": made._objectives.reference.parameters(),
+            "reference model": tensors_of(made._objectives.reference),
             "optimizer state": [t for slot in made.optimizer.state.values() for t in slot.values()],
         }
     return {
@@ -119,6 +119,13 @@ def count(folder, layout, key, dtype):
         "sent": counting.sent,
         "held": {name: bytes_of(tensors) for name, tensors in held.items()},
     }
+
+
+def tensors_of(reference):
+    """Of a copy its parameters, of a cache the head that it keeps; an adapter's has none."""
+    if not isinstance(reference, torch.nn.Module):
+        return []
+    return [*reference.parameters(), *dict(reference.named_buffers(recurse=False)).values()]
 
 
 def bytes_of(tensors):

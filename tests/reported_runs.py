@@ -81,3 +81,24 @@ def evaluated(folder, *, value=0.9, names=("forget_probability", "retain_probabi
 
 def about(folder, **settings):
     (folder / "about.json").write_text(json.dumps({"settings": settings}))
+
+
+def audited(folder, *, verdict="WEAK", finished="2026-02-01T00:00:00+00:00", **changed):
+    """Writes an audit of the run into its folder."""
+    finding = {
+        "name": "asked in other words",
+        "verdict": verdict,
+        "value": 0.2,
+        "interval": [0.1, 0.3],
+        "threshold": 0.1,
+        "unit": "likelihood",
+    }
+    found = {
+        "verdict": verdict,
+        "findings": [finding],
+        "notes": [EVIL],
+        "missing": {},
+        "about": {"finished": finished, "retain_only": None},
+    }
+    (folder / "audit").mkdir(exist_ok=True)
+    (folder / "audit" / "audit.json").write_text(json.dumps(found | changed))

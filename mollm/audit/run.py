@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mollm.audit import attacks, rounding
 from mollm.audit.attacks import Attack

@@ -52,7 +52,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             metavar="PATH_OR_HUB_NAME",
             help=purpose,
         )
-    parser.add_argument("--out", type=user_path, default=Path("runs/audit"), help="results folder")
+    parser.add_argument(
+        "--out",
+        type=user_path,
+        default=argparse.SUPPRESS,
+        help="results folder (default: audit in the folder of the run that made the model, whose "
+        "report and card get the verdict, else runs/audit)",
+    )
     parser.add_argument(
         "--learning-rates",
         default=argparse.SUPPRESS,
@@ -72,17 +78,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    if not arguments.json:
-        return _audit_and_tell(arguments)
     from mollm.audit.report import JSON_FILE
+    from mollm.report.audit_file import AUDIT
+    from mollm.report.run_file import model_of, run_of
 
+    run = run_of(arguments.model)
+    if "out" not in arguments:
+        arguments.out = Path("runs/audit") if run is None else Path(run["folder"]) / AUDIT
+    arguments.model = model_of(arguments.model)
+    if not arguments.json:
+        return _audit_and_tell(arguments, run)
     with contextlib.redirect_stdout(sys.stderr):
-        status = _audit_and_tell(arguments)
+        status = _audit_and_tell(arguments, run)
     print((arguments.out / JSON_FILE).read_text(encoding="utf-8").rstrip())
     return status
 
 
-def _audit_and_tell(arguments: argparse.Namespace) -> int:
+def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None) -> int:
     import torch
 
     from mollm.audit import audit
@@ -134,9 +146,23 @@ def _audit_and_tell(arguments: argparse.Namespace) -> int:
     )
     write_json(found, about, out)
     write_html(found, about, out)
+    _tell_run(run, out)
     _print_verdict(found, given)
     print(f"Report: {out / HTML_FILE}   For machines: {out / JSON_FILE}")
     return 0 if found.verdict == "PASS" else _NOT_PASSED
+
+
+def _tell_run(run: Mapping[str, Any] | None, out: Path) -> None:
+    """Has report and cards of the run show the verdict, if the audit lies in its folder."""
+    from mollm.report.audit_file import AUDIT, write_audited_cards
+    from mollm.report.page import REPORT_FILE, write_report
+
+    if run is None:
+        return
+    folder = Path(run["folder"])
+    if out.resolve() in (folder.resolve(), (folder / AUDIT).resolve()):
+        write_audited_cards(run)
+        write_report([folder], folder / REPORT_FILE)
 
 
 def _print_verdict(found: Audit, given: Mapping[str, Any]) -> None:

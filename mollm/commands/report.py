@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from mollm.errors import UsageError
@@ -27,14 +29,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="where to write it (default: report.html of the run; of several, comparison.html in "
         "the folder that the first one is in)",
     )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what the pages say as JSON, and write a page only with --out",
+    )
     parser.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from mollm.report.page import REPORT_FILE, read_reported, render
+    from mollm.report.page import REPORT_FILE, as_dict, read_reported, render
     from mollm.system.folders import replace_text
 
     runs = [read_reported(folder) for folder in arguments.runs]
+    if arguments.json:
+        print(json.dumps({"runs": [as_dict(run) for run in runs]}, indent=1, ensure_ascii=False))
+        if arguments.out is None:
+            return 0
     one = runs[0].folder
     path: Path = arguments.out or (
         one / REPORT_FILE if len(runs) == 1 else one.parent / "comparison.html"
@@ -43,5 +54,5 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UsageError(f"out must be an .html file, but got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, render(runs))
-    print(f"Report: {path}")
+    print(f"Report: {path}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

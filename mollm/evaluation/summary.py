@@ -16,6 +16,7 @@ from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 from mollm.evaluation.registry import Judges, choose, columns_of, missing_input
 from mollm.system.parsing import parse_json, read_text
+from mollm.system.tables import html_table
 from mollm.system.terminal import paint
 
 METRICS_FILE = "metrics.json"
@@ -105,6 +106,28 @@ class Evaluation:
                 )
                 lines.append(f"  {label:<{first}}{row}".rstrip())
         return "\n".join([*lines, *self._missing_lines(explain)])
+
+    def html(self, original: Evaluation | None = None) -> str:
+        """The same table as HTML, as a notebook shows it.
+
+        Args:
+            original: The evaluation of the original model, to stand beside this one.
+        """
+        models = {"original": original, "result": self} if original else {"value": self}
+        names = dict.fromkeys(n for found in models.values() for n in found.estimates)
+        rows: list[tuple[str, ...]] = []
+        for theme, some in by_theme(names).items():
+            rows.append((theme,))
+            for name in some:
+                before = None if original is None else original.estimates.get(name)
+                cells = [_cell(found.estimates.get(name)) for found in models.values()]
+                verdict = verdict_of(name, before, self.estimates.get(name))
+                rows.append((f"{name} {reading_of(name).good}", *cells, verdict))
+        return html_table(("", *models, ""), rows, caption=" ".join(self._missing_lines(False)))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return self.html()
 
     def _missing_lines(self, explain: bool) -> list[str]:
         if not self.missing:

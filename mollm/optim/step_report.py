@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mollm.system.tables import html_table
 from mollm_ops import Solution, Status
 from mollm_ops.dual_space import active_objectives
 
@@ -143,16 +144,23 @@ class StepReport:
             )
         }
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, ...]]:
+        """For each objective its name, norm, weight, change, and whether it is in conflict."""
         changes, conflicts = self.changes or {}, self.conflicts or {}
-        width = max(len("objective"), *map(len, self.objectives))
-        rows = [f"{'objective':<{width}}  {'|g|':>10}  {'weight':>10}  {'change':>10}"]
-        for name, norm, weight in zip(
-            self.objectives, self.norms.tolist(), self.weights.tolist(), strict=True
-        ):
-            change = f"{changes[name]:.3g}" if name in changes else "-"
-            mark = "  conflict" if conflicts.get(name) else ""
-            rows.append(f"{name:<{width}}  {norm:>10.3g}  {weight:>10.3g}  {change:>10}{mark}")
+        return [
+            (
+                name,
+                f"{norm:.3g}",
+                f"{weight:.3g}",
+                f"{changes[name]:.3g}" if name in changes else "-",
+                "conflict" if conflicts.get(name) else "",
+            )
+            for name, norm, weight in zip(
+                self.objectives, self.norms.tolist(), self.weights.tolist(), strict=True
+            )
+        ]
+
+    def _sentences(self) -> list[str]:
         cosines = self.cosines.tolist()
         pairs = [
             f"{a}·{b} {cosines[i][j]:.3g}"
@@ -160,10 +168,21 @@ class StepReport:
             for j, b in enumerate(self.objectives)
             if i < j
         ]
-        rows.append(f"{self.status.name}, Pareto gap {self.pareto_gap:.3g}")
-        if pairs:
-            rows.append(f"cosines {', '.join(pairs)}")
-        return "\n".join(rows)
+        told = [f"{self.status.name}, Pareto gap {self.pareto_gap:.3g}"]
+        return [*told, f"cosines {', '.join(pairs)}"] if pairs else told
+
+    def __str__(self) -> str:
+        width = max(len("objective"), *map(len, self.objectives))
+        rows = [f"{'objective':<{width}}  {'|g|':>10}  {'weight':>10}  {'change':>10}"]
+        for name, norm, weight, change, mark in self._rows():
+            line = f"{name:<{width}}  {norm:>10}  {weight:>10}  {change:>10}"
+            rows.append(f"{line}  {mark}" if mark else line)
+        return "\n".join([*rows, *self._sentences()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        header = ("objective", "|g|", "weight", "change", "")
+        return html_table(header, self._rows(), caption="; ".join(self._sentences()))
 
     def __repr__(self) -> str:
         return (

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mollm.errors import UsageError
 from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.summary import METRICS_FILE, Estimate
 from mollm.methods.method import OBJECTIVES, role_of_objective
+from mollm.report.audit_file import audit_of
 from mollm.report.conflicts import conflict_rate
 from mollm.report.run_file import RUN_FILE, read_run
 from mollm.report.written import ANY, ESTIMATE, RUN, fault_in, fault_in_steps
@@ -42,6 +43,8 @@ class ReportedRun:
     history: list[dict[str, Any]]
     metrics: Metrics
     """Estimates by name, of each model that was evaluated: original, result, retain-only."""
+    audit: dict[str, Any] | None = None
+    """The verdict of its audit and the findings."""
 
     @property
     def name(self) -> str:
@@ -76,7 +79,7 @@ def read_reported(folder: Path | str) -> ReportedRun:
             f"{root / HISTORY_FILE} must be as `mollm unlearn` wrote it, but in line {bad[0] + 1} "
             f"its {bad[1]} is not."
         )
-    return ReportedRun(root, facts, history, _metrics(root / EVALUATION))
+    return ReportedRun(root, facts, history, _metrics(root / EVALUATION), audit_of(facts))
 
 
 def write_report(folders: Sequence[Path | str], path: Path) -> None:
@@ -86,6 +89,26 @@ def write_report(folders: Sequence[Path | str], path: Path) -> None:
         UsageError: A folder is not that of a run, or the file cannot be written.
     """
     replace_text(path, render([read_reported(folder) for folder in folders]))
+
+
+def as_dict(run: ReportedRun) -> dict[str, Any]:
+    """What the page of a run says, as plain values."""
+    history = run.history
+    names = curves(history)["losses"] if history else ()
+    losses = {n: [history[i]["losses"][n] for i in (0, -1)] for n in names}
+    private = ("replies", "folder")
+    return {
+        "run": run.name,
+        **{name: value for name, value in run.facts.items() if name not in private},
+        "losses": {n: {"first": a, "last": b} for n, (a, b) in losses.items()},
+        "conflicts": {n: _means(history, n)["conflicts"] for n in losses},
+        "metrics": {
+            model: {name: asdict(estimate) for name, estimate in found.items()}
+            for model, found in run.metrics.items()
+        },
+        "audit": run.audit,
+        "replies": _examples(run),
+    }
 
 
 def write_public_report(folder: Path | str, path: Path) -> None:
@@ -227,6 +250,7 @@ def _of_one(run: ReportedRun) -> dict[str, Any]:
         "tables": _tables(run.metrics),
         "examples": _examples(run),
         "columns": list(run.metrics),
+        "audit": run.audit,
     }
 
 
@@ -318,6 +342,7 @@ def _of_several(runs: Sequence[ReportedRun]) -> dict[str, Any]:
         ],
         "unlike": {name: [each.get(name) for each in settings] for name in unlike},
         "alike": {name: settings[0].get(name) for name in known if name not in unlike},
+        "verdicts": [run.audit["verdict"] if run.audit else None for run in runs],
         "tables": {
             theme: [(name, [run.metrics.get("result", {}).get(name) for run in runs])
                     for name in some]

@@ -10,6 +10,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import zip_longest
 from typing import TextIO
 
@@ -98,9 +99,16 @@ def side_by_side(columns: Iterable[Iterable[str]], width: int) -> Iterator[str]:
         yield " │ ".join(padded).rstrip()
 
 
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook in which widgets can be shown."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ()) and find_spec("ipywidgets") is not None
+
+
 @contextmanager
 def progress(total: int, what: str, stream: TextIO | None = None) -> Iterator[Done]:
-    """Shows how much of `total` is done: a bar on a terminal, else a line every tenth of it.
+    """Shows how much of `total` is done: a bar on a terminal or in a notebook that has widgets,
+    else a line every tenth of it.
 
     Args:
         total: How much there is to do; 0 shows nothing.
@@ -110,8 +118,8 @@ def progress(total: int, what: str, stream: TextIO | None = None) -> Iterator[Do
     stream = stream or sys.stderr
     if not total:
         yield quietly
-    elif stream.isatty():
-        from tqdm import tqdm
+    elif stream.isatty() or in_notebook():
+        from tqdm.auto import tqdm
 
         with tqdm(
             total=total, desc=what, file=stream, leave=False, dynamic_ncols=True,

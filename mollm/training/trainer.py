@@ -56,8 +56,9 @@ from mollm.models.blocks import find_blocks
 from mollm.models.checks import check_finite
 from mollm.models.logits import check_logits, logit_transform, set_logit_transform
 from mollm.optim.optimizer import MOLLMOptimizer
+from mollm.report.audit_file import audit_of, with_audit
 from mollm.report.page import REPORT_FILE, write_report
-from mollm.report.run_file import write_run
+from mollm.report.run_file import run_of, write_run
 from mollm.system import machine
 from mollm.system.folders import (
     check_writable,
@@ -1010,7 +1011,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self.export(folder)
             with processes.raise_on_all_ranks():
                 if processes.rank() == 0:
-                    (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
+                    run = run_of(str(self._folder))
+                    card = with_audit(self.model_card(), None if run is None else audit_of(run))
+                    (folder / "README.md").write_text(card, encoding="utf-8")
                     if with_report:
                         write_public_report(self._folder, folder / REPORT_FILE)
                     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import audit_models
 import pytest
+import reported_runs
 import tiny
 
 from mollm.cli import main
@@ -149,3 +151,15 @@ def test_as_json_it_prints_the_file_and_all_else_to_stderr(run, tmp_path):
     assert status == 1
     assert json.loads(said) == read(tmp_path)
     assert "Verdict: FAIL" in told
+
+
+def test_the_audit_of_a_runs_model_lies_in_its_folder_and_is_in_its_report_and_card(run, folder):
+    where = reported_runs.run(folder / "a-run", finished="2026-01-01T00:00:00+00:00")
+    shutil.copytree(folder / "original", where / "model")
+    (where / "README.md").write_text("# A model\n\n## Data\n")
+    status, said, _ = run("a-run")
+    assert status == 1
+    assert read(where / "audit")["verdict"] == "FAIL"
+    assert "Report: a-run/audit/audit.html" in said
+    assert "FAIL</b>" in (where / "report.html").read_text()
+    assert "Verdict: **FAIL**" in (where / "README.md").read_text()

@@ -117,6 +117,11 @@ def test_the_table_says_what_got_better():
     assert lines[-1].endswith("worse")
     assert "\x1b[32m" in after.table(before, colour=True)
     assert after.table().splitlines()[1].split()[:3] == ["forget_probability", "↓", "0.1"]
+    shown = after.html(before)
+    words = re.findall(r">(original|result|better|worse)<", shown)
+    assert words == ["original", "result", "better", "worse"]
+    assert "forget_probability ↓" in after._repr_html_()
+    assert "original" not in after._repr_html_()
 
 
 def test_a_folder_of_the_users_called_original_stays(run, tmp_path, capsys):

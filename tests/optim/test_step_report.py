@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from mollm import MOLLMOptimizer
@@ -44,3 +46,13 @@ def test_it_prints_as_a_table():
     assert lines[2].split()[:3] == ["b", "1.41", "1"]
     assert lines[2].endswith("conflict")
     assert lines[-1] == "cosines a·b -0.707"
+
+
+def test_a_notebook_shows_it_as_a_table():
+    shown = report([[1.0, 0.0], [0.0, 4.0]], [-0.5, 0.25])._repr_html_()
+    cells = re.findall(r"<t[hd] [^>]*>([^<]*)</t[hd]>", shown)
+    assert cells[:5] == ["objective", "|g|", "weight", "change", ""]
+    assert cells[5:7] == ["forget", "1"]
+    assert cells[-2:] == ["0.25", "conflict"]
+    assert "Pareto gap" in shown
+    assert "cosines forget·retain 0" in shown

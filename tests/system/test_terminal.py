@@ -1,4 +1,6 @@
 import io
+import sys
+import types
 
 import pytest
 
@@ -93,3 +95,14 @@ def test_nothing_to_do_shows_nothing():
     with terminal.progress(0, "Asking", out) as done:
         done(1)
     assert out.getvalue() == ""
+
+
+def test_a_notebook_is_told_by_its_kernel_and_its_widgets(monkeypatch):
+    assert not terminal.in_notebook()
+    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    for widgets in (True, False):
+        monkeypatch.setattr(terminal, "find_spec", lambda name, there=widgets: there or None)
+        assert terminal.in_notebook() == widgets
+    shell.config = {"TerminalIPythonApp": {}}
+    assert not terminal.in_notebook()

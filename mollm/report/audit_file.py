@@ -1,0 +1,109 @@
+"""The verdict of an audit, for the report and the model card of the run whose model it attacked."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mollm.errors import UsageError
+from mollm.system.folders import replace_text, without_paths
+from mollm.system.parsing import is_file, parse_json, read_text
+
+AUDIT = "audit"
+"""The folder of a run that `mollm audit` writes to."""
+AUDIT_FILE = "audit.json"
+CARD_FILE = "README.md"
+_CARD_BYTES = 1 << 24
+_HEADING = "## Audit"
+
+
+def audit_of(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What audit.json says, in the folder of a run or in the folder `audit` there.
+
+    None where there is none, where it is not complete, or where it was finished before the run was.
+
+    Args:
+        facts: Of the run, as `read_run` gives them.
+
+    Raises:
+        UsageError: It is damaged.
+    """
+    root = Path(facts["folder"])
+    places = (root / AUDIT / AUDIT_FILE, root / AUDIT_FILE)
+    path = next((place for place in places if is_file(place)), None)
+    if path is None:
+        return None
+    found = parse_json(read_text(path), str(path))
+    try:
+        rows = [
+            {
+                "name": str(each["name"]),
+                "verdict": str(each["verdict"]),
+                "value": float(each["value"]),
+                "low": float(each["interval"][0]),
+                "high": float(each["interval"][1]),
+                "limit": float(each["threshold"]),
+                "unit": str(each["unit"]),
+            }
+            for each in found["findings"]
+        ]
+        told = {
+            "verdict": found["verdict"],
+            "findings": rows,
+            "notes": [str(note) for note in found["notes"]],
+            "missing": {str(name): str(why) for name, why in found["missing"].items()},
+            "finished": str(found["about"]["finished"]),
+            "retain_only": found["about"].get("retain_only"),
+        }
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{path} must be as `mollm audit` wrote it, but it is not: remove it, and audit again."
+        ) from error
+    finished = str(facts.get("finished") or "")
+    if found["verdict"] is None or told["finished"] < finished:
+        return None
+    return told
+
+
+def with_audit(card: str, audit: Mapping[str, Any] | None) -> str:
+    """A model card with the verdict of an audit, in place of one that it had."""
+    kept = re.sub(rf"^{_HEADING}\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+    if audit is None:
+        return kept
+    rows = [
+        f"| {_plain(each['name'])} | {_plain(each['verdict'])} | {each['value']:.1%} | "
+        f"{each['low']:.1%} to {each['high']:.1%} | {each['limit']:.1%} |"
+        for each in audit["findings"]
+    ]
+    part = "\n".join(
+        [
+            _HEADING,
+            "",
+            f"Verdict: **{_plain(audit['verdict'])}**. What attacks brought back of what the "
+            "original knows, with 95 % intervals.",
+            "",
+            "| attack | verdict | brought back | interval | passes to |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            *(f"{_plain(note)}\n" for note in audit["notes"]),
+        ]
+    )
+    head, heading, rest = kept.partition("\n## Data\n")
+    return f"{head}\n{part}{heading}{rest}" if heading else f"{kept.rstrip()}\n\n{part}"
+
+
+def _plain(text: str) -> str:
+    """On one line, without HTML and without the end of a cell."""
+    return html.escape(" ".join(without_paths(text).split()), quote=False).replace("|", "\\|")
+
+
+def write_audited_cards(facts: Mapping[str, Any]) -> None:
+    """Puts the verdict into the cards that a run left: its own, and that of its model."""
+    audit, root = audit_of(facts), Path(facts["folder"])
+    for path in (root / CARD_FILE, root / "model" / CARD_FILE):
+        if is_file(path):
+            replace_text(path, with_audit(read_text(path, _CARD_BYTES), audit))
