@@ -110,6 +110,7 @@ FIXED = frozenset(
         "dtype",
         "freeze_embeddings",
         "method",
+        "method_options",
         "quantization",
         "seed",
         "system_prompt",
