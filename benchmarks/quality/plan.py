@@ -22,7 +22,9 @@ VARIED = (
     "upgrad+momentum",
 )
 """`mollm` is upgrad+metric."""
-ALL = (*METHODS, *VARIED)
+LOSSES = tuple(name for name, method in METHODS.items() if method.is_a_loss)
+"""The methods that a step of the study can make."""
+ALL = (*LOSSES, *VARIED)
 CANDIDATES = (
     *(method.name for method in COMMON_DESCENT),
     *VARIED,
@@ -96,7 +98,7 @@ def budget(task: str, quick: bool) -> TaskPlan:
     if not quick:
         return full
     return TaskPlan(
-        _QUICK_STEPS[kind], full.sweep[1:2], full.relearning_lr, full.methods[: len(METHODS)]
+        _QUICK_STEPS[kind], full.sweep[1:2], full.relearning_lr, full.methods[: len(LOSSES)]
     )
 
 

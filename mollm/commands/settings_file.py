@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -36,7 +36,8 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line says, over what its settings file says.
 
     Args:
-        given: Arguments of the command line by name, `config` and `set` among them.
+        given: Arguments of the command line by name, `config`, `set` and `method_option` among
+            them.
 
     Raises:
         UsageError: The file cannot be read, or a name in it or in `set` is not known.
@@ -46,11 +47,11 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         if str(given.get(name, "")).startswith(("{", "[")):
             given[name] = parse_yaml(given[name], f"the {name} data")
     settings = _read_file(given.pop("config")) if "config" in given else {}
-    for text in given.pop("set", ()):
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"set must be NAME=VALUE, but got {text!r}.")
-        settings[name] = parse_yaml(value, f"the value of {name}")
+    settings |= _named_values(given.pop("set", ()), "set")
+    chosen = _named_values(given.pop("method_option", ()), "method-option")
+    if chosen:
+        known = settings.get("method_options") or {}
+        settings["method_options"] = {**known, **chosen} if isinstance(known, dict) else chosen
     settings |= given
     types = _fields()
     for name, value in settings.items():
@@ -65,6 +66,17 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             _own(name, value) if name in OWN_SETTINGS else _typed(name, value, types[name])
         )
     return settings
+
+
+def _named_values(texts: Iterable[str], flag: str) -> dict[str, Any]:
+    """The values of NAME=VALUE, by name."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{flag} must be NAME=VALUE, but got {text!r}.")
+        found[name] = parse_yaml(value, f"the value of {name}")
+    return found
 
 
 def require(settings: Mapping[str, Any]) -> None:

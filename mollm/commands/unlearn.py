@@ -105,6 +105,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--out", metavar="FOLDER", help="new folder for the results (default: runs/unlearn)"
     )
     parser.add_argument("--method", help="one of mollm.methods.METHODS (default: mollm)")
+    parser.add_argument(
+        "--method-option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a hyperparameter of the method, such as beta=0.2; several allowed",
+    )
     parser.add_argument("--learning-rate", type=float, metavar="LR")
     parser.add_argument("--max-steps", type=int, metavar="N")
     parser.add_argument(

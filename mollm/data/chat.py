@@ -64,6 +64,8 @@ class Tokens:
     labels: list[int]
     closed: bool = False
     """Whether the last label is that of the token that ends the turn."""
+    alternative: Tokens | None = None
+    """The same question with another answer, for methods that compare the two."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Batch:
     padded_left: bool | None = None
     """Whether padding may come before a row; None if that must be read from the mask, for which
     a GPU has to be waited for."""
+    alternative: Batch | None = None
+    """The rows' alternatives, if all have one."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -84,6 +88,7 @@ class Batch:
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
+            alternative=None if self.alternative is None else self.alternative.to(device),
         )
 
 
@@ -513,9 +518,11 @@ def collate(rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] 
         padding = [filler] * (width - len(values))
         return values + padding if side == "right" else padding + values
 
+    others = [row.alternative for row in rows if row.alternative is not None]
     return Batch(
         input_ids=torch.tensor([pad(row.ids, pad_id) for row in rows]),
         attention_mask=torch.tensor([pad([1] * len(row.ids), 0) for row in rows]),
         labels=torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
         padded_left=side == "left" and any(len(row.ids) < width for row in rows),
+        alternative=collate(others, pad_id, side) if len(others) == len(rows) else None,
     )

@@ -60,6 +60,9 @@ _CONVERSATIONS = ("messages", "conversations")
 _TEXT = "text"
 _SYSTEM, _HISTORY = "system", "history"
 """ShareGPT's and Alpaca's columns for the system's turn, and for the turns before the question."""
+ALTERNATE = "alternate"
+"""A column, or in a record's `extra`: other answers, which some methods prefer to the one that is
+to be forgotten."""
 ACCEPTED = "accepted_answers"
 """In a record's `extra`: all accepted answers of its row, where there are several."""
 _ONE_COLUMN = {"conversation": _CONVERSATIONS, "text": (_TEXT,)}
@@ -147,6 +150,10 @@ class _Row:
         value = self.value(name)
         listing = value if isinstance(value, list) and value else [value]
         return list(dict.fromkeys(self.checked(text, name) for text in listing))
+
+    def alternatives(self) -> dict[str, str | list[str]]:
+        """The column of other answers, if the row has any."""
+        return {ALTERNATE: self.answers(ALTERNATE)} if self.values.get(ALTERNATE) else {}
 
     def flag(self, name: str) -> bool:
         value = self.value(name)
@@ -388,7 +395,7 @@ def _read_tofu(row: _Row) -> list[Record]:
                 f"{shown(wrong)}."
             )
         extra["perturbed_answer"] = [row.checked(text, "perturbed_answer") for text in wrong]
-    return row.records(row.text("question"), "answer", extra)
+    return row.records(row.text("question"), "answer", extra | row.alternatives())
 
 
 def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False) -> list[Record]:
@@ -398,7 +405,8 @@ def _read_pair(row: _Row, prompt: str, answer: str, *, with_input: bool = False)
     # Alpaca's instructions are about what stands in a third column, where that is not blank.
     if with_input and str(row.values.get("input") or "").strip():
         text = f"{text}\n\n{row.text('input')}"
-    return [replace(each, is_question=prompt != _PROMPT) for each in row.records(text, answer)]
+    records = row.records(text, answer, row.alternatives())
+    return [replace(each, is_question=prompt != _PROMPT) for each in records]
 
 
 def _holds_turns(value: Any) -> bool:

@@ -5,18 +5,30 @@ of the cross-entropy on the retain batch are computed for every method, and one 
 loss gives it the preference 0.
 """
 
+from mollm.methods.altpo import ALTPO
 from mollm.methods.answers import AnswerTokens, LossDenominators, answers_of, sequences_of
+from mollm.methods.ceu import CEU
 from mollm.methods.common_descent import COMMON_DESCENT
+from mollm.methods.dpo import DPO
+from mollm.methods.dual_optim import DUAL_OPTIM
 from mollm.methods.forget_first import FORGET_FIRST
 from mollm.methods.graddiff import GRADDIFF
 from mollm.methods.gradient_ascent import GRADIENT_ASCENT
-from mollm.methods.method import ForgetLoss, Method, unlearning_cross_entropy
+from mollm.methods.idkdpo import IDKDPO
+from mollm.methods.method import ForgetLoss, Method, RetainLoss, Seen, unlearning_cross_entropy
 from mollm.methods.mgda import MGDA
 from mollm.methods.npo import NPO
 from mollm.methods.pcgrad import PCGRAD
+from mollm.methods.pdu import PDU
 from mollm.methods.retain_first import RETAIN_FIRST
+from mollm.methods.rmu import RMU
+from mollm.methods.sago import SAGO
+from mollm.methods.satimp import SATIMP
 from mollm.methods.simnpo import SIMNPO
+from mollm.methods.task_arithmetic import TASK_ARITHMETIC
+from mollm.methods.undial import UNDIAL
 from mollm.methods.weighted_sum import WEIGHTED_SUM
+from mollm.methods.wga import WGA
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -25,6 +37,18 @@ METHODS: dict[str, Method] = {
         GRADDIFF,
         NPO,
         SIMNPO,
+        DPO,
+        IDKDPO,
+        ALTPO,
+        UNDIAL,
+        WGA,
+        SATIMP,
+        CEU,
+        PDU,
+        RMU,
+        TASK_ARITHMETIC,
+        SAGO,
+        DUAL_OPTIM,
         WEIGHTED_SUM,
         PCGRAD,
         MGDA,
@@ -60,6 +84,8 @@ __all__ = [
     "ForgetLoss",
     "LossDenominators",
     "Method",
+    "RetainLoss",
+    "Seen",
     "answers_of",
     "find_method",
 ]

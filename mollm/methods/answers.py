@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mollm.data.chat import IGNORE_INDEX, Batch
-from mollm.models.forward import answer_hidden_states, head_weights
+from mollm.models.forward import answer_hidden_states, at_answers, head_weights, kept_output
 from mollm.models.logits import logit_transform
 from mollm_ops import linear_cross_entropy
 from mollm_ops.operands import IDENTITY, LogitTransform
@@ -47,6 +47,10 @@ class AnswerTokens:
     so that shares add up to the loss of the whole."""
     transform: LogitTransform = IDENTITY
     """From the head's outputs to logits."""
+    alternative: AnswerTokens | None = None
+    """Other answers to the same questions, sequence for sequence, where the batch has them."""
+    states: Tensor | None = None  # [N, H]
+    """What an inner block returns at these tokens' places, where that was asked for."""
 
     @property
     def head_options(self) -> dict[str, Any]:
@@ -69,10 +73,14 @@ class AnswerTokens:
 
     def log_likelihoods(self) -> Tensor:
         """[B]: log π(y | x) = Σ_t log p(y_t | x, y_<t) of every answer."""
-        losses = linear_cross_entropy(
+        losses = self.token_losses()
+        return -losses.new_zeros(self.count).index_add(0, self.sequence, losses)
+
+    def token_losses(self) -> Tensor:
+        """[N]: -log p(y_t | x, y_<t) of every answer token."""
+        return linear_cross_entropy(
             self.hidden, self.weight, self.target, **self.head_options, reduction="none"
         )
-        return -losses.new_zeros(self.count).index_add(0, self.sequence, losses)
 
     def cross_entropy(self) -> Tensor:
         """Σ_t -log p(y_t | x, y_<t) / tokens of the batch, or of the whole that it is a part of."""
@@ -88,13 +96,33 @@ class AnswerTokens:
         """[B]: |y|, the number of answer tokens."""
         return torch.bincount(self.sequence, minlength=self.count)
 
+    def firsts(self) -> Tensor:
+        """[N]: whether a token is the first one of its answer."""
+        places = torch.arange(len(self.sequence), device=self.sequence.device)
+        first = places.new_full((self.count,), len(places))
+        first = first.scatter_reduce(0, self.sequence, places, "amin")
+        return places == first[self.sequence]
+
 
 def answers_of(
-    model: PreTrainedModel, batch: Batch, totals: LossDenominators | None = None
+    model: PreTrainedModel,
+    batch: Batch,
+    totals: LossDenominators | None = None,
+    *,
+    layer: int | None = None,
 ) -> AnswerTokens:
-    """The answers of a batch of texts, from one forward pass."""
-    hidden, target = answer_hidden_states(model, batch)
+    """The answers of a batch of texts, from one forward pass, and one of its alternative answers.
+
+    Args:
+        model: A causal language model.
+        batch: The texts.
+        totals: Of the whole batch, where this is a part of it.
+        layer: The block, from 0, whose output `AnswerTokens.states` is to hold.
+    """
+    with kept_output(model, layer) as seen:
+        hidden, target = answer_hidden_states(model, batch)
     weight, bias = head_weights(model)
+    other = batch.alternative
     return AnswerTokens(
         hidden,
         weight,
@@ -104,6 +132,8 @@ def answers_of(
         len(batch.labels),
         totals=totals,
         transform=logit_transform(model),
+        alternative=None if other is None else answers_of(model, other, totals),
+        states=None if layer is None else at_answers(seen[0], batch),
     )
 
 

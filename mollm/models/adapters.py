@@ -120,6 +120,16 @@ FREE_FIELDS = frozenset(
 """Fields that have no part in what an adapter computes; any other must be left at its default."""
 
 
+def is_first_factor(name: str) -> bool:
+    """Whether a parameter of that name is A of an adapter's product s B A.
+
+    Example:
+        >>> is_first_factor("model.layers.0.mlp.up_proj.lora_A.default.weight")
+        True
+    """
+    return "lora_A" in name.split(".") or "lora_embedding_A" in name.split(".")
+
+
 # ---- an adapter of one's own
 
 

@@ -7,14 +7,14 @@ these tokens shows that gradients can be streamed through them, see `mollm.model
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from mollm.errors import UsageError
-from mollm.models.forward import hidden_states, in_evaluation_mode
+from mollm.models.forward import hidden_states, in_evaluation_mode, outermost_lists
 from mollm.models.tape import Tape
 from mollm.system.parsing import reason_of
 
@@ -53,7 +53,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             "take next to no memory as they are: leave it out."
         )
     with in_evaluation_mode(model):
-        lists = [found for found in _outermost_lists(model) if len(found)]
+        lists = [found for found in outermost_lists(model) if len(found)]
         try:
             order = _order(model, lists)
         except Exception as error:  # whatever a model raises that wants other inputs
@@ -87,14 +87,6 @@ def _refuse(model: nn.Module, what: str) -> NoReturn:
         f"which {what}: "
         "choose as-produced, bfloat16 or host."
     )
-
-
-def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _outermost_lists(child)
 
 
 def _size(modules: Sequence[nn.Module]) -> int:

@@ -78,6 +78,59 @@ def answer_hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, 
     return hidden[:, :-1][rows].to(head(model).weight.dtype), targets[rows]
 
 
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's blocks: of its lists of modules the one with the most parameters.
+
+    Raises:
+        UsageError: It has no list of modules.
+    """
+    found = list(outermost_lists(model))
+    if not found:
+        raise UsageError(
+            f"a model must have a list of blocks for a loss on what one of them returns, but "
+            f"{type(model).__name__} has none: choose another method."
+        )
+    return max(found, key=lambda some: sum(p.numel() for p in some.parameters()))
+
+
+def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of modules in a module that lie in no other list."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from outermost_lists(child)
+
+
+@contextlib.contextmanager
+def kept_output(model: nn.Module, layer: int | None) -> Iterator[list[Tensor]]:
+    """What the block `layer` returns in a forward pass inside, [B, T, H]; nothing for None."""
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        if not seen:  # not where checkpointing computes the block again
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers(model)[layer].register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def at_answers(states: Tensor, batch: Batch) -> Tensor:
+    """[N, H]: of what a block returned, the places from which answer tokens are predicted."""
+    labels, padded_left = batch.labels, batch.padded_left
+    if padded_left is None:
+        padded_left = not bool(batch.attention_mask[:, 0].all())
+    if padded_left:  # which `hidden_states` has moved
+        labels = labels.gather(1, _to_the_left(batch.attention_mask))
+    return states[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+
+
 @contextlib.contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Without dropout inside; afterwards every submodule trains or not as it did before."""

@@ -149,6 +149,26 @@ class GradientStore:
                 wide = g.float() if g.dtype == torch.float16 else g
                 held[p] = wide * factor.to(device=g.device, dtype=wide.dtype)
 
+    def change(
+        self,
+        params: Sequence[Tensor],
+        function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    ) -> None:
+        """Replaces every parameter's gradients by what the function makes of them.
+
+        Args:
+            params: those that have any.
+            function: from the gradients by objective, zeros where one has none, to new ones.
+        """
+        for stream in self._streams.values():
+            stream.synchronize()  # a gradient may still be on its way to the host
+        for p in params:
+            some = {name: held[p] for name, held in self._held.items() if p in held}
+            like = next(iter(some.values()))
+            every = {name: some.get(name, torch.zeros_like(like)) for name in self._held}
+            for name, g in function(every).items():
+                self._held[name][p] = g
+
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective."""
         return [p for p in params if any(p in held for held in self._held.values())]

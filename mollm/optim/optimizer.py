@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -219,13 +220,10 @@ class MOLLMOptimizer(Optimizer):
             raise ValueError(
                 f"momentum must be a number or {PER_OBJECTIVE!r}, but got {momentum!r}."
             )
-        self.rule = make_rule(
-            direction,
-            objectives=len(names),
-            preferences=preferences,
-            normalize=normalize,
-            length=length,
+        self._make_rule = functools.partial(
+            make_rule, direction, objectives=len(names), normalize=normalize, length=length
         )
+        self.rule = self._make_rule(preferences=preferences)
         self.objectives = names
         self.on_nonfinite = on_nonfinite
         self.track_conflicts = track_conflicts
@@ -255,6 +253,42 @@ class MOLLMOptimizer(Optimizer):
         refuse_partitioned([p for group in self.base.param_groups for p in group["params"]])
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_state_with_base()
+
+    def set_preferences(self, preferences: Sequence[float]) -> None:
+        """Other weights c_k on the objectives, from the next step on.
+
+        Raises:
+            ValueError: as for the optimizer's own.
+        """
+        self.rule = self._make_rule(preferences=preferences)
+        if self._second_weights is not None:
+            self._second_weights = self._unopposed_weights().square()
+
+    def change_gradients(
+        self, function: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    ) -> None:
+        """Replaces the gradients that wait, parameter by parameter, before `step()`.
+
+        Args:
+            function: from one parameter's gradients by objective, each in the parameter's shape, or
+                that of this process's part, to as many others.
+
+        Raises:
+            RuntimeError: gradients are streamed, so that none waits, or an objective has none.
+
+        Example:
+            >>> import torch
+            >>> x = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> optimizer = MOLLMOptimizer([x], objectives=("a",), base="sgd", lr=1.0)
+            >>> optimizer.backward({"a": x.sum()})
+            >>> optimizer.change_gradients(lambda g: {"a": 2 * g["a"]})
+            >>> optimizer.step()
+            >>> x.item()
+            -1.0
+        """
+        if self.streams:
+            raise RuntimeError("change_gradients() needs gradients that wait, but got 'streamed'.")
+        self._store.change(self._touched(), function)
 
     def _unopposed_weights(self) -> Tensor:
         """What the rule gives to orthonormal gradients, [K]."""

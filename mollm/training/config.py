@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
 import os
@@ -124,6 +123,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
     method: str = field(
         default="mollm", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
+    )
+    method_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "hyperparameters of the method, such as {beta: 0.2} of npo"},
     )
     preferences: list[float] | dict[str, float] | None = field(
         default=None,
@@ -255,6 +258,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                     f"{getattr(self, name)} with {self.sharding}."
                 )
         _one_of("method", self.method, METHODS)
+        self._check_method_options()
         _one_of("reference", self.reference, REFERENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
@@ -321,6 +325,49 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"got {options}: {reason_of(error)}."
             ) from error
 
+    def _check_method_options(self) -> None:
+        asked = self.method_options or {}
+        if not isinstance(asked, Mapping):
+            raise UsageError(f"method_options must be options by name, but got {asked!r}.")
+        self.method_options = _numbers(dict(asked))
+        eps = self.chosen_options.get("eps")
+        if self._takes_uce_eps and "eps" in self.method_options:
+            if not isinstance(eps, float) or not 0 < eps < 1:
+                raise UsageError(f"eps of {self.method} must be between 0 and 1, but got {eps}.")
+            if self.uce_eps != type(self).uce_eps:
+                raise UsageError(
+                    f"uce_eps must be left out with eps in method_options, but got {self.uce_eps} "
+                    f"and {eps}: they are the same."
+                )
+        method = self.chosen_method
+        for name, function, why in (
+            ("stop_when", method.finish, "which turns the model around after the last step"),
+            ("relearn_steps", method.finish, "whose training is not to forget"),
+            (
+                "load_best_model_at_end",
+                method.finish,
+                "which turns the last model around",
+            ),
+            ("max_grad_norm", method.gate, "which combines gradients element by element"),
+        ):
+            if function is not None and getattr(self, name):
+                raise UsageError(
+                    f"{name} must be left out with the method {self.method}, {why}, but got "
+                    f"{getattr(self, name)}."
+                )
+
+    @property
+    def _takes_uce_eps(self) -> bool:
+        return self.chosen_method.forget_loss is unlearning_cross_entropy
+
+    @property
+    def chosen_options(self) -> dict[str, Any]:
+        """All hyperparameters of the method: the published ones, and those of `method_options`."""
+        found = self.chosen_method.settings(self.method_options)
+        if self._takes_uce_eps and "eps" not in self.method_options:
+            found["eps"] = self.uce_eps
+        return found
+
     def _try_optimizer(self) -> None:
         """Says now what MOLLMOptimizer would say once the model is loaded."""
         # Names of objectives are not known before the data; what they are given is.
@@ -356,10 +403,16 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _refuse_with_streaming(self) -> None:
         streamed = "with gradient_memory='streamed'"
-        if callable(self.optimizer_options.get("base")):
+        method = self.chosen_method
+        if method.gate is not None or method.freeze is not None:
             raise UsageError(
-                f"base must be adamw or sgd {streamed}, but got "
-                f"{plain(self.optimizer_options['base'])}, which wants all gradients at once."
+                f"gradient_memory must be another one than {STREAMED!r} with the method "
+                f"{self.method}, which reads more than a streamed step holds: leave it out."
+            )
+        if callable(self._base):
+            raise UsageError(
+                f"base must be adamw or sgd {streamed}, but got {plain(self._base)}, which "
+                "wants all gradients at once."
             )
         if self.max_grad_norm > 0:
             raise UsageError(
@@ -518,10 +571,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     def _refuse_without_effect(self) -> None:
         """Says what would be ignored otherwise."""
         defaults = {f.name: f.default for f in fields(self)}
-        if (
-            self.uce_eps != defaults["uce_eps"]
-            and self.chosen_method.forget_loss is not unlearning_cross_entropy
-        ):
+        if self.uce_eps != defaults["uce_eps"] and not self._takes_uce_eps:
             raise UsageError(
                 f"uce_eps must be left out with the method {self.method}, which does not use it, "
                 f"but got {self.uce_eps}."
@@ -531,7 +581,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"relearn_lr must be left out without relearn_steps, but got {self.relearn_lr}: "
                 "give relearn_steps, such as 3."
             )
-        base = self.optimizer_options.get("base", "adamw")
+        base = self._base
         for name in _OF_ADAMW:
             if base != "adamw" and getattr(self, name) != defaults[name]:
                 raise UsageError(
@@ -567,11 +617,15 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     @property
     def forget_loss(self) -> ForgetLoss:
-        """That of the method, with `uce_eps` where it is the unlearning cross-entropy."""
-        loss = self.chosen_method.forget_loss
-        if loss is unlearning_cross_entropy:
-            return functools.partial(unlearning_cross_entropy, eps=self.uce_eps)
-        return loss
+        """That of the method with its hyperparameters."""
+        method = self.chosen_method
+        return method.bound(method.forget_loss, self.chosen_options)
+
+    @property
+    def _base(self) -> Any:
+        """The base of MOLLMOptimizer: as asked for, or the method's own."""
+        own = self.chosen_method.options.get("base", "adamw")
+        return self.optimizer_options.get("base", own)
 
     @property
     def rows_per_step(self) -> dict[str, int]:
@@ -584,6 +638,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     def reported_settings(self) -> dict[str, Any]:
         """What a reader of the model card wants to know: the most telling, and what was changed."""
         told = {name: getattr(self, name) for name in _REPORTED}
+        told |= {"method_options": self.chosen_options} if self.chosen_options else {}
         if self.world_size > 1:
             told |= {"processes": self.world_size, "fsdp": self.sharding or "off"}
         for f in fields(self):
@@ -600,6 +655,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     def all_settings(self) -> dict[str, Any]:
         """All settings by name, and what follows from several of them, in the words of a run."""
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        # What uce_eps says stays free to change.
+        named = self.chosen_options
+        if self._takes_uce_eps and "eps" not in self.method_options:
+            del named["eps"]
+        settings["method_options"] = named
         seed = self.seed if self.data_seed is None else self.data_seed
         return settings | {
             "data_seed": seed,
@@ -621,10 +681,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         options = dict(self.optimizer_options)
         if options.get("state_dtype") in DTYPES:
             options["state_dtype"] = DTYPES[options["state_dtype"]]
-        if options.get("base", "adamw") == "adamw":
+        if self._base == "adamw":
             betas = (self.adam_beta1, self.adam_beta2)
             options = {"betas": betas, "eps": self.adam_epsilon, **options}
-        method = self.chosen_method.optimizer_options()
+        method = self.chosen_method.optimizer_options(self.chosen_options)
         preferences = self._preferences_of(objectives, method["preferences"])
         method["preferences"] = preferences
         ordered = options.get("direction", method["direction"]) in _FORGET_IS_ONE

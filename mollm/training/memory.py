@@ -97,9 +97,11 @@ def plan_settings(
     original = "copy" if adapter is None else "adapter"
     with computing_in(args.compute_dtype):
         computes = compute_dtype(args.device).name
+    rows = args.per_device_train_batch_size
+    pairs = 2 if args.chosen_method.alternatives else 1
     return PlanSettings(
-        batch_size=args.per_device_train_batch_size,
-        retain_batch_size=args.per_device_retain_batch_size,
+        batch_size=pairs * rows,
+        retain_batch_size=args.per_device_retain_batch_size or (rows if pairs > 1 else None),
         objectives=len(objectives),
         relearn_steps=args.relearn_steps,
         sequence_length=longest,
@@ -116,6 +118,6 @@ def plan_settings(
         quantization=quantization,
         gradient_checkpointing=args.gradient_checkpointing,
         freeze_embeddings=args.freeze_embeddings,
-        optimizer=options.get("base", "adamw"),
+        optimizer=made.get("base", "adamw"),
         device=args.device.type,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 
 from mollm.data.chat import IGNORE_INDEX, Batch, Tokens
 from mollm.distributed.sharding import answer_tokens
-from mollm.methods import ForgetLoss, LossDenominators, answers_of, unlearning_cross_entropy
+from mollm.methods import (
+    ForgetLoss,
+    LossDenominators,
+    RetainLoss,
+    answers_of,
+    unlearning_cross_entropy,
+)
 from mollm.models.dropout import without_dropout
 from mollm.models.forward import answer_hidden_states, in_evaluation_mode
 from mollm.models.logits import logit_transform
@@ -44,6 +51,8 @@ class Objectives(nn.Module):
             capped, see `mollm.models.logits`.
         reference: Its original.
         forget_loss: What to minimise on the batch to forget.
+        retain_loss: What to minimise on the batch to retain in place of the cross-entropy.
+        layer: The block whose output those losses read, if any; the reference must be made for it.
 
     Raises:
         UsageError: The losses do not fit the model, see `mollm.models.logits.check_logits`.
@@ -68,12 +77,16 @@ class Objectives(nn.Module):
         model: PreTrainedModel,
         reference: Reference,
         forget_loss: ForgetLoss = unlearning_cross_entropy,
+        retain_loss: RetainLoss | None = None,
+        layer: int | None = None,
     ) -> None:
         super().__init__()
         logit_transform(model)
         self.model = model
         self.reference = reference
         self.forget_loss = forget_loss
+        self.retain_loss = retain_loss
+        self.layer = layer
 
     def forward(
         self,
@@ -105,16 +118,17 @@ class Objectives(nn.Module):
         return losses
 
     def _relearn(self, batch: Batch, totals: LossDenominators | None) -> Tensor:
+        batch = replace(batch, alternative=None)
         return answers_of(self.model, batch, totals or _totals(batch)).cross_entropy()
 
     def _forget(self, batch: Batch, totals: LossDenominators | None) -> Tensor:
-        answers = answers_of(self.model, batch, totals or _totals(batch))
+        answers = answers_of(self.model, batch, totals or _totals(batch), layer=self.layer)
         return self.forget_loss(answers, lambda: self.reference.answers(batch))
 
     def _retain(self, batch: Batch, totals: LossDenominators | None) -> tuple[Tensor, Tensor]:
         # First, for to switch an adapter off touches the parameters that the graph leads to.
         original = self.reference.answers(batch)
-        answers = answers_of(self.model, batch, totals or _totals(batch))
+        answers = answers_of(self.model, batch, totals or _totals(batch), layer=self.layer)
         retain, kl = linear_ce_kl(
             answers.hidden,
             answers.weight,
@@ -127,7 +141,7 @@ class Objectives(nn.Module):
             ref_softcap=original.transform.softcap or math.inf,
             normalizer=answers.tokens,
         )
-        return kl, retain
+        return kl, retain if self.retain_loss is None else self.retain_loss(answers, original)
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:

@@ -56,18 +56,24 @@ class Reference(Protocol):
 
 
 class CopyReference(nn.Module):
-    """A frozen copy, see `mollm.models.forward.frozen_copy`."""
+    """A frozen copy, see `mollm.models.forward.frozen_copy`.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: The original.
+        layer: The block whose output losses compare with, if any.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, layer: int | None = None) -> None:
         super().__init__()
         logit_transform(model)  # known to the copy then
+        self.layer = layer
         self.model = frozen_copy(model).eval()
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> AnswerTokens:
         """From a forward pass of the copy."""
         without_dropout(self.model, training=False)  # train() of what holds it reaches it
-        return answers_of(self.model, batch)
+        return answers_of(self.model, batch, layer=self.layer)
 
 
 class AdapterReference:
@@ -76,23 +82,30 @@ class AdapterReference:
     Args:
         wrapped: a `peft.PeftModel` that has not been trained since it is to be the reference.
         with_adapter: Whether its adapter, as it is now, is part of the reference model.
+        layer: The block whose output losses compare with, if any.
     """
 
-    def __init__(self, wrapped: Any, *, with_adapter: bool = False) -> None:
+    def __init__(
+        self, wrapped: Any, *, with_adapter: bool = False, layer: int | None = None
+    ) -> None:
         self.original = Original(wrapped, with_adapter=with_adapter)
+        self.layer = layer
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> AnswerTokens:
         """From a forward pass with the adapter switched off, or as it was."""
         model = self.original.wrapped.get_base_model()
         with self.original.restored(), in_evaluation_mode(model):
-            answers = answers_of(model, batch)
-            weight, bias = answers.weight, answers.bias
-            return replace(
-                answers,
-                weight=self.original.tensor(weight),
-                bias=None if bias is None else self.original.tensor(bias),
-            )
+            return self._kept(answers_of(model, batch, layer=self.layer))
+
+    def _kept(self, answers: AnswerTokens) -> AnswerTokens:
+        bias, other = answers.bias, answers.alternative
+        return replace(
+            answers,
+            weight=self.original.tensor(answers.weight),
+            bias=None if bias is None else self.original.tensor(bias),
+            alternative=None if other is None else self._kept(other),
+        )
 
 
 class CachedReference(nn.Module):
@@ -141,8 +154,16 @@ class CachedReference(nn.Module):
         hidden = torch.cat([self._states(key) for key in _keys(batch)]).to(weight)
         target = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
         rows = sequences_of(batch)
+        other = batch.alternative
         return AnswerTokens(
-            hidden, weight, bias, target, rows, len(labels), transform=self._transform
+            hidden,
+            weight,
+            bias,
+            target,
+            rows,
+            len(labels),
+            transform=self._transform,
+            alternative=None if other is None else self.answers(other),
         )
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
@@ -262,6 +283,7 @@ def make_reference(
     folder: Path,
     with_adapter: bool = False,
     of: str = "",
+    layer: int | None = None,
 ) -> Reference:
     """The original of a model that has not been trained yet.
 
@@ -272,9 +294,11 @@ def make_reference(
         folder: Where a cache is, or will be once it is filled.
         with_adapter: Whether the adapter, as it is now, is part of the original.
         of: What identifies the model of a cache.
+        layer: The block whose output losses compare with, if any; no cache has that.
 
     Raises:
-        UsageError: There is no such kind, or there is no adapter to switch off.
+        UsageError: There is no such kind, there is no adapter to switch off, or a cache is asked
+            for the output of a block.
     """
     if kind not in REFERENCES:
         raise UsageError(f"reference must be one of {', '.join(REFERENCES)}, but got {kind!r}.")
@@ -283,13 +307,18 @@ def make_reference(
             "reference must be copy or cache where there is no adapter to switch off, but got "
             "'adapter': name a LoRA rank, or choose another reference."
         )
+    if kind == "cache" and layer is not None:
+        raise UsageError(
+            "reference must be copy or adapter for a method whose loss reads inner blocks, but got "
+            "'cache', which holds final states alone."
+        )
     if kind == "copy" or (kind == "auto" and wrapped is None):
         plain = wrapped is None or with_adapter
-        return CopyReference(model if plain else _without_adapter(wrapped))
+        return CopyReference(model if plain else _without_adapter(wrapped), layer=layer)
     if kind == "cache":
         original = None if wrapped is None else Original(wrapped, with_adapter=with_adapter)
         return CachedReference(folder, model, original, of=of)
-    return AdapterReference(wrapped, with_adapter=with_adapter)
+    return AdapterReference(wrapped, with_adapter=with_adapter, layer=layer)
 
 
 def _without_adapter(wrapped: Any) -> PreTrainedModel:

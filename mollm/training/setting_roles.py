@@ -110,6 +110,7 @@ FIXED = frozenset(
         "dtype",
         "freeze_embeddings",
         "method",
+        "method_options",
         "prompt_format",
         "quantization",
         "seed",

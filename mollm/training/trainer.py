@@ -37,9 +37,12 @@ from mollm.data.records import ROLES
 from mollm.data.samplers import EndlessBatches, JointSampler
 from mollm.data.sets import of_role, read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
+from mollm.distributed.sharding import local
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
 from mollm.evaluation.preview import with_likelihoods
+from mollm.methods import Seen
+from mollm.methods.method import GENERATED, GIVEN, REFUSALS
 from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
@@ -47,6 +50,7 @@ from mollm.models.adapters import (
     adapter_told,
     check_adapter,
     checkpoint_activations,
+    is_first_factor,
     merged,
     named,
     not_finite,
@@ -70,6 +74,7 @@ from mollm.system.parsing import reason_of, user_path
 from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
+from mollm.training.alternatives import with_generated_answers, with_known_answers
 from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_REPORTED, MOLLMConfig
 from mollm.training.given_model import (
@@ -226,6 +231,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         as_given = self._wrapped is not None
         with processes.raise_on_all_ranks():
             self._prepare(model, source, args, tokenizer, data, peft_config, notes)
+        method = args.chosen_method
         read = not (from_first and processes.rank())
         found = processes.all_gather(logit_transform(self._base) if read else None)
         set_logit_transform(self._base, found[0 if from_first else processes.rank()])
@@ -237,6 +243,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 self._wrapped = adapted(self._base, peft_config)
             if self._wrapped is None and args.freeze_embeddings:
                 forward.freeze_embeddings(self._base)
+            options = args.chosen_options
+            if method.freeze is not None and self._wrapped is None:
+                method.bound(method.freeze, options)(self._base)
             if not any(p.requires_grad for p in self._base.parameters()):
                 raise UsageError(
                     "a model must have weights that train, but all of this one are frozen: "
@@ -244,6 +253,18 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
+            if method.alternatives == GENERATED:
+                self._data = with_generated_answers(
+                    self._data,
+                    self._base,
+                    self._chat,
+                    folder=Path(args.output_dir),
+                    samples=options["samples"],
+                    seed=self._seed_of(args),
+                    max_length=args.max_length,
+                    of=self._fingerprint,
+                    sharded=args.sharding is not None,
+                )
             self._blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
@@ -254,9 +275,16 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 folder=folder,
                 with_adapter=as_given,
                 of=self._fingerprint,
+                layer=options.get("layer"),
             )
             refuse_kept_parts(reference, args)
-        self._objectives = Objectives(self._base, reference, args.forget_loss)
+        self._objectives = Objectives(
+            self._base,
+            reference,
+            args.forget_loss,
+            method.retain_loss,
+            layer=options.get("layer"),
+        )
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
             fsdp.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)
@@ -346,6 +374,15 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         )
         args.max_length = int(min(args.max_length, context_of(config)))
         self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
+        preferred = args.chosen_method.alternatives
+        if preferred in (GIVEN, REFUSALS):
+            self._data = with_known_answers(
+                self._data,
+                self._chat,
+                refusals=preferred == REFUSALS,
+                seed=self._seed_of(args),
+                max_length=args.max_length,
+            )
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
@@ -399,7 +436,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _rows_for_reference(self, args: MOLLMConfig) -> list[Tokens]:
         rows, compares = self._data.rows, args.chosen_method.compares
         kept = [n for n in rows if compares or of_role(n) == "retain"]
-        return [row for name in kept for row in rows[name]]
+        some = [row for name in kept for row in rows[name]]
+        return some + [row.alternative for row in some if row.alternative is not None]
 
     @property
     def _folder(self) -> Path:
@@ -490,8 +528,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _data_seed(self) -> int:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return int(seed)
+        return self._seed_of(self.args)
+
+    @staticmethod
+    def _seed_of(args: MOLLMConfig) -> int:
+        return int(args.seed if args.data_seed is None else args.data_seed)
 
     def _make_sampler(self) -> JointSampler[Tokens]:
         return JointSampler(
@@ -574,6 +615,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
         self.history.clear()
+        self._applied = 0
+        self._weights = self._first_weights = self._preferences()
+        self._adapt(None)
+        self._keep_original()
         self._changes.clear()
         self._samples.forget_all()
         self._started = time.time()
@@ -598,6 +643,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         rows = self._last_rows = next(self._sampler)  # of all processes
         optimizer.zero_grad()
         losses = self._accumulate(rows)
+        gate = args.chosen_method.gate
+        if gate is not None:
+            optimizer.change_gradients(gate)
         if args.max_grad_norm > 0:
             optimizer.aggregate()
             clip_grad_norm_(self._base.parameters(), args.max_grad_norm)
@@ -607,6 +655,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         rate = float(optimizer.param_groups[0]["lr"])
         self.lr_scheduler.step()
         self.history.append(record_of(self.state.global_step, rate, losses, optimizer))
+        self._adapt(self.history[-1])
         self._tokens += sum(len(row.ids) for some in rows.values() for row in some)
         self.state.global_step += 1
         self.state.epoch = self._epochs
@@ -614,8 +663,55 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _epochs(self) -> float:
-        drawn: int = self.state.global_step * self.args.rows_per_step["forget"]
+        return self._epochs_at(self.state.global_step)
+
+    def _epochs_at(self, step: int) -> float:
+        drawn: int = step * self.args.rows_per_step["forget"]
         return drawn / len(self._longest)
+
+    # ---- methods that change their weights, or the model at the end
+
+    def _preferences(self) -> dict[str, float]:
+        chosen = self.args.for_optimizer(self.objectives)["preferences"]
+        return dict(zip(self.objectives, chosen or (), strict=bool(chosen)))
+
+    def _adapt(self, record: StepRecord | None) -> None:
+        """The weights of the next step, from those of the last one and what it found."""
+        method = self.args.chosen_method
+        if method.adapt is None:
+            return
+        seen = None
+        if record is not None:
+            self._applied += not skipped_in([record])
+            seen = Seen(record.losses, self._epochs_at(record.step), self._applied)
+        adapt = method.bound(method.adapt, self.args.chosen_options)
+        self._weights = adapt(self._weights, self._first_weights, seen)
+        self.optimizer.set_preferences([self._weights[name] for name in self.objectives])
+
+    def _keep_original(self) -> None:
+        """What trains as it is now, on the host, for a method that goes back from where it got."""
+        self._before: dict[str, Tensor] = {}
+        if self.args.chosen_method.finish is not None:
+            self._before = {
+                name: local(p).detach().to("cpu", copy=True)
+                for name, p in self._base.named_parameters()
+                if p.requires_grad
+            }
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """What the method makes of the model once the last step is made."""
+        method = self.args.chosen_method
+        if method.finish is None:
+            return
+        finish = method.bound(method.finish, self.args.chosen_options)
+        for name, p in self._base.named_parameters():
+            before = self._before.get(name)
+            if before is None or is_first_factor(name):
+                continue  # of an adapter's product B A, B alone is turned around
+            part = local(p)
+            part.copy_(finish(part, before.to(part)))
+        self._before = {}
 
     def _accumulate(self, rows: Mapping[str, list[Tokens]]) -> dict[str, float]:
         """Takes the gradients of all objectives on the rows of a step; returns the losses."""
@@ -712,6 +808,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
+        self._finish()
         self._look_at_the_end()
         total = [sum(record.losses.values()) for record in self.history]
         loss = sum(total) / max(1, len(total))
@@ -916,6 +1013,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             take_schedule(self.lr_scheduler, state["scheduler"], self.optimizer)
             checkpoint.load_weights(self._base, self._wrapped, folder)
             self.history[:] = history
+            for record in history:
+                self._adapt(record)
             self._changes[:] = state["changes"]
             self._logged = state["logged"]
             self._take_state(reached, self.state.max_steps)
@@ -1105,6 +1204,8 @@ def _hash_of(rows: Sequence[Tokens]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.ids, row.labels]).encode())
+        if row.alternative is not None:
+            digest.update(json.dumps([row.alternative.ids, row.alternative.labels]).encode())
     return digest.hexdigest()
 
 

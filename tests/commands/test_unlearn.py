@@ -508,3 +508,26 @@ def test_steps_that_were_skipped_are_in_no_conflict_rate():
     assert [line.split()[-1] for line in text.splitlines()[-3:]] == ["0%", "50%", "0%"]
     text = unlearn.summary(argparse.Namespace(history=[skipped], state=state))
     assert [line.split()[-1] for line in text.splitlines()[-3:]] == ["-", "-", "-"]
+
+
+def test_hyperparameters_of_a_method_are_given_one_by_one(tmp_path):
+    from mollm.commands.settings_file import read_settings
+
+    config = settings_file(tmp_path, method="simnpo", method_options={"beta": 2.0, "delta": 1.0})
+    found = read_settings({"config": config, "method_option": ["beta=3.5"]})
+    assert found["method_options"] == {"beta": 3.5, "delta": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method-option", "beta"], "method-option must be NAME=VALUE, but got 'beta'."),
+        (["--method-option", "bet=1"], "must be of beta, but got 'bet'; did you mean beta?"),
+        (["--method-option", "beta=no"], "beta of npo must be a number from 0, but got False."),
+    ],
+)
+def test_a_hyperparameter_that_the_method_has_not_is_refused(flags, message, tmp_path, capsys):
+    loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
+    config = settings_file(tmp_path, method="npo")
+    assert main(["unlearn", "--config", config, *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -7,23 +7,11 @@ import math
 import pytest
 import tiny
 import torch
+from answer_cases import answers, per_sequence
 
 from mollm.data.chat import ChatFormat, Example, collate
-from mollm.methods import METHODS, AnswerTokens, answers_of, find_method, unlearning_cross_entropy
+from mollm.methods import METHODS, answers_of, find_method, unlearning_cross_entropy
 from mollm.methods.method import PREFERENCES
-
-LENGTHS = (3, 1, 4)
-
-
-def answers(seed):
-    """Three answers of 3, 1 and 4 tokens whose rows are not in order."""
-    torch.manual_seed(seed)
-    sequence = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    hidden = (torch.randn(8, 5, dtype=torch.float64) / 4).requires_grad_()
-    weight, bias = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, dtype=torch.float64)
-    target = torch.arange(8) % 11
-    return AnswerTokens(hidden, weight, bias, target, sequence[order], 3)
 
 
 def token_log_probs(a):
@@ -58,7 +46,81 @@ def uce(model, reference):
     return sum(-(1 - (1 - 1e-4) * log.exp()).log() for log in token_log_probs(model)) / 8
 
 
-FORMULAS = {"ga": ascent, "graddiff": ascent, "npo": npo, "simnpo": simnpo}
+def dpo(model, reference):
+    terms = []
+    for i in range(3):
+        gains = []
+        for mine, theirs in ((model.alternative, reference.alternative), (model, reference)):
+            gains.append(by_sequence(mine)[i].sum() - by_sequence(theirs)[i].sum().detach())
+        terms.append(2 / 0.1 * (1 + (0.1 * (gains[1] - gains[0])).exp()).log())
+    return sum(terms) / 3
+
+
+def soft_cross_entropy(target, logits):
+    return -(target.detach() * (logits - logits.logsumexp(0))).sum()
+
+
+def logits_of(a):
+    return a.hidden @ a.weight.T + a.bias
+
+
+def undial(model, reference):
+    total = 0
+    for z, other, t in zip(logits_of(model), logits_of(reference), model.target, strict=True):
+        lowered = other.exp() / other.exp().sum()
+        lowered = torch.where(torch.arange(11) == t, lowered * math.exp(-10), lowered)
+        total += soft_cross_entropy(lowered / lowered.sum(), z)
+    return total / 8
+
+
+def ceu(model, reference):
+    total, seen = 0, set()
+    for z, t, i in zip(logits_of(model), model.target, model.sequence.tolist(), strict=True):
+        if i in seen:
+            others = torch.where(torch.arange(11) == t, 0.0, z.exp())
+            total += soft_cross_entropy(others / others.sum(), z)
+        seen.add(i)
+    return total / 5
+
+
+def wga(model, reference):
+    return sum(log.exp().detach() * log for log in token_log_probs(model)) / 8
+
+
+def satimp(model, reference):
+    logs = token_log_probs(model)
+    weights = [(p**5 * (1 - p)).detach() for p in (log.exp() for log in logs)]
+    return sum(w * log for w, log in zip(weights, logs, strict=True)) / 8
+
+
+def pdu(model, reference):
+    return sum((z.max() - z.sum() / 11) ** 2 for z in logits_of(model)) / 8
+
+
+def rmu(model, reference):
+    drawn = torch.rand(10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = 6.5 * drawn / (drawn**2).sum().sqrt()
+    return per_sequence(model, torch.stack([((h - noise) ** 2).mean() for h in model.states]))
+
+
+FORMULAS = {
+    "ga": ascent,
+    "graddiff": ascent,
+    "npo": npo,
+    "simnpo": simnpo,
+    "dpo": dpo,
+    "idkdpo": dpo,
+    "altpo": dpo,
+    "undial": undial,
+    "ceu": ceu,
+    "wga": wga,
+    "satimp": satimp,
+    "pdu": pdu,
+    "rmu": rmu,
+    "task-arithmetic": lambda model, reference: -ascent(model, reference),
+    "sago": ascent,
+    "dualoptim+": npo,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,6 +148,10 @@ def test_preferences_leave_out_what_a_source_leaves_out():
     assert kept["ga"] == (1, 0, 0)
     assert kept["graddiff"] == kept["npo"] == (1, 0, 1)
     assert kept["simnpo"] == (0.125, 0, 1)
+    assert kept["undial"] == kept["ceu"] == kept["task-arithmetic"] == (1, 0, 0)
+    assert kept["satimp"] == (1, 0, 0.1)
+    assert kept["pdu"] == (1, 0, 100)
+    assert kept["rmu"] == (1, 0, 1200)
     assert {kept[name] for name in ("sum", "pcgrad", "retain-first", "forget-first")} == {
         PREFERENCES
     }

@@ -1,0 +1,236 @@
+"""Methods of other authors in a run: trained, resumed, and told of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from mollm import MOLLMConfig, MOLLMTrainer
+from mollm.data.records import Record
+from mollm.errors import UsageError
+from mollm.training.alternatives import refusal_texts
+
+FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(6)]
+RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(6)]
+CHOSEN = {"rmu": {"layer": 1}, "altpo": {"samples": 2}, "dualoptim+": {"retain_steps": 1}}
+RIVALS = (
+    "dpo",
+    "idkdpo",
+    "altpo",
+    "undial",
+    "wga",
+    "satimp",
+    "ceu",
+    "pdu",
+    "rmu",
+    "task-arithmetic",
+    "sago",
+    "dualoptim+",
+)
+
+
+def with_alternates(records):
+    return [
+        Record(r.prompt, r.answer, extra={"alternate": f"Bob {n}"}) for n, r in enumerate(records)
+    ]
+
+
+def trainer(out, method, *, lora=False, forget=None, evaluate=False, **options):
+    settings = {
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 512,
+        "method": method,
+        "method_options": CHOSEN.get(method, {}),
+        "compute_dtype": "float32",
+    }
+    if evaluate:
+        settings |= {"eval_strategy": "steps", "eval_steps": 2}
+    forget = forget or (with_alternates(FORGET) if method == "dpo" else FORGET)
+    adapter = None
+    if lora:
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=2, target_modules="all-linear")
+    return MOLLMTrainer(
+        tiny.model(tie_word_embeddings=False),
+        MOLLMConfig(output_dir=str(out), **(settings | options)),
+        forget_dataset=forget,
+        retain_dataset=RETAIN,
+        eval_dataset={"forget": forget[:3], "retain": RETAIN[:3]} if evaluate else None,
+        processing_class=tiny.tokenizer(),
+        peft_config=adapter,
+    )
+
+
+def weights(made):
+    return {name: p.detach().clone() for name, p in made._base.named_parameters()}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapter"])
+@pytest.mark.parametrize("method", RIVALS)
+def test_a_run_moves_the_model_and_says_what_it_ran_with(method, lora, tmp_path):
+    made = trainer(tmp_path, method, lora=lora, evaluate=True)
+    before = weights(made)
+    made.train()
+    assert made.stop_reason is None
+    after = weights(made)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    card = made.model_card().replace("\\", "")
+    assert f"| `method` | `{method}` |" in card
+    for name in made.args.chosen_options:
+        assert name in card
+    assert made.resume_signature["method_options"].keys() == made.args.chosen_options.keys()
+
+
+@pytest.mark.parametrize("method", ["altpo", "pdu", "task-arithmetic", "dualoptim+", "rmu"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path):
+    options = CHOSEN.get(method, {}) | ({"warmup_epochs": 0} if method == "pdu" else {})
+    whole = trainer(tmp_path / "whole", method, method_options=options)
+    whole.train()
+    saved = {"save_strategy": "steps", "save_steps": 2, "method_options": options}
+    first = trainer(tmp_path / "cut", method, **saved)
+    first.train()
+    second = trainer(tmp_path / "cut", method, **saved)
+    second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(second)[name], value, rtol=0, atol=0)
+
+
+def test_another_hyperparameter_is_another_run(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, "npo", **saved).train()
+    other = trainer(tmp_path, "npo", method_options={"beta": 0.2}, **saved)
+    with pytest.raises(UsageError, match="method_options"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_the_multiplier_of_pdu_is_in_the_history(tmp_path):
+    options = {"warmup_epochs": 0, "dual_step_size": 2.0, "retain_loss_eps": 1.0}
+    made = trainer(tmp_path, "pdu", method_options=options)
+    made.train()
+    expected = 100.0
+    for record in made.history:
+        assert record.weights["retain"] == pytest.approx(expected)
+        expected = max(0.0, expected + 2.0 * (record.losses["retain"] - 1.0))
+
+
+def test_turns_of_dual_optim_are_in_the_history(tmp_path):
+    made = trainer(tmp_path, "dualoptim+", method_options={"retain_steps": 2})
+    made.train()
+    assert [record.weights["forget"] for record in made.history] == [1, 0, 0, 1]
+    assert [record.weights["retain"] for record in made.history] == [0, 1, 1, 0]
+
+
+def test_task_arithmetic_is_the_learnt_change_turned_around(tmp_path):
+    learnt = trainer(tmp_path / "a", "task-arithmetic")
+    before = weights(learnt)
+    learnt._finish = lambda: None
+    learnt.train()
+    made = trainer(tmp_path / "b", "task-arithmetic", method_options={"scale": 2.0})
+    made.train()
+    for name, value in weights(made).items():
+        expected = before[name] - 2 * (weights(learnt)[name] - before[name])
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_task_arithmetic_turns_the_product_of_an_adapter_around(tmp_path):
+    learnt = trainer(tmp_path / "a", "task-arithmetic", lora=True)
+    learnt._finish = lambda: None
+    learnt.train()
+    made = trainer(tmp_path / "b", "task-arithmetic", lora=True)
+    made.train()
+    for (name, one), other in zip(weights(learnt).items(), weights(made).values(), strict=True):
+        sign = -1 if "lora_B" in name else 1
+        torch.testing.assert_close(other, sign * one, rtol=1e-6, atol=0)
+
+
+def test_refusals_are_drawn_by_the_seed_and_are_no_part_of_the_data_to_forget(tmp_path):
+    assert len(set(refusal_texts())) == len(refusal_texts()) >= 40
+
+    def said(seed):
+        made = trainer(tmp_path, "idkdpo", data_seed=seed)
+        decode = made.processing_class.decode
+        rows = made._data.rows["forget"]
+        return [decode([i for i in r.alternative.labels if i != -100]) for r in rows]
+
+    assert said(1) == said(1) != said(2)
+    assert {text.removesuffix("<|end|>") for text in said(1)} <= set(refusal_texts())
+
+
+def test_answers_made_by_the_original_are_kept_and_asked_for_once(tmp_path, monkeypatch):
+    made = trainer(tmp_path, "altpo")
+    (path,) = tmp_path.glob("alternatives-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["question"] for row in rows] == [record.prompt for record in FORGET]
+    assert all(len(row["alternate"]) == 2 for row in rows)
+    assert len(made._data.rows["forget"]) == 2 * len(FORGET)
+    monkeypatch.setattr("mollm.training.alternatives.generate_replies", None)
+    again = trainer(tmp_path, "altpo")
+    assert again._data.rows["forget"] == made._data.rows["forget"]
+
+
+def test_a_cached_reference_knows_alternative_answers(tmp_path):
+    losses = []
+    for reference in ("copy", "cache"):
+        made = trainer(tmp_path / reference, "idkdpo", reference=reference)
+        made.train()
+        losses.append([record.losses for record in made.history])
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("npo", {"method_options": {"gamma": 1}}, "method_options of npo must be of beta, but got"),
+        ("npo", {"method_options": [1]}, "method_options must be options by name, but got"),
+        (
+            "mollm",
+            {"method_options": {"eps": 2}},
+            "eps of mollm must be between 0 and 1, but",
+        ),
+        (
+            "mollm",
+            {"method_options": {"eps": 1e-3}, "uce_eps": 1e-2},
+            "uce_eps must be left out with eps in method_options",
+        ),
+        (
+            "task-arithmetic",
+            {"stop_when": {"forget_probability": 0.1}},
+            "stop_when must be left out with the method task-arithmetic",
+        ),
+        ("sago", {"max_grad_norm": 1.0}, "max_grad_norm must be left out with the method sago"),
+        (
+            "sago",
+            {"optimizer_options": {"gradient_memory": "streamed"}},
+            "gradient_memory must be another one than 'streamed' with the method sago",
+        ),
+        ("rmu", {"reference": "cache"}, "reference must be copy or adapter for a method whose"),
+        ("rmu", {"method_options": {"layer": 9}}, "must be from 0 to 1 for this model, but got 9"),
+        ("dpo", {"forget": FORGET}, "must have a column alternate with the answer to prefer"),
+        (
+            "idkdpo",
+            {"forget": [Record("", "Some text of a book.", is_text=True)]},
+            "must be a question with an answer for a method that prefers another answer",
+        ),
+        ("sago", {"method_options": {"loss": "no"}}, "loss must be one of graddiff, npo, simnpo"),
+    ],
+)
+def test_what_does_not_go_with_a_method_is_refused(method, options, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, method, **options).train()
+
+
+def test_the_epsilon_of_uce_may_be_given_either_way(tmp_path):
+    losses = [
+        MOLLMConfig(output_dir=str(tmp_path), use_cpu=True, **options).forget_loss.keywords
+        for options in ({"uce_eps": 1e-3}, {"method_options": {"eps": "1e-3"}})
+    ]
+    assert losses == [{"eps": 1e-3}, {"eps": 1e-3}]
