@@ -9,8 +9,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -37,11 +36,9 @@ from mollm.data.records import ROLES
 from mollm.data.samplers import EndlessBatches, JointSampler
 from mollm.data.sets import of_role, read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
-from mollm.distributed.sharding import local
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
 from mollm.evaluation.preview import with_likelihoods
-from mollm.methods import Seen
 from mollm.methods.method import GENERATED, GIVEN, REFUSALS
 from mollm.models import forward, loading
 from mollm.models.adapters import (
@@ -50,7 +47,6 @@ from mollm.models.adapters import (
     adapter_told,
     check_adapter,
     checkpoint_activations,
-    is_first_factor,
     merged,
     named,
     not_finite,
@@ -70,11 +66,13 @@ from mollm.system.folders import (
     complete,
     replace_text,
 )
-from mollm.system.parsing import reason_of, user_path
+from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
+from mollm.training.adapting import Adaptation
 from mollm.training.alternatives import with_generated_answers, with_known_answers
+from mollm.training.best import check_metric, note_if_best
 from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_REPORTED, MOLLMConfig
 from mollm.training.given_model import (
@@ -92,15 +90,15 @@ from mollm.training.history import (
     skipped_in,
     write_history,
 )
+from mollm.training.hub import upload
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
-from mollm.training.objectives import Objectives, count_loss_tokens
+from mollm.training.objectives import Objectives
+from mollm.training.passes import Passes
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
-from mollm.training.relearning import relearnt, rows_to_relearn
 from mollm.training.replies import ReplySamples
 from mollm.training.schedule import options_of, scheduler_state, take_schedule
 from mollm.training.setting_roles import fixed_settings, free_settings, plain
-from mollm.training.step import accumulate_forget, accumulate_retain
 from mollm.training.targets import MOST_ROWS, StopRule, StopWhen, measured
 
 if TYPE_CHECKING:
@@ -265,7 +263,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                     of=self._fingerprint,
                     sharded=args.sharding is not None,
                 )
-            self._blocks = find_blocks(self._base) if args.streams else ()
+            blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
             reference = make_reference(
@@ -278,16 +276,18 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 layer=options.get("layer"),
             )
             refuse_kept_parts(reference, args)
-        self._objectives = Objectives(
+        objectives = Objectives(
             self._base,
             reference,
             args.forget_loss,
             method.retain_loss,
             layer=options.get("layer"),
         )
+        forget, retain = self._data.named("forget"), self._data.named("retain")
+        self._passes = Passes(objectives, args, self._batch, forget, retain, blocks)
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
-            fsdp.shard(self._objectives, args.device, hybrid=hybrid, from_first=from_first)
+            fsdp.shard(objectives, args.device, hybrid=hybrid, from_first=from_first)
         self.history: list[StepRecord] = []
         """A record of every step."""
         self.more_facts: dict[str, Any] = {}
@@ -317,7 +317,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if isinstance(reference, CachedReference):
             reference.fill(
                 rows,
-                self._objectives.states,
+                objectives.states,
                 device=args.device,
                 batch_size=args.per_device_eval_batch_size,
                 pad_id=self._chat.pad_id,
@@ -385,7 +385,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             )
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
-            _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
+            check_metric(args, self._data.evaluated)
         self.notes = (*self._data.notes, *self._relearning_notes(args), *notes)
         """What the user should know about the data."""
         for note in self.notes:
@@ -615,10 +615,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
         self.history.clear()
-        self._applied = 0
-        self._weights = self._first_weights = self._preferences()
-        self._adapt(None)
-        self._keep_original()
+        self._adaptation = Adaptation(self.args, self.objectives, self.optimizer, self._base)
         self._changes.clear()
         self._samples.forget_all()
         self._started = time.time()
@@ -642,7 +639,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_step_begin")
         rows = self._last_rows = next(self._sampler)  # of all processes
         optimizer.zero_grad()
-        losses = self._accumulate(rows)
+        relearning = None
+        if args.relearn_steps:
+            known, step = self._data.rows, self.state.global_step
+            relearning = self._passes.relearnt(known, rows, seed=self._data_seed, step=step)
+        losses = self._passes.accumulate(
+            optimizer, rows, relearning, lambda: self._tell("on_substep_end")
+        )
         gate = args.chosen_method.gate
         if gate is not None:
             optimizer.change_gradients(gate)
@@ -655,7 +658,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         rate = float(optimizer.param_groups[0]["lr"])
         self.lr_scheduler.step()
         self.history.append(record_of(self.state.global_step, rate, losses, optimizer))
-        self._adapt(self.history[-1])
+        self._adaptation.after(self.history[-1], self._epochs)
         self._tokens += sum(len(row.ids) for some in rows.values() for row in some)
         self.state.global_step += 1
         self.state.epoch = self._epochs
@@ -669,120 +672,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         drawn: int = step * self.args.rows_per_step["forget"]
         return drawn / len(self._longest)
 
-    # ---- methods that change their weights, or the model at the end
-
-    def _preferences(self) -> dict[str, float]:
-        chosen = self.args.for_optimizer(self.objectives)["preferences"]
-        return dict(zip(self.objectives, chosen or (), strict=bool(chosen)))
-
-    def _adapt(self, record: StepRecord | None) -> None:
-        """The weights of the next step, from those of the last one and what it found."""
-        method = self.args.chosen_method
-        if method.adapt is None:
-            return
-        seen = None
-        if record is not None:
-            self._applied += not skipped_in([record])
-            seen = Seen(record.losses, self._epochs_at(record.step), self._applied)
-        adapt = method.bound(method.adapt, self.args.chosen_options)
-        self._weights = adapt(self._weights, self._first_weights, seen)
-        self.optimizer.set_preferences([self._weights[name] for name in self.objectives])
-
-    def _keep_original(self) -> None:
-        """What trains as it is now, on the host, for a method that goes back from where it got."""
-        self._before: dict[str, Tensor] = {}
-        if self.args.chosen_method.finish is not None:
-            self._before = {
-                name: local(p).detach().to("cpu", copy=True)
-                for name, p in self._base.named_parameters()
-                if p.requires_grad
-            }
-
-    @torch.no_grad()
-    def _finish(self) -> None:
-        """What the method makes of the model once the last step is made."""
-        method = self.args.chosen_method
-        if method.finish is None:
-            return
-        finish = method.bound(method.finish, self.args.chosen_options)
-        for name, p in self._base.named_parameters():
-            before = self._before.get(name)
-            if before is None or is_first_factor(name):
-                continue  # of an adapter's product B A, B alone is turned around
-            part = local(p)
-            part.copy_(finish(part, before.to(part)))
-        self._before = {}
-
-    def _accumulate(self, rows: Mapping[str, list[Tokens]]) -> dict[str, float]:
-        """Takes the gradients of all objectives on the rows of a step; returns the losses."""
-        forget, retain = self._data.named("forget"), self._data.named("retain")
-        totals = {name: count_loss_tokens(some) for name, some in rows.items()}
-        kept = sum(totals[name].tokens for name in retain)
-        final = self.args.gradient_accumulation_steps - 1
-        found: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
-
-        def add(losses: Mapping[str, Tensor]) -> None:
-            for name, loss in losses.items():
-                found[name].append(loss.double())
-
-        model, optimizer, blocks = self._objectives, self.optimizer, self._blocks
-        with self._relearnt(rows):
-            for name in forget:
-                for number, batch in enumerate(self._parts(rows[name])):
-                    how = {"name": name, "totals": totals[name], "last": number == final}
-                    add(accumulate_forget(model, optimizer, batch, blocks=blocks, **how))
-        for number, batches in enumerate(zip(*(self._parts(rows[n]) for n in retain), strict=True)):
-            if number:
-                self._tell("on_substep_end")
-            for name, batch in zip(retain, batches, strict=True):
-                last = number == final
-                how = {"name": name, "totals": totals[name], "last": last}
-                how |= {"share": totals[name].tokens / kept}
-                how |= {"last_of_kl": last and name == retain[-1]}
-                add(accumulate_retain(model, optimizer, batch, blocks=blocks, **how))
-        sums = processes.all_reduce_sum(
-            torch.stack([torch.stack(parts).sum() for parts in found.values()])
-        )
-        return dict(zip(found, sums.tolist(), strict=True))
-
-    def _relearnt(self, rows: Mapping[str, list[Tokens]]) -> AbstractContextManager[None]:
-        """Within it the model has begun to relearn forgotten rows that this step does not see."""
-        if not self.args.relearn_steps:
-            return nullcontext()
-        step, seed, size = (
-            self.state.global_step,
-            self._data_seed,
-            self.args.per_device_train_batch_size,
-        )
-        learnt = [
-            row
-            for name in self._data.named("forget")
-            for row in rows_to_relearn(self._data.rows[name], rows[name], seed=seed, step=step)
-        ]
-        totals = count_loss_tokens(learnt)
-        batches = [learnt[start : start + size] for start in range(0, len(learnt), size)]
-        params = [p for p in self._base.parameters() if p.requires_grad]
-
-        def backward() -> None:
-            for some, mine in processes.shares(batches):
-                losses = self._objectives(relearn=self._batch(some), totals=(totals, totals))
-                torch.autograd.backward(losses["relearn"] * mine)
-            processes.add_up_gradients(params)
-
-        return relearnt(params, backward, steps=self.args.relearn_steps, lr=self.args.relearn_lr)
-
-    def _parts(self, rows: list[Tokens]) -> Iterator[Batch]:
-        """This process's share of a step's rows, so many at a time as the device takes."""
-        mine = rows[processes.rank() :: self.args.world_size]
-        size = len(mine) // self.args.gradient_accumulation_steps
-        for start in range(0, len(mine), size):
-            yield self._batch(mine[start : start + size])
-
     def _log_evaluate_save(self) -> None:
         if self.control.should_log and self._logged < len(self.history):
             self.log(self._means())
         if self.control.should_evaluate:
-            better = self._is_best(self.evaluate())
+            better = note_if_best(self.args, self.state, self.evaluate())
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = better
         if self.control.should_save and self.state.global_step >= self.state.max_steps:
@@ -808,7 +702,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if self.args.load_best_model_at_end and best is not None:
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
-        self._finish()
+        self._adaptation.finish()
         self._look_at_the_end()
         total = [sum(record.losses.values()) for record in self.history]
         loss = sum(total) / max(1, len(total))
@@ -843,7 +737,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if self._last_rows is None:
             return None
         with forward.in_evaluation_mode(self._base):
-            return self._mean_losses(self._last_rows)
+            return self._passes.mean_losses(self._last_rows)
 
     def _broken(self) -> list[str]:
         """Names of the weights that are not finite, on any process."""
@@ -902,44 +796,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 "the trainer or to evaluate()."
             )
         with forward.in_evaluation_mode(self._base), computing_in(self.args.compute_dtype):
-            losses = self._mean_losses(rows)
+            losses = self._passes.mean_losses(rows)
         metrics = {f"{metric_key_prefix}_{name}_loss": loss for name, loss in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
         self.log(dict(metrics))
         self._tell("on_evaluate", metrics)
         return metrics
-
-    def _mean_losses(self, sets: Mapping[str, Sequence[Tokens]]) -> dict[str, float]:
-        """The loss of every set by its name, and KL over all that is to be retained."""
-        size = self.args.per_device_eval_batch_size
-        totals = {name: count_loss_tokens(rows) for name, rows in sorted(sets.items())}
-        kept = sum(totals[name].tokens for name in totals if role_of(name) == "retain")
-        sums: dict[str, Tensor] = {}
-        for name, total in totals.items():
-            role, rows = role_of(name), sets[name]
-            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-            for some, mine in processes.shares(batches):
-                losses = self._objectives(**{role: self._batch(some)}, totals=(total, total))
-                for what, loss in losses.items():
-                    as_what = "kl" if what == "kl" else name
-                    known = sums.setdefault(as_what, torch.zeros_like(loss, dtype=torch.float64))
-                    if mine:
-                        known += loss * (total.tokens / kept if what == "kl" else 1)
-        return {name: float(processes.all_reduce_sum(value)) for name, value in sums.items()}
-
-    def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        name = _metric_of(self.args)
-        if name is None:
-            return False
-        _check_metric(name, metrics)
-        value, best = metrics[name], self.state.best_metric
-        better = math.isfinite(value) and (
-            best is None or (value > best if self.args.greater_is_better else value < best)
-        )
-        if better:
-            self.state.best_metric = value
-            self.state.best_global_step = self.state.global_step
-        return better
 
     # ---- checkpoints; nothing is ever read with pickle
 
@@ -1014,7 +876,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             checkpoint.load_weights(self._base, self._wrapped, folder)
             self.history[:] = history
             for record in history:
-                self._adapt(record)
+                self._adaptation.after(record, self._epochs_at(record.step))
             self._changes[:] = state["changes"]
             self._logged = state["logged"]
             self._take_state(reached, self.state.max_steps)
@@ -1100,8 +962,6 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         Raises:
             UsageError: A weight is not finite, there is no report, or the hub refuses.
         """
-        from huggingface_hub import HfApi
-
         from mollm.report.page import write_public_report
 
         url = None
@@ -1115,18 +975,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                     (folder / "README.md").write_text(card, encoding="utf-8")
                     if with_report:
                         write_public_report(self._folder, folder / REPORT_FILE)
-                    try:
-                        api = HfApi(token=token)
-                        made = api.create_repo(repo_id, private=private, exist_ok=True)
-                        url = str(made)
-                        api.upload_folder(
-                            repo_id=made.repo_id, folder_path=folder, commit_message=commit_message
-                        )
-                    except (OSError, ValueError) as error:
-                        raise UsageError(
-                            f"the model cannot be uploaded to {repo_id}: {reason_of(error)}: look "
-                            "at the name, the token and the network, and call push_to_hub again."
-                        ) from error
+                    url = upload(
+                        folder,
+                        repo_id,
+                        private=private,
+                        token=token,
+                        commit_message=commit_message,
+                    )
         return url
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -1207,25 +1062,3 @@ def _hash_of(rows: Sequence[Tokens]) -> str:
         if row.alternative is not None:
             digest.update(json.dumps([row.alternative.ids, row.alternative.labels]).encode())
     return digest.hexdigest()
-
-
-def _metric_of(args: MOLLMConfig) -> str | None:
-    """By which the best checkpoint is told, as `evaluate` names it."""
-    name: str | None = args.metric_for_best_model
-    return name if name is None or name.startswith("eval_") else f"eval_{name}"
-
-
-def _metrics_on(sets: Iterable[str]) -> list[str]:
-    losses = [
-        loss
-        for name in sorted(sets)
-        for loss in (("kl", name) if role_of(name) == "retain" else (name,))
-    ]
-    return [*dict.fromkeys(f"eval_{loss}_loss" for loss in losses), "eval_loss"]
-
-
-def _check_metric(name: str | None, known: Collection[str]) -> None:
-    if name is not None and name not in known:
-        raise UsageError(
-            f"metric_for_best_model must be one of {', '.join(known)}, but got {name!r}."
-        )

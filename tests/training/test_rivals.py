@@ -11,6 +11,7 @@ import torch
 from mollm import MOLLMConfig, MOLLMTrainer
 from mollm.data.records import Record
 from mollm.errors import UsageError
+from mollm.training.adapting import Adaptation
 from mollm.training.alternatives import refusal_texts
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(6)]
@@ -128,11 +129,12 @@ def test_turns_of_dual_optim_are_in_the_history(tmp_path):
     assert [record.weights["retain"] for record in made.history] == [0, 1, 1, 0]
 
 
-def test_task_arithmetic_is_the_learnt_change_turned_around(tmp_path):
+def test_task_arithmetic_is_the_learnt_change_turned_around(tmp_path, monkeypatch):
     learnt = trainer(tmp_path / "a", "task-arithmetic")
     before = weights(learnt)
-    learnt._finish = lambda: None
-    learnt.train()
+    with monkeypatch.context() as not_yet:
+        not_yet.setattr(Adaptation, "finish", lambda self: None)
+        learnt.train()
     made = trainer(tmp_path / "b", "task-arithmetic", method_options={"scale": 2.0})
     made.train()
     for name, value in weights(made).items():
@@ -140,10 +142,11 @@ def test_task_arithmetic_is_the_learnt_change_turned_around(tmp_path):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_task_arithmetic_turns_the_product_of_an_adapter_around(tmp_path):
+def test_task_arithmetic_turns_the_product_of_an_adapter_around(tmp_path, monkeypatch):
     learnt = trainer(tmp_path / "a", "task-arithmetic", lora=True)
-    learnt._finish = lambda: None
-    learnt.train()
+    with monkeypatch.context() as not_yet:
+        not_yet.setattr(Adaptation, "finish", lambda self: None)
+        learnt.train()
     made = trainer(tmp_path / "b", "task-arithmetic", lora=True)
     made.train()
     for (name, one), other in zip(weights(learnt).items(), weights(made).values(), strict=True):

@@ -14,6 +14,7 @@ from mollm.methods.method import OBJECTIVES
 from mollm.models import loading
 from mollm.training import checkpoint
 from mollm.training import trainer as module
+from mollm.training.passes import Passes
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
@@ -832,7 +833,8 @@ def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypa
         load_best_model_at_end=True,
         metric_for_best_model="loss",
     )
-    monkeypatch.setattr(made, "_mean_losses", lambda sets: dict.fromkeys(sets, float("nan")))
+    nan = float("nan")
+    monkeypatch.setattr(Passes, "mean_losses", lambda _, sets: dict.fromkeys(sets, nan))
     made.train()
     assert made.state.best_global_step is None
     assert made.state.global_step == 1

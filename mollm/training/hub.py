@@ -1,0 +1,30 @@
+"""A model and its card on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mollm.errors import UsageError
+from mollm.system.parsing import reason_of
+
+
+def upload(
+    folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str
+) -> str:
+    """Uploads a folder; returns where it is.
+
+    Raises:
+        UsageError: The hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=token)
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the model cannot be uploaded to {repo_id}: {reason_of(error)}: look at the name, the "
+            "token and the network, and call push_to_hub again."
+        ) from error
+    return str(made)
