@@ -639,13 +639,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._tell("on_step_begin")
         rows = self._last_rows = next(self._sampler)  # of all processes
         optimizer.zero_grad()
-        relearning = None
-        if args.relearn_steps:
-            known, step = self._data.rows, self.state.global_step
-            relearning = self._passes.relearnt(known, rows, seed=self._data_seed, step=step)
-        losses = self._passes.accumulate(
-            optimizer, rows, relearning, lambda: self._tell("on_substep_end")
-        )
+        losses = self._accumulate(rows)
         gate = args.chosen_method.gate
         if gate is not None:
             optimizer.change_gradients(gate)
@@ -663,6 +657,16 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.state.global_step += 1
         self.state.epoch = self._epochs
         self._tell("on_step_end")
+
+    def _accumulate(self, rows: Mapping[str, list[Tokens]]) -> dict[str, float]:
+        """Takes the gradients of all objectives on the rows of a step; returns the losses."""
+        relearning = None
+        if self.args.relearn_steps:
+            known, step = self._data.rows, self.state.global_step
+            relearning = self._passes.relearnt(known, rows, seed=self._data_seed, step=step)
+        return self._passes.accumulate(
+            self.optimizer, rows, relearning, lambda: self._tell("on_substep_end")
+        )
 
     @property
     def _epochs(self) -> float:

@@ -81,7 +81,7 @@ def test_kl_is_the_mean_over_all_that_is_retained(tmp_path, in_float32):
     losses = made._accumulate(rows)
     both = made._batch([*rows["retain_legs"], *rows["retain_sums"]])
     params = [p for p in made._base.parameters() if p.requires_grad]
-    kl = made._objectives(retain=both)["kl"]
+    kl = made._passes.objectives(retain=both)["kl"]
     expected = torch.autograd.grad(kl, params)
     assert losses["kl"] == pytest.approx(float(kl), rel=1e-4)
     for p, g in zip(params, expected, strict=True):

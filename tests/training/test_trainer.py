@@ -12,9 +12,7 @@ from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
 from mollm.models import loading
-from mollm.training import checkpoint
-from mollm.training import trainer as module
-from mollm.training.passes import Passes
+from mollm.training import checkpoint, passes
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(10)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(12)]
@@ -514,7 +512,7 @@ def test_a_step_may_draw_another_number_of_rows_to_retain(tmp_path, monkeypatch)
         return spy
 
     for step in ("accumulate_forget", "accumulate_retain"):
-        monkeypatch.setattr(module, step, counted(getattr(module, step)))
+        monkeypatch.setattr(passes, step, counted(getattr(passes, step)))
     options = {
         "per_device_train_batch_size": 1,
         "per_device_retain_batch_size": 3,
@@ -834,7 +832,7 @@ def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypa
         metric_for_best_model="loss",
     )
     nan = float("nan")
-    monkeypatch.setattr(Passes, "mean_losses", lambda _, sets: dict.fromkeys(sets, nan))
+    monkeypatch.setattr(passes.Passes, "mean_losses", lambda _, sets: dict.fromkeys(sets, nan))
     made.train()
     assert made.state.best_global_step is None
     assert made.state.global_step == 1
