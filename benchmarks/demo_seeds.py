@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     model, tokenizer = loading.load(loading.find_model(None), torch.device("cpu"))
+    chat = ChatFormat.of(model, tokenizer)
     for seed in options.seeds:
-        run_seed(model, ChatFormat(tokenizer), seed, options.methods, options.folder)
+        run_seed(model, chat, seed, options.methods, options.folder)
     rows: list[Row] = []
     for method in options.methods:
         paths = [options.folder / f"{method}-{seed}.json" for seed in options.seeds]

@@ -90,11 +90,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         say(f"Loading {source.label} …")
         torch.manual_seed(settings.seed)
         model, tokenizer = loading.load(source, device)
-        chat = ChatFormat.of(
-            model,
-            tokenizer,
-        )
-
+        chat = ChatFormat.of(model, tokenizer)
         split, before = examine(model, chat, chosen, random.Random(settings.seed), say)
         trainer, seconds = train(model, chat, split, settings, folder, say)
         say("Asking the same questions again …")
