@@ -9,7 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mollm.commands.arguments import NO_ORIGINAL, add_loading, device_of, template_options
+from mollm.commands.arguments import (
+    NO_ORIGINAL,
+    add_loading,
+    check_seed,
+    device_of,
+    template_options,
+)
 from mollm.errors import UsageError
 from mollm.system.parsing import read_text, user_path
 from mollm.system.terminal import (
@@ -109,6 +115,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
     if arguments.question and arguments.file:
         raise UsageError("question and --file must not both be given: leave out one.")
+    check_seed(arguments.seed)
     sampling = Sampling(**{name: getattr(arguments, name) for name in _SAMPLING})
     questions = _questions(arguments)
     speakers = _speakers(arguments, sampling)

@@ -97,7 +97,7 @@ def _audit_and_tell(arguments: argparse.Namespace) -> int:
     kwargs = template_options(given.get("chat_template_kwargs"))
     sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
     suite = load_suite(data_of(given["forget"]), **sets)
-    check_options(suite, rates, arguments.batch_size, arguments.resamples)
+    check_options(suite, rates, arguments.batch_size, arguments.resamples, arguments.seed)
     device = device_of(arguments.device)
     sources, tokenizer = _find_models(given)
     out: Path = arguments.out

@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import NO_ORIGINAL, add_loading, data_of, device_of, template_options
+from mollm.commands.arguments import (
+    NO_ORIGINAL,
+    add_loading,
+    check_seed,
+    data_of,
+    device_of,
+    template_options,
+)
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -182,6 +189,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     names = given["metrics"].split(",") if "metrics" in given else None
     _keep_logs(given.get("retain_logs"), out)
     suite = _suite(given)
+    check_seed(arguments.seed)
     judges = _judges(given.get("judge", ()))
     if "judge_template" in given and not judges:
         raise UsageError("judge-template needs a judge: give one with --judge.")
