@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 LOCKS := train train+eval test
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test soak lint docs bench gpu gpu-rest lock audit clean help
+.PHONY: demo test soak trials lint docs bench gpu gpu-rest lock audit clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
 	@echo "make soak   the tests that take minutes: runs that are killed, broken files, other processors"
+	@echo "make trials the table of SECURITY.md anew, in hours; stopped, it goes on where it was"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make docs   the documentation site, in build/docs"
 	@echo "make lock   requirements/*.lock: every package with its hashes"
@@ -43,6 +44,9 @@ test: $(VENV)/installed
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak $(ARGS)
 	PYTHON=$(BIN)/python bash tests/processors.sh
+
+trials: $(VENV)/installed
+	$(BIN)/python tests/trials.py build/trials $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -110,9 +110,9 @@ def _audit_and_tell(arguments: argparse.Namespace) -> int:
         models["model"] = adapters.load_adapter(models["model"], given["model"])
     about = _about(given, device)
     out.mkdir(parents=True, exist_ok=True)
-    (out / HTML_FILE).unlink(missing_ok=True)  # of an earlier audit
 
     def told(so_far: Audit) -> None:
+        (out / HTML_FILE).unlink(missing_ok=True)  # of an earlier audit
         print(so_far.findings[-1], flush=True)
         write_json(so_far, about, out)
 
