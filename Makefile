@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 LOCKS := train train+eval test
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test soak compat lint docs bench gpu gpu-rest lock audit wheel clean help
+.PHONY: demo test soak compat trials lint docs bench gpu gpu-rest lock audit wheel clean help
 
 help:
 	@echo "make demo   a chat model forgets some capitals: report in runs/demo/report.html"
 	@echo "make test   all tests that need no GPU"
 	@echo "make soak   the tests that take minutes: runs that are killed, broken files, other processors"
 	@echo "make compat the tests with the oldest and the newest Torch and transformers"
+	@echo "make trials the table of SECURITY.md anew, in hours; stopped, it goes on where it was"
 	@echo "make lint   ruff, clang-format and mypy"
 	@echo "make docs   the documentation site, in build/docs"
 	@echo "make lock   requirements/*.lock: every package with its hashes"
@@ -48,6 +49,9 @@ soak: $(VENV)/installed
 
 compat:
 	PYTHON="$(PYTHON)" bash tests/versions.sh
+
+trials: $(VENV)/installed
+	$(BIN)/python tests/trials.py build/trials $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ versions and typing errors are answered at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ _EXTRAS = (
     "yaml",
 )
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DEFECT = 70
 """The exit status that sysexits.h calls EX_SOFTWARE."""
 
@@ -115,8 +117,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+        if _is_of_the_disk(error):
+            print(
+                f"mollm: the disk is full or cannot be written ({printable(str(error))}): free "
+                "some space, or set TMPDIR to a folder that has some.",
+                file=sys.stderr,
+            )
+            return 2
         return _report_defect(error)
     return status
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether it is about a disk without room; the module tempfile has words of its own for it."""
+    return isinstance(error, OSError) and (
+        error.errno in _DISK_ERRORS or "No usable temporary directory" in str(error)
+    )
 
 
 def _in_one_line(error: UsageError) -> str:

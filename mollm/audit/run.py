@@ -137,7 +137,7 @@ def audit(
             the original or the retain-only model has an adapter or both are one object, or the
             original does not know the forget set.
     """
-    check_options(suite, learning_rates, batch_size, resamples)
+    check_options(suite, learning_rates, batch_size, resamples, seed)
     wrapped = model if hasattr(model, "peft_config") else None
     whole = model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
     chat = ChatFormat.of(
@@ -391,7 +391,7 @@ def _notes(*, adapter: bool, retain_only: bool) -> tuple[str, ...]:
 
 
 def check_options(
-    suite: Suite, learning_rates: Sequence[float], batch_size: int, resamples: int
+    suite: Suite, learning_rates: Sequence[float], batch_size: int, resamples: int, seed: int
 ) -> None:
     """Refuses what `audit` would refuse, as far as that needs no model.
 
@@ -406,6 +406,8 @@ def check_options(
     for name, value in (("batch_size", batch_size), ("resamples", resamples)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but got {value}.")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed must be from 0 to {2**32 - 1}, but got {seed}.")
     if not learning_rates or not all(0 < lr < 1 for lr in learning_rates):
         raise UsageError(
             "learning_rates must be one or more numbers between 0 and 1, but got "

@@ -57,6 +57,8 @@ class Subject:
     def leaks(self, rows: Sequence[Row], samples: int) -> list[int]:
         """[len(rows)], how many of so many sampled replies give the answer away."""
         longest = max(self.chat.answer_length(tokens) for tokens in self.encode(rows))
+        asking = max(len(self.chat.encode_prompt(row.asked).ids) for row in rows)
+        room = context_of(self.model.config) - asking  # 1 at least: the answers fit
         asked = [row for row in rows for _ in range(samples)]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -65,7 +67,7 @@ class Subject:
                 self.model,
                 self.chat,
                 [row.asked for row in asked],
-                max_new_tokens=min(longest + _SPARE_TOKENS, _MOST_TOKENS),
+                max_new_tokens=int(min(longest + _SPARE_TOKENS, _MOST_TOKENS, room)),
                 batch_size=4 * self.batch_size,
                 sampled=True,
             )

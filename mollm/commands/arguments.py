@@ -101,6 +101,16 @@ def format_of(text: str | None) -> str | dict[str, Any] | None:
     return found if isinstance(found, dict) else str(found)
 
 
+def check_seed(seed: int) -> None:
+    """Refuses what is no seed of every generator.
+
+    Raises:
+        UsageError: It is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed must be from 0 to {2**32 - 1}, but got {seed}.")
+
+
 def device_of(name: str | None) -> torch.device:
     """The device of that name; None for a GPU where there is one, else the CPU.
 

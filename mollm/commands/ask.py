@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mollm.commands.arguments import (
     NO_ORIGINAL,
     add_loading,
+    check_seed,
     device_of,
     format_of,
     template_options,
@@ -115,6 +116,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
     if arguments.question and arguments.file:
         raise UsageError("question and --file must not both be given: leave out one.")
+    check_seed(arguments.seed)
     sampling = Sampling(**{name: getattr(arguments, name) for name in _SAMPLING})
     questions = _questions(arguments)
     speakers = _speakers(arguments, sampling)

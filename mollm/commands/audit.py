@@ -109,7 +109,7 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
     kwargs = template_options(given.get("chat_template_kwargs"))
     sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
     suite = load_suite(data_of(given["forget"]), **sets)
-    check_options(suite, rates, arguments.batch_size, arguments.resamples)
+    check_options(suite, rates, arguments.batch_size, arguments.resamples, arguments.seed)
     device = device_of(arguments.device)
     sources, tokenizer = _find_models(given)
     out: Path = arguments.out
@@ -122,9 +122,9 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
         models["model"] = adapters.load_adapter(models["model"], given["model"])
     about = _about(given, device)
     out.mkdir(parents=True, exist_ok=True)
-    (out / HTML_FILE).unlink(missing_ok=True)  # of an earlier audit
 
     def told(so_far: Audit) -> None:
+        (out / HTML_FILE).unlink(missing_ok=True)  # of an earlier audit
         print(so_far.findings[-1], flush=True)
         write_json(so_far, about, out)
 

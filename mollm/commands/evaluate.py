@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.arguments import (
     NO_ORIGINAL,
     add_loading,
+    check_seed,
     data_of,
     device_of,
     format_of,
@@ -209,6 +210,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     names = given["metrics"].split(",") if "metrics" in given else None
     _keep_logs(given.get("retain_logs"), out)
     suite = _suite(given)
+    check_seed(arguments.seed)
     tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
     if tasks is not None:
         find_benchmarks(tasks)

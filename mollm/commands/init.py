@@ -59,10 +59,11 @@ def _init(arguments: argparse.Namespace) -> int:
     from mollm.planning.settings import PlanSettings
     from mollm.planning.shapes import shape_of
     from mollm.system import machine
-    from mollm.system.folders import replace_text
+    from mollm.system.folders import check_new_file, replace_text
     from mollm.system.precision import compute_dtype
 
     path: Path = arguments.file
+    check_new_file(path)
     if path.exists() and not arguments.force:
         raise UsageError(
             f"{path} must be a new file, but it is there: name another one, or give --force."
@@ -96,7 +97,6 @@ def _init(arguments: argparse.Namespace) -> int:
         f"{name}: {each.rows} rows of {each.tokens[0]} to {each.tokens[2]} tokens"
         for name, each in sets.items()
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     own = {**data, "out": arguments.out}
     if arguments.device is not None:
         own["device"] = arguments.device

@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _report(arguments: argparse.Namespace) -> int:
     from mollm.report.page import REPORT_FILE, as_dict, read_reported, render
-    from mollm.system.folders import replace_text
+    from mollm.system.folders import check_new_file, replace_text
 
     runs = [read_reported(folder) for folder in arguments.runs]
     if arguments.json:
@@ -52,7 +52,7 @@ def _report(arguments: argparse.Namespace) -> int:
     )
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"out must be an .html file, but got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_new_file(path)
     replace_text(path, render(runs))
     print(f"Report: {path}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

@@ -59,6 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    from mollm.system.folders import check_new_file
     from mollm.training.sweep import sweep
 
     given = vars(arguments)
@@ -67,6 +68,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     path: Path = arguments.file
     if path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"the settings must go to a .yaml file, but got {path}.")
+    check_new_file(path)
+    check_new_file(path.with_suffix(".html"))
     out = sys.stderr if arguments.json else sys.stdout
     own, options = _parts(settings)
     found = sweep(
@@ -80,7 +83,6 @@ def _tune(arguments: argparse.Namespace) -> int:
     best = found.best
     assert best is not None, "the first run ended"
     chosen = {**settings, "learning_rate": best.learning_rate, "max_steps": best.steps}
-    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, chosen, found)
     page = path.with_suffix(".html")
     _draw(page, str(settings["model"]), found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _UNFINISHED_LETTER = "\ufffd"
 
 
+_COLDEST = 1e-3
+"""Below it one token is left anyway, and logits divided by it are beyond any number."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: the likeliest one at temperature 0.
@@ -42,10 +47,14 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, right, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or _COLDEST <= self.temperature < math.inf,
+                f"0, or at least {_COLDEST}",
+            ),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
         ):
             if not right:
                 raise UsageError(f"{name} must be {rule}, but got {getattr(self, name)}.")

@@ -137,6 +137,9 @@ class FusedBase(Optimizer, ABC):
                 f"state_dtype must be torch.float32, torch.bfloat16 or None, but got {dtype}."
             )
         group["state_dtype"] = dtype
+        for name in ("stochastic_rounding", "nesterov"):
+            if not isinstance(group.get(name, False), bool | int):
+                raise ValueError(f"{name} must be True or False, but got {group[name]!r}.")
         self._check_own_options(group)
 
     @abstractmethod

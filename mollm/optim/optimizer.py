@@ -33,7 +33,12 @@ from mollm.optim.directions import make_rule
 from mollm.optim.gradients import STREAMED
 from mollm.optim.groups import alike, columns_of, columns_of_means
 from mollm.optim.means import ObjectiveMeans, moved, next_means
-from mollm.optim.saved_state import check_finite_state, check_number, check_structure
+from mollm.optim.saved_state import (
+    check_finite_state,
+    check_kinds,
+    check_number,
+    check_structure,
+)
 from mollm.optim.scaling import Watched
 from mollm.optim.step_report import SkipCounter, StepReport
 from mollm.optim.streamed import StreamedGradients, make_store
@@ -1109,6 +1114,7 @@ class MOLLMOptimizer(Optimizer):
             plain = self.base.fitted(plain)
         else:
             check_finite_state(plain)
+            check_kinds(plain["state"], list(self.base.state.values()))
         self._forget_gradients()
         kept = self.base.state, self.base.param_groups
         try:

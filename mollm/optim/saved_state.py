@@ -13,6 +13,9 @@ from mollm.errors import UsageError
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_MAY_BE_NONE = "momentum_buffer"
+"""Of Torch's SGD, which makes it in the first step with momentum."""
+
 _OTHER_ALGORITHMS = {
     "amsgrad": (False, "amsgrad"),
     "maximize": (False, "maximize"),
@@ -65,6 +68,33 @@ def check_finite_state(state_dict: dict[str, Any]) -> None:
                 raise UsageError(
                     f"{name}{whose} must be finite, but the state to load has something else: load "
                     "an earlier checkpoint."
+                )
+
+
+def check_kinds(state: dict[Any, dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Refuses, of an optimizer that nothing is known of, a state in which something else stands
+    where it keeps a tensor for other parameters, or has kept one so far.
+
+    Args:
+        state: By parameter, to be loaded.
+        own: What the optimizer has, of each parameter that it has stepped.
+
+    Raises:
+        UsageError: there is one; it is named.
+    """
+    kept = {
+        name
+        for entry in (*state.values(), *own)
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+    for n, entry in state.items():
+        for name in kept & set(entry):
+            value = entry[name]
+            if not isinstance(value, Tensor) and not (value is None and name == _MAY_BE_NONE):
+                raise UsageError(
+                    f"{name} of parameter {n} must be a tensor, but the state to load has "
+                    f"{type(value).__name__}: load an earlier checkpoint."
                 )
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mollm.methods.method import OBJECTIVES, role_of_objective
+
 ANY = "*"
 """Every name of a mapping."""
 NUMBER = "a number"
@@ -81,6 +83,8 @@ def fault_in_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None
         if fault is not None:
             return number, fault or "whole"
         names = set(steps[0]["losses"])
+        if any(role_of_objective(name) not in OBJECTIVES for name in names):
+            return number, "losses"
         for part in ("losses", "norms", "weights", "conflicts"):
             skipped = part == "conflicts" and not step[part]
             if set(step[part]) != names and not skipped:

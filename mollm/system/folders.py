@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -148,6 +149,30 @@ def check_writable(out: Path) -> None:
         _remove_empty(made)
 
 
+def check_new_file(path: Path) -> None:
+    """Says before a long computation that a file could not be written. Makes its folder.
+
+    Raises:
+        UsageError: It is a folder, or it cannot be written.
+    """
+    part: Path | None = None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{UNFINISHED}{path.name}")
+        part.write_bytes(b"\0" * _PROBE_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"{_short(path)} cannot be written: {reason}: name another file."
+        ) from error
+    finally:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
 def check_space(out: Path, needed: int, what: str) -> None:
     """Says before a long computation that its results would not fit on the disk.
 
@@ -209,12 +234,15 @@ def _not_written(path: Path, error: Exception) -> UsageError:
 
 def _refused(out: Path, error: Exception) -> UsageError:
     reason = getattr(error, "strerror", None) or str(error)
-    text = str(out)
-    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return UsageError(
-        f"out must be a folder that can be written, but got {shown}: {reason}; "
+        f"out must be a folder that can be written, but got {_short(out)}: {reason}; "
         "choose another one with --out."
     )
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def remove(folder: Path) -> None:

@@ -137,6 +137,8 @@ def sweep(
     """
     if not minutes > 0:
         raise UsageError(f"minutes must be positive, but got {minutes}.")
+    if settings["max_steps"] < 1:
+        raise UsageError(f"max_steps must be at least 1, but got {settings['max_steps']}.")
     runs = _Runs(model, *_sets(data), dict(settings), minutes * 60, adapter, say)
     with _quiet():
         _search(runs, float(settings["learning_rate"]), int(settings["max_steps"]))

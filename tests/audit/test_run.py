@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mollm.audit import attacks, audit
-from mollm.audit.run import curve_of
+from mollm.audit.run import check_options, curve_of
 from mollm.audit.subject import Subject
 from mollm.data.chat import ChatFormat
 from mollm.errors import UsageError
@@ -262,3 +263,14 @@ def test_half_of_the_rows_is_taught_and_at_most_a_hundred():
     assert attacks.sizes_for(200) == [1, 3, 10, 30, 100]
     assert attacks.sizes_for(1000) == [1, 3, 10, 30, 100]
     assert np.all(np.diff(attacks.sizes_for(50)) > 0)
+
+
+def test_replies_end_where_the_context_of_the_model_does():
+    config = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=60)
+    subject = Subject("model", GPT2LMHeadModel(config), ChatFormat(tiny.tokenizer()), 2, seed=0)
+    rows = [Row("What is it?", "No one knows."), Row("Who?", "A man.")]
+    assert subject.fits(rows)
+    assert len(subject.leaks(rows, 2)) == 2
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match="seed must be from 0 to 4294967295"):
+            check_options(Suite(rows * 2), (1e-3,), 8, 10, seed)

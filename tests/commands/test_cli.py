@@ -197,6 +197,22 @@ def test_a_reader_that_has_read_enough_ends_a_command_quietly():
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+    ],
+)
+def test_a_full_disk_is_no_defect(capsys, monkeypatch, error):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(demo, "_demo", run)
+    assert main(["demo"]) == 2
+    assert "mollm: the disk is full or cannot be written (" in capsys.readouterr().err
+
+
 def test_a_defect_is_told_where_its_log_cannot_be_written(capsys, monkeypatch, tmp_path):
     def broken(arguments):
         raise RuntimeError("odd")

@@ -109,6 +109,8 @@ def test_an_error_of_the_model_reaches_the_reader(chat):
         {"max_new_tokens": 0},
         {"temperature": -1},
         {"temperature": float("inf")},
+        {"temperature": 1e-300},
+        {"repetition_penalty": float("inf")},
         {"top_p": 0},
         {"top_p": 1.1},
         {"top_k": -1},

@@ -249,6 +249,11 @@ def broken(change):
             },
             "weight_decay=0.1 added to the gradient",
         ),
+        (
+            {"base": "sgd"},
+            lambda s: {**s, "param_groups": [s["param_groups"][0] | {"nesterov": []}]},
+            r"nesterov must be True or False, but got \[\]",
+        ),
         ({}, lambda s: {**s, "param_groups": []}, "parameter group"),
         (
             {"momentum": "per-objective"},
@@ -333,6 +338,8 @@ def test_the_state_helpers_of_fsdp_carry_a_run_on(options):
         lambda s: s["state"][0].update(step=torch.tensor(float("inf"))),
         lambda s: s["state"][0].update(exp_avg=torch.zeros(3, device="meta")),
         lambda s: s["param_groups"][0].update(eps=float("nan")),
+        lambda s: s["state"][0].update(exp_avg=None),
+        lambda s: s["state"][0].update(exp_avg_sq="x"),
     ],
 )
 def test_a_bad_state_of_another_base_is_refused_and_changes_nothing(change):

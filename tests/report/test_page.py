@@ -178,6 +178,7 @@ def test_files_that_are_damaged_are_named(folder):
         ("run.json", {"settings": {"method": "mollm"}}, "its settings.learning_rate is not"),
         ("run.json", {"failure": 3}, "its failure is not"),
         ("run.json", {"notes": ["a", []]}, r"its notes\[1\] is not"),
+        ("history.jsonl", {"losses": {"<b>": 1.0}}, "in line 1 its losses is not"),
         ("history.jsonl", {"losses": "x"}, "in line 1 its losses is not"),
         ("history.jsonl", {"conflicts": {"kl": "x"}}, "in line 1 its conflicts.kl is not"),
         ("history.jsonl", {"weights": {}}, "in line 1 its weights is not"),

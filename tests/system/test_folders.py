@@ -4,6 +4,7 @@ import pytest
 
 from mollm.errors import UsageError
 from mollm.system.folders import (
+    check_new_file,
     check_space,
     check_writable,
     clear_unfinished,
@@ -156,6 +157,18 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, name, use):
     with pytest.raises(UsageError, match="out must be a folder that can be written, but got"):
         use(tmp_path / name)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".yaml", "file/run.yaml", "folder"])
+def test_a_file_that_cannot_be_written_is_found_out_before_it_is(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    before = listing(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be written: .*: name another file"):
+        check_new_file(tmp_path / name)
+    assert listing(tmp_path) == before
+    check_new_file(tmp_path / "new" / "run.yaml")
+    assert listing(tmp_path) == sorted([*before, "new"])
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,11 @@ def test_the_rate_that_is_given_is_tried_as_it_is(fake):
     assert rates[1] == 4.9e-4
 
 
+def test_a_sweep_has_steps(fake):
+    with pytest.raises(UsageError, match="max_steps must be at least 1, but got 0"):
+        sweep("m", DATA, {"learning_rate": 1e-4, "max_steps": 0}, minutes=1)
+
+
 def test_settings_are_refused_as_a_run_refuses_them(tmp_path, capsys):
     loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
     words = ["tune", str(tmp_path / "tuned.yaml"), "--model", str(tmp_path / "tiny")]
