@@ -162,6 +162,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="examples of each set and of each benchmark (default: all)",
     )
+    parser.add_argument(
+        "--long-rows",
+        default=argparse.SUPPRESS,
+        choices=("cut", "skip"),
+        help="what becomes of questions too long for the model's context: they lose their "
+        "beginning, or are left out (default: as in the run, else cut)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="examples per batch")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest reply, in tokens")
     parser.add_argument(
@@ -215,6 +222,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     first = given.get("original") or original_of(given["model"])
     first = None if first == NO_ORIGINAL else first
     options: dict[str, Any] = {n: given[n] for n in ("batch_size", "max_new_tokens", "resamples")}
+    options["long_rows"] = given.get("long_rows", "cut")
     wanted_scores(suite, names=names, original=first is not None, judges=judges, **options)
     options |= {
         "names": names,
@@ -330,7 +338,7 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
     if run is not None:
         if "data" not in given and "forget" not in given:
             given |= {n: v for n, v in run.get("given", {}).items() if n not in given}
-        for name in ("system_prompt", "chat_template_kwargs", "prompt_format"):
+        for name in ("system_prompt", "chat_template_kwargs", "prompt_format", "long_rows"):
             value = run["settings"].get(name)
             if value is not None and name not in given:
                 given[name] = value if isinstance(value, str) else json.dumps(value)

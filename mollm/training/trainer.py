@@ -344,7 +344,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ),
         )
         args.max_length = int(min(args.max_length, context_of(config)))
-        self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
+        self._data = read_data(
+            *data, self._chat, args.max_length, args.train_on_turns, args.long_rows
+        )
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             _check_metric(_metric_of(args), _metrics_on(self._data.evaluated))
