@@ -113,7 +113,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         type=user_path,
         metavar="PATH",
-        help="examples.jsonl of a retain-only model, for forget_quality and privleak",
+        help="examples.jsonl of a retain-only model, or open-unlearning's TOFU_EVAL.json of one, "
+        "for forget_quality and privleak",
     )
     parser.add_argument(
         "--original",

@@ -142,19 +142,21 @@ class Examiner:
         encoded = [self.chat.encode(row.example(row.answer)) for row in rows]
         scored = self._score(self.model, encoded)
         return [
-            self._answer(row, tokens, closed=row_tokens.closed)
+            self._answer(row, tokens, row_tokens)
             for row, tokens, row_tokens in zip(rows, scored, encoded, strict=True)
         ]
 
-    def _answer(self, row: Row, tokens: TokenScores, *, closed: bool) -> Scores:
+    def _answer(self, row: Row, tokens: TokenScores, encoded: Tokens) -> Scores:
         nll = tokens.mean_nll
-        words = tokens.without_last() if closed else tokens
+        words = tokens.without_last() if encoded.closed else tokens
+        like = self.chat.format.like
+        text = self.chat.scored_text(encoded) if like else row.answer.strip()
         return {
             "nll": nll,
             "probability": float(metrics.probability([nll])[0]),
             "exact_memorization": metrics.exact_memorization(words.hits),
             "extraction_strength": metrics.extraction_strength(words.hits),
-            "zlib": metrics.zlib_score(nll, row.answer.strip()),
+            "zlib": metrics.zlib_score(nll, text),
             "min_k": metrics.min_k(words.log_probs),
             "min_k_plus_plus": metrics.min_k_plus_plus(words.log_probs, words.means, words.stds),
         }
