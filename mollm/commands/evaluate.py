@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mollm.commands.judges import JudgeOption
+    from mollm.evaluation.journal import Journal
     from mollm.evaluation.judges import Judge
     from mollm.evaluation.suite import Suite
     from mollm.evaluation.summary import Evaluation
@@ -246,6 +247,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if measured.original is not None and before is not None:
             measured.original.write(before)
         _write_about(folder / "about.json", given, measured.chat, place.device)
+    for journal in measured.journals:
+        journal.remove()
     if measured.original is None:
         remove_evaluation(out / ORIGINAL)
     _tell(measured.result, measured.original, out, arguments)
@@ -332,6 +335,7 @@ class _Measured:
     chat: dict[str, Any]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    journals: tuple[Journal, ...]
 
 
 def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
@@ -367,6 +371,7 @@ def _measure(
     from mollm.data.chat import ChatFormat
     from mollm.evaluation.cache import cached, key_of
     from mollm.evaluation.evaluate import evaluate
+    from mollm.evaluation.journal import Journal
     from mollm.models import loading
 
     place.say(f"Loading {source.label} …")
@@ -383,28 +388,41 @@ def _measure(
         place.say(f"Loading {original.label} …")
         first = loading.load(original, place.device, place.dtype)
 
-    def measure(each: PreTrainedModel, its: PreTrainedTokenizerBase, what: str) -> Evaluation:
-        return evaluate(
+    about = {**options, "judges": given.get("judge"), "template": given.get("judge_template")}
+    about |= {"dtype": str(place.dtype), "device": place.device.type}
+
+    def measure(
+        each: PreTrainedModel, its: PreTrainedTokenizerBase, what: str, key: str
+    ) -> Evaluation:
+        journal = Journal(given["out"] / f"unfinished-{what.lower()}.jsonl", key)
+        if journal.known:
+            place.say(f"{what}: {journal.known} questions are known from a run that was stopped.")
+        found = evaluate(
             each,
             its,
             suite,
             original=None if first is None else first[0],
             original_tokenizer=None if first is None else first[1],
             judges=judges,
+            journal=journal,
             say=place.say,
             show=lambda total: progress(0 if place.quiet else total, what),
             **options,
         )
+        journals.append(journal)
+        return found
 
-    before = None
+    journals: list[Journal] = []
+    before, of_original = None, None
     if first is not None:
-        about = {**options, "judges": given.get("judge"), "template": given.get("judge_template")}
-        about |= {"dtype": str(place.dtype), "device": place.device.type}
-        key, make = key_of(*first, suite, about), partial(measure, *first, "Original")
-        before, known = (make(), False) if given["no_cache"] else cached(key, suite, make)
+        of_original = key_of(*first, suite, about)
+        make = partial(measure, *first, "Original", of_original)
+        before, known = (make(), False) if given["no_cache"] else cached(of_original, suite, make)
         if known:
             place.say("The figures of the original are known from before.")
-    return _Measured(measure(model, tokenizer, "Result"), before, chat, model, tokenizer)
+    key = key_of(model, tokenizer, suite, {**about, "original": of_original})
+    result = measure(model, tokenizer, "Result", key)
+    return _Measured(result, before, chat, model, tokenizer, tuple(journals))
 
 
 def _tell(

@@ -12,8 +12,11 @@ from mollm.data.encoding import CUT, LONG_ROWS, SKIP
 from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, Say, asks, offers
+from mollm.evaluation.fitting import Fitted
 from mollm.evaluation.generation import MAX_NEW_TOKENS
+from mollm.evaluation.journal import Journal
 from mollm.evaluation.judges import Judge, thresholds_of
+from mollm.evaluation.records import Record
 from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
@@ -23,6 +26,9 @@ from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PIECE = 4
+"""Batches that are measured between two lines of a journal."""
 
 Show = Callable[[int], contextlib.AbstractContextManager[Done]]
 
@@ -44,6 +50,7 @@ def evaluate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prompt_format: FormatOption = None,
     long_rows: str = CUT,
+    journal: Journal | None = None,
     say: Say = lambda text: None,
     show: Show | None = None,
 ) -> Evaluation:
@@ -73,6 +80,7 @@ def evaluate(
             options, see `mollm.data.prompt_format.PromptFormat`.
         long_rows: "cut": questions that are too long for the model's context lose their beginning,
             as in training; or "skip": such rows are left out. How many is said.
+        journal: Where records are kept as they are made, and are taken from if they are there.
         say: Called with a line of progress.
         show: Called with how much there is to do; gives a context in which what it returns is
             called with how much more is done.
@@ -157,9 +165,7 @@ def evaluate(
         records = [
             record
             for group, each in fitted.items()
-            for record in examiner.examine(
-                group, each.asked, wanted[group], [row for row, _ in each.pairs]
-            )
+            for record in _examined(examiner, group, each, wanted[group], journal)
         ]
     say("Computing figures and intervals …")
     return summarize(
@@ -170,6 +176,27 @@ def evaluate(
         resamples=resamples,
         seed=seed,
     )
+
+
+def _examined(
+    examiner: Examiner, group: str, fitted: Fitted, wanted: set[str], journal: Journal | None
+) -> list[Record]:
+    """The records of a set, with a journal piece by piece: those that it has are taken from it."""
+    if journal is None:
+        return examiner.examine(group, fitted.pairs, wanted)
+    size = _PIECE * examiner.batch_size
+    found: list[Record] = []
+    for start in range(0, len(fitted.pairs), size):
+        pairs = fitted.pairs[start : start + size]
+        records = journal.get(group, start)
+        if records is None:
+            speaker = examiner if start == 0 else replace(examiner, say=lambda text: None)
+            records = speaker.examine(group, pairs, wanted)
+            journal.put(group, start, records)
+        else:
+            examiner.done(examiner.work([asked for _, asked in pairs], wanted))
+        found += records
+    return found
 
 
 def _has_one_dtype(model: PreTrainedModel) -> bool:

@@ -112,16 +112,10 @@ class Examiner:
         return fitted
 
     def examine(
-        self, group: str, rows: Sequence[Row], wanted: set[str], given: Sequence[Row] | None = None
+        self, group: str, pairs: Sequence[tuple[Row, Row]], wanted: set[str]
     ) -> list[Record]:
-        """Records with at least the wanted scores, in the order of `rows`.
-
-        Args:
-            group: The name of the set.
-            rows: What the model is asked.
-            wanted: Scores.
-            given: The rows that records are about, where those that are asked were shortened.
-        """
+        """Records with at least the wanted scores, in the order of the pairs of `Fitted`."""
+        given, rows = [row for row, _ in pairs], [asked for _, asked in pairs]
         self.say(f"Scoring the answers of {group} ({len(rows)} questions) …")
         scores = self._answers(rows)
         if wanted & _WRONG:
@@ -135,7 +129,7 @@ class Examiner:
             scores = _joined(scores, self._replies(rows, replies, wanted))
         return [
             Record(group, row.question, row.answer, replies[i].text if replies else None, each)
-            for i, (row, each) in enumerate(zip(given or rows, scores, strict=True))
+            for i, (row, each) in enumerate(zip(given, scores, strict=True))
         ]
 
     def _answers(self, rows: Sequence[Row]) -> list[Scores]:
