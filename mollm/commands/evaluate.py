@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mollm.commands.judges import JudgeOption
+    from mollm.evaluation.journal import Journal
     from mollm.evaluation.judges import Judge
     from mollm.evaluation.suite import Suite
     from mollm.evaluation.summary import Evaluation
@@ -114,7 +115,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         type=user_path,
         metavar="PATH",
-        help="examples.jsonl of a retain-only model, for forget_quality and privleak",
+        help="examples.jsonl of a retain-only model, or open-unlearning's TOFU_EVAL.json of one, "
+        "for forget_quality and privleak",
     )
     parser.add_argument(
         "--original",
@@ -162,6 +164,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=argparse.SUPPRESS,
         help="examples of each set and of each benchmark (default: all)",
+    )
+    parser.add_argument(
+        "--long-rows",
+        default=argparse.SUPPRESS,
+        choices=("cut", "skip"),
+        help="what becomes of questions too long for the model's context: they lose their "
+        "beginning, or are left out (default: as in the run, else cut)",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="examples per batch")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest reply, in tokens")
@@ -217,6 +226,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     first = given.get("original") or original_of(given["model"])
     first = None if first == NO_ORIGINAL else first
     options: dict[str, Any] = {n: given[n] for n in ("batch_size", "max_new_tokens", "resamples")}
+    options["long_rows"] = given.get("long_rows", "cut")
     wanted_scores(suite, names=names, original=first is not None, judges=judges, **options)
     options |= {
         "names": names,
@@ -239,6 +249,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if measured.original is not None and before is not None:
             measured.original.write(before)
         _write_about(folder / "about.json", given, measured.chat, place.device)
+    for journal in measured.journals:
+        journal.remove()
     if measured.original is None:
         remove_evaluation(out / ORIGINAL)
     _tell(measured.result, measured.original, out, arguments)
@@ -325,6 +337,7 @@ class _Measured:
     chat: dict[str, Any]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    journals: tuple[Journal, ...]
 
 
 def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
@@ -332,7 +345,7 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
     if run is not None:
         if "data" not in given and "forget" not in given:
             given |= {n: v for n, v in run.get("given", {}).items() if n not in given}
-        for name in ("system_prompt", "chat_template_kwargs", "prompt_format"):
+        for name in ("system_prompt", "chat_template_kwargs", "prompt_format", "long_rows"):
             value = run["settings"].get(name)
             if value is not None and name not in given:
                 given[name] = value if isinstance(value, str) else json.dumps(value)
@@ -360,6 +373,7 @@ def _measure(
     from mollm.data.chat import ChatFormat
     from mollm.evaluation.cache import cached, key_of
     from mollm.evaluation.evaluate import evaluate
+    from mollm.evaluation.journal import Journal
     from mollm.models import loading
 
     place.say(f"Loading {source.label} …")
@@ -376,28 +390,41 @@ def _measure(
         place.say(f"Loading {original.label} …")
         first = loading.load(original, place.device, place.dtype)
 
-    def measure(each: PreTrainedModel, its: PreTrainedTokenizerBase, what: str) -> Evaluation:
-        return evaluate(
+    about = {**options, "judges": given.get("judge"), "template": given.get("judge_template")}
+    about |= {"dtype": str(place.dtype), "device": place.device.type}
+
+    def measure(
+        each: PreTrainedModel, its: PreTrainedTokenizerBase, what: str, key: str
+    ) -> Evaluation:
+        journal = Journal(given["out"] / f"unfinished-{what.lower()}.jsonl", key)
+        if journal.known:
+            place.say(f"{what}: {journal.known} questions are known from a run that was stopped.")
+        found = evaluate(
             each,
             its,
             suite,
             original=None if first is None else first[0],
             original_tokenizer=None if first is None else first[1],
             judges=judges,
+            journal=journal,
             say=place.say,
             show=lambda total: progress(0 if place.quiet else total, what),
             **options,
         )
+        journals.append(journal)
+        return found
 
-    before = None
+    journals: list[Journal] = []
+    before, of_original = None, None
     if first is not None:
-        about = {**options, "judges": given.get("judge"), "template": given.get("judge_template")}
-        about |= {"dtype": str(place.dtype), "device": place.device.type}
-        key, make = key_of(*first, suite, about), partial(measure, *first, "Original")
-        before, known = (make(), False) if given["no_cache"] else cached(key, suite, make)
+        of_original = key_of(*first, suite, about)
+        make = partial(measure, *first, "Original", of_original)
+        before, known = (make(), False) if given["no_cache"] else cached(of_original, suite, make)
         if known:
             place.say("The figures of the original are known from before.")
-    return _Measured(measure(model, tokenizer, "Result"), before, chat, model, tokenizer)
+    key = key_of(model, tokenizer, suite, {**about, "original": of_original})
+    result = measure(model, tokenizer, "Result", key)
+    return _Measured(result, before, chat, model, tokenizer, tuple(journals))
 
 
 def _tell(

@@ -115,6 +115,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(table(first))
         print(verdict(first, memory))
+        print(evaluation(first, memory))
     return 0 if memory is None or first.fits(memory) else _NO_FIT
 
 
@@ -159,8 +160,10 @@ def _found_memory(device: str) -> float | None:
 
 def as_dict(plan: MemoryPlan, memory: float | None) -> dict[str, Any]:
     """The plan in bytes, by stage and component, and what would make it fit."""
+    from mollm.planning.evaluation import plan_evaluation
     from mollm.planning.proposals import proposals
 
+    measured = plan_evaluation(plan.shape, plan.settings)
     fits = None if memory is None else plan.fits(memory)
     found = proposals(plan, memory) if memory is not None and not fits else []
     return {
@@ -172,6 +175,7 @@ def as_dict(plan: MemoryPlan, memory: float | None) -> dict[str, Any]:
         "peak": {"stage": plan.peak.name, "bytes": plan.peak.total},
         "host_bytes": plan.host_bytes,
         "cache_bytes_per_token": plan.cache_bytes_per_token,
+        "evaluation": {stage.name: dict(stage.parts) for stage in measured.stages},
         "memory": memory,
         "fits": fits,
         "proposals": [
@@ -243,6 +247,25 @@ def verdict(plan: MemoryPlan, memory: float | None) -> str:
         rows += [f"Still {_gib(last.peak.total - memory)} GiB short: use a smaller model, shorter "
                  "sequences or a larger device."]  # fmt: skip
     return "\n".join(rows)
+
+
+def evaluation(plan: MemoryPlan, memory: float | None) -> str:
+    """What `mollm evaluate` takes, in a sentence or two."""
+    from mollm.planning.evaluation import BATCH_SIZE, REPLY, plan_evaluation
+
+    settings = plan.settings
+    peak = plan_evaluation(plan.shape, settings).peak
+    told = (
+        f"`mollm evaluate` takes {_gib(peak.total)} GiB with the original beside the model in "
+        f"{settings.dtype}, {BATCH_SIZE} x {settings.sequence_length} tokens and replies of "
+        f"{REPLY}, without judges."
+    )
+    if memory is None or peak.total <= memory:
+        return told
+    return (
+        f"{told} That does not fit: give it a smaller --batch-size, --dtype bfloat16 or "
+        "--original none."
+    )
 
 
 def _cells(proposal: Proposal) -> tuple[str, str, str]:

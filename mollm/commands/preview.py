@@ -29,6 +29,7 @@ _MOST_BYTES = 2 * GIB
 _WITH_DATA = (
     "max_length",
     "train_on_turns",
+    "long_rows",
     "system_prompt",
     "chat_template_kwargs",
     "prompt_format",

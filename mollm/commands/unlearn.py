@@ -408,6 +408,10 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
         words += ["--system-prompt", settings["system_prompt"]]
     if settings.get("chat_template_kwargs"):
         words += ["--chat-template-kwargs", json.dumps(settings["chat_template_kwargs"])]
+    if settings.get("long_rows", "cut") != "cut":
+        words += ["--long-rows", settings["long_rows"]]
+    if settings.get("dtype", "float32") != "float32":
+        words += ["--dtype", settings["dtype"]]
     form = settings.get("prompt_format")
     if form is not None:
         words += ["--prompt-format", form if isinstance(form, str) else json.dumps(form)]

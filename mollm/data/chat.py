@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn
-from mollm.data.prompt_format import CHAT, FormatOption, PromptFormat
+from mollm.data.prompt_format import (
+    CHAT,
+    OPEN_UNLEARNING_DATE,
+    OPEN_UNLEARNING_SYSTEM,
+    FormatOption,
+    PromptFormat,
+)
 from mollm.data.templates import THOUGHTS, PlainWriter, Span, TemplateWriter, Writer
 from mollm.errors import UsageError
 
@@ -66,6 +72,8 @@ class Tokens:
     """Whether the last label is that of the token that ends the turn."""
     alternative: Tokens | None = None
     """The same question with another answer, for methods that compare the two."""
+    attention: list[int] | None = None
+    """0 for a token that none attends to; None where all are seen."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,9 @@ class ChatFormat:
             question: The question, or an example, whose answer is left out.
         """
         example = question if isinstance(question, Example) else Example(question, "")
+        if self.format.like and not example.is_text:
+            asked, _ = self._like_open_unlearning(replace(example, opening=""))
+            return Tokens(asked, [IGNORE_INDEX] * len(asked), attention=self._unpadded(asked))
         example = self._settled(replace(example, answer="", opening=""))
         answer = _ANSWER.content
         if example.is_text and not example.question[-1:].isspace():
@@ -222,6 +233,18 @@ class ChatFormat:
         Raises:
             UsageError: The template cannot write the conversation, or leaves out the answer.
         """
+        if not self.format.like or example.is_text:
+            return self._encode(example, on_turns)
+        if on_turns != "last":
+            raise UsageError(
+                f"train_on_turns must be last for rows like those of {self.format.like}, but got "
+                f"{on_turns!r}."
+            )
+        asked, ids = self._like_open_unlearning(example)
+        labels = [IGNORE_INDEX] * min(len(asked), len(ids)) + ids[len(asked) :]
+        return Tokens(ids, labels, closed=True, attention=self._unpadded(ids))
+
+    def _encode(self, example: Example, on_turns: str = "last") -> Tokens:
         example = self._settled(example)
         text, spans = self._write(example, on_turns)
         closed = example.closed and not example.is_text
@@ -246,7 +269,7 @@ class ChatFormat:
         """What a model was asked and replied, with a loss on the reply, which plain text goes on
         with exactly as it was written."""
         asked = self._settled(replace(example, answer="", opening=""))
-        return self.encode(replace(asked, answer=reply))
+        return self._encode(replace(asked, answer=reply))
 
     def encode_text(self, text: str, max_length: int) -> list[Tokens]:
         """Running text, with a loss on every token that another one precedes.
@@ -344,6 +367,30 @@ class ChatFormat:
             spans[-1] = end - len(example.answer.strip()) - 1, end
         return text, spans
 
+    def scored_text(self, tokens: Tokens) -> str:
+        """What of a row carries a loss, as text without special tokens."""
+        carrying = [label for label in tokens.labels if label != IGNORE_INDEX]
+        text: str = self.tokenizer.decode(carrying, skip_special_tokens=True)
+        return text
+
+    def _like_open_unlearning(self, example: Example) -> tuple[list[int], list[int]]:
+        """The ids that ask for an answer, and those of the row, as open-unlearning has them."""
+        answer = f"{example.opening} {example.answer}" if example.opening else example.answer
+        turns = [*example.history, Turn(USER, example.question), Turn(ASSISTANT, answer)]
+        texts = self._writer.asked_and_whole(turns)
+        asked, ids = (
+            list(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
+            for text in texts
+        )
+        end = self.tokenizer.eos_token_id
+        return asked, ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _unpadded(self, ids: Sequence[int]) -> list[int]:
+        """0 for every id that its collator takes for padding."""
+        padding = self.tokenizer.pad_token_id
+        padding = self.tokenizer.eos_token_id if padding is None else padding
+        return [int(token != padding) for token in ids]
+
     def _settled(self, example: Example) -> Example:
         """The example as it is written: one that is plain text is two halves of a running text."""
         if example.is_text or not self.is_plain(example):
@@ -405,7 +452,7 @@ class ChatFormat:
     def _find_turn_end(self) -> int | None:
         """The token that ends a turn of the assistant."""
         self._final_id: int | None = self.tokenizer.eos_token_id
-        tokens = self.encode(Example("Hi", _ANSWER.content))
+        tokens = self._encode(Example("Hi", _ANSWER.content))
         end = next((i for i in reversed(tokens.labels) if i != IGNORE_INDEX), None)
         return end if tokens.closed else None
 
@@ -463,6 +510,8 @@ def _writer(
             "prompt_format chat, but it has none: leave prompt_format out, or give a template."
         )
     if form.template in (None, CHAT) and has_template:
+        if form.like:
+            return _open_unlearning_writer(tokenizer, template_kwargs, system, form.prefix)
         return TemplateWriter(tokenizer, system, template_kwargs, form.prefix)
     if template_kwargs:
         other = f"the prompt_format is {form.template!r}" if form.template else "it has none"
@@ -471,6 +520,23 @@ def _writer(
             f"for the tokenizer {tokenizer.name_or_path}, and {other}: leave them out."
         )
     return PlainWriter(tokenizer, system, None if form.plain else form.template, form.prefix)
+
+
+def _open_unlearning_writer(
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
+    system: str | None,
+    prefix: str,
+) -> Writer:
+    """The chat template with the system prompt and the date of open-unlearning's configurations."""
+    options = dict(template_kwargs)
+    if "date_string" in str(tokenizer.chat_template):
+        options.setdefault("date_string", OPEN_UNLEARNING_DATE)
+    prompt = OPEN_UNLEARNING_SYSTEM if system is None else system
+    writer = TemplateWriter(tokenizer, prompt, options, prefix)
+    if system is None and not writer.takes_system:
+        writer.system_prompt = None
+    return writer
 
 
 def _continued(text: str, more: str) -> str:
@@ -521,7 +587,7 @@ def collate(rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] 
     others = [row.alternative for row in rows if row.alternative is not None]
     return Batch(
         input_ids=torch.tensor([pad(row.ids, pad_id) for row in rows]),
-        attention_mask=torch.tensor([pad([1] * len(row.ids), 0) for row in rows]),
+        attention_mask=torch.tensor([pad(row.attention or [1] * len(row.ids), 0) for row in rows]),
         labels=torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
         padded_left=side == "left" and any(len(row.ids) < width for row in rows),
         alternative=collate(others, pad_id, side) if len(others) == len(rows) else None,

@@ -15,7 +15,11 @@ CHAT, NONE = "chat", "none"
 QUESTION, ANSWER = "{question}", "{answer}"
 QUESTION_AND_ANSWER = f"Question: {QUESTION}\nAnswer: {ANSWER}"
 """The template of a tokenizer without one of its own."""
-_OPTIONS = ("template", "prefix", "stop")
+_OPTIONS = ("template", "prefix", "stop", "like")
+OPEN_UNLEARNING = "open-unlearning"
+"""Whose tokens and figures a format may reproduce."""
+OPEN_UNLEARNING_SYSTEM = "You are a helpful assistant."
+OPEN_UNLEARNING_DATE = "10 Apr 2025"
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,14 @@ class PromptFormat:
         prefix: Text before every prompt, such as examples with their answers. Running text has
             none, for it has no prompt.
         stop: A reply ends before any of these words.
+        like: "open-unlearning" for its tokens, so that figures can be compared: its system prompt
+            and date in a chat template; a loss on all that follows the generation prompt, and on
+            an end-of-sequence token at the end; the space before an answer is asked with; and no
+            token attends to one that equals padding.
 
     Raises:
-        UsageError: The template is none, or a word is blank.
+        UsageError: The template is none, a word is blank, or there is nothing of that name to be
+            like.
 
     Example:
         >>> PromptFormat.of({"template": "Q: {question}\nA: {answer}", "stop": "\n"}).stop
@@ -44,6 +53,7 @@ class PromptFormat:
     template: str | None = None
     prefix: str = ""
     stop: tuple[str, ...] = ()
+    like: str | None = None
 
     @classmethod
     def of(cls, given: FormatOption) -> PromptFormat:
@@ -51,7 +61,7 @@ class PromptFormat:
         if isinstance(given, PromptFormat):
             return given
         if not isinstance(given, Mapping):
-            return cls(template=given)
+            return cls(like=given) if given == OPEN_UNLEARNING else cls(template=given)
         unknown = [name for name in given if name not in _OPTIONS]
         if unknown:
             raise UsageError(
@@ -60,9 +70,14 @@ class PromptFormat:
             )
         stop = given.get("stop") or ()
         words = (stop,) if isinstance(stop, str) else tuple(stop)
-        return cls(given.get("template"), given.get("prefix") or "", words)
+        return cls(given.get("template"), given.get("prefix") or "", words, given.get("like"))
 
     def __post_init__(self) -> None:
+        if self.like not in (None, OPEN_UNLEARNING) or (self.like and self.plain):
+            raise UsageError(
+                f"like of a prompt_format must be {OPEN_UNLEARNING}, with a chat template or a "
+                f"template, but got {self.like!r} with {self.template!r}."
+            )
         template = self.template
         if template is not None and template not in (CHAT, NONE):
             good = isinstance(template, str) and template.endswith(ANSWER)
@@ -90,8 +105,12 @@ class PromptFormat:
     def identity(self) -> str | dict[str, Any] | None:
         """As a setting says it; None for the default."""
         if not self.prefix and not self.stop:
-            return self.template
-        return {"template": self.template, "prefix": self.prefix, "stop": list(self.stop)}
+            if self.like is None:
+                return self.template
+            if self.template is None:
+                return self.like
+        told = {"template": self.template, "prefix": self.prefix, "stop": list(self.stop)}
+        return told | ({"like": self.like} if self.like else {})
 
     def begun(self, text: str) -> int:
         """How many characters at the end of a text may be the beginning of a word that ends it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 from mollm.data.chat import ChatFormat, Tokens
-from mollm.data.encoding import Encoded, encode_records
+from mollm.data.encoding import CUT, Encoded, encode_records
 from mollm.data.records import Record, Role, check_overlap, content_hash, load_records
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
@@ -83,6 +83,7 @@ def read_data(
     chat: ChatFormat,
     max_length: int,
     train_on_turns: str = "last",
+    long_rows: str = CUT,
 ) -> TrainingData:
     """Reads all sets of a run.
 
@@ -93,7 +94,7 @@ def read_data(
             by the name of its objective.
         chat: The format of the model.
         max_length: The most tokens of a row.
-        train_on_turns: As for `encode_records`.
+        train_on_turns: As for `encode_records`; so is long_rows.
 
     Raises:
         UsageError: A set cannot be read, has a row that does not fit, or forget and retain overlap
@@ -110,7 +111,12 @@ def read_data(
             records[f"{_EVAL}{name}"] = records_of(data, role_of(name))
     encoded = {
         name: encode_records(
-            rows, chat, max_length=max_length, name=name, train_on_turns=train_on_turns
+            rows,
+            chat,
+            max_length=max_length,
+            name=name,
+            train_on_turns=train_on_turns,
+            long_rows=long_rows,
         )
         for name, rows in records.items()
     }

@@ -80,6 +80,10 @@ class Writer(Protocol):
         """How much of the text before the last turn, an answer, the model is asked with."""
         ...
 
+    def asked_and_whole(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        """What asks for the last turn, a generation prompt, and the text of the conversation."""
+        ...
+
     def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
         """The text of a conversation, and where in it the turns numbered `answers` stand.
 
@@ -120,6 +124,14 @@ class PlainWriter:
     def asked(self, turns: Sequence[Turn], before: str) -> str:
         """See `Writer`."""
         return before
+
+    def asked_and_whole(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        """See `Writer`; the spaces of the template before the answer are asked with."""
+        *said, answer = turns
+        text, ((start, _),) = self.write([*said, Turn(ASSISTANT, "")], [len(said)])
+        asking = (self.template or QUESTION_AND_ANSWER).removesuffix(ANSWER)
+        asked = text[:start] + asking[len(asking.rstrip(" ")) :]
+        return asked, asked + answer.content
 
     def write(self, turns: Sequence[Turn], answers: Sequence[int]) -> tuple[str, list[Span]]:
         """See `Writer`; spaces before an answer are part of it, for the model is to write them."""
@@ -171,7 +183,8 @@ class TemplateWriter:
                 )
         self._dated = _dated(self._template)
         self._in_parts = False
-        self._takes_system = True
+        self.takes_system = True
+        """Whether the template writes a turn of the system."""
         self._folded = False
         self._examine()
 
@@ -199,12 +212,16 @@ class TemplateWriter:
                 f"answer after {_ending(answered)!r}: the model is asked as it is trained, with "
                 "the latter, and its replies to the former are not measured."
             )
-        if self._folded or not (self._takes_system or self.system_prompt is None):
+        if self._folded or not (self.takes_system or self.system_prompt is None):
             notes.append(
                 "The chat template takes no system prompt, so it stands at the beginning of the "
                 "first question."
             )
         return notes
+
+    def asked_and_whole(self, turns: Sequence[Turn]) -> tuple[str, str]:
+        """See `Writer`."""
+        return self._prompt(turns[:-1]), self._render(self._with_system(turns))
 
     def asked(self, turns: Sequence[Turn], before: str) -> str:
         """See `Writer`: all but spaces, which are the model's to write, if it is not told them."""
@@ -227,7 +244,7 @@ class TemplateWriter:
 
     def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
         written = _with_system(_with_prefix(turns, self.prefix), self.system_prompt)
-        if self._takes_system or written[0].role != SYSTEM:
+        if self.takes_system or written[0].role != SYSTEM:
             return written
         self._folded = True
         system, first, *rest = written
@@ -335,9 +352,9 @@ class TemplateWriter:
                 raise failure
             self._refuse(lost or USER)
         try:
-            self._takes_system = system in self._render([Turn(SYSTEM, system), *turns])
+            self.takes_system = system in self._render([Turn(SYSTEM, system), *turns])
         except UsageError:
-            self._takes_system = False
+            self.takes_system = False
 
     def _refuse(self, role: str) -> None:
         lost = {USER: "question", ASSISTANT: "answer"}.get(role, role)

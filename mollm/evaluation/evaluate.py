@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mollm.data.chat import ChatFormat
+from mollm.data.chat import ChatFormat, context_of
+from mollm.data.encoding import CUT, LONG_ROWS, SKIP
 from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
-from mollm.evaluation.examine import Examiner, Say, offers
+from mollm.evaluation.examine import Examiner, Say, asks, offers
+from mollm.evaluation.fitting import Fitted
 from mollm.evaluation.generation import MAX_NEW_TOKENS
+from mollm.evaluation.journal import Journal
 from mollm.evaluation.judges import Judge, thresholds_of
+from mollm.evaluation.records import Record
 from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
@@ -22,6 +26,9 @@ from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PIECE = 4
+"""Batches that are measured between two lines of a journal."""
 
 Show = Callable[[int], contextlib.AbstractContextManager[Done]]
 
@@ -42,6 +49,8 @@ def evaluate(
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prompt_format: FormatOption = None,
+    long_rows: str = CUT,
+    journal: Journal | None = None,
     say: Say = lambda text: None,
     show: Show | None = None,
 ) -> Evaluation:
@@ -69,6 +78,9 @@ def evaluate(
         chat_template_kwargs: Options of the chat template, such as {"enable_thinking": False}.
         prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
             options, see `mollm.data.prompt_format.PromptFormat`.
+        long_rows: "cut": questions that are too long for the model's context lose their beginning,
+            as in training; or "skip": such rows are left out. How many is said.
+        journal: Where records are kept as they are made, and are taken from if they are there.
         say: Called with a line of progress.
         show: Called with how much there is to do; gives a context in which what it returns is
             called with how much more is done.
@@ -94,6 +106,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         resamples=resamples,
+        long_rows=long_rows,
     )
     chat = ChatFormat.of(
         model,
@@ -117,6 +130,10 @@ def evaluate(
         )
     if chat.note is not None:
         say(chat.note)
+    half = context_of(model.config) / 2
+    if max_new_tokens > half and any(map(asks, wanted.values())):
+        max_new_tokens = max(1, int(half))
+        say(f"Replies are cut off after {max_new_tokens} tokens, half of the model's context.")
     examiner = Examiner(
         model,
         chat,
@@ -128,10 +145,15 @@ def evaluate(
         say=say,
     )
     groups = {group: rows for group, rows in suite.groups().items() if group in wanted}
-    for group, rows in groups.items():
-        examiner.check(group, rows, wanted[group])
+    fitted = {
+        group: examiner.fit(group, rows, wanted[group], long_rows) for group, rows in groups.items()
+    }
+    left = {group: [row.question for row, _ in each.pairs] for group, each in fitted.items()}
+    check_same_questions(left, suite.retain_logs)
+    for note in (note for each in fitted.values() for note in each.notes):
+        say(note)
     of_one_dtype = all(_has_one_dtype(m) for m in (model, original) if m is not None)
-    total = sum(examiner.work(rows, wanted[group]) for group, rows in groups.items())
+    total = sum(examiner.work(each.asked, wanted[group]) for group, each in fitted.items())
     with (
         computing_in("float32") if of_one_dtype else contextlib.nullcontext(),
         contextlib.nullcontext(quietly) if show is None else show(total) as done,
@@ -142,8 +164,8 @@ def evaluate(
                 check_logits(each)
         records = [
             record
-            for group, rows in groups.items()
-            for record in examiner.examine(group, rows, wanted[group])
+            for group, each in fitted.items()
+            for record in _examined(examiner, group, each, wanted[group], journal)
         ]
     say("Computing figures and intervals …")
     return summarize(
@@ -154,6 +176,27 @@ def evaluate(
         resamples=resamples,
         seed=seed,
     )
+
+
+def _examined(
+    examiner: Examiner, group: str, fitted: Fitted, wanted: set[str], journal: Journal | None
+) -> list[Record]:
+    """The records of a set, with a journal piece by piece: those that it has are taken from it."""
+    if journal is None:
+        return examiner.examine(group, fitted.pairs, wanted)
+    size = _PIECE * examiner.batch_size
+    found: list[Record] = []
+    for start in range(0, len(fitted.pairs), size):
+        pairs = fitted.pairs[start : start + size]
+        records = journal.get(group, start)
+        if records is None:
+            speaker = examiner if start == 0 else replace(examiner, say=lambda text: None)
+            records = speaker.examine(group, pairs, wanted)
+            journal.put(group, start, records)
+        else:
+            examiner.done(examiner.work([asked for _, asked in pairs], wanted))
+        found += records
+    return found
 
 
 def _has_one_dtype(model: PreTrainedModel) -> bool:
@@ -171,6 +214,7 @@ def wanted_scores(
     batch_size: int = 1,
     max_new_tokens: int = 1,
     resamples: int = 1,
+    long_rows: str = CUT,
 ) -> dict[str, set[str]]:
     """The scores, by set, that `evaluate` would compute; needs no model.
 
@@ -183,6 +227,8 @@ def wanted_scores(
     Raises:
         UsageError: `evaluate` would refuse this.
     """
+    if long_rows not in LONG_ROWS:
+        raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
     sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "resamples": resamples}
     for name, value in sizes.items():
         if value < 1:
@@ -193,6 +239,7 @@ def wanted_scores(
     check_same_questions(
         {group: [row.question for row in rows] for group, rows in groups.items()},
         suite.retain_logs,
+        skipped=long_rows == SKIP,
     )
     offered = {
         group: offers(group, rows, judges, original=original, same_tokens=same_tokens)

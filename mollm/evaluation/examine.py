@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mollm.data.chat import ChatFormat, Tokens, context_of
 from mollm.errors import UsageError
 from mollm.evaluation import metrics
+from mollm.evaluation.fitting import Fitted, choices_of, fit
 from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply, generate_replies
 from mollm.evaluation.judges import Judge, judge_replies
 from mollm.evaluation.records import Record
@@ -52,9 +53,8 @@ class Examiner:
     def work(self, rows: Sequence[Row], wanted: set[str]) -> int:
         """How much there is to do for a set, in passes of a row; a reply counts as many."""
         passes = 1 + 2 * ("kl" in wanted) + bool(wanted & _ORIGINAL_REPLY)
-        asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
-        wrong = sum(len(_choices(row)) for row in rows) if wanted & _WRONG else 0
-        return len(rows) * (passes + _REPLY_PASSES * asks) + wrong
+        wrong = sum(len(choices_of(row)) for row in rows) if wanted & _WRONG else 0
+        return len(rows) * (passes + _REPLY_PASSES * asks(wanted)) + wrong
 
     def check(self, group: str, rows: Sequence[Row], wanted: set[str]) -> None:
         """Encodes all that the wanted scores ask the model about.
@@ -67,10 +67,10 @@ class Examiner:
         if compared:
             check_vocabularies(self.model, self._original())
         context = context_of(self.model.config)
-        asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
+        asked = asks(wanted)
         for row in rows:
             texts = [row.answer]
-            texts += [*_choices(row)] if wanted & _WRONG else []
+            texts += [*choices_of(row)] if wanted & _WRONG else []
             for text in texts:
                 tokens = self.chat.encode(row.example(text))
                 self.chat.refuse_unknown(tokens, f"the row {row.question!r} of the set {group}")
@@ -85,16 +85,37 @@ class Examiner:
                         f"{context} tokens, but {row.question!r} takes {len(tokens.ids)} with an "
                         "answer: shorten it or leave it out."
                     )
-            length = len(self.chat.encode_prompt(row.asked).ids) if asks else 0
-            if asks and length + self.max_new_tokens > context:
+            length = len(self.chat.encode_prompt(row.asked).ids) if asked else 0
+            if asked and length + self.max_new_tokens > context:
                 raise UsageError(
                     f"max_new_tokens must leave room for the questions in the model's context of "
                     f"{context} tokens, but got {self.max_new_tokens}, and {row.question!r} takes "
                     f"{length}: choose fewer."
                 )
 
-    def examine(self, group: str, rows: Sequence[Row], wanted: set[str]) -> list[Record]:
-        """Records with at least the wanted scores, in the order of `rows`."""
+    def fit(self, group: str, rows: Sequence[Row], wanted: set[str], long_rows: str) -> Fitted:
+        """The rows as they fit into the model's context with all that is wanted, see `fit`.
+
+        Raises:
+            UsageError: As `fit` and `check`.
+        """
+        fitted = fit(
+            group,
+            rows,
+            self.chat,
+            context_of(self.model.config),
+            reply=self.max_new_tokens if asks(wanted) else 0,
+            with_choices=bool(wanted & _WRONG),
+            long_rows=long_rows,
+        )
+        self.check(group, fitted.asked, wanted)
+        return fitted
+
+    def examine(
+        self, group: str, pairs: Sequence[tuple[Row, Row]], wanted: set[str]
+    ) -> list[Record]:
+        """Records with at least the wanted scores, in the order of the pairs of `Fitted`."""
+        given, rows = [row for row, _ in pairs], [asked for _, asked in pairs]
         self.say(f"Scoring the answers of {group} ({len(rows)} questions) …")
         scores = self._answers(rows)
         if wanted & _WRONG:
@@ -102,38 +123,40 @@ class Examiner:
         if "kl" in wanted:
             scores = _joined(scores, self._kl(rows))
         replies: list[Reply] | None = None
-        if wanted - _ANSWER - _WRONG - {"kl"}:
+        if asks(wanted):
             self.say(f"Asking the questions of {group} …")
             replies = self._ask(rows)
             scores = _joined(scores, self._replies(rows, replies, wanted))
         return [
             Record(group, row.question, row.answer, replies[i].text if replies else None, each)
-            for i, (row, each) in enumerate(zip(rows, scores, strict=True))
+            for i, (row, each) in enumerate(zip(given, scores, strict=True))
         ]
 
     def _answers(self, rows: Sequence[Row]) -> list[Scores]:
         encoded = [self.chat.encode(row.example(row.answer)) for row in rows]
         scored = self._score(self.model, encoded)
         return [
-            self._answer(row, tokens, closed=row_tokens.closed)
+            self._answer(row, tokens, row_tokens)
             for row, tokens, row_tokens in zip(rows, scored, encoded, strict=True)
         ]
 
-    def _answer(self, row: Row, tokens: TokenScores, *, closed: bool) -> Scores:
+    def _answer(self, row: Row, tokens: TokenScores, encoded: Tokens) -> Scores:
         nll = tokens.mean_nll
-        words = tokens.without_last() if closed else tokens
+        words = tokens.without_last() if encoded.closed else tokens
+        like = self.chat.format.like
+        text = self.chat.scored_text(encoded) if like else row.answer.strip()
         return {
             "nll": nll,
             "probability": float(metrics.probability([nll])[0]),
             "exact_memorization": metrics.exact_memorization(words.hits),
             "extraction_strength": metrics.extraction_strength(words.hits),
-            "zlib": metrics.zlib_score(nll, row.answer.strip()),
+            "zlib": metrics.zlib_score(nll, text),
             "min_k": metrics.min_k(words.log_probs),
             "min_k_plus_plus": metrics.min_k_plus_plus(words.log_probs, words.means, words.stds),
         }
 
     def _wrong(self, rows: Sequence[Row], answer_nll: Sequence[float]) -> list[Scores]:
-        encoded = [self.chat.encode(row.example(text)) for row in rows for text in _choices(row)]
+        encoded = [self.chat.encode(row.example(text)) for row in rows for text in choices_of(row)]
         scored = iter(self._score(self.model, encoded))
         scores = []
         for row, nll in zip(rows, answer_nll, strict=True):
@@ -232,6 +255,11 @@ class Examiner:
         return score_rows(model, rows, pad_id=pad_id, batch_size=self.batch_size, done=self.done)
 
 
+def asks(wanted: set[str]) -> bool:
+    """Whether the wanted scores are of replies."""
+    return bool(wanted - _ANSWER - _WRONG - {"kl"})
+
+
 def offers(
     group: str,
     rows: Sequence[Row],
@@ -256,11 +284,6 @@ def offers(
     compared |= {"kl"} if original and same_tokens else frozenset()
     wrong = _WRONG if all(row.perturbed_answers for row in rows) else frozenset()
     return _ANSWER | wrong | _REPLY | judged | compared
-
-
-def _choices(row: Row) -> list[str]:
-    """The right answer in the words of the wrong ones, and those."""
-    return [row.paraphrased_answer or row.answer, *row.perturbed_answers]
 
 
 def _joined(scores: Sequence[Scores], more: Sequence[Scores]) -> list[Scores]:

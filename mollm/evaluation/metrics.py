@@ -5,7 +5,9 @@ its constant 1e-10 in denominators included, so that figures can be compared. L 
 log-likelihood of an answer's tokens in nats, the token that ends the turn included. Whatever is
 judged token by token (hits, Min-K) leaves that last token out, as there. The figures agree where
 the tokens do: open-unlearning also counts what a chat template writes after that token (on ChatML a
-newline and the same token again), and gives some models a system prompt.
+newline and the same token again), gives some models a system prompt, asks with the space before an
+answer, and lets no token attend to one that equals padding. The prompt format "open-unlearning"
+does all that too, and then the figures are its own.
 
 A figure that cannot be computed is refused; none is ever None or NaN.
 """

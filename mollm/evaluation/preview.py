@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mollm.data.chat import ChatFormat, context_of, ends_of, vocabulary_of
+from mollm.data.encoding import CUT
 from mollm.data.preview import Preview, place_of, preview_of
 from mollm.data.prompt_format import FormatOption
 from mollm.data.sets import TrainingData, read_data
@@ -35,6 +36,7 @@ def preview(
     evaluate: Mapping[str, Sets] | None = None,
     max_length: int = 1024,
     train_on_turns: str = "last",
+    long_rows: str = CUT,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prompt_format: FormatOption = None,
@@ -52,6 +54,7 @@ def preview(
         evaluate: Sets "forget" and "retain", or one of them, to evaluate on.
         max_length: The most tokens of a row; less where the model's context is shorter.
         train_on_turns: "last" or "all" answers of a conversation carry a loss.
+        long_rows: "cut" or "skip" rows that are too long.
         system_prompt: Of conversations that have none of their own.
         chat_template_kwargs: Options of the chat template.
         prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
@@ -84,7 +87,7 @@ def preview(
         ends=ends_of(loading.load_generation_config(source)),
     )
     max_length = int(min(max_length, context_of(config)))
-    data = read_data(forget, retain, evaluate, chat, max_length, train_on_turns)
+    data = read_data(forget, retain, evaluate, chat, max_length, train_on_turns, long_rows)
     found = preview_of(data, chat, max_length, rows)
     if not known:
         return found

@@ -13,6 +13,7 @@ from mollm.data.chat import Example
 from mollm.data.conversations import Turn
 from mollm.data.sets import named_sets, records_of
 from mollm.errors import UsageError
+from mollm.evaluation.open_unlearning import eval_file, read_eval
 from mollm.evaluation.records import Record, read_records
 from mollm.system.parsing import user_path
 
@@ -146,7 +147,8 @@ def load_suite(
         forget: What was to be forgotten.
         retain: What was to be retained.
         holdout: Rows like those of the forget set that no model was trained on.
-        retain_logs: The folder or examples.jsonl of a retain-only model's evaluation.
+        retain_logs: The folder or examples.jsonl of a retain-only model's evaluation, or
+            open-unlearning's TOFU_EVAL.json of it.
         limit: How many rows of each set to take, from its beginning, and of each of several sets
             of a role; None for all.
 
@@ -185,13 +187,13 @@ def load_suite(
             )
         return tuple(row for some in asked for row in some[:limit])
 
-    return Suite(
+    suite = Suite(
         forget=read(forget, "forget"),
         retain=None if retain is None else read(retain, "retain"),
         holdout=None if holdout is None else read(holdout, "forget"),
-        retain_logs=None if retain_logs is None else read_records(retain_logs),
         notes=tuple(notes),
     )
+    return _with_logs(suite, retain_logs)
 
 
 def _asked_once(rows: Sequence[Row]) -> list[Row]:
@@ -231,7 +233,8 @@ def load_tofu(
     Args:
         folder: Where the files are, or a name on the hub, such as locuslab/TOFU.
         forget_split: "forget01", "forget05" or "forget10".
-        retain_logs: The folder or examples.jsonl of a retain-only model's evaluation.
+        retain_logs: The folder or examples.jsonl of a retain-only model's evaluation, or
+            open-unlearning's TOFU_EVAL.json of it.
         limit: How many rows of each file to take, from its beginning; None for all.
 
     Raises:
@@ -251,14 +254,23 @@ def load_tofu(
         return tuple(_row(record, fields, required=True) for record in records[:limit])
 
     holdout = forget_split.replace("forget", "holdout")
-    return Suite(
+    suite = Suite(
         forget=read(f"{forget_split}_perturbed", _WRONG, _PARAPHRASED),
         retain=read("retain_perturbed", _WRONG, _PARAPHRASED),
         real_authors=read("real_authors_perturbed", _WRONG),
         world_facts=read("world_facts_perturbed", _WRONG),
         holdout=read(holdout) if find(holdout) is not None else None,
-        retain_logs=None if retain_logs is None else read_records(retain_logs),
     )
+    return _with_logs(suite, retain_logs)
+
+
+def _with_logs(suite: Suite, path: Path | str | None) -> Suite:
+    """The suite with the logs of a retain-only model, of ours or of open-unlearning."""
+    if path is None:
+        return suite
+    file = eval_file(user_path(path))
+    logs = read_records(path) if file is None else read_eval(file, suite.groups())
+    return replace(suite, retain_logs=logs)
 
 
 _Finder = Callable[[str], tuple[str, str | None] | None]

@@ -104,6 +104,8 @@ class Shape:
     intermediate: int
     heads: int
     head_dim: int
+    keys: int
+    """Width of the keys of all heads, and of their values."""
     vocab: int
     tied: bool
     """Whether head and token embeddings are one matrix."""
@@ -207,14 +209,17 @@ def _shape(model: Any, config: Any, label: str) -> Shape:
         "tied": head.weight is embeddings.weight,
         "vocab": head.weight.shape[0],
     }
+    width = head_dim or hidden // heads
+    groups = getattr(inner, "num_key_value_heads", None) if formula else None
     return Shape(
         **counts,
+        keys=(groups or heads) * width,
         label=label,
         num_layers=len(layers),
         hidden=hidden,
         intermediate=inner.intermediate_size if formula else max(widths, default=hidden),
         heads=heads,
-        head_dim=head_dim or hidden // heads,
+        head_dim=width,
         sides=sum(sum(w.shape) for w in linear) if formula else adapter_sides(model),
         kept=None if formula else counter(config, label),
     )

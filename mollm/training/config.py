@@ -16,6 +16,7 @@ from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get
 from transformers.trainer_utils import SaveStrategy
 
 from mollm.data.chat import TRAIN_ON_TURNS
+from mollm.data.encoding import CUT, LONG_ROWS
 from mollm.data.prompt_format import PromptFormat
 from mollm.distributed.watch import await_others
 from mollm.errors import UsageError, did_you_mean
@@ -167,6 +168,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default="last",
         metadata={"help": "last or all: which answers of a conversation carry a loss"},
     )
+    long_rows: str = field(
+        default=CUT,
+        metadata={
+            "help": "cut: prompts that are too long lose their beginning; skip: such rows are left "
+            "out"
+        },
+    )
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "system prompt of conversations without one"},
@@ -263,6 +271,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _one_of("padding_side", self.padding_side, _SIDES)
+        _one_of("long_rows", self.long_rows, LONG_ROWS)
         _one_of("train_on_turns", self.train_on_turns, TRAIN_ON_TURNS)
         for name, kind, what in (
             ("system_prompt", str, "a text"),

@@ -132,6 +132,7 @@ FREE = frozenset(
         "lr_scheduler_kwargs",
         "lr_scheduler_type",
         "max_grad_norm",
+        "long_rows",
         "max_length",
         "max_steps",
         "num_train_epochs",

@@ -373,7 +373,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ),
         )
         args.max_length = int(min(args.max_length, context_of(config)))
-        self._data = read_data(*data, self._chat, args.max_length, args.train_on_turns)
+        self._data = read_data(
+            *data, self._chat, args.max_length, args.train_on_turns, args.long_rows
+        )
         preferred = args.chosen_method.alternatives
         if preferred in (GIVEN, REFUSALS):
             self._data = with_known_answers(

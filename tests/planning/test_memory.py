@@ -8,9 +8,8 @@ import pytest
 import tiny
 import torch
 import zoo
+from allocated import peak_of
 from plain_loop import descend
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
 
 from mollm import find_blocks
 from mollm.cli import main
@@ -111,23 +110,6 @@ def scales_of(model):
 
 def bytes_of(tensors):
     return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
-
-
-def peak_of(call):
-    """The most bytes that Torch has allocated during `call`, beyond those from before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    waiting, changes = list(profiled.profiler.kineto_results.experimental_event_tree()), []
-    while waiting:
-        event = waiting.pop()
-        waiting.extend(event.children)
-        if event.tag == _EventType.Allocation:
-            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
-    live = peak = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
-        live += size
-        peak = max(peak, live)
-    return peak
 
 
 def measured(settings, sizes, kind=None):

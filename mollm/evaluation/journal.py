@@ -1,0 +1,83 @@
+"""What an evaluation has measured so far, kept in a file so that one that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mollm.errors import UsageError
+from mollm.evaluation.records import Record
+
+
+class Journal:
+    """Records in the order in which they were made, a piece of a set on each line.
+
+    What another evaluation left in the file, by its key, is thrown away; so is a last line that was
+    not finished.
+
+    Args:
+        path: The file.
+        key: A hash of all that the records depend on.
+
+    Raises:
+        UsageError: The file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path = path
+        self._pieces: dict[tuple[str, int], list[Record]] = {}
+        kept = self._read(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(line + "\n" for line in kept or [_line({"key": key})]))
+        except OSError as error:
+            raise UsageError(f"{path} must be a file to write to, but is not: {error}.") from error
+
+    @property
+    def known(self) -> int:
+        """How many records are there."""
+        return sum(map(len, self._pieces.values()))
+
+    def get(self, group: str, start: int) -> list[Record] | None:
+        """The records of a set from the given place on, as they were put; None if they were not."""
+        return self._pieces.get((group, start))
+
+    def put(self, group: str, start: int, records: Sequence[Record]) -> None:
+        """Keeps records of a set; they are on the disk when this returns."""
+        self._pieces[group, start] = list(records)
+        piece = {"group": group, "start": start, "records": [asdict(each) for each in records]}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(piece) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Removes the file: the evaluation is complete."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self, key: str) -> list[str]:
+        """The lines that can be used, the first with the key; none of another evaluation."""
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return []
+        used: list[str] = []
+        for line in lines:
+            try:
+                found = json.loads(line)
+                if not used and found != {"key": key}:
+                    return []
+                if used:
+                    records = [Record(**each) for each in found["records"]]
+                    self._pieces[found["group"], found["start"]] = records
+            except (ValueError, TypeError, LookupError):
+                break
+            used.append(line)
+        return used
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
