@@ -7,6 +7,7 @@ versions and typing errors are answered at once.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
     # small matrix product took a hundred times as long. OpenMP reads this when Torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # bitsandbytes says at every start that it found no package for a faster kernel.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     parser = _parser()
     given = sys.argv[1:] if argv is None else list(argv)
     if not given:
