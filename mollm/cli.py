@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from mollm import __version__
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # bitsandbytes says at every start that it found no package for a faster kernel.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # What transformers deprecates between itself and peft is for neither's users to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parser = _parser()
     given = sys.argv[1:] if argv is None else list(argv)
     if not given:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mollm import MOLLMConfig, MOLLMTrainer, Record
 
 ROWS = {
-    role: [Record(f"{word} {n}?", f"{word} {n + 1}.") for n in range(4)]
+    role: [(f"{word} {n}?", f"{word} {n + 1}.") for n in range(4)]
     for role, word in (("forget", "Who"), ("retain", "When"))
 }
 
@@ -22,8 +22,8 @@ def result(tmp_path_factory):
     trainer = MOLLMTrainer(
         tiny.model(hidden_size=64, intermediate_size=128),
         MOLLMConfig(output_dir=str(folder), max_steps=2, use_cpu=True, save_strategy="no"),
-        forget_dataset=ROWS["forget"],
-        retain_dataset=ROWS["retain"],
+        forget_dataset=[Record(*row) for row in ROWS["forget"]],
+        retain_dataset=[Record(*row) for row in ROWS["retain"]],
         processing_class=tiny.tokenizer(),
     )
     trainer.train()
@@ -73,7 +73,7 @@ def test_trl_trains_it(result, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     folder, _ = result
-    rows = [{"prompt": row.question, "completion": row.answer} for row in ROWS["retain"]]
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS["retain"]]
     trainer = trl.SFTTrainer(
         folder,
         args=trl.SFTConfig(
