@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,17 @@ from mollm.audit import report as audit_page
 from mollm.report.page import read_reported, render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
+AXE = next(
+    (
+        path
+        for path in (
+            Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js")),
+            *(Path(place) / "axe_core_python/axe.min.js" for place in sys.path),
+        )
+        if path.is_file()
+    ),
+    None,
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and it is not installed")
 
 FRAME = """<!doctype html><title>frame</title><body style="margin:0"><script>
@@ -80,7 +91,10 @@ def test_it_fits_loads_nothing_and_is_without_errors(name, width, pages, tmp_pat
     assert min(found["charts"]) > 40
 
 
-@pytest.mark.skipif(not AXE.is_file(), reason="needs axe-core: npm install axe-core, or AXE_CORE")
+@pytest.mark.skipif(
+    AXE is None,
+    reason="needs axe-core: pip install axe-core-python, npm install axe-core, or AXE_CORE",
+)
 @pytest.mark.parametrize("name", ["one", "two", "audit"])
 def test_everybody_can_read_it(name, pages, tmp_path):
     found = look(pages[name], tmp_path, 1100, script=AXE.read_text(encoding="utf-8"))
