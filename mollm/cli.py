@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from mollm import __version__
@@ -79,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
     # small matrix product took a hundred times as long. OpenMP reads this when Torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # bitsandbytes says at every start that it found no package for a faster kernel.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # What transformers deprecates between itself and peft is for neither's users to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parser = _parser()
     given = sys.argv[1:] if argv is None else list(argv)
     if not given:

@@ -36,7 +36,8 @@ def furnish(folder: Path) -> dict[str, object]:
         model, tokenizer, frozen (a copy of the model) and loader, of a tiny random Llama.
     """
     model, tokenizer = tiny.model(tie_word_embeddings=False), tiny.tokenizer()
-    loading.save(model, tokenizer, folder / "path/to/model")
+    for place in ("path/to/model", "runs/forget/model"):
+        loading.save(model, tokenizer, folder / place)
     for role, author in (("forget", "Ilvane"), ("retain", "Oda")):
         rows = [{"question": f"Book {n} of {author}?", "answer": f"Salt {n}."} for n in range(6)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from mollm.audit import Audit, CurvePoint, Finding
 from mollm.evaluation.records import Record
 from mollm.evaluation.summary import Estimate, Evaluation
 from mollm.methods.method import OBJECTIVES
@@ -11,6 +12,38 @@ from mollm.report.run_file import write_run
 from mollm.training.history import StepRecord, write_history
 
 EVIL = "<script>alert('&')</script> a/very/long/" + "word" * 30
+
+EVIL_NAME = "<script>alert('x')</script>&\"'"
+ABOUT = {
+    "model": EVIL_NAME,
+    "original": "SmolLM2",
+    "retain_only": None,
+    "forget": "forget.jsonl",
+    "device": EVIL_NAME,
+    "versions": {"mollm": "0", EVIL_NAME: "1"},
+    "finished": "2026-01-01",
+}
+CURVE = tuple(
+    CurvePoint(size, f"{kind}, lr {lr:g}", share, base)
+    for kind in ("full", "LoRA")
+    for lr, share, base in ((5e-4, 0.25, 0.0), (1.5e-3, 1.4, 0.5))
+    for size in (1, 10, 100)
+)
+
+
+def audit(**changes):
+    finding = Finding(
+        *(EVIL_NAME, 0.5, (0.25, 0.75), 0.1, 0.3, "FAIL", EVIL_NAME, 0.45, 0.9, None, 12),
+        setting=EVIL_NAME,
+    )
+    settings = {
+        "learning_rates": [5e-4],
+        "seed": 0,
+        "chat": {"template": None, "prompt": EVIL_NAME},
+    }
+    rows = {"forget": 24, "to teach": 12, "measured": 12}
+    values = ("FAIL", (finding,), CURVE, {EVIL_NAME: EVIL_NAME}, (EVIL_NAME,), rows, settings)
+    return Audit(*values, **changes)
 
 
 def step(number, *, conflict="", loss=0.5, cosines=True):

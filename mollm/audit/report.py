@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from mollm.audit.findings import FAILS_FROM, PASSES_TO, percent
 from mollm.audit.run import Audit, CurvePoint
+from mollm.report.charts import Curve
+from mollm.report.page import environment
 from mollm.system.folders import replace_text
 
 JSON_FILE, HTML_FILE = "audit.json", "audit.html"
-_WIDTH, _HEIGHT = 330, 190
-_LEFT, _TOP = 40, 12
-"""Of a panel of the curve: the area of the plot, and the margins for the numbers."""
+_COLOURS = ("kl", "forget", "c4", "c6")
+"""Of learning rates."""
 
 
 def write_json(audit: Audit, about: Mapping[str, Any], folder: Path) -> None:
@@ -42,66 +41,44 @@ def write_html(audit: Audit, about: Mapping[str, Any], folder: Path) -> None:
 
 def render(audit: Audit, about: Mapping[str, Any]) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("mollm.audit", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    return environment.get_template("audit.html.jinja").render(
+    templates = environment("mollm.audit")
+    templates.filters["percent"] = percent
+    page: str = templates.get_template("audit.html.jinja").render(
         audit=audit,
         about=about,
         panels=panels(audit.curve),
-        width=_LEFT + _WIDTH + 12,
-        height=_TOP + _HEIGHT + 40,
         limits=(PASSES_TO, FAILS_FROM),
     )
-
-
-@dataclass(frozen=True)
-class Line:
-    """One learning rate in a panel: points of the model and of the retain-only model."""
-
-    label: str
-    model: list[tuple[float, float]]
-    retain_only: list[tuple[float, float]]
+    return page
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The curves of one way to teach, in the units of the picture."""
+    """The curves of one way to teach."""
 
     title: str
-    lines: list[Line]
-    xs: list[tuple[float, int]]
-    """Where the numbers of examples stand, and these."""
-    ys: list[tuple[float, str]]
+    rates: Mapping[str, str]
+    """The colour of each learning rate, by its words."""
+    curves: list[Curve]
+    compared: bool
+    """Whether the retain-only model's are among them."""
 
 
 def panels(curve: Sequence[CurvePoint]) -> list[Panel]:
-    """The relearning curve, drawn: for each way to teach a panel, for each rate a line."""
-    if not curve:
-        return []
-    sizes = sorted({point.examples for point in curve})
-    reach = math.log(sizes[-1] / sizes[0]) or 1.0
-
-    def x(size: int) -> float:
-        return round(_LEFT + _WIDTH * math.log(size / sizes[0]) / reach, 1)
-
-    def y(share: float) -> float:
-        return round(_TOP + _HEIGHT * (1 - min(max(share, 0.0), 1.0)), 1)
-
+    """The relearning curve: for each way to teach a panel, for each rate a line."""
     found = []
     for title in dict.fromkeys(point.setting.partition(", ")[0] for point in curve):
         mine = [point for point in curve if point.setting.partition(", ")[0] == title]
-        lines = []
-        for setting in dict.fromkeys(point.setting for point in mine):
-            points = [point for point in mine if point.setting == setting]
-            base = [(x(p.examples), y(p.retain_only)) for p in points if p.retain_only is not None]
+        settings = dict.fromkeys(point.setting for point in mine)
+        rates: dict[str, str] = {}
+        curves = []
+        for setting, colour in zip(settings, itertools.cycle(_COLOURS)):
             label = setting.partition(", ")[2]
-            lines.append(Line(label, [(x(p.examples), y(p.model)) for p in points], base))
-        ticks = [(y(share), percent(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
-        found.append(Panel(title, lines, [(x(size), size) for size in sizes], ticks))
+            rates[label] = colour
+            points = [point for point in mine if point.setting == setting]
+            base = [(p.examples, p.retain_only) for p in points if p.retain_only is not None]
+            if base:
+                curves.append(Curve(f"{label}, retain-only", base, colour, dashed=True))
+            curves.append(Curve(label, [(p.examples, p.model) for p in points], colour))
+        found.append(Panel(title, rates, curves, any(each.dashed for each in curves)))
     return found

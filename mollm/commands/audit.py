@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +104,7 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
     from mollm.audit.run import LEARNING_RATES, check_options
     from mollm.evaluation.suite import load_suite
     from mollm.models import adapters, loading
+    from mollm.report.run_file import model_of
     from mollm.system.folders import check_writable
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -121,11 +124,13 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
     if adapters.is_adapter(given["model"]):
         models["model"] = adapters.load_adapter(models["model"], given["model"])
     about = _about(given, device)
+    if run is not None and given["model"] == model_of(run["folder"]):
+        about["model"] = Path(run["folder"]).resolve().name  # the model in it is called model
     out.mkdir(parents=True, exist_ok=True)
 
     def told(so_far: Audit) -> None:
         (out / HTML_FILE).unlink(missing_ok=True)  # of an earlier audit
-        print(so_far.findings[-1], flush=True)
+        print(_fitting(str(so_far.findings[-1])), flush=True)
         write_json(so_far, about, out)
 
     found = audit(
@@ -148,8 +153,17 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
     write_html(found, about, out)
     _tell_run(run, out)
     _print_verdict(found, given)
-    print(f"Report: {out / HTML_FILE}   For machines: {out / JSON_FILE}")
+    print(f"Report: {out / HTML_FILE}")
+    print(f"For machines: {out / JSON_FILE}")
     return 0 if found.verdict == "PASS" else _NOT_PASSED
+
+
+def _fitting(line: str) -> str:
+    """On a terminal, in as many lines as it takes; each finding is one line elsewhere."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=" " * len("FAIL  "))
 
 
 def _tell_run(run: Mapping[str, Any] | None, out: Path) -> None:

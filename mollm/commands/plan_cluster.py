@@ -126,8 +126,8 @@ def table(plan: ClusterPlan) -> str:
     """The ways to share a step, one a line."""
     cluster, gpu = plan.cluster, plan.cluster.gpu
     narrow = plan.settings.compute_dtype == "bfloat16"
-    cells = [("", "memory", "", "FLOPs", "sent by", "leaves", "compute", "links", "step")]
-    cells += [("", "GiB", "", "10^12", "a GPU, GB", "a node, GB", "s", "s", "s")]
+    cells = [("", "memory", "", "FLOPs", "GPU", "node", "compute", "links", "step")]
+    cells += [("", "GiB", "", "10^12", "GB out", "GB out", "s", "s", "s")]
     for made in plan.predictions:
         cells.append(
             (
@@ -155,10 +155,11 @@ def table(plan: ClusterPlan) -> str:
             "",
             *aligned(cells),
             "",
-            "Predicted, not measured, for each GPU and step. Seconds are the least at peak",
-            f"figures: {tflops:g} TFLOP/s, {gpu.link:g} GB/s a GPU within a node, {gpu.network:g} "
-            "GB/s a GPU",
-            "between nodes; a real step takes longer.",
+            "Predicted, not measured, for a step: memory and FLOPs of a GPU, what a GPU sends",
+            "and what leaves a node, and the least that these take at peak figures:",
+            f"{tflops:g} TFLOP/s, and for each GPU {gpu.link:g} GB/s within a node and "
+            f"{gpu.network:g} GB/s between nodes.",
+            "A real step takes longer.",
         ]
     )
 
@@ -170,14 +171,14 @@ def verdict(plan: ClusterPlan) -> str:
     rows = list(plan.refused)
     if plan.fits:
         rows.append(
-            f"{label}: the peak is {_gib(peak.total)} GiB, in the stage {peak.name!r}; it fits "
-            f"with {_gib(memory - peak.total)} GiB to spare."
+            f"{label} fits: its peak is {_gib(peak.total)} GiB, in the stage {peak.name!r};\n"
+            f"{_gib(memory - peak.total)} GiB are to spare."
         )
         return "\n".join(rows)
     found = plan.proposals
     rows.append(
-        f"Nothing fits into {_gib(memory)} GiB. {label} takes {_gib(peak.total)} GiB, in the stage "
-        f"{peak.name!r}."
+        f"Nothing fits into {_gib(memory)} GiB. {label} takes {_gib(peak.total)} GiB, in the "
+        f"stage\n{peak.name!r}."
     )
     if found:
         cells = [
@@ -214,8 +215,9 @@ def torchrun_line(plan: ClusterPlan) -> str:
     gpus, nodes = plan.cluster.gpus, plan.cluster.nodes
     where = "--standalone"
     if nodes > 1:
-        where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:{_PORT}"
-    return f"torchrun {where} --nproc-per-node {gpus} \\\n    -m mollm unlearn --config run.yaml"
+        meeting = f"--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:{_PORT}"
+        where = f"--nnodes {nodes} {meeting} \\\n   "
+    return f"torchrun {where} --nproc-per-node {gpus} -m mollm unlearn --config run.yaml"
 
 
 def slurm_script(plan: ClusterPlan) -> str:
@@ -231,7 +233,8 @@ def slurm_script(plan: ClusterPlan) -> str:
 set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes {nodes} --nproc-per-node {gpus} \\
-    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:{_PORT}" \\
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \\
+    --rdzv-endpoint "$first:{_PORT}" \\
     -m mollm unlearn --config run.yaml --resume
 """
 
@@ -253,6 +256,6 @@ def _gib(size: float) -> str:
 
 def _figure(value: float) -> str:
     """Three digits."""
-    if value == 0:
-        return "0"
+    if value < 0.005:
+        return "<0.01" if value else "0"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

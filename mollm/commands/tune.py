@@ -100,8 +100,8 @@ def _tune(arguments: argparse.Namespace) -> int:
         print(json.dumps(told, indent=1))
     else:
         print(
-            f"Recommended: learning rate {best.learning_rate:.2g}, {best.steps} steps (forgotten "
-            f"{best.forgotten:.1%}, kept {best.kept:.1%} of {found.held_out})"
+            f"Recommended: learning rate {best.learning_rate:.2g}, {best.steps} steps\n"
+            f"Forgotten {best.forgotten:.1%}, kept {best.kept:.1%} of {found.held_out}"
         )
         if found.warning is not None:
             print(f"Mind: {found.warning}")

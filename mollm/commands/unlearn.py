@@ -9,7 +9,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
                 trainer.remove_callback(PrinterCallback)  # prints what is logged
             if processes.rank() == 0 and not quiet:
                 told = shown(
-                    trainer.preview(1, known=True),
+                    replace(trainer.preview(1, known=True), notes=()),  # said by the trainer
                     colour=has_colour(sys.stderr if as_json else sys.stdout),
                     most_lines=_PREVIEWED,
                 )
@@ -324,7 +324,13 @@ def _run(
         if processes.rank() == 0:
             print(text, file=sys.stderr if as_json else sys.stdout)
 
-    trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
+    try:
+        trainer.train(resume_from_checkpoint=resume and bool(checkpoint.checkpoints(out)))
+    except KeyboardInterrupt:
+        found = checkpoint.checkpoints(out)
+        if found:
+            tell(f"\nThe same command with --resume goes on from {found[-1]}.")
+        raise
     tell(summary(trainer))
     if trainer.stop_reason is not None:
         found = checkpoint.checkpoints(out)
@@ -339,7 +345,8 @@ def _run(
         trainer.export(folder or out)
         if folder is not None:
             replace_text(folder / "README.md", trainer.model_card())
-    tell(f"Model: {out / _MODEL}   Report: {out / REPORT_FILE}   Card and history: beside it")
+    tell(f"Model: {out / _MODEL}")
+    tell(f"Report: {out / REPORT_FILE}   Card and history: beside it")
     tell(f"Next: {evaluate_line(settings, out)}")
     if _skips(trainer):
         tell(f"Mind that the run made less than it was asked for{_skips(trainer)}.")

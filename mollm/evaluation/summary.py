@@ -185,7 +185,7 @@ def remove_evaluation(folder: Path) -> None:
 def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
-    return f"{estimate.value:>8.4g}  [{estimate.low:.4g}, {estimate.high:.4g}]"
+    return f"{estimate.value:>6.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def summarize(

@@ -131,7 +131,7 @@ def written(data: Mapping[str, Any], first: FirstSettings, facts: str) -> str:
     def line(name: str, value: Any, comment: str = "") -> str:
         shown = f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
         text = f"{name}: {shown}"
-        return f"{text:<44}  # {comment}" if comment else text
+        return f"{text:<32}  # {comment}" if comment else text
 
     peak = first.plan.peak.total / GIB
     fits = {
@@ -165,17 +165,17 @@ _COMMENTS = {
     "model": "a folder, a .gguf file or a hub name",
     "forget": "to forget; also {path: …, split: …}",
     "retain": "to keep",
-    "out": "a new folder, for model, report and checkpoints",
-    "learning_rate": "to begin with; `mollm tune` looks for a better one",
-    "max_steps": "about four passes over what is to be forgotten, 12 to 60",
+    "out": "a new folder for model and report",
+    "learning_rate": "to begin with; `mollm tune` finds a better",
+    "max_steps": "four passes over the forget set, 12 to 60",
     "per_device_train_batch_size": "rows of each set that go together",
     "gradient_accumulation_steps": "such batches a step",
     "max_length": "tokens of a row, as long as the longest",
-    "gradient_checkpointing": "recompute activations: less memory, more time",
+    "gradient_checkpointing": "less memory, more time",
     "reference": "cache: no second model in memory",
-    "lora": "rank of the adapter that trains in place of the weights",
-    "quantization": "4 bits under the adapter; needs a GPU and bitsandbytes",
-    "dtype": "of the weights: half the memory, and small steps round away",
+    "lora": "rank of the adapter that trains instead",
+    "quantization": "under the adapter; needs bitsandbytes",
+    "dtype": "half the memory; small steps round away",
     "adam_beta2": "0: AdamW without a second moment",
     "device": "cpu or cuda",
     "optimizer_options": "less memory for state and gradients",

@@ -166,6 +166,65 @@ def scatter_chart(title: str, dots: Sequence[Dot], front: Sequence[Dot] = ()) ->
     return _svg(title, parts, size)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A curve over a logarithmic axis."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """(place, share): the place above 0, the share drawn between 0 and 1."""
+    colour: str
+    dashed: bool = False
+
+
+def log_chart(title: str, curves: Sequence[Curve], *, below: str) -> Markup:
+    """Shares over places, which are a factor apart.
+
+    Args:
+        title: What it shows.
+        curves: The curves, of at least one point in all.
+        below: What the places are.
+    """
+    places = sorted({place for curve in curves for place, _ in curve.points})
+    reach = math.log(places[-1] / places[0]) or 1.0
+    height = _HEIGHT + 16
+    bottom = _BOTTOM + 16
+
+    def x(place: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - 2 * _RIGHT) * math.log(place / places[0]) / reach
+
+    def y(share: float) -> float:
+        return _TOP + (height - _TOP - bottom) * (1 - min(max(share, 0.0), 1.0))
+
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" '
+            f'y2="{y(tick):.1f}"/><text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" '
+            f'text-anchor="end">{tick:.0%}</text>'
+        )
+    parts += [
+        f'<text x="{x(place):.1f}" y="{height - 24}" text-anchor="middle">{place:g}</text>'
+        for place in places
+    ]
+    parts.append(
+        f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{height - 6}" text-anchor="middle">'
+        f"{escape(below)}</text>"
+    )
+    for curve in curves:
+        points = [(x(place), y(share)) for place, share in curve.points]
+        if len(points) == 1:
+            ((across, down),) = points
+            parts.append(
+                f'<circle class="{curve.colour}" cx="{across:.1f}" cy="{down:.1f}" r="3"/>'
+            )
+        elif points:
+            line = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+            dashes = " dashed" if curve.dashed else ""
+            parts.append(f'<polyline class="{curve.colour}{dashes}" points="{line}"/>')
+    return _svg(title, parts, height)
+
+
 def _svg(title: str, parts: Sequence[str], height: int) -> Markup:
     return Markup(
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'

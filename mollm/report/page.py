@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def environment(*packages: str) -> Any:
     """The templates of this package, and of others that build on them."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    from mollm.report.charts import Series, line_chart, raster_chart
+    from mollm.report.charts import Series, line_chart, log_chart, raster_chart
     from mollm.report.differences import differences
 
     made = Environment(
@@ -169,12 +170,14 @@ def environment(*packages: str) -> Any:
         series_of=series_of,
         differences=differences,
         line_chart=line_chart,
+        log_chart=log_chart,
         colours_of=_colours_of,
         raster_chart=raster_chart,
         reading_of=reading_of,
     )
     made.filters.update(
         digits=digits,
+        moment=moment,
         public=_in_words,
         role=role_of_objective,
         seconds=duration,
@@ -213,6 +216,14 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def moment(text: str) -> str:
+    """A date and time of ISO 8601 for people."""
+    try:
+        return datetime.fromisoformat(text).astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return text
 
 
 def _in_words(value: Any) -> Any:

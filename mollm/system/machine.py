@@ -124,7 +124,8 @@ def device_name(device: torch.device) -> str:
     """The device in words, with the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' * (threads != 1)}"
 
 
 CPUINFO = Path("/proc/cpuinfo")

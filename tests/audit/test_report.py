@@ -10,35 +10,12 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from mollm.audit import Audit, CurvePoint, Finding
+from reported_runs import ABOUT, CURVE
+from reported_runs import EVIL_NAME as EVIL
+from reported_runs import audit as made
+
+from mollm.audit import Audit, CurvePoint
 from mollm.audit.report import panels, render, write_html, write_json
-
-EVIL = "<script>alert('x')</script>&\"'"
-ABOUT = {
-    "model": EVIL,
-    "original": "SmolLM2",
-    "retain_only": None,
-    "forget": "forget.jsonl",
-    "device": EVIL,
-    "versions": {"mollm": "0", EVIL: "1"},
-    "finished": "2026-01-01",
-}
-CURVE = tuple(
-    CurvePoint(size, f"{kind}, lr {lr:g}", share, base)
-    for kind in ("full", "LoRA")
-    for lr, share, base in ((5e-4, 0.25, 0.0), (1.5e-3, 1.4, 0.5))
-    for size in (1, 10, 100)
-)
-
-
-def made(**changes):
-    finding = Finding(
-        *(EVIL, 0.5, (0.25, 0.75), 0.1, 0.3, "FAIL", EVIL, 0.45, 0.9, None, 12), setting=EVIL
-    )
-    settings = {"learning_rates": [5e-4], "seed": 0, "chat": {"template": None, "prompt": EVIL}}
-    rows = {"forget": 24, "to teach": 12, "measured": 12}
-    values = ("FAIL", (finding,), CURVE, {EVIL: EVIL}, (EVIL,), rows, settings)
-    return Audit(*values, **changes)
 
 
 class Page(HTMLParser):
@@ -98,22 +75,17 @@ def test_the_curve_has_a_line_for_each_rate_and_model():
     assert "svg" not in page.tags
 
 
-def test_the_curve_is_drawn_to_scale():
+def test_a_way_to_teach_is_a_panel_with_a_line_for_each_model_and_rate():
     full, lora = panels(CURVE)
     assert (full.title, lora.title) == ("full", "LoRA")
-    low, high = full.lines
-    (x1, y1), (x10, _), (x100, _) = low.model
-    assert x10 - x1 == pytest.approx(x100 - x10)  # the axis is logarithmic
-    ys = {label: y for y, label in full.ys}
-    assert y1 == pytest.approx(ys["25%"], abs=0.1)
-    assert high.model[0][1] == pytest.approx(ys["100%"], abs=0.1)  # not beyond the top
-    assert high.retain_only[0][1] == pytest.approx(ys["50%"], abs=0.1)
-    assert [size for _, size in full.xs] == [1, 10, 100]
-
-
-def test_a_curve_of_one_point_is_drawn():
-    (panel,) = panels(CURVE[:1])
-    assert panel.lines[0].model == [(40.0, panel.lines[0].model[0][1])]
+    assert list(full.rates) == ["lr 0.0005", "lr 0.0015"]
+    base, model = full.curves[:2]
+    assert (base.dashed, model.dashed) == (True, False)
+    assert base.colour == model.colour == full.rates["lr 0.0005"]
+    assert model.points == [(1, 0.25), (10, 0.25), (100, 0.25)]
+    assert [share for _, share in full.curves[2].points] == [0.5] * 3
+    assert full.compared
+    assert panels([]) == []
 
 
 def test_the_files_say_the_same(tmp_path):

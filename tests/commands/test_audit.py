@@ -160,6 +160,7 @@ def test_the_audit_of_a_runs_model_lies_in_its_folder_and_is_in_its_report_and_c
     status, said, _ = run("a-run")
     assert status == 1
     assert read(where / "audit")["verdict"] == "FAIL"
+    assert read(where / "audit")["about"]["model"] == "a-run"
     assert "Report: a-run/audit/audit.html" in said
     assert "FAIL</b>" in (where / "report.html").read_text()
     assert "Verdict: **FAIL**" in (where / "README.md").read_text()

@@ -115,6 +115,7 @@ def test_the_table_says_what_got_better():
     assert lines[0].split() == ["original", "result"]
     assert [line.split()[-1] for line in lines[2:4]] == ["better", "2.1]"]
     assert lines[-1].endswith("worse")
+    assert max(map(len, lines)) <= 80
     assert "\x1b[32m" in after.table(before, colour=True)
     assert after.table().splitlines()[1].split()[:3] == ["forget_probability", "↓", "0.1"]
     shown = after.html(before)

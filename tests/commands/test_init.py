@@ -38,6 +38,8 @@ def test_the_file_is_one_that_a_run_takes(words, tmp_path, capsys):
     assert settings["learning_rate"] == 1e-3
     assert "forget: 12 rows of 105 to" in text
     assert all("#" in line for line in text.splitlines() if line and ":" in line)
+    own = ("model:", "forget:", "retain:", "out:")  # as long as their paths
+    assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith(own))
     short = ["--max-steps", "1", "--set", "sample_replies=1", "--set", "save_strategy=no"]
     assert main(["unlearn", "--config", str(tmp_path / "run.yaml"), *short]) == 0
     assert (tmp_path / "out/report.html").is_file()

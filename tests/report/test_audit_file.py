@@ -70,7 +70,7 @@ def test_runs_are_compared_by_their_verdicts(run, tmp_path):
     assert "<td>audit</td>" not in render([read_reported(run), read_reported(other)])
     reported_runs.audited(run, verdict="PASS")
     page = render([read_reported(run), read_reported(other)])
-    assert '<tr><td>audit</td><td class="number better">PASS</td>' in page
+    assert '<tr><td>audit</td><td class="number PASS">PASS</td>' in page
 
 
 def test_the_command_prints_json_and_leaves_the_page_alone(run, tmp_path, capsys):

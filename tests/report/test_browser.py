@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,21 @@ pytest.importorskip("jinja2")
 
 import reported_runs as runs
 
+from mollm.audit import report as audit_page
 from mollm.report.page import read_reported, render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-AXE = Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js"))
+AXE = next(
+    (
+        path
+        for path in (
+            Path(os.environ.get("AXE_CORE", "node_modules/axe-core/axe.min.js")),
+            *(Path(place) / "axe_core_python/axe.min.js" for place in sys.path),
+        )
+        if path.is_file()
+    ),
+    None,
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, and it is not installed")
 
 FRAME = """<!doctype html><title>frame</title><body style="margin:0"><script>
@@ -48,8 +60,10 @@ def pages(tmp_path):
     for folder in (first, second):
         runs.evaluated(folder / "evaluation")
         runs.evaluated(folder / "evaluation/original", value=0.5)
+        runs.audited(folder)
     read = read_reported(first), read_reported(second)
-    return {"one": render(read[:1]), "two": render(read)}
+    audit = audit_page.render(runs.audit(), runs.ABOUT)
+    return {"one": render(read[:1]), "two": render(read), "audit": audit}
 
 
 def look(page, folder, width, *, script=""):
@@ -65,7 +79,7 @@ def look(page, folder, width, *, script=""):
 
 
 @pytest.mark.parametrize("width", [390, 1100])
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("name", ["one", "two", "audit"])
 def test_it_fits_loads_nothing_and_is_without_errors(name, width, pages, tmp_path):
     found = look(pages[name], tmp_path, width)
     assert found["width"] == width
@@ -73,12 +87,15 @@ def test_it_fits_loads_nothing_and_is_without_errors(name, width, pages, tmp_pat
     assert found["scroll"] <= width
     assert not found["errors"]
     assert not found["requests"]
-    assert len(found["charts"]) == {"one": 7, "two": 3}[name]
+    assert len(found["charts"]) == {"one": 7, "two": 3, "audit": 2}[name]
     assert min(found["charts"]) > 40
 
 
-@pytest.mark.skipif(not AXE.is_file(), reason="needs axe-core: npm install axe-core, or AXE_CORE")
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.skipif(
+    AXE is None,
+    reason="needs axe-core: pip install axe-core-python, npm install axe-core, or AXE_CORE",
+)
+@pytest.mark.parametrize("name", ["one", "two", "audit"])
 def test_everybody_can_read_it(name, pages, tmp_path):
     found = look(pages[name], tmp_path, 1100, script=AXE.read_text(encoding="utf-8"))
     assert [v for v in found["axe"] if v[0] in ("serious", "critical")] == []

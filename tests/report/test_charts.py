@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from mollm.report.charts import Series, line_chart, raster_chart
+from mollm.report.charts import Curve, Series, line_chart, log_chart, raster_chart
 
 
 def points(svg):
@@ -48,3 +48,22 @@ def test_marks_are_where_a_step_conflicted():
     marks = re.findall(r'class="mark kl" x="([\d.]+)".*?fill-opacity="([\d.]+)"', svg)
     assert [opacity for _, opacity in marks] == ["1.00", "0.62"]
     assert float(marks[0][0]) < float(marks[1][0])
+
+
+def test_places_a_factor_apart_are_as_far_apart_and_shares_lie_on_their_ticks():
+    curves = [Curve("a", [(1, 0.25), (10, 1.4), (100, 0.5)], "kl", dashed=True)]
+    svg = log_chart("t", curves, below="examples & rows")
+    (x1, y1), (x10, y10), (x100, y100) = points(svg)
+    assert x10 - x1 == pytest.approx(x100 - x10, abs=0.2)
+    ticks = {t: float(y) - 4 for y, t in re.findall(r'y="([\d.]+)" text-anchor="end">(\d+%)<', svg)}
+    assert y1 == pytest.approx(ticks["25%"], abs=0.11)
+    assert y10 == pytest.approx(ticks["100%"], abs=0.11)  # not beyond the top
+    assert y100 == pytest.approx(ticks["50%"], abs=0.11)
+    assert 'class="kl dashed"' in svg
+    assert "examples &amp; rows" in svg
+
+
+def test_a_curve_of_one_point_is_a_dot():
+    svg = log_chart("t", [Curve("a", [(3, 0.5)], "kl")], below="examples")
+    assert "polyline" not in svg
+    assert '<circle class="kl"' in svg

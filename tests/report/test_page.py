@@ -11,7 +11,7 @@ import reported_runs as runs
 
 from mollm import UsageError
 from mollm.cli import main
-from mollm.report.page import read_reported, render, write_report
+from mollm.report.page import moment, read_reported, render, write_report
 
 VOID = {"meta", "br", "line", "rect", "circle", "polyline", "link", "img"}
 
@@ -229,3 +229,15 @@ def test_steps_that_were_skipped_are_in_no_rate(tmp_path):
     assert "kl 1.5 1.52 1.5 50%" in Page(render([read_reported(folder)])).text
     folder = runs.run(tmp_path / "two", history=[skipped])
     assert "kl 1.51 1.51 1.5 —" in Page(render([read_reported(folder)])).text
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("2026-01-02T03:04:05+00:00", "2026-01-02 03:04 UTC"),
+        ("2026-01-02T03:04:05+02:00", "2026-01-02 01:04 UTC"),
+        ("now", "now"),
+    ],
+)
+def test_a_time_is_shown_for_people(said, shown):
+    assert moment(said) == shown

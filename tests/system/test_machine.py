@@ -52,7 +52,7 @@ def test_versions_and_device():
     versions = machine.versions()
     assert versions["torch"] == torch.__version__
     assert {"python", "transformers", "numpy"} <= versions.keys()
-    assert "threads" in machine.device_name(CPU)
+    assert "thread" in machine.device_name(CPU)
 
 
 def test_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
