@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mollm.commands.arguments import NO_ORIGINAL, add_loading, data_of, device_of, template_options
+from mollm.commands.suites import evaluate_suite, known_data
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -59,6 +60,13 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     model = "a run, a model folder, a .gguf file or a hub name"
     parser.add_argument(
         "--model", required=True, default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
+    )
+    parser.add_argument(
+        "--suite",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="a benchmark by name: tofu, muse-news, muse-books, wmdp, rwku or safety; its data "
+        "come from the hub, or from the folder or hub name that --data gives",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -176,6 +184,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     given["model"] = model_of(arguments.model)
+    if "suite" in given and not known_data(given):
+        return evaluate_suite(given, arguments)
     run = run_of(given["model"])
     _fill_in(given, run)
     out = given.setdefault("out", _default_out(run))
