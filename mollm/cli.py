@@ -23,6 +23,7 @@ from mollm.commands import (
     plan,
     preview,
     report,
+    request,
     tune,
     unlearn,
 )
@@ -38,6 +39,7 @@ _COMMANDS = (
     audit,
     ask,
     report,
+    request,
     plan,
     doctor,
     completion,
