@@ -26,6 +26,7 @@ from mollm.commands import (
     plan,
     preview,
     report,
+    request,
     tune,
     unlearn,
 )
@@ -42,6 +43,7 @@ _COMMANDS = (
     audit,
     ask,
     report,
+    request,
     plan,
     doctor,
     completion,

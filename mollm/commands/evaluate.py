@@ -22,6 +22,7 @@ from mollm.commands.arguments import (
     template_options,
 )
 from mollm.commands.judges import judge_again, read_judges
+from mollm.commands.suites import evaluate_suite, known_data
 from mollm.errors import UsageError
 from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import has_colour, progress
@@ -79,6 +80,13 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="instead of a model: the examples.jsonl of an evaluation, or its folder; its replies "
         "are judged again, with --judge, and nothing is generated",
+    )
+    parser.add_argument(
+        "--suite",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="a benchmark by name: tofu, muse-news, muse-books, wmdp, rwku or safety; its data "
+        "come from the hub, or from the folder or hub name that --data gives",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -197,7 +205,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-
     from mollm.evaluation.benchmarks import find_benchmarks
     from mollm.evaluation.evaluate import wanted_scores
     from mollm.evaluation.summary import remove_evaluation
@@ -212,14 +219,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UsageError("judge-template needs a judge: give one with --judge.")
     if "replies" in given:
         return _judge_replies(given, judges, arguments)
+    check_seed(arguments.seed)
     given["model"] = model_of(arguments.model)
+    if "suite" in given and not known_data(given):
+        return evaluate_suite(given, arguments)
     run = run_of(given["model"])
     _fill_in(given, run)
     out = given.setdefault("out", _default_out(run))
     names = given["metrics"].split(",") if "metrics" in given else None
     _keep_logs(given.get("retain_logs"), out)
     suite = _suite(given)
-    check_seed(arguments.seed)
     tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
     if tasks is not None:
         find_benchmarks(tasks)
@@ -269,7 +278,9 @@ def _judge_replies(
     from mollm.system.folders import staged
 
     path: Path = given["replies"]
-    stray = [n for n in ("data", "forget", "original", "benchmarks", "limit") if n in given]
+    stray = [
+        n for n in ("suite", "data", "forget", "original", "benchmarks", "limit") if n in given
+    ]
     if stray:
         raise UsageError(f"{stray[0]} goes with --model, but got --replies: leave out one.")
     if not judges:

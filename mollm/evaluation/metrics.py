@@ -167,6 +167,35 @@ def rouge_l_recall(reply: str, answer: str) -> float:
     return float(_rouge_scorer().score(answer, reply)["rougeL"].recall)
 
 
+def rouge_f1(reply: str, answer: str, kind: str = "rougeL") -> float:
+    """F1 of ROUGE without stemming, as MUSE has it.
+
+    Args:
+        reply: What a model wrote.
+        answer: What it is compared with.
+        kind: "rouge1" for single words, or "rougeL" for the longest common subsequence.
+
+    Raises:
+        UsageError: There is no such kind.
+
+    Example:
+        >>> rouge_f1("was it Oslo", "it was Oslo", "rouge1")
+        1.0
+        >>> rouge_f1("Oslo", "it was Oslo")
+        0.5
+    """
+    if kind not in ("rouge1", "rougeL"):
+        raise UsageError(f"kind must be rouge1 or rougeL, but got {kind!r}.")
+    return float(_plain_rouge_scorer().score(answer, reply)[kind].fmeasure)
+
+
+@functools.cache
+def _plain_rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+
+
 @functools.cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer

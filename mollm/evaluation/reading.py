@@ -19,6 +19,11 @@ _ALONE = {
     "forget_quality": ("forgotten", UP),
     "model_utility": ("kept", UP),
     "privleak": ("privacy", "→ 0"),
+    **dict.fromkeys(
+        ("verbmem_f", "knowmem_f", "wmdp_bio", "wmdp_cyber", "wmdp_chem"), ("forgotten", DOWN)
+    ),
+    **dict.fromkeys((f"rwku_forget_{level}" for level in (1, 2, 3)), ("forgotten", DOWN)),
+    **dict.fromkeys(("knowmem_r", "mmlu", "rwku_neighbor_1", "rwku_neighbor_2"), ("kept", UP)),
 }
 _FORGOTTEN = {"probability": DOWN, "rouge_l": DOWN, "truth_ratio": UP, "kl": ""}
 _KEPT = {"probability": UP, "rouge_l": UP, "truth_ratio": UP, "kl": DOWN}

@@ -45,7 +45,7 @@ def in_turns(
 
 
 DUAL_OPTIM = Method(
-    "dualoptim+",
+    "dualoptim-plus",
     dual_optim_loss,
     "sum",
     (1.0, 0.0, 1.0),

@@ -166,7 +166,7 @@ class Method:
         return int(number) if whole else float(number)
 
 
-_KINDS = {str: "a text", list: "a list", tuple: "a list", dict: "options by name"}
+_KINDS: dict[type, str] = {str: "a text", list: "a list", tuple: "a list", dict: "options by name"}
 
 
 def _keyword_defaults(function: Callable[..., Any] | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class _Summed(torch.autograd.Function):
         ]
         total = hidden.new_zeros((), dtype=wide)
         step = max(1, _CHUNK // len(weight))
-        for places in torch.arange(len(hidden), device=hidden.device).split(step):
+        for places in torch.split(torch.arange(len(hidden), device=hidden.device), step):
             with torch.set_grad_enabled(any(needed)):
                 parts = [
                     None if t is None else t.detach().requires_grad_(needs)
@@ -90,7 +90,7 @@ class _Summed(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Any, ...]:
         grads = [None if g is None else g * d_total.to(g.dtype) for g in ctx.grads]
         return (*grads, None, None, None)

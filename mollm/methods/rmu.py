@@ -52,7 +52,8 @@ def random_direction(states: Tensor, seed: int) -> Tensor:
     drawn = torch.rand(
         states.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    return (drawn / drawn.norm()).to(states)
+    unit: Tensor = drawn / drawn.norm()
+    return unit.to(states)
 
 
 def train_some_matrices(

@@ -110,7 +110,7 @@ def with_generated_answers(
                     model, chat, records, samples, seed, max_length
                 )
                 _write(path, records, made)
-        found = processes.all_gather(made)[0]
+        found: list[list[str]] | None = processes.all_gather(made)[0]
         assert found is not None, "the first process has them"
         return found
 

@@ -34,7 +34,7 @@ from mollm.data.encoding import encode_records
 from mollm.data.preview import Preview, preview_of
 from mollm.data.records import ROLES
 from mollm.data.samplers import EndlessBatches, JointSampler
-from mollm.data.sets import of_role, read_data, records_of, role_of, sets_to_evaluate
+from mollm.data.sets import TrainingData, of_role, read_data, records_of, role_of, sets_to_evaluate
 from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
@@ -173,6 +173,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     """
 
     control: TrainerControl
+    _data: TrainingData
     _fingerprint: str
     optimizer: Any
     lr_scheduler: Any

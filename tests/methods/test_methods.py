@@ -119,7 +119,7 @@ FORMULAS = {
     "rmu": rmu,
     "task-arithmetic": lambda model, reference: -ascent(model, reference),
     "sago": ascent,
-    "dualoptim+": npo,
+    "dualoptim-plus": npo,
 }
 
 

@@ -16,7 +16,7 @@ from mollm.training.alternatives import refusal_texts
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(6)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(6)]
-CHOSEN = {"rmu": {"layer": 1}, "altpo": {"samples": 2}, "dualoptim+": {"retain_steps": 1}}
+CHOSEN = {"rmu": {"layer": 1}, "altpo": {"samples": 2}, "dualoptim-plus": {"retain_steps": 1}}
 RIVALS = (
     "dpo",
     "idkdpo",
@@ -29,7 +29,7 @@ RIVALS = (
     "rmu",
     "task-arithmetic",
     "sago",
-    "dualoptim+",
+    "dualoptim-plus",
 )
 
 
@@ -90,7 +90,7 @@ def test_a_run_moves_the_model_and_says_what_it_ran_with(method, lora, tmp_path)
     assert made.resume_signature["method_options"].keys() == made.args.chosen_options.keys()
 
 
-@pytest.mark.parametrize("method", ["altpo", "pdu", "task-arithmetic", "dualoptim+", "rmu"])
+@pytest.mark.parametrize("method", ["altpo", "pdu", "task-arithmetic", "dualoptim-plus", "rmu"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, tmp_path):
     options = CHOSEN.get(method, {}) | ({"warmup_epochs": 0} if method == "pdu" else {})
     whole = trainer(tmp_path / "whole", method, method_options=options)
@@ -123,7 +123,7 @@ def test_the_multiplier_of_pdu_is_in_the_history(tmp_path):
 
 
 def test_turns_of_dual_optim_are_in_the_history(tmp_path):
-    made = trainer(tmp_path, "dualoptim+", method_options={"retain_steps": 2})
+    made = trainer(tmp_path, "dualoptim-plus", method_options={"retain_steps": 2})
     made.train()
     assert [record.weights["forget"] for record in made.history] == [1, 0, 0, 1]
     assert [record.weights["retain"] for record in made.history] == [0, 1, 1, 0]

@@ -1,0 +1,346 @@
+"""`mollm request`: requests to delete over time, each with its run, tests and audit."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mollm.commands import audit, evaluate, unlearn
+from mollm.commands.arguments import data_of
+from mollm.commands.settings_file import OWN_SETTINGS, read_settings
+from mollm.errors import UsageError
+from mollm.system.folders import locked
+from mollm.system.parsing import parse_json, read_text, user_path
+from mollm.system.tables import aligned
+
+if TYPE_CHECKING:
+    from mollm.report.ledger import Ledger, Request
+
+_FIGURES = ("forget_probability", "forget_rouge_l")
+_FAILED = 1
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the subparsers of `mollm`."""
+    parser = commands.add_parser(
+        "request",
+        help="keep a ledger of requests to delete",
+        description=(
+            "Keeps a ledger of requests to delete: each is a set to forget with its hash. A run "
+            "starts from the model of the last one, tests every earlier request again, audits the "
+            "new one, and leaves a manifest that binds data, settings, weights and figures."
+        ),
+    )
+    steps = parser.add_subparsers(title="steps", required=True, metavar="STEP")
+    add = steps.add_parser(
+        "add", help="add a request; the first one names model, retain data and settings"
+    )
+    add.add_argument("--forget", required=True, metavar="PATH_OR_HUB_NAME", help="what to delete")
+    add.add_argument("--note", default="", metavar="TEXT", help="who asked, or a case number")
+    add.add_argument("--model", metavar="PATH_OR_HUB_NAME", help="what the first run starts from")
+    add.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="what every run retains")
+    add.add_argument(
+        "--config", type=user_path, metavar="RUN.yaml", help="settings of every run of this ledger"
+    )
+    add.set_defaults(run=_add)
+    run = steps.add_parser("run", help="run what is open, one request after the other")
+    run.add_argument(
+        "--audit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="audit each new model with regard to its request (default: yes)",
+    )
+    run.add_argument("--batch-size", type=int, default=8, help="examples per batch of the tests")
+    run.add_argument("--device", help="a Torch device")
+    run.set_defaults(run=_run)
+    status = steps.add_parser("status", help="list the requests, and say whose manifest is void")
+    status.add_argument("--json", action="store_true", help="print the requests as JSON")
+    status.set_defaults(run=_status)
+    for step in (add, run, status):
+        step.add_argument(
+            "--ledger",
+            type=user_path,
+            default=Path("requests"),
+            metavar="FOLDER",
+            help="folder of the ledger",
+        )
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    from mollm.report.ledger import LEDGER_FILE, Ledger, Request, read_ledger
+
+    folder: Path = arguments.ledger
+    begun = (folder / LEDGER_FILE).is_file()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if begun:
+            ledger = read_ledger(folder)
+            for name in ("model", "retain", "config"):
+                if getattr(arguments, name) is not None:
+                    raise UsageError(
+                        f"{name} must be left out once a ledger is begun, for every run goes on "
+                        f"from the last one, but got {getattr(arguments, name)}."
+                    )
+        else:
+            ledger = Ledger(folder, *_first(arguments))
+        forget = _from_root(data_of(arguments.forget))
+        sha256, rows = _hash_of(forget, "forget")
+        for known in ledger.requests:
+            if known.sha256 == sha256:
+                raise UsageError(
+                    f"a request must be for other rows than the ones before, but {known.name} is "
+                    "for the same."
+                )
+        request = Request(len(ledger.requests) + 1, forget, sha256, rows, _now(), arguments.note)
+        ledger.requests.append(request)
+        ledger.write()
+    print(f"Request {request.name}: {rows} rows, SHA-256 {sha256}")
+    print(f"Next: mollm request run --ledger {folder}")
+    return 0
+
+
+def _first(arguments: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
+    """Model, retain data and settings of a new ledger."""
+    given = {"config": arguments.config} if arguments.config is not None else {}
+    given |= {
+        name: getattr(arguments, name) for name in ("model", "retain") if getattr(arguments, name)
+    }
+    settings = read_settings(given)
+    for name in ("model", "retain"):
+        if not settings.get(name):
+            raise UsageError(
+                f"{name} must be given for the first request of a ledger, but it is not: add it to "
+                f"the settings file, or --{name}."
+            )
+    kept = {
+        name: value
+        for name, value in settings.items()
+        if name not in OWN_SETTINGS or name in ("lora", "device")
+    }
+    return str(_from_root(settings["model"])), _from_root(settings["retain"]), kept
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mollm.report.ledger import OPEN, read_ledger
+
+    folder: Path = arguments.ledger
+    with locked(folder) if folder.is_dir() else _nothing(folder):
+        ledger = read_ledger(folder)
+        waiting = [request for request in ledger.requests if request.status == OPEN]
+        if not waiting:
+            print("Nothing is open.")
+            return 0
+        for request in waiting:
+            if not _run_one(ledger, request, arguments):
+                print(f"Request {request.name} failed: {request.reason}")
+                return _FAILED
+            print(f"Request {request.name} is done: {folder / str(request.run)}")
+    return 0
+
+
+def _nothing(folder: Path) -> Any:
+    raise UsageError(
+        f"ledger must be a folder that `mollm request add` made, but there is no {folder}."
+    )
+
+
+def _run_one(ledger: Ledger, request: Request, arguments: argparse.Namespace) -> bool:
+    """Unlearns, tests again and audits; the ledger is written after each of the three."""
+    from mollm.report.ledger import DONE, FAILED, hash_of_model, write_manifest
+
+    _check_data(request)
+    request.run, request.before = request.name, ledger.last_model
+    run = ledger.folder / request.run
+    started = _hash_or_none(Path(request.before))
+    config = ledger.folder / f"{request.name}.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                **ledger.settings,
+                "model": request.before,
+                "forget": request.forget,
+                "retain": ledger.retain,
+                "out": str(run),
+            },
+            indent=1,
+        ),
+        encoding="utf-8",
+    )
+    # Of a run that was interrupted the checkpoints are there; of one that was not, nothing is.
+    status = _call(unlearn, ["unlearn", "--config", str(config), "--resume"])
+    if status != 0:
+        request.status, request.reason = FAILED, f"see {run / 'README.md'}"
+        ledger.write()
+        return False
+    request.weights_sha256 = hash_of_model(run / "model")
+    _test_all(ledger, request, arguments)
+    request.status = DONE
+    if arguments.audit:
+        request.verdict = _audited(ledger, request, arguments)
+    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
+    request.manifest_sha256 = write_manifest(
+        run,
+        {
+            "request": request.number,
+            "data": {
+                "forget": {"sha256": request.sha256, "rows": request.rows},
+                "retain": {n: d["sha256"] for n, d in facts["data"].items() if "retain" in n},
+            },
+            "settings": facts["settings"],
+            "settings_sha256": _sha256(facts["settings"]),
+            "versions": facts["versions"],
+            "before_sha256": started,
+            "weights_sha256": request.weights_sha256,
+            "figures": {
+                other.name: next((t for t in reversed(other.tests) if t["run"] == request.run), {})
+                for other in ledger.requests
+                if other.tests
+            },
+            "verdict": request.verdict,
+            "made": _now(),
+        },
+    )
+    ledger.write()
+    return True
+
+
+def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> None:
+    """Measures the new model on the rows of every request so far."""
+    run = ledger.folder / str(new.run)
+    for request in ledger.requests:
+        if request.run is None:
+            continue
+        request.tests = [test for test in request.tests if test["run"] != new.run]
+        try:
+            _check_data(request)
+        except UsageError as error:
+            request.tests.append({"run": new.run, "skipped": str(error)})
+            continue
+        out = run / "tests" / request.name
+        words = ["evaluate", "--model", str(run / "model"), "--original", "none"]
+        words += ["--forget", _as_word(request.forget), "--metrics", ",".join(_FIGURES)]
+        words += ["--out", str(out), "--quiet", *_common(arguments)]
+        _call(evaluate, words)
+        found = parse_json(read_text(out / "metrics.json"), str(out / "metrics.json"))["metrics"]
+        figures = {name: found[name]["value"] for name in _FIGURES}
+        request.tests.append({"run": new.run, "figures": figures})
+    ledger.write()
+
+
+def _audited(ledger: Ledger, request: Request, arguments: argparse.Namespace) -> str:
+    run = ledger.folder / str(request.run)
+    words = ["audit", "--model", str(run / "model"), "--original", str(request.before)]
+    words += ["--forget", _as_word(request.forget), "--retain", _as_word(ledger.retain)]
+    words += ["--out", str(run / "audit"), *_common(arguments)]
+    _call(audit, words)
+    path = run / "audit" / "audit.json"
+    return str(parse_json(read_text(path), str(path))["verdict"])
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from mollm.report.ledger import DONE, PAGE_FILE, read_ledger, void_because
+
+    ledger = read_ledger(arguments.ledger)
+    void = {
+        request.name: void_because(ledger, request) or _changed(request)
+        for request in ledger.requests
+        if request.status == DONE
+    }
+    if arguments.json:
+        told = [
+            {**vars(request), "void_because": void.get(request.name)} for request in ledger.requests
+        ]
+        print(json.dumps(told, indent=1, ensure_ascii=False))
+    else:
+        cells = [("request", "rows", "state", "likelihood", "audit", "manifest")]
+        for request in ledger.requests:
+            figures = [test["figures"] for test in request.tests if "figures" in test]
+            last = f"{figures[-1]['forget_probability']:.4f}" if figures else "-"
+            reason = void.get(request.name, "-")
+            manifest = "holds" if reason is None else "-" if reason == "-" else f"void: {reason}"
+            cells.append(
+                (
+                    request.name,
+                    str(request.rows),
+                    request.status,
+                    last,
+                    request.verdict or "-",
+                    manifest,
+                )
+            )
+        print("\n".join(aligned(cells)))
+        print(f"Page: {ledger.folder / PAGE_FILE}")
+    return _FAILED if any(void.values()) else 0
+
+
+def _changed(request: Request) -> str | None:
+    """Whether the data that still exist are other ones; to be gone is what was asked for."""
+    try:
+        sha256, _ = _hash_of(request.forget, "forget")
+    except UsageError:
+        return None
+    return None if sha256 == request.sha256 else "its data have been changed"
+
+
+def _check_data(request: Request) -> None:
+    sha256, _ = _hash_of(request.forget, "forget")
+    if sha256 != request.sha256:
+        raise UsageError(
+            f"the data of request {request.name} must be what they were when it was added, but "
+            "have another hash now: put them back, or add a new request."
+        )
+
+
+def _hash_of(data: Any, role: Any) -> tuple[str, int]:
+    from mollm.data.records import content_hash
+    from mollm.data.sets import records_of
+
+    records = records_of(data, role)
+    return content_hash(records), len(records)
+
+
+def _hash_or_none(model: Path) -> str | None:
+    from mollm.report.ledger import hash_of_model
+
+    try:
+        return hash_of_model(model)
+    except UsageError:
+        return None
+
+
+def _call(command: ModuleType, words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mollm")
+    command.add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(words)
+    return int(arguments.run(arguments))
+
+
+def _common(arguments: argparse.Namespace) -> list[str]:
+    device = [] if arguments.device is None else ["--device", arguments.device]
+    return ["--batch-size", str(arguments.batch_size), *device]
+
+
+def _from_root(data: Any) -> Any:
+    """Data or a model with paths from the root, so that the ledger may be used from any folder."""
+    if isinstance(data, Mapping):
+        return {**data, "path": _from_root(data["path"])} if "path" in data else dict(data)
+    path = user_path(data)
+    return str(path.resolve()) if path.exists() else data
+
+
+def _as_word(data: Any) -> str:
+    return data if isinstance(data, str) else json.dumps(data)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,152 @@
+"""`mollm evaluate --suite`: benchmarks of the field by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mollm.commands.arguments import NO_ORIGINAL, device_of
+from mollm.errors import UsageError, did_you_mean
+from mollm.system.terminal import has_colour, progress
+
+_TOFU, _SAFETY = "tofu", "safety"
+_SAFE_ROWS = "PKU-Alignment/PKU-SafeRLHF"
+_NOT_HERE = (
+    "forget",
+    "retain",
+    "holdout",
+    "forget_split",
+    "judge",
+    "judge_template",
+    "benchmarks",
+    "system_prompt",
+    "chat_template_kwargs",
+    "prompt_format",
+    "long_rows",
+)
+"""What a suite that fixes its prompts and its figures has no use for."""
+
+
+def known_data(given: dict[str, Any]) -> bool:
+    """Whether a suite is measured as TOFU's files or forget and retain sets are; then names these.
+
+    Raises:
+        UsageError: There is no such suite, or it lacks a judge.
+    """
+    from mollm.evaluation.field import BENCHMARKS
+
+    name = given["suite"]
+    known = (_TOFU, _SAFETY, *BENCHMARKS)
+    if name not in known:
+        raise UsageError(
+            f"suite must be one of {', '.join(known)}, but got {name!r}{did_you_mean(name, known)}"
+        )
+    if name == _TOFU:
+        given.setdefault("data", "locuslab/TOFU")
+    elif name == _SAFETY:
+        if "judge" not in given:
+            raise UsageError(
+                "the suite safety must have a judge of replies: give one or more with --judge, "
+                "such as toxicity=unitary/toxic-bert:toxic."
+            )
+        rows = given.pop("data", _SAFE_ROWS)
+        on_hub = rows.count("/") == 1 and not Path(rows).exists()
+        source = json.dumps({"path": rows, "split": "test"}) if on_hub else rows
+        given.setdefault("forget", source)
+        given.setdefault("retain", source)
+    return name in (_TOFU, _SAFETY)
+
+
+def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> int:
+    """Measures a model, and the original beside it, by a benchmark that fixes prompts and figures.
+
+    Raises:
+        UsageError: An option does not go with it, its data are absent, or a model cannot be loaded.
+    """
+    import torch
+
+    from mollm.evaluation.field import load_benchmark, measure_benchmark
+    from mollm.evaluation.summary import METRICS_FILE
+    from mollm.models import loading
+    from mollm.report.page import ORIGINAL
+    from mollm.report.run_file import original_of
+    from mollm.system.folders import staged
+
+    name = given["suite"]
+    for option in _NOT_HERE:
+        if option in given:
+            raise UsageError(
+                f"{option.replace('_', '-')} must be left out with the suite {name}, which fixes "
+                f"its prompts and figures, but got {given[option]!r}."
+            )
+    names = given["metrics"].split(",") if "metrics" in given else None
+    sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
+    first = given.get("original") or original_of(given["model"])
+    sources = {"result": loading.find_model(given["model"])}
+    if first is not None and first != NO_ORIGINAL:
+        sources["original"] = loading.find_model(first)
+    device = device_of(given.get("device"))
+    out = Path(given.get("out", f"runs/{name}"))
+    with staged(out) as folder:
+        models = {
+            role: loading.load(source, device, getattr(torch, arguments.dtype))
+            for role, source in sources.items()
+        }
+        reference = models["original"][0] if "original" in models else None
+        found = {}
+        for role, (model, tokenizer) in models.items():
+            title = f"{name}, {role}"
+            with progress(0 if arguments.quiet else _work(sets), title) as done:
+                found[role] = measure_benchmark(
+                    model,
+                    tokenizer,
+                    name,
+                    sets,
+                    names=names,
+                    original=reference,
+                    retrained_auc=_retrained_auc(given.get("retain_logs")),
+                    batch_size=arguments.batch_size,
+                    resamples=arguments.resamples,
+                    seed=arguments.seed,
+                    done=done,
+                )
+            found[role].write(folder if role == "result" else folder / ORIGINAL)
+    result, original = found["result"], found.get("original")
+    if arguments.json:
+        told = {
+            role: {figure: asdict(e) for figure, e in each.estimates.items()}
+            for role, each in found.items()
+        }
+        print(json.dumps({**told, "missing": dict(result.missing)}, indent=1, allow_nan=False))
+    else:
+        print(result.table(original, explain=arguments.explain, colour=has_colour(sys.stdout)))
+        print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
+    return 0
+
+
+def _work(sets: Mapping[str, Any]) -> int:
+    return sum(len(rows) for rows in sets.values())
+
+
+def _retrained_auc(logs: Path | None) -> float | None:
+    """That of Min-40% in the evaluation of a retrained model by the same suite."""
+    if logs is None:
+        return None
+    from mollm.evaluation.metrics import membership_auc
+    from mollm.evaluation.records import read_records
+
+    groups: dict[str, list[float]] = {"forget": [], "holdout": []}
+    for record in read_records(logs):
+        if record.group in groups and "min_k" in record.scores:
+            groups[record.group].append(record.scores["min_k"])
+    if not all(groups.values()):
+        raise UsageError(
+            f"retain-logs must be the examples.jsonl of a retrained model by the same suite, but "
+            f"{logs} has no Min-K scores: evaluate that model first."
+        )
+    return membership_auc(groups["forget"], groups["holdout"])
