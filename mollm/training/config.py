@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -122,6 +122,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "full_shard or hybrid_shard: processes hold parts of the model"},
     )
+    if TYPE_CHECKING:  # of TrainingArguments, and set again below
+        lr_scheduler_kwargs: Any = None
+        report_to: Any = None
+
     method: str = field(
         default="mollm", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
     )
@@ -312,27 +316,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"it on {self.device}."
             )
         self._try_optimizer()
-        self._try_schedule()
-
-    def _try_schedule(self) -> None:
-        """Says now what the schedule would say once the model is loaded."""
-        from transformers import get_scheduler
-
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
-        self.lr_scheduler_kwargs = options = _numbers(self.lr_scheduler_kwargs or {})
-        try:
-            get_scheduler(
-                self.lr_scheduler_type,
-                optimizer,
-                num_warmup_steps=0,
-                num_training_steps=100,
-                scheduler_specific_kwargs=options,
-            )
-        except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"lr_scheduler_kwargs must suit the schedule {self.lr_scheduler_type.value}, but "
-                f"got {options}: {reason_of(error)}."
-            ) from error
 
     def _check_method_options(self) -> None:
         asked = self.method_options or {}
@@ -512,6 +495,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         given, name = self.lr_scheduler_kwargs, SchedulerType(self.lr_scheduler_type).value
         if not isinstance(given, dict | None):
             raise UsageError(f"lr_scheduler_kwargs must be options by name, but got {given!r}.")
+        given = self.lr_scheduler_kwargs = given and _numbers(given)
         if given and name in _WITHOUT_OPTIONS:
             raise UsageError(
                 f"lr_scheduler_kwargs must be left out with the schedule {name}, which has none, "

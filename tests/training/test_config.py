@@ -23,11 +23,11 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
         ({"adam_beta1": 0.5}, "adam_beta1 must be left out in AdamW's metric"),
         (
             {"lr_scheduler_kwargs": {"num_cycles": 2}},
-            "lr_scheduler_kwargs must suit the schedule linear",
+            "lr_scheduler_kwargs must be options of the schedule linear",
         ),
         (
             {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min": 0.1}},
-            "lr_scheduler_kwargs must suit the schedule cosine_with_min_lr",
+            "lr_scheduler_kwargs must be options of the schedule cosine_with_min_lr",
         ),
         ({"reference": "twin"}, "reference must be one of auto"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16"),
