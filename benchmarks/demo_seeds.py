@@ -10,6 +10,7 @@ already is not run again, so that the script can be stopped and taken up.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -49,12 +50,15 @@ def run_seed(
         settings = DemoSettings(seed=seed, method=method)
         with tempfile.TemporaryDirectory() as scratch:
             trainer, seconds = run.train(model, chat, split, settings, Path(scratch), print)
+        history = trainer.history
+        del trainer
+        gc.collect()  # with it go its copies of the model
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
         row: Row = {
             "method": method,
             "seed": seed,
             **{group: after[group].accuracy for group in GROUPS},
-            **{f"conflicts {name}": rate for name, rate in conflict_rates(trainer.history).items()},
+            **{f"conflicts {name}": rate for name, rate in conflict_rates(history).items()},
             "steps": settings.steps,
             "training s": round(seconds, 1),
             "GiB": round(machine.peak_memory(torch.device("cpu")) / GIB, 2),
