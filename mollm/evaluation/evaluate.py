@@ -98,7 +98,11 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         say=say,
     )
-    groups = {group: rows for group, rows in suite.groups().items() if group in wanted}
+    groups = {
+        group: examiner.fitted(group, rows, wanted[group])
+        for group, rows in suite.groups().items()
+        if group in wanted
+    }
     for group, rows in groups.items():
         examiner.check(group, rows, wanted[group])
     of_one_dtype = all(_has_one_dtype(m) for m in (model, original) if m is not None)

@@ -50,9 +50,38 @@ class Examiner:
     def work(self, rows: Sequence[Row], wanted: set[str]) -> int:
         """How much there is to do for a set, in passes of a row; a reply counts as many."""
         passes = 1 + 2 * ("kl" in wanted) + bool(wanted & _ORIGINAL_REPLY)
-        asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
+        asks = self._asks(wanted)
         wrong = sum(len(_choices(row)) for row in rows) if wanted & _WRONG else 0
         return len(rows) * (passes + _REPLY_PASSES * asks) + wrong
+
+    def fitted(self, group: str, rows: Sequence[Row], wanted: set[str]) -> tuple[Row, ...]:
+        """The rows, of running texts as much of the beginning as fits into the model's context."""
+        context = context_of(self.model.config)
+        room = context - self.max_new_tokens if self._asks(wanted) else context
+
+        def cut(row: Row) -> Row:
+            while row.is_text and (
+                len(self.chat.encode(row.example(row.answer)).ids) > context
+                or len(self.chat.encode_prompt(row.asked).ids) > room
+            ):
+                shorter = row.shortened()
+                if shorter is None:
+                    break  # which `check` refuses
+                row = shorter
+            return row
+
+        found = tuple(cut(row) for row in rows)
+        changed = sum(new is not old for new, old in zip(found, rows, strict=True))
+        if changed:
+            self.say(
+                f"{changed} of {len(rows)} texts of {group} do not fit into the model's context of "
+                f"{context} tokens: it is asked about their beginnings."
+            )
+        return found
+
+    @staticmethod
+    def _asks(wanted: set[str]) -> bool:
+        return bool(wanted - _ANSWER - _WRONG - {"kl"})
 
     def check(self, group: str, rows: Sequence[Row], wanted: set[str]) -> None:
         """Encodes all that the wanted scores ask the model about.
@@ -64,7 +93,7 @@ class Examiner:
         if "kl" in wanted:
             check_vocabularies(self.model, self._original())
         context = context_of(self.model.config)
-        asks = bool(wanted - _ANSWER - _WRONG - {"kl"})
+        asks = self._asks(wanted)
         for row in rows:
             texts = [row.answer]
             texts += [*_choices(row)] if wanted & _WRONG else []
@@ -99,7 +128,7 @@ class Examiner:
         if "kl" in wanted:
             scores = _joined(scores, self._kl(rows))
         replies: list[Reply] | None = None
-        if wanted - _ANSWER - _WRONG - {"kl"}:
+        if self._asks(wanted):
             self.say(f"Asking the questions of {group} …")
             replies = self._ask(rows)
             scores = _joined(scores, self._replies(rows, replies, wanted))

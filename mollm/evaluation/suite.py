@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,14 @@ class Row:
     def asked(self) -> str | Example:
         """What the model is asked, for `generate_replies`."""
         return self.example("") if self.history or self.is_text else self.question
+
+    def shortened(self) -> Row | None:
+        """A running text without its last quarter; None where nothing is left to ask about."""
+        words = _words_of(self.question + self.answer)
+        if len(words) < 3:
+            return None
+        question, answer = _halved(words[: max(2, len(words) * 3 // 4)])
+        return replace(self, question=question, answer=answer)
 
     def example(self, answer: str, *, closed: bool | None = None) -> Example:
         """The question with an answer, to be encoded; None closes it as the row's own."""
@@ -270,19 +278,25 @@ def _row(record: data.Record, fields: Sequence[str], *, required: bool) -> Row:
 
 
 def _halves(record: data.Record) -> tuple[str, str]:
-    """The beginning of a text, and as many words that go on from there.
-
-    Of a text in a language without spaces, they are characters.
-    """
-    words = re.findall(r"\s*\S+", record.answer)
-    if len(words) < 2 or any(len(word.strip()) > _LONGEST_WORD for word in words):
-        words = re.findall(r"\s*\S", record.answer)
-    words = words[:_WORDS]
+    """The beginning of a text, and as many words that go on from there."""
+    words = _words_of(record.answer)[:_WORDS]
     if len(words) < 2:
         raise UsageError(
             f"{record.place}: the field {record.answer_field} must hold at least two characters, "
             f"for the model is asked how the text goes on, but got {record.answer!r}: remove the "
             "row."
         )
+    return _halved(words)
+
+
+def _words_of(text: str) -> list[str]:
+    """Words, each with the space before it; characters where a language writes no spaces."""
+    words = re.findall(r"\s*\S+", text)
+    if len(words) < 2 or any(len(word.strip()) > _LONGEST_WORD for word in words):
+        words = re.findall(r"\s*\S", text)
+    return words
+
+
+def _halved(words: Sequence[str]) -> tuple[str, str]:
     half = len(words) // 2
     return "".join(words[:half]), "".join(words[half:])
