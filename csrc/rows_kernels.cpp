@@ -160,11 +160,11 @@ MOLLM_INLINE CappedTo<f32x16> capped_far(f32x16 x, float cap, float minus_two_ov
   return {(f32x16)((u32x16)magnitude | sign), u * (4.f * (inverse * inverse))};
 }
 
-MOLLM_INLINE bool all_at_most_one(f32x16 v) {  // false of a NaN
+MOLLM_INLINE bool all_at_most(f32x16 v, float limit) {  // false of a NaN
 #ifdef __AVX512F__
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(1.f), _CMP_LE_OQ) == 0xffff;
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_LE_OQ) == 0xffff;
 #else
-  const i32x16 larger = ~(v <= 1.f);
+  const i32x16 larger = ~(v <= limit);
   uint64_t words[8], any = 0;
   std::memcpy(words, &larger, sizeof(words));
   for (uint64_t word : words) any |= word;
@@ -172,20 +172,102 @@ MOLLM_INLINE bool all_at_most_one(f32x16 v) {  // false of a NaN
 #endif
 }
 
-// The same. Few logits are beyond their cap: up to it a polynomial in a^2, which is tanh(a) / a to
-// 1e-7, takes half the time, and 1 - tanh^2 has its digits.
+// tanh(a) / a to 1e-7 where a^2 <= 1.
+MOLLM_INLINE f32x16 tanh_ratio(f32x16 square) {
+  f32x16 q = square * -3.523280943633135e-4f + 2.2786476648711633e-3f;
+  q = q * square - 7.912485058835692e-3f;
+  q = q * square + 2.1461410155256627e-2f;
+  q = q * square - 5.386970672481632e-2f;
+  q = q * square + 0.1333213930517482f;
+  q = q * square - 0.3333327737813325f;
+  return q * square + 0.9999999956422977f;
+}
+
+// The same. Few logits are beyond their cap: up to it a polynomial takes half the time, and
+// 1 - tanh^2 has its digits.
 MOLLM_INLINE CappedTo<f32x16> capped(f32x16 x, float cap, float over_cap) {
   const f32x16 a = x * over_cap, s = a * a;
-  if (__builtin_expect(!all_at_most_one(s), 0)) return capped_far(x, cap, -2 * over_cap);
-  f32x16 q = s * -3.523280943633135e-4f + 2.2786476648711633e-3f;
-  q = q * s - 7.912485058835692e-3f;
-  q = q * s + 2.1461410155256627e-2f;
-  q = q * s - 5.386970672481632e-2f;
-  q = q * s + 0.1333213930517482f;
-  q = q * s - 0.3333327737813325f;
-  q = q * s + 0.9999999956422977f;
-  const f32x16 t = a * q;
+  if (__builtin_expect(!all_at_most(s, 1.f), 0)) return capped_far(x, cap, -2 * over_cap);
+  const f32x16 t = a * tanh_ratio(s);
   return {t * cap, 1.f - t * t};
+}
+
+// 2^y for |y| <= 100: exp_negative's way without its reduction, and a polynomial to 2e-9.
+MOLLM_INLINE f32x16 power_of_two(f32x16 y) {
+  constexpr float kRound = 12582912.f;
+  const f32x16 rounded = y + kRound;
+  const f32x16 f = y - (rounded - kRound);
+  f32x16 p = f * 1.5461444699e-4f + 1.3400428178e-3f;
+  p = p * f + 9.6180566785e-3f;
+  p = p * f + 5.5503272267e-2f;
+  p = p * f + 2.4022650922e-1f;
+  p = p * f + 6.9314720670e-1f;
+  p = p * f + 1.f;
+  return (f32x16)((u32x16)p + ((u32x16)rounded << 23));  // n is in rounded's last bits
+}
+
+// What a sweep over the logits of a small cap keeps.
+enum class Keeps { kNothing, kProducts, kLogits, kLogitsAndSlopes };
+
+constexpr double kSmallCap = 60;  // exp(+-60) and sums of it are normal floats: no shift is needed
+
+// sum_exp_capped for a cap of at most kSmallCap and m = 0. Most logits are within half their cap,
+// where a shorter polynomial is tanh(a) / a to 1e-8.
+template <Keeps keeps, class T>
+static double sum_exp_small_cap(const T* z, int64_t count, LogitMap map, float* logits,
+                                float* slopes, float* products) {
+  const float cap = static_cast<float>(map.cap);
+  const float to_a = static_cast<float>(map.scale / map.cap);
+  const float to_power = static_cast<float>(map.cap * 1.4426950408889634);
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kFlush) {
+    f32x16 partial = {};
+    for_vectors(begin, min64(begin + kFlush, count),
+                [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+                  const f32x16 z0 = load_logits(z + n, some);
+                  const f32x16 a = z0 * to_a, square = a * a;
+                  f32x16 t, slope;
+                  if (all_at_most(square, 0.25f)) {
+                    f32x16 q = square * 1.7131344431e-2f - 5.2984238829e-2f;
+                    q = q * square + 1.3324750505e-1f;
+                    q = q * square - 3.3333067944e-1f;
+                    t = a * (q * square + 9.9999998676e-1f);
+                    slope = 1.f - t * t;
+                  } else if (all_at_most(square, 1.f)) {
+                    t = a * tanh_ratio(square);
+                    slope = 1.f - t * t;
+                  } else {
+                    const auto far = capped_far(a, 1, -2);
+                    t = far.value;
+                    slope = far.slope;
+                  }
+                  const f32x16 e = power_of_two(t * to_power);
+                  if (some == kLanes) {
+                    partial += e;
+                  } else {
+                    for (int64_t lane = 0; lane < some; ++lane) partial[lane] += e[lane];
+                  }
+                  if constexpr (keeps == Keeps::kProducts) {
+                    store_some(products + n, e * slope, some);
+                  } else if constexpr (keeps != Keeps::kNothing) {
+                    store_some(logits + n, t * cap, some);
+                    if constexpr (keeps == Keeps::kLogitsAndSlopes)
+                      store_some(slopes + n, slope, some);
+                  }
+                });
+    total += sum(partial);
+  }
+  return total;
+}
+
+template <class T>
+static double sum_exp_small_cap(const T* z, int64_t count, LogitMap map, float* logits,
+                                float* slopes, float* products) {
+  const auto sum_as = [&](auto sweep) { return sweep(z, count, map, logits, slopes, products); };
+  if (products) return sum_as(sum_exp_small_cap<Keeps::kProducts, T>);
+  if (slopes) return sum_as(sum_exp_small_cap<Keeps::kLogitsAndSlopes, T>);
+  if (logits) return sum_as(sum_exp_small_cap<Keeps::kLogits, T>);
+  return sum_as(sum_exp_small_cap<Keeps::kNothing, T>);
 }
 
 // Sum of exp(c tanh(scale z_j / c) - m); where asked, the logits less m, their slopes, and the
@@ -193,6 +275,7 @@ MOLLM_INLINE CappedTo<f32x16> capped(f32x16 x, float cap, float over_cap) {
 template <class T>
 static double sum_exp_capped(const T* z, int64_t count, LogitMap map, double m, float* logits,
                              float* slopes, float* products) {
+  if (map.cap <= kSmallCap) return sum_exp_small_cap(z, count, map, logits, slopes, products);
   const float s = static_cast<float>(map.scale), shift = static_cast<float>(m);
   const float cap = static_cast<float>(map.cap), over_cap = static_cast<float>(1 / map.cap);
   double total = 0;
@@ -392,8 +475,6 @@ struct Kept {
             products ? products + n : nullptr};
   }
 };
-
-constexpr double kSmallCap = 40;  // exp(+-40) and sums of it are normal floats: no shift is needed
 
 template <class T, class Wide>
 static Shift capped_shift_of(const T* z, int64_t t, int64_t V, LogitMap map, Kept<Wide> kept) {
