@@ -266,7 +266,7 @@ def test_half_of_the_rows_is_taught_and_at_most_a_hundred():
 
 
 def test_replies_end_where_the_context_of_the_model_does():
-    config = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=60)
+    config = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=48)
     subject = Subject("model", GPT2LMHeadModel(config), ChatFormat(tiny.tokenizer()), 2, seed=0)
     rows = [Row("What is it?", "No one knows."), Row("Who?", "A man.")]
     assert subject.fits(rows)
