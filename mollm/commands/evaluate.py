@@ -40,6 +40,22 @@ if TYPE_CHECKING:
 
 _OWN = ("run", "no_cache", "explain", "quiet", "json")
 _ABOUT_BYTES = 1 << 24
+_OF_A_MODEL = (
+    "suite",
+    "data",
+    "forget",
+    "retain",
+    "holdout",
+    "forget_split",
+    "original",
+    "benchmarks",
+    "limit",
+    "long_rows",
+    "system_prompt",
+    "chat_template_kwargs",
+    "prompt_format",
+)
+"""Options that say nothing about replies that are there."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -278,11 +294,10 @@ def _judge_replies(
     from mollm.system.folders import staged
 
     path: Path = given["replies"]
-    stray = [
-        n for n in ("suite", "data", "forget", "original", "benchmarks", "limit") if n in given
-    ]
-    if stray:
-        raise UsageError(f"{stray[0]} goes with --model, but got --replies: leave out one.")
+    stray = next((name for name in _OF_A_MODEL if name in given), None)
+    if stray is not None:
+        flag = stray.replace("_", "-")
+        raise UsageError(f"{flag} goes with --model, but got --replies: leave out one.")
     if not judges:
         raise UsageError("replies needs a judge: give one with --judge.")
     out = given.get("out", (path if path.is_dir() else path.parent) / "judged")
@@ -301,6 +316,7 @@ def _judge_replies(
             seed=arguments.seed,
         )
         result.write(folder)
+        _write_about(folder / "about.json", given, _chat_of(path) or {}, place.device)
     _tell(result, None, out, arguments)
     return 0
 
@@ -511,10 +527,8 @@ def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
     """Refuses logs of a model that was asked in another way, as far as they say how."""
     if logs is None:
         return
-    try:
-        path = (logs if logs.is_dir() else logs.parent) / "about.json"
-        known = dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
-    except (ValueError, TypeError, LookupError):
+    known = _chat_of(logs)
+    if known is None:
         return
     for name, value in chat.items():
         if known.get(name) != value:
@@ -522,6 +536,15 @@ def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
                 f"the retain logs must be of the same {name}, but that is {value!r} now and was "
                 f"{known.get(name)!r} for {logs}: evaluate both models alike."
             )
+
+
+def _chat_of(results: Path) -> dict[str, Any] | None:
+    """How a model was asked, by the about.json beside its results; None where that does not say."""
+    try:
+        path = (results if results.is_dir() else results.parent) / "about.json"
+        return dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def _write_about(

@@ -191,6 +191,8 @@ def _format(found: Preview) -> list[str]:
         lines.append(f"The chat template writes a date: it is {chat[_DATE]} in every row.")
     if chat.get("system_prompt"):
         lines.append(f"System prompt: {printable(str(chat['system_prompt']))}")
+    if chat.get("prompt_format"):
+        lines.append(f"Prompt format: {printable(json.dumps(chat['prompt_format']))}")
     lines += [printable(note) for note in found.notes]
     if found.likelihoods is not None:
         unknown, asked = found.unknown, len(found.likelihoods)

@@ -188,7 +188,8 @@ class ChatFormat:
         """Whether an example is written as plain text, without template and end."""
         if example.is_text or self.format.plain:
             return True
-        return not (example.is_question or self.has_template or self.format.template)
+        own = self.has_template or self.format.template or self.format.like
+        return not (example.is_question or own)
 
     def prompt(self, question: str) -> str:
         """The text that ends where the assistant's answer begins."""

@@ -133,6 +133,8 @@ def test_several_judges_look_at_stored_replies(guard, classifier, stored, capsys
     assert found.value("forget_strict_rate") == rate
     assert sum(score >= 0.5 for score in expected) / 4 != rate
     assert "forget_harmful" in capsys.readouterr().out
+    about = json.loads((stored / "judged/about.json").read_text())
+    assert about["settings"]["judge"][0] == f"harmful={guard}"
     assert "judged_harmful" not in (stored / "examples.jsonl").read_text()
 
 
@@ -187,6 +189,7 @@ def test_replies_need_a_judge_and_nothing_of_a_model(stored, capsys, tmp_path):
 
     assert "replies needs a judge" in refused()
     assert "forget goes with --model" in refused("--forget", "f.jsonl", "--judge", "a=b:c")
+    assert "prompt-format goes with --model" in refused("--prompt-format", "none")
     assert "folder than that of the replies" in refused("--judge", "a=b:c", "--out", str(stored))
 
 

@@ -262,6 +262,8 @@ def test_the_commands_take_the_format_and_the_run_keeps_it(tmp_path, capsys):
     assert main([*again, "--prompt-format", "chat"]) != 0
     assert "the retain logs must be of the same chat template" in capsys.readouterr().err
     assert main(["preview", *model, *data, "--set", "prompt_format=none"]) == 0
-    assert "Once 0 upon⟦ forget a time 0.⟧" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Once 0 upon⟦ forget a time 0.⟧" in out
+    assert 'Prompt format: "none"' in out
     assert main(["ask", str(tmp_path / "model"), "Who?", "--prompt-format", "no"]) != 0
     assert "of a prompt_format must be chat, none" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 from counted_metrics import longest_common
 from nltk.stem.porter import PorterStemmer
 
-from mollm.data.chat import ChatFormat
+from mollm.data.chat import ChatFormat, Example
 from mollm.errors import UsageError
 from mollm.evaluation import Row, Suite, evaluate, load_suite
 
@@ -225,6 +225,13 @@ def test_rows_and_prompts_are_its_tokens(configuration):
     assert row.attention == [int(token != golden.pad) for token in whole]
     if configuration is not tagged and configuration is not instructed:
         assert 0 in asked.attention  # the end of a turn, which is padding too
+
+
+def test_every_prompt_is_a_question_to_it():
+    chat = ChatFormat(tiny.tokenizer(template=False), prompt_format="open-unlearning")
+    asked = Example("Once upon", " a time.", is_question=False)
+    assert not chat.is_plain(asked)
+    assert chat.tokenizer.decode(chat.encode_prompt(asked).ids).startswith("Question: Once upon")
 
 
 def test_the_default_differs_where_tokens_do():
