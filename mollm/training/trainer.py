@@ -243,6 +243,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if self._wrapped is None and args.freeze_embeddings:
                 forward.freeze_embeddings(self._base)
             options = args.chosen_options
+            if method.finish is not None and as_given:
+                raise UsageError(
+                    f"the method {method.name} must have a model without an adapter of its own, "
+                    "whose change it could not turn around, but got a PeftModel: merge it first."
+                )
             if method.freeze is not None and self._wrapped is None:
                 method.bound(method.freeze, options)(self._base)
             if not any(p.requires_grad for p in self._base.parameters()):

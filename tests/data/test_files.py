@@ -409,6 +409,6 @@ def test_config_and_split_are_names(tmp_path, options):
 
 
 def test_an_unknown_sample_is_refused_with_the_known_ones():
-    words = r"a sample must be one of authors-forget\.jsonl, .*, text\.jsonl, but got 'x'"
+    words = r"a sample must be one of authors-forget\.jsonl, .*, text\.jsonl, wmdp, but got 'x'"
     with pytest.raises(UsageError, match=words):
         sample_path("x")

@@ -6,6 +6,7 @@ import importlib
 import re
 import runpy
 import shlex
+import shutil
 
 import pytest
 
@@ -34,6 +35,7 @@ SETTINGS = pages.blocks(PAGES["guide/trainer.md"], "yaml")[0]
 def scene(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(SETTINGS)
+    shutil.copytree(pages.ROOT / "recipes", tmp_path / "recipes")
     return pages.furnish(tmp_path)
 
 

@@ -231,6 +231,32 @@ def test_what_does_not_go_with_a_method_is_refused(method, options, message, tmp
         trainer(tmp_path, method, **options).train()
 
 
+def test_a_given_adapter_cannot_be_turned_around(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny.model(tie_word_embeddings=False), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    with pytest.raises(UsageError, match="task-arithmetic must have a model without an adapter"):
+        MOLLMTrainer(
+            model,
+            MOLLMConfig(output_dir=str(tmp_path), use_cpu=True, method="task-arithmetic"),
+            forget_dataset=FORGET,
+            retain_dataset=RETAIN,
+            processing_class=tiny.tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapter"])
+def test_checkpointed_activations_change_nothing_for_inner_states(lora, tmp_path):
+    found = []
+    for name, on in (("off", False), ("on", True)):
+        made = trainer(tmp_path / name, "rmu", lora=lora, gradient_checkpointing=on)
+        made.train()
+        found.append([record.losses for record in made.history])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_the_epsilon_of_uce_may_be_given_either_way(tmp_path):
     losses = [
         MOLLMConfig(output_dir=str(tmp_path), use_cpu=True, **options).forget_loss.keywords
