@@ -224,7 +224,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
         await_others()
-        if self.report_to is None:  # to YAML, no is nothing
+        if getattr(self, "report_to", None) is None:  # to YAML, no is nothing
             self.report_to = "none"
         super().__post_init__()
         if self.sharding and self.world_size == 1:
@@ -295,7 +295,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         from transformers import get_scheduler
 
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
-        self.lr_scheduler_kwargs = options = _numbers(self.lr_scheduler_kwargs or {})
+        options = _numbers(getattr(self, "lr_scheduler_kwargs", None) or {})
+        self.lr_scheduler_kwargs = options
         try:
             get_scheduler(
                 self.lr_scheduler_type,
