@@ -248,7 +248,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
         await_others()
-        if self.report_to is None:  # to YAML, no is nothing
+        if getattr(self, "report_to", None) is None:  # to YAML, no is nothing
             self.report_to = "none"
         super().__post_init__()
         if self.sharding and self.world_size == 1:

@@ -524,9 +524,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         for name, p in self._base.named_parameters():
             if p.requires_grad:
                 groups[name in decayed].append(p)
+        weight_decay = self.args.optimizer_options.get("weight_decay", self.args.weight_decay)
         self.optimizer = optimizer = MOLLMOptimizer(
             [
-                {"params": params, "weight_decay": self.args.weight_decay if decay else 0.0}
+                {"params": params, "weight_decay": weight_decay if decay else 0.0}
                 for decay, params in groups.items()
                 if params
             ],

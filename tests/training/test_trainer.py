@@ -687,6 +687,12 @@ def test_a_compiled_model_leaves_no_name_of_it_in_a_file(tmp_path):
     assert any("compiled" in note for note in made.notes)
 
 
+def test_weight_decay_may_stand_among_the_options_of_the_optimizer(tmp_path):
+    options = {"optimizer_options": {"weight_decay": 0.25}}
+    made = trained(tmp_path, tiny.model(), max_steps=1, **options)
+    assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.25, 0.0]
+
+
 def test_a_model_without_weights_is_refused(tmp_path):
     with torch.device("meta"):
         model = tiny.model()
