@@ -11,7 +11,7 @@ from mollm.planning.flops import step_flops
 from mollm.planning.hardware import COPIES, Cluster
 from mollm.planning.memory import MemoryPlan, plan
 from mollm.planning.proposals import Proposal, proposals
-from mollm.planning.settings import STREAMED, PlanSettings
+from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import Shape
 from mollm.planning.traffic import Collective, step_traffic
 
@@ -174,7 +174,6 @@ def plan_cluster(
             found.append(predict(shape, settings, cluster, each))
         except UsageError as error:
             refused.append(f"{each}: {error}")
-    if not (settings.streams or settings.lora_rank):
-        streamed = replace(settings, gradient_memory=STREAMED, gradient_checkpointing=False)
-        found.insert(1, predict(shape, streamed, cluster, COPIES))
+    if not settings.streams and settings.streamed is not None:
+        found.insert(1, predict(shape, settings.streamed, cluster, COPIES))
     return ClusterPlan(settings, cluster, memory, found, refused)

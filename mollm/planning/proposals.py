@@ -84,9 +84,8 @@ def _small_gradients(now: MemoryPlan, memory: float) -> Iterator[tuple[str, Plan
     if now.settings.lora_rank:
         return
     tried = [replace(now.settings, gradient_memory="bfloat16")]
-    if now.settings.shards == 1:
-        streamed = replace(now.settings, gradient_memory=STREAMED, gradient_checkpointing=False)
-        tried.append(streamed)
+    if now.settings.streamed is not None:
+        tried.append(now.settings.streamed)
     best = _first_that_fits(now, tried, memory)
     words = f"--gradient-memory {best.gradient_memory}"
     given_up = now.settings.gradient_checkpointing and not best.gradient_checkpointing
@@ -116,9 +115,8 @@ def _narrow_weights(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanS
         if narrow.gradient_memory == "bfloat16":  # rounds nothing more
             narrow = replace(narrow, gradient_memory="as-produced")
         yield "--dtype bfloat16", narrow
-    if not now.settings.lora_rank and now.settings.shards == 1:
-        streamed = replace(narrow, gradient_memory=STREAMED, gradient_checkpointing=False)
-        yield f"--gradient-memory {STREAMED}, no checkpointing", streamed
+        if narrow.streamed is not None:
+            yield f"--gradient-memory {STREAMED}, no checkpointing", narrow.streamed
 
 
 def _no_second_moment(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:

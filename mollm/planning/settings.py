@@ -289,6 +289,13 @@ class PlanSettings:
         return self.gradient_memory == STREAMED
 
     @property
+    def streamed(self) -> PlanSettings | None:
+        """The same with streamed gradients, where something comes of that."""
+        if self.lora_rank or self.shards > 1 or self.relearn_steps:
+            return None
+        return replace(self, gradient_memory=STREAMED, gradient_checkpointing=False)
+
+    @property
     def trains_head(self) -> bool:
         return not (self.lora_rank or self.freeze_embeddings)
 

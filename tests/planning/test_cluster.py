@@ -190,6 +190,13 @@ def test_where_nothing_fits_the_nodes_are_counted():
 PLAN = ["plan", "--gpus", "8", "--nodes", "4", "--shape", "llama-3-70b"]
 
 
+def test_simulated_relearning_is_planned_without_streamed_gradients(capsys):
+    for options in ("--gpus 8", "--device-memory 6"):
+        command = f"plan --shape llama-3.2-1b --relearn-steps 2 {options}"
+        assert main(command.split()) in (0, 1)
+        assert "streamed" not in capsys.readouterr().out
+
+
 def test_the_command_predicts_a_cluster_and_says_so(capsys):
     assert main(PLAN) == 1
     text = capsys.readouterr().out
