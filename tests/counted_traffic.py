@@ -110,7 +110,7 @@ def count(folder, layout, key, dtype):
         settings = plan_settings(made.args, adapter, longest=64, objectives=made.objectives)
         held = {
             "parameters": made._base.parameters(),
-            "reference model": tensors_of(made._objectives.reference),
+            "reference model": tensors_of(made._passes.objectives.reference),
             "optimizer state": [t for slot in made.optimizer.state.values() for t in slot.values()],
         }
     return {
