@@ -227,6 +227,7 @@ static double sum_exp_small_cap(const T* z, int64_t count, LogitMap map, float* 
                   const f32x16 z0 = load_logits(z + n, some);
                   const f32x16 a = z0 * to_a, square = a * a;
                   f32x16 t, slope;
+                  bool far = false;
                   if (all_at_most(square, 0.25f)) {
                     f32x16 q = square * 1.7131344431e-2f - 5.2984238829e-2f;
                     q = q * square + 1.3324750505e-1f;
@@ -237,11 +238,13 @@ static double sum_exp_small_cap(const T* z, int64_t count, LogitMap map, float* 
                     t = a * tanh_ratio(square);
                     slope = 1.f - t * t;
                   } else {
-                    const auto far = capped_far(a, 1, -2);
-                    t = far.value;
-                    slope = far.slope;
+                    const auto found = capped_far(a, 1, -2);
+                    t = found.value;
+                    slope = found.slope;
+                    far = true;
                   }
-                  const f32x16 e = power_of_two(t * to_power);
+                  f32x16 e = power_of_two(t * to_power);
+                  if (far) e += t - t;  // NaN stays NaN, whose last bits the power would take in
                   if (some == kLanes) {
                     partial += e;
                   } else {

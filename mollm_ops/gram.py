@@ -135,7 +135,7 @@ def _gram_cpu(
     assert extension is not None, "_has_kernels implies the extension"
     device = _device(rows)
     counts = _counts(rows, lists)
-    out = torch.zeros(lists, lists, dtype=torch.float64)
+    out = torch.zeros(lists, lists, dtype=torch.float64, device="cpu")
     means = [] if moving is None else _contiguous(flattened(moving.means))
     moments = [] if metric is None else _contiguous(_where(counts, metric.exp_avg_sqs))
     data, dtypes = listed("gradients", rows, counts, device)
@@ -188,7 +188,7 @@ def _gram_plain(
         check_range("beta2", metric.beta2, 0, 1)
         check_range("eps", metric.eps, 0)
     lists = len(gradients)
-    out = torch.zeros(lists, lists, dtype=torch.float64)
+    out = torch.zeros(lists, lists, dtype=torch.float64, device="cpu")
     extension.gram_cpu(
         data=found.data,
         dtypes=found.dtypes,
@@ -279,7 +279,7 @@ def _dots_plain(gradients: GradientLists, x: Sequence[Tensor]) -> Tensor | None:
     column = None if found is None else _plain.walk([x], found)
     if found is None or column is None or extension is None:
         return None
-    out = torch.zeros(len(gradients), dtype=torch.float64)
+    out = torch.zeros(len(gradients), dtype=torch.float64, device="cpu")
     extension.dots_cpu(
         data=found.data,
         dtypes=found.dtypes,
@@ -325,7 +325,7 @@ def _dots(flat: Sequence[Tensor | None], lists: int, x: Sequence[Tensor]) -> Ten
     assert extension is not None, "has_kernels_for(cpu) implies the extension"
     rows, column = _contiguous(flat), _contiguous(x)
     counts = [t.numel() for t in x]
-    out = torch.zeros(lists, dtype=torch.float64)
+    out = torch.zeros(lists, dtype=torch.float64, device="cpu")
     data, dtypes = listed("gradients", rows, counts, device)
     extension.dots_cpu(
         data=data,

@@ -74,7 +74,7 @@ def _update_cpu(
     assert extension is not None, "has_kernels_for(cpu) implies the extension"
     device = torch.device("cpu")
     counts = [p.numel() for p in targets.params]
-    changes = torch.zeros(len(weights), dtype=torch.float64)
+    changes = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
     second = getattr(method, "second_weights", None)
     data, dtypes = listed("gradients", rows, counts, device)
     extension.update_cpu(
@@ -115,7 +115,9 @@ def _update_plain(
     params = _plain.walk([targets.params])
     if others is None or params is None or (proceed is not None and proceed.dtype != torch.bool):
         return None
-    going = proceed is None or (proceed.numel() == 1 and bool(proceed))
+    if proceed is not None and proceed.numel() != 1:
+        return None
+    going = proceed is None or bool(proceed)
     rows = _plain.walk(gradients, params, optional=True)
     steps = _plain.counters(targets.steps, len(params.counts), int(going and adam))
     state = [
@@ -125,7 +127,6 @@ def _update_plain(
     means = None if moving is None else _plain.walk(moving.means, params, optional=True)
     if (
         rows is None
-        or not any(rows.held)
         or steps is None
         or (targets.first is not None and state[0] is None)
         or (targets.second is not None and state[1] is None)
@@ -138,7 +139,7 @@ def _update_plain(
     if moving is not None:
         check_range("beta", moving.beta, 0, 1)
     _check_numbers(len(gradients), weights, method, rounding_seed)
-    changes = torch.zeros(len(weights), dtype=torch.float64)
+    changes = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
     if not going:
         return changes
     torch.autograd.graph.increment_version(
@@ -274,7 +275,7 @@ def update_(
     elif proceed is None or proceed.item():
         changes = _update_cpu(rows, weights, targets, method, moving, rounding_seed, track)
     else:
-        changes = torch.zeros(len(weights), dtype=torch.float64)
+        changes = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
     return changes if track else None
 
 

@@ -63,7 +63,7 @@ def read_reported(folder: Path | str) -> ReportedRun:
     root = Path(facts["folder"])
     history = []
     if os.path.exists(root / HISTORY_FILE):
-        lines = read_text(root / HISTORY_FILE).splitlines()
+        lines = read_text(root / HISTORY_FILE, None).splitlines()
         history = [
             parse_json(line, f"{root / HISTORY_FILE}, line {number}")
             for number, line in enumerate(lines, 1)

@@ -55,7 +55,7 @@ def load_tree(folder: Path, name: str) -> Any:
         UsageError: A file is missing or damaged.
     """
     try:
-        plain = json.loads(read_text(folder / f"{name}.json"))
+        plain = json.loads(read_text(folder / f"{name}.json", None))
         return _decode(plain, _tensors_in(folder / f"{name}.safetensors"))
     except _DAMAGE as error:
         raise _damaged(folder, error) from error

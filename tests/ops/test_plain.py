@@ -173,3 +173,29 @@ def test_what_shares_memory_is_refused_before_anything_is_written(shared):
     with pytest.raises(ValueError, match="must not share memory"):
         update_([[given["gradients"], torch.rand(4)]], given["weights"], targets, AdamWStep(0.1))
     assert torch.equal(memory, before)
+
+
+def test_a_default_device_is_none_of_its_business():
+    rows, params = lists(2), [torch.rand(4)]
+    expected = mollm_ops.gram(rows)
+    before = params[0].clone()
+    with torch.device("meta"):
+        assert torch.equal(mollm_ops.gram(rows), expected)
+        weights = torch.ones(1, device="cpu")
+        grads = [torch.ones(4, device="cpu")]
+        changes = update_(
+            [grads], weights, Targets(params, None, None, [torch.tensor(0.0, device="cpu")]),
+            SgdStep(0.1), track=True,
+        )  # fmt: skip
+    assert changes.device.type == "cpu"
+    torch.testing.assert_close(params[0], before - 0.1)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_proceed_that_is_not_one_number_is_refused(count):
+    targets = Targets([torch.rand(4)], None, None, [torch.tensor(0.0)])
+    with pytest.raises(ValueError, match="proceed must be one number"):
+        update_(
+            [[torch.ones(4)]], torch.ones(1), targets, SgdStep(0.1),
+            proceed=torch.ones(count, dtype=torch.bool),
+        )  # fmt: skip

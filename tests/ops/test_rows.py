@@ -342,6 +342,16 @@ def test_nan_in_a_row_or_its_reference_is_nan_in_loss_and_gradient(dtype, whole,
         assert to.gradient.isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("cap", [30.0, 61.0, None])
+def test_nan_of_any_bits_is_nan(bits, cap, path):
+    logits = torch.randn(1, 40)
+    logits.view(torch.int32)[0, 7] = bits
+    to = results(logits)
+    log_rows(logits, torch.tensor([3]), to, None, LogitTransform(softcap=cap))
+    assert to.losses.isnan().all()
+
+
 def test_a_transform_that_is_none():
     assert LogitTransform(softcap=float("inf")) == IDENTITY
     assert LogitTransform(softcap=1e31) == IDENTITY
