@@ -14,7 +14,7 @@ from mollm.models.adapters import is_first_factor
 from mollm.training.history import StepRecord, skipped_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -29,8 +29,8 @@ class Adaptation:
         args: Of the run.
         objectives: Their names.
         optimizer: Gets the weights of the next step as its preferences.
-        model: As it is before the first step; what trains of it is kept on the host for a method
-            that goes back from where it got.
+        model: What trains of it starts as `original` has it, whatever was made of it before.
+        original: What `trained_of` kept of the model, for a method that finishes.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Adaptation:
         objectives: Sequence[str],
         optimizer: MOLLMOptimizer,
         model: nn.Module,
+        original: Mapping[str, Tensor],
     ) -> None:
         method, chosen = args.chosen_method, args.chosen_options
         self._adapt: Any = method.adapt and method.bound(method.adapt, chosen)
@@ -49,13 +50,9 @@ class Adaptation:
         self._first = dict(zip(objectives, preferences or (), strict=bool(preferences)))
         self._weights = self._first
         self._applied = 0
-        self._before: dict[str, Tensor] = {}
-        if self._finish:
-            self._before = {
-                name: local(p).detach().to("cpu", copy=True)
-                for name, p in model.named_parameters()
-                if p.requires_grad
-            }
+        self._original = original
+        for _, part, before in self._trained():
+            part.copy_(before)
         self._set(None)
 
     def after(self, record: StepRecord, epoch: float) -> None:
@@ -76,10 +73,21 @@ class Adaptation:
     @torch.no_grad()
     def finish(self) -> None:
         """Makes of the model what the method makes of it once the last step is made."""
+        for name, part, before in self._trained():
+            if not is_first_factor(name):  # of an adapter's product B A, B alone is turned around
+                part.copy_(self._finish(part, before))
+
+    def _trained(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, p in self._model.named_parameters():
-            before = self._before.get(name)
-            if before is None or is_first_factor(name):
-                continue  # of an adapter's product B A, B alone is turned around
-            part = local(p)
-            part.copy_(self._finish(part, before.to(part)))
-        self._before = {}
+            if name in self._original:
+                part = local(p).detach()
+                yield name, part, self._original[name].to(part)
+
+
+def trained_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy on the host of all that trains, of parts this process's own."""
+    return {
+        name: local(p).detach().to("cpu", copy=True)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }

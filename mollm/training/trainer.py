@@ -70,7 +70,7 @@ from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
-from mollm.training.adapting import Adaptation
+from mollm.training.adapting import Adaptation, trained_of
 from mollm.training.alternatives import with_generated_answers, with_known_answers
 from mollm.training.best import check_metric, note_if_best
 from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
@@ -294,6 +294,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if args.sharding is not None:
             hybrid = args.sharding == "hybrid_shard"
             fsdp.shard(objectives, args.device, hybrid=hybrid, from_first=from_first)
+        self._original = {} if method.finish is None else trained_of(self._base)
         self.history: list[StepRecord] = []
         """A record of every step."""
         self.more_facts: dict[str, Any] = {}
@@ -624,7 +625,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._groups = [options_of(group) for group in self.optimizer.param_groups]
         self._take_state(TrainerState(), steps)
         self.history.clear()
-        self._adaptation = Adaptation(self.args, self.objectives, self.optimizer, self._base)
+        self._adaptation = Adaptation(
+            self.args, self.objectives, self.optimizer, self._base, self._original
+        )
         self._changes.clear()
         self._samples.forget_all()
         self._started = time.time()

@@ -142,6 +142,19 @@ def test_task_arithmetic_is_the_learnt_change_turned_around(tmp_path, monkeypatc
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_task_arithmetic_starts_from_the_original_again(tmp_path):
+    """In a trainer that has trained already: once more, and from a checkpoint."""
+    made = trainer(tmp_path, "task-arithmetic", save_strategy="steps", save_steps=2)
+    made.train()
+    first = weights(made)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in weights(made).items():
+        torch.testing.assert_close(value, first[name], rtol=0, atol=0)
+    made.train()
+    for name, value in weights(made).items():
+        torch.testing.assert_close(value, first[name], rtol=0, atol=0)
+
+
 def test_task_arithmetic_turns_the_product_of_an_adapter_around(tmp_path, monkeypatch):
     learnt = trainer(tmp_path / "a", "task-arithmetic", lora=True)
     with monkeypatch.context() as not_yet:
