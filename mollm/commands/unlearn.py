@@ -376,21 +376,20 @@ def _print_json(trainer: MOLLMTrainer, out: Path, wanted: bool) -> None:
 
 def _told(data: Any) -> str:
     """Data as `mollm evaluate` takes it, from any folder."""
+    found = resolved(data)
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def resolved(data: Any) -> Any:
+    """Data with the paths in it from the root: that of a set, or of each of several by name."""
     if isinstance(data, str):
         path = user_path(data)
         return str(path.resolve()) if path.exists() else data
-    return json.dumps(_resolved(data))
-
-
-def _resolved(data: Any) -> Any:
-    """Data with the paths in it from the root: that of a set, or of each of several by name."""
-    if isinstance(data, str):
-        return _told(data)
     if not isinstance(data, Mapping):
         return data
     if "path" in data:
-        return {**data, "path": _resolved(data["path"])}
-    return {name: _resolved(one) for name, one in data.items()}
+        return {**data, "path": resolved(data["path"])}
+    return {name: resolved(one) for name, one in data.items()}
 
 
 def _skips(trainer: MOLLMTrainer) -> str:
