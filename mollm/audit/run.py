@@ -26,6 +26,7 @@ from mollm.audit.findings import (
 )
 from mollm.audit.subject import Subject
 from mollm.data.chat import ChatFormat
+from mollm.data.encoding import CUT, LONG_ROWS
 from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner
@@ -99,6 +100,7 @@ def audit(
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prompt_format: FormatOption = None,
+    long_rows: str = CUT,
     after_finding: Callable[[Audit], object] = lambda audit: None,
     progress: bool = False,
 ) -> Audit:
@@ -129,15 +131,19 @@ def audit(
         chat_template_kwargs: Options of the chat template.
         prompt_format: How prompts are written: "none" for plain text, "chat", a template, or
             options, see `mollm.data.prompt_format.PromptFormat`.
+        long_rows: What becomes of questions that are too long for the model's context: "cut" takes
+            of their beginning, "skip" leaves the rows out.
         after_finding: Called with the audit so far whenever there is another finding.
         progress: Whether to show a bar for each attack on each model.
 
     Raises:
-        UsageError: The forget set has fewer than 4 rows, the models are not of one architecture,
-            the original or the retain-only model has an adapter or both are one object, or the
-            original does not know the forget set.
+        UsageError: The forget set has fewer than 4 rows that fit, the models are not of one
+            architecture, the original or the retain-only model has an adapter or both are one
+            object, or the original does not know the forget set.
     """
     check_options(suite, learning_rates, batch_size, resamples, seed)
+    if long_rows not in LONG_ROWS:
+        raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
     wrapped = model if hasattr(model, "peft_config") else None
     whole = model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
     chat = ChatFormat.of(
@@ -155,8 +161,8 @@ def audit(
         if each is not None
     }
     _check_models(subjects)
-    suite = _drawn(suite, seed)
-    _check_rows(subjects["model"], suite)
+    suite, changed = _fitted(subjects["model"], _drawn(suite, seed), long_rows)
+    check_options(suite, learning_rates, batch_size, resamples, seed)
     made, missing = _attacks(suite, subjects, wrapped, learning_rates)
     course = _Course(
         made,
@@ -165,7 +171,7 @@ def audit(
         resamples,
         seed,
         _counts(suite),
-        _notes(adapter=wrapped is not None, retain_only=retain_only is not None),
+        (*_notes(adapter=wrapped is not None, retain_only=retain_only is not None), *changed),
         missing,
         progress,
     )
@@ -452,7 +458,13 @@ def _shape(shape: torch.Size | None) -> str:
     return "missing" if shape is None else " × ".join(map(str, shape))
 
 
-def _check_rows(subject: Subject, suite: Suite) -> None:
+def _fitted(subject: Subject, suite: Suite, long_rows: str) -> tuple[Suite, list[str]]:
+    """The suite with its rows as they fit into the model's context, and what was done to them."""
     examiner = Examiner(subject.model, subject.chat)
-    for group, rows in suite.groups().items():
-        examiner.check(group, rows, {"nll"})
+    fitted = {
+        group: examiner.fit(group, rows, {"nll"}, long_rows)
+        for group, rows in suite.groups().items()
+    }
+    asked = {group: each.asked for group, each in fitted.items()}
+    notes = [note for each in fitted.values() for note in each.notes]
+    return Suite(asked["forget"], retain=asked.get("retain"), holdout=asked.get("holdout")), notes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mollm.errors import UsageError
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 NO_ORIGINAL = "none"
 """Given as the original where there is to be none."""
+CHAT_OPTIONS = ("system_prompt", "chat_template_kwargs", "prompt_format")
+"""How a model is spoken to, as flags and as settings of a run."""
 
 
 class _Renamed(argparse.Action):
@@ -94,11 +98,51 @@ def format_of(text: str | None) -> str | dict[str, Any] | None:
 
     if text is None:
         return None
-    found: Any = text.replace("\\n", "\n")
+    found: Any = text
     if text.startswith("{") and not text.startswith(QUESTION):
         found = parse_yaml(text, "prompt-format")
+    found = _with_new_lines(found)
     PromptFormat.of(found)
     return found if isinstance(found, dict) else str(found)
+
+
+def _with_new_lines(value: Any) -> Any:
+    r"""The value with a new line for each \n in its texts: quotes may leave the two letters."""
+    if isinstance(value, str):
+        return value.replace("\\n", "\n")
+    if isinstance(value, dict):
+        return {name: _with_new_lines(one) for name, one in value.items()}
+    return [_with_new_lines(one) for one in value] if isinstance(value, list) else value
+
+
+def chat_options(given: Mapping[str, Any], run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How a model is spoken to: as the command line says, else as the run that made it did.
+
+    Args:
+        given: Arguments of the command line by name.
+        run: The facts of the run; None where there is none.
+
+    Raises:
+        UsageError: The command line says none of that.
+    """
+    said = {
+        "system_prompt": given.get("system_prompt"),
+        "chat_template_kwargs": template_options(given.get("chat_template_kwargs")),
+        "prompt_format": format_of(given.get("prompt_format")),
+    }
+    known = {} if run is None else run["settings"]
+    return {name: known.get(name) if one is None else one for name, one in said.items()}
+
+
+def chat_words(chat: Mapping[str, Any]) -> list[str]:
+    """The flags that say so, as far as there is something to say."""
+    words = []
+    for name in CHAT_OPTIONS:
+        value = chat.get(name)
+        if value not in (None, {}):
+            text = value if isinstance(value, str) else json.dumps(value)
+            words += [f"--{name.replace('_', '-')}", text]
+    return words
 
 
 def check_seed(seed: int) -> None:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from mollm.commands.arguments import (
     NO_ORIGINAL,
     add_loading,
+    chat_options,
     check_seed,
     device_of,
-    format_of,
-    template_options,
 )
 from mollm.errors import UsageError
 from mollm.system.parsing import read_text, user_path
@@ -175,20 +174,18 @@ def _speakers(arguments: argparse.Namespace, sampling: Sampling) -> list[_Speake
 
     name = model_of(arguments.model)
     original = arguments.original or original_of(name)
-    run = run_of(name) or {"settings": {}}
     named = {"original": original} if original not in (None, NO_ORIGINAL) else {}
     device, dtype = device_of(arguments.device), getattr(torch, arguments.dtype)
-    prompt, options = arguments.system_prompt, template_options(arguments.chat_template_kwargs)
-    form = format_of(arguments.prompt_format)
+    spoken = chat_options(vars(arguments), run_of(name))
     speakers = []
     for role, source in {**named, "result": name}.items():
         model, tokenizer = loading.load(loading.find_model(source), device, dtype)
         chat = ChatFormat.of(
             model,
             tokenizer,
-            template_kwargs=options or run["settings"].get("chat_template_kwargs"),
-            system_prompt=prompt or run["settings"].get("system_prompt"),
-            prompt_format=form or run["settings"].get("prompt_format"),
+            template_kwargs=spoken["chat_template_kwargs"],
+            system_prompt=spoken["system_prompt"],
+            prompt_format=spoken["prompt_format"],
         )
         speakers.append(_Speaker(role, model, chat, sampling))
     return speakers

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, data_of, device_of, format_of, template_options
+from mollm.commands.arguments import add_loading, chat_options, chat_words, data_of, device_of
 from mollm.errors import UsageError
 from mollm.system.parsing import user_path
 
@@ -75,6 +75,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--json", action="store_true", default=False, help="print audit.json, all else to stderr"
     )
+    parser.add_argument(
+        "--long-rows",
+        default=argparse.SUPPRESS,
+        choices=("cut", "skip"),
+        help="what becomes of questions too long for the model's context: they lose their "
+        "beginning, or are left out (default: as in the run, else cut)",
+    )
     add_loading(parser)
     parser.set_defaults(run=_audit)
 
@@ -109,7 +116,9 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     rates = _rates(given.get("learning_rates"), LEARNING_RATES)
-    kwargs = template_options(given.get("chat_template_kwargs"))
+    chat = chat_options(given, run)
+    known = {} if run is None else run["settings"]
+    long_rows = given.get("long_rows", known.get("long_rows", "cut"))
     sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
     suite = load_suite(data_of(given["forget"]), **sets)
     check_options(suite, rates, arguments.batch_size, arguments.resamples, arguments.seed)
@@ -143,16 +152,15 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
         batch_size=arguments.batch_size,
         resamples=arguments.resamples,
         seed=arguments.seed,
-        system_prompt=given.get("system_prompt"),
-        chat_template_kwargs=kwargs,
-        prompt_format=format_of(given.get("prompt_format")),
+        long_rows=long_rows,
+        **chat,
         after_finding=told,
         progress=sys.stderr.isatty(),
     )
     write_json(found, about, out)
     write_html(found, about, out)
     _tell_run(run, out)
-    _print_verdict(found, given)
+    _print_verdict(found, given, chat)
     print(f"Report: {out / HTML_FILE}")
     print(f"For machines: {out / JSON_FILE}")
     return 0 if found.verdict == "PASS" else _NOT_PASSED
@@ -179,24 +187,26 @@ def _tell_run(run: Mapping[str, Any] | None, out: Path) -> None:
         write_report([folder], folder / REPORT_FILE)
 
 
-def _print_verdict(found: Audit, given: Mapping[str, Any]) -> None:
+def _print_verdict(found: Audit, given: Mapping[str, Any], chat: Mapping[str, Any]) -> None:
     print(f"\nVerdict: {found.verdict}")
     for note in found.notes:
         print(note)
     if "retain_only" not in given:
         print(
-            f"This makes one, from the model as it was before it learnt the data:\n{_making(given)}"
+            "This makes one, from the model as it was before it learnt the data:\n"
+            f"{_making(given, chat)}"
         )
     for name, reason in found.missing.items():
         print(f"Not in the verdict: {name}: {reason}.")
 
 
-def _making(given: Mapping[str, Any]) -> str:
+def _making(given: Mapping[str, Any], chat: Mapping[str, Any]) -> str:
     """The command that makes a retain-only model."""
     return shlex.join(
         [
             *("mollm", "unlearn", "--model", "BEFORE_IT_LEARNT"),
             *("--forget", given["forget"], "--retain", given.get("retain", "RETAIN")),
+            *chat_words(chat),
             *("--method", "sum", "--set", "preferences=[0, 0, 1]"),
             *("--set", "freeze_embeddings=false", "--set", "max_loss_rise=1000"),
             *("--max-steps", "1000", "--out", "runs/retain-only"),

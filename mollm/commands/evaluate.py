@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.arguments import (
     NO_ORIGINAL,
     add_loading,
+    chat_options,
     check_seed,
     data_of,
     device_of,
-    format_of,
-    template_options,
 )
 from mollm.commands.judges import judge_again, read_judges
 from mollm.commands.suites import evaluate_suite, known_data
@@ -256,9 +255,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options |= {
         "names": names,
         "seed": arguments.seed,
-        "system_prompt": given.get("system_prompt"),
-        "chat_template_kwargs": template_options(given.get("chat_template_kwargs")),
-        "prompt_format": format_of(given.get("prompt_format")),
+        **chat_options(given, run),
     }
     place = _place_of(arguments)
     source = loading.find_model(given["model"])
@@ -372,10 +369,8 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
     if run is not None:
         if "data" not in given and "forget" not in given:
             given |= {n: v for n, v in run.get("given", {}).items() if n not in given}
-        for name in ("system_prompt", "chat_template_kwargs", "prompt_format", "long_rows"):
-            value = run["settings"].get(name)
-            if value is not None and name not in given:
-                given[name] = value if isinstance(value, str) else json.dumps(value)
+        if "long_rows" in run["settings"]:
+            given.setdefault("long_rows", run["settings"]["long_rows"])
     if "data" not in given and "forget" not in given:
         raise UsageError(
             "data must be given, but it is not: add --forget and --retain, or --data for TOFU."

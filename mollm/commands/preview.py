@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mollm.commands.arguments import device_of
+from mollm.commands.arguments import add_chat_options, device_of
 from mollm.commands.settings_file import evaluated_sets, read_settings, require
 from mollm.system.terminal import has_colour, paint, printable
 from mollm.system.units import GIB
@@ -56,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--forget", metavar="PATH_OR_HUB_NAME", help="examples to forget")
     parser.add_argument("--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per example, at most")
+    add_chat_options(parser)
     parser.add_argument(
         "--set", action="append", metavar="NAME=VALUE", help="any other setting; several allowed"
     )

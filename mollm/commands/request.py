@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mollm.commands import audit, evaluate, unlearn
-from mollm.commands.arguments import data_of
+from mollm.commands.arguments import data_of, device_of
 from mollm.commands.settings_file import OWN_SETTINGS, read_settings
 from mollm.errors import UsageError
 from mollm.system.folders import locked
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _FIGURES = ("forget_probability", "forget_rouge_l")
 _FAILED = 1
+_FEWEST_ROWS = 2
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,13 +75,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    from mollm.report.ledger import LEDGER_FILE, Ledger, Request, read_ledger
+    from mollm.evaluation.suite import load_suite
+    from mollm.report.ledger import FAILED, LEDGER_FILE, Ledger, Request, read_ledger
 
     folder: Path = arguments.ledger
-    begun = (folder / LEDGER_FILE).is_file()
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if begun:
+    with locked(folder, flag="ledger"):
+        if (folder / LEDGER_FILE).is_file():
             ledger = read_ledger(folder)
             for name in ("model", "retain", "config"):
                 if getattr(arguments, name) is not None:
@@ -89,14 +90,20 @@ def _add(arguments: argparse.Namespace) -> int:
                     )
         else:
             ledger = Ledger(folder, *_first(arguments))
-        forget = _from_root(data_of(arguments.forget))
+        forget = _by_place(data_of(arguments.forget), "forget")
         sha256, rows = _hash_of(forget, "forget")
         for known in ledger.requests:
-            if known.sha256 == sha256:
+            if known.sha256 == sha256 and known.status != FAILED:
                 raise UsageError(
                     f"a request must be for other rows than the ones before, but {known.name} is "
                     "for the same."
                 )
+        if rows < _FEWEST_ROWS:
+            raise UsageError(
+                f"a request must have at least {_FEWEST_ROWS} rows to be tested, but got {rows}: "
+                "add it together with another one, in one file."
+            )
+        load_suite(forget)  # refuses now what could not be tested after the run
         request = Request(len(ledger.requests) + 1, forget, sha256, rows, _now(), arguments.note)
         ledger.requests.append(request)
         ledger.write()
@@ -118,21 +125,33 @@ def _first(arguments: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
                 f"{name} must be given for the first request of a ledger, but it is not: add it to "
                 f"the settings file, or --{name}."
             )
+    if settings.get("eval_forget") is not None:
+        raise UsageError(
+            "eval_forget must be left out of the settings of a ledger, since each request is "
+            "tested on rows of its own, but it is there: remove it."
+        )
+    if settings.get("out") is not None:
+        print(f"Not used: out, {settings['out']}. The runs go to folders in {arguments.ledger}.")
     kept = {
         name: value
         for name, value in settings.items()
         if name not in OWN_SETTINGS or name in ("lora", "device")
     }
-    return str(_from_root(settings["model"])), _from_root(settings["retain"]), kept
+    if settings.get("eval_retain") is not None:
+        kept["eval_retain"] = _by_place(settings["eval_retain"], "eval_retain")
+    return unlearn.resolved(settings["model"]), _by_place(settings["retain"], "retain"), kept
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mollm.report.ledger import OPEN, read_ledger
+    from mollm.report.ledger import OPEN, TRAINED, read_ledger
 
+    if arguments.batch_size < 1:
+        raise UsageError(f"batch-size must be at least 1, but got {arguments.batch_size}.")
+    device_of(arguments.device)  # refuses what there is not
     folder: Path = arguments.ledger
-    with locked(folder) if folder.is_dir() else _nothing(folder):
+    with locked(folder, flag="ledger") if folder.is_dir() else _nothing(folder):
         ledger = read_ledger(folder)
-        waiting = [request for request in ledger.requests if request.status == OPEN]
+        waiting = [request for request in ledger.requests if request.status in (OPEN, TRAINED)]
         if not waiting:
             print("Nothing is open.")
             return 0
@@ -141,6 +160,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 print(f"Request {request.name} failed: {request.reason}")
                 return _FAILED
             print(f"Request {request.name} is done: {folder / str(request.run)}")
+            if request.reason is not None:
+                print(f"Request {request.name}: {request.reason}")
     return 0
 
 
@@ -152,12 +173,49 @@ def _nothing(folder: Path) -> Any:
 
 def _run_one(ledger: Ledger, request: Request, arguments: argparse.Namespace) -> bool:
     """Unlearns, tests again and audits; the ledger is written after each of the three."""
-    from mollm.report.ledger import DONE, FAILED, hash_of_model, write_manifest
+    from mollm.report.ledger import DONE, OPEN, write_manifest
+
+    if request.status == OPEN and not _train(ledger, request):
+        return False
+    run = ledger.folder / str(request.run)
+    _test_all(ledger, request, arguments)
+    if arguments.audit:
+        request.verdict, request.reason = _audited(ledger, request, arguments)
+    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
+    request.manifest_sha256 = write_manifest(
+        run,
+        {
+            "request": request.number,
+            "data": {
+                "forget": {"sha256": request.sha256, "rows": request.rows},
+                "retain": {n: d["sha256"] for n, d in facts["data"].items() if "retain" in n},
+            },
+            "settings": facts["settings"],
+            "settings_sha256": _sha256(facts["settings"]),
+            "versions": facts["versions"],
+            "before_sha256": _hash_or_none(Path(str(request.before))),
+            "weights_sha256": request.weights_sha256,
+            "figures": {
+                other.name: next((t for t in reversed(other.tests) if t["run"] == request.run), {})
+                for other in ledger.requests
+                if other.tests
+            },
+            "verdict": request.verdict,
+            "made": _now(),
+        },
+    )
+    request.status = DONE
+    ledger.write()
+    return True
+
+
+def _train(ledger: Ledger, request: Request) -> bool:
+    """Makes the model of a request, unless it is there; whether there is one."""
+    from mollm.report.ledger import FAILED, TRAINED, hash_of_model
 
     _check_data(request)
     request.run, request.before = request.name, ledger.last_model
     run = ledger.folder / request.run
-    started = _hash_or_none(Path(request.before))
     config = ledger.folder / f"{request.name}.yaml"
     config.write_text(
         json.dumps(
@@ -172,85 +230,70 @@ def _run_one(ledger: Ledger, request: Request, arguments: argparse.Namespace) ->
         ),
         encoding="utf-8",
     )
-    # Of a run that was interrupted the checkpoints are there; of one that was not, nothing is.
-    status = _call(unlearn, ["unlearn", "--config", str(config), "--resume"])
-    if status != 0:
+    # Of a run that was interrupted the checkpoints are there; of one that was not, nothing is. One
+    # that was killed between its model and the ledger has finished, and is not to be resumed.
+    words = ["unlearn", "--config", str(config), "--resume"]
+    if not (run / "model").is_dir() and _call(unlearn, words) != 0:
         request.status, request.reason = FAILED, f"see {run / 'README.md'}"
         ledger.write()
         return False
-    request.weights_sha256 = hash_of_model(run / "model")
-    _test_all(ledger, request, arguments)
-    request.status = DONE
-    if arguments.audit:
-        request.verdict = _audited(ledger, request, arguments)
-    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
-    request.manifest_sha256 = write_manifest(
-        run,
-        {
-            "request": request.number,
-            "data": {
-                "forget": {"sha256": request.sha256, "rows": request.rows},
-                "retain": {n: d["sha256"] for n, d in facts["data"].items() if "retain" in n},
-            },
-            "settings": facts["settings"],
-            "settings_sha256": _sha256(facts["settings"]),
-            "versions": facts["versions"],
-            "before_sha256": started,
-            "weights_sha256": request.weights_sha256,
-            "figures": {
-                other.name: next((t for t in reversed(other.tests) if t["run"] == request.run), {})
-                for other in ledger.requests
-                if other.tests
-            },
-            "verdict": request.verdict,
-            "made": _now(),
-        },
-    )
+    request.status, request.weights_sha256 = TRAINED, hash_of_model(run / "model")
     ledger.write()
     return True
 
 
 def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> None:
-    """Measures the new model on the rows of every request so far."""
+    """Measures the new model on the rows of every request so far that did not fail."""
+    from mollm.report.ledger import FAILED
+
     run = ledger.folder / str(new.run)
     for request in ledger.requests:
-        if request.run is None:
+        if request.run is None or request.status == FAILED:
             continue
         request.tests = [test for test in request.tests if test["run"] != new.run]
-        try:
-            _check_data(request)
-        except UsageError as error:
-            request.tests.append({"run": new.run, "skipped": str(error)})
-            continue
         out = run / "tests" / request.name
         words = ["evaluate", "--model", str(run / "model"), "--original", "none"]
         words += ["--forget", _as_word(request.forget), "--metrics", ",".join(_FIGURES)]
         words += ["--out", str(out), "--quiet", *_common(arguments)]
-        _call(evaluate, words)
+        try:
+            _check_data(request)
+            _call(evaluate, words)
+        except UsageError as error:
+            print(f"Request {request.name} was not tested: {error}")
+            request.tests.append({"run": new.run, "skipped": str(error)})
+            continue
         found = parse_json(read_text(out / "metrics.json"), str(out / "metrics.json"))["metrics"]
         figures = {name: found[name]["value"] for name in _FIGURES}
         request.tests.append({"run": new.run, "figures": figures})
     ledger.write()
 
 
-def _audited(ledger: Ledger, request: Request, arguments: argparse.Namespace) -> str:
+def _audited(
+    ledger: Ledger, request: Request, arguments: argparse.Namespace
+) -> tuple[str, None] | tuple[None, str]:
+    """The verdict, or why there is none: of fewer than four rows, for one."""
     run = ledger.folder / str(request.run)
     words = ["audit", "--model", str(run / "model"), "--original", str(request.before)]
     words += ["--forget", _as_word(request.forget), "--retain", _as_word(ledger.retain)]
     words += ["--out", str(run / "audit"), *_common(arguments)]
-    _call(audit, words)
+    try:
+        _check_data(request)
+        _call(audit, words)
+    except UsageError as error:
+        return None, f"not audited: {error}"
     path = run / "audit" / "audit.json"
-    return str(parse_json(read_text(path), str(path))["verdict"])
+    return str(parse_json(read_text(path), str(path))["verdict"]), None
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from mollm.report.ledger import DONE, PAGE_FILE, read_ledger, void_because
 
     ledger = read_ledger(arguments.ledger)
+    done = [request for request in ledger.requests if request.status == DONE]
+    retained = _retained(ledger) if done else {}
     void = {
-        request.name: void_because(ledger, request) or _changed(request)
-        for request in ledger.requests
-        if request.status == DONE
+        request.name: void_because(ledger, request) or _changed(ledger, request, retained)
+        for request in done
     }
     if arguments.json:
         told = [
@@ -260,8 +303,8 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         cells = [("request", "rows", "state", "likelihood", "audit", "manifest")]
         for request in ledger.requests:
-            figures = [test["figures"] for test in request.tests if "figures" in test]
-            last = f"{figures[-1]['forget_probability']:.4f}" if figures else "-"
+            figures = request.tests[-1].get("figures") if request.tests else None
+            last = f"{figures['forget_probability']:.4f}" if figures else "-"
             reason = void.get(request.name, "-")
             manifest = "holds" if reason is None else "-" if reason == "-" else f"void: {reason}"
             cells.append(
@@ -275,17 +318,40 @@ def _status(arguments: argparse.Namespace) -> int:
                 )
             )
         print("\n".join(aligned(cells)))
+        for request in ledger.requests:
+            if request.reason is not None:
+                print(f"{request.name}: {request.reason}")
         print(f"Page: {ledger.folder / PAGE_FILE}")
     return _FAILED if any(void.values()) else 0
 
 
-def _changed(request: Request) -> str | None:
+def _changed(ledger: Ledger, request: Request, retained: Mapping[str, str]) -> str | None:
     """Whether the data that still exist are other ones; to be gone is what was asked for."""
-    try:
-        sha256, _ = _hash_of(request.forget, "forget")
-    except UsageError:
-        return None
-    return None if sha256 == request.sha256 else "its data have been changed"
+    from mollm.report.ledger import MANIFEST_FILE
+
+    path = ledger.folder / str(request.run) / MANIFEST_FILE
+    before = parse_json(read_text(path), str(path))["data"]["retain"]
+    if any(retained.get(name, sha256) != sha256 for name, sha256 in before.items()):
+        return "the data to retain have been changed"
+    with contextlib.suppress(UsageError):
+        if _hash_of(request.forget, "forget")[0] != request.sha256:
+            return "its data have been changed"
+    return None
+
+
+def _retained(ledger: Ledger) -> dict[str, str]:
+    """The hashes of the sets to retain that still exist, by their names in a run."""
+    from mollm.data.sets import named_sets, sets_to_evaluate
+
+    sets = named_sets(ledger.retain, "retain")
+    if "eval_retain" in ledger.settings:
+        evaluated = sets_to_evaluate("retain", ledger.settings["eval_retain"])
+        sets |= {f"eval {name}": data for name, data in evaluated.items()}
+    found = {}
+    for name, data in sets.items():
+        with contextlib.suppress(UsageError):
+            found[name], _ = _hash_of(data, "retain")
+    return found
 
 
 def _check_data(request: Request) -> None:
@@ -326,12 +392,19 @@ def _common(arguments: argparse.Namespace) -> list[str]:
     return ["--batch-size", str(arguments.batch_size), *device]
 
 
-def _from_root(data: Any) -> Any:
-    """Data or a model with paths from the root, so that the ledger may be used from any folder."""
-    if isinstance(data, Mapping):
-        return {**data, "path": _from_root(data["path"])} if "path" in data else dict(data)
-    path = user_path(data)
-    return str(path.resolve()) if path.exists() else data
+def _by_place(data: Any, name: str) -> Any:
+    """Data by where they are, so that the ledger may be used from any folder.
+
+    Raises:
+        UsageError: They are rows, which a ledger is not to hold.
+    """
+    sets = data.values() if isinstance(data, Mapping) else [data]
+    if any(isinstance(one, list) for one in sets):
+        raise UsageError(
+            f"{name} must be a path or a name, since a ledger holds no rows, but got rows: write "
+            "them to a file."
+        )
+    return unlearn.resolved(data)
 
 
 def _as_word(data: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from mollm.commands.arguments import format_of, template_options
 from mollm.errors import UsageError, did_you_mean
 from mollm.system.parsing import parse_yaml, read_text, user_path
 
@@ -46,6 +47,9 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in _DATA:
         if str(given.get(name, "")).startswith(("{", "[")):
             given[name] = parse_yaml(given[name], f"the {name} data")
+    for name, read in (("chat_template_kwargs", template_options), ("prompt_format", format_of)):
+        if name in given:
+            given[name] = read(given[name])
     settings = _read_file(given.pop("config")) if "config" in given else {}
     settings |= _named_values(given.pop("set", ()), "set")
     chosen = _named_values(given.pop("method_option", ()), "method-option")

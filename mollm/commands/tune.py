@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mollm.commands.arguments import add_chat_options
 from mollm.commands.settings_file import read_settings, require
 from mollm.errors import UsageError
 from mollm.system.parsing import user_path
@@ -43,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(f"--{name}", metavar="PATH_OR_HUB_NAME", help=what)
     parser.add_argument("--learning-rate", type=float, metavar="LR", help="where to begin")
     parser.add_argument("--max-steps", type=int, metavar="N", help=f"of a run (default: {_STEPS})")
+    add_chat_options(parser)
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter")
     parser.add_argument(

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mollm.commands.arguments import add_chat_options, chat_words
 from mollm.commands.preview import shown
 from mollm.commands.settings_file import OWN_SETTINGS, evaluated_sets, read_settings, require
 from mollm.errors import UsageError, did_you_mean
@@ -130,6 +131,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--gradient-accumulation-steps", type=int, metavar="N")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens per example, at most")
+    add_chat_options(parser)
     parser.add_argument(
         "--reference", help="reference model: adapter, copy, cache or auto (default)"
     )
@@ -376,21 +378,20 @@ def _print_json(trainer: MOLLMTrainer, out: Path, wanted: bool) -> None:
 
 def _told(data: Any) -> str:
     """Data as `mollm evaluate` takes it, from any folder."""
+    found = resolved(data)
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def resolved(data: Any) -> Any:
+    """Data with the paths in it from the root: that of a set, or of each of several by name."""
     if isinstance(data, str):
         path = user_path(data)
         return str(path.resolve()) if path.exists() else data
-    return json.dumps(_resolved(data))
-
-
-def _resolved(data: Any) -> Any:
-    """Data with the paths in it from the root: that of a set, or of each of several by name."""
-    if isinstance(data, str):
-        return _told(data)
     if not isinstance(data, Mapping):
         return data
     if "path" in data:
-        return {**data, "path": _resolved(data["path"])}
-    return {name: _resolved(one) for name, one in data.items()}
+        return {**data, "path": resolved(data["path"])}
+    return {name: resolved(one) for name, one in data.items()}
 
 
 def _skips(trainer: MOLLMTrainer) -> str:
@@ -411,17 +412,11 @@ def evaluate_line(settings: Mapping[str, Any], out: Path) -> str:
     for name in ("forget", "retain"):
         data = settings[name]
         words += [f"--{name}", data if isinstance(data, str) else json.dumps(data)]
-    if settings.get("system_prompt") is not None:
-        words += ["--system-prompt", settings["system_prompt"]]
-    if settings.get("chat_template_kwargs"):
-        words += ["--chat-template-kwargs", json.dumps(settings["chat_template_kwargs"])]
+    words += chat_words(settings)
     if settings.get("long_rows", "cut") != "cut":
         words += ["--long-rows", settings["long_rows"]]
     if settings.get("dtype", "float32") != "float32":
         words += ["--dtype", settings["dtype"]]
-    form = settings.get("prompt_format")
-    if form is not None:
-        words += ["--prompt-format", form if isinstance(form, str) else json.dumps(form)]
     return shlex.join(words)
 
 

@@ -21,7 +21,7 @@ from mollm.system.parsing import is_file, parse_json, read_text
 
 LEDGER_FILE, PAGE_FILE, MANIFEST_FILE = "ledger.json", "ledger.html", "manifest.json"
 FORMAT = 1
-OPEN, DONE, FAILED = "open", "done", "failed"
+OPEN, TRAINED, DONE, FAILED = "open", "trained", "done", "failed"
 _BLOCK = 1 << 20
 _LEDGER_BYTES = 1 << 24
 
@@ -39,6 +39,7 @@ class Request:
     added: str
     note: str = ""
     status: str = OPEN
+    """TRAINED where there is a model, and tests and audit are not through yet."""
     run: str | None = None
     """The folder of its run, in that of the ledger."""
     before: str | None = None
@@ -49,7 +50,7 @@ class Request:
     """Of the audit; None where there was none."""
     manifest_sha256: str | None = None
     reason: str | None = None
-    """Why it failed."""
+    """Why it failed, or why there is no verdict."""
     tests: list[dict[str, Any]] = field(default_factory=list)
     """What each run since measured of it: `run`, `figures` by name, or `skipped` with a reason."""
 

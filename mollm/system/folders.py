@@ -232,11 +232,11 @@ def _not_written(path: Path, error: Exception) -> UsageError:
     )
 
 
-def _refused(out: Path, error: Exception) -> UsageError:
+def _refused(out: Path, error: Exception, flag: str = "out") -> UsageError:
     reason = getattr(error, "strerror", None) or str(error)
     return UsageError(
-        f"out must be a folder that can be written, but got {_short(out)}: {reason}; "
-        "choose another one with --out."
+        f"{flag} must be a folder that can be written, but got {_short(out)}: {reason}; "
+        f"choose another one with --{flag}."
     )
 
 
@@ -262,8 +262,12 @@ def clear_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, flag: str = "out") -> Iterator[None]:
     """Keeps other processes that ask out of `folder`; a process that dies lets go of it.
+
+    Args:
+        folder: Which; it is made where it is not there.
+        flag: What the user names it with.
 
     Raises:
         UsageError: Another process is in it, or it cannot be made.
@@ -275,22 +279,22 @@ def locked(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder, os.O_RDONLY)
     except (OSError, ValueError) as error:
         _remove_empty(made)
-        raise _refused(folder, error) from error
+        raise _refused(folder, error, flag) from error
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, flag)
         yield
     finally:
         os.close(descriptor)
         _remove_empty(made)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, flag: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(
-            f"out must be a folder of no other run, but one is writing to {folder}: wait for it, "
-            "or choose another one with --out."
+            f"{flag} must be a folder of no other run, but one is writing to {folder}: wait for "
+            f"it, or choose another one with --{flag}."
         ) from error
 
 

@@ -265,6 +265,22 @@ def test_half_of_the_rows_is_taught_and_at_most_a_hundred():
     assert np.all(np.diff(attacks.sizes_for(50)) > 0)
 
 
+def test_rows_that_are_too_long_are_cut_or_left_out_and_said(suite, original):
+    long = dataclasses.replace(suite.forget[0], question=("On " * 300) + suite.forget[0].question)
+    rows = Suite(forget=[*suite.forget[:5], long])
+    found = audited(original, rows, original)
+    assert found.rows["forget"] == 6
+    assert any("beginning" in note and "forget" in note for note in found.notes)
+    found = audited(original, rows, original, long_rows="skip")
+    assert found.rows["forget"] == 5
+    assert any("1 of 6" in note for note in found.notes)
+    few = Suite(forget=[*suite.forget[:3], long])
+    with pytest.raises(UsageError, match=r"at least 4 forget rows.* but got 3"):
+        audited(original, few, original, long_rows="skip")
+    with pytest.raises(UsageError, match="long_rows must be cut or skip, but got 'trim'"):
+        audited(original, rows, original, long_rows="trim")
+
+
 def test_replies_end_where_the_context_of_the_model_does():
     config = GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2, n_positions=48)
     subject = Subject("model", GPT2LMHeadModel(config), ChatFormat(tiny.tokenizer()), 2, seed=0)

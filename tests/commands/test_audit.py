@@ -154,7 +154,12 @@ def test_as_json_it_prints_the_file_and_all_else_to_stderr(run, tmp_path):
 
 
 def test_the_audit_of_a_runs_model_lies_in_its_folder_and_is_in_its_report_and_card(run, folder):
-    where = reported_runs.run(folder / "a-run", finished="2026-01-01T00:00:00+00:00")
+    form = "Question: {question}\nAnswer: {answer}"  # as it would be without
+    settings = {"method": "mollm", "learning_rate": 1e-5, "seed": 42, "steps": 12}
+    settings |= {"prompt_format": form, "long_rows": "skip"}
+    where = reported_runs.run(
+        folder / "a-run", finished="2026-01-01T00:00:00+00:00", settings=settings
+    )
     shutil.copytree(folder / "original", where / "model")
     (where / "README.md").write_text("# A model\n\n## Data\n")
     status, said, _ = run("a-run")
@@ -162,5 +167,7 @@ def test_the_audit_of_a_runs_model_lies_in_its_folder_and_is_in_its_report_and_c
     assert read(where / "audit")["verdict"] == "FAIL"
     assert read(where / "audit")["about"]["model"] == "a-run"
     assert "Report: a-run/audit/audit.html" in said
+    assert read(where / "audit")["settings"]["chat"]["prompt_format"] == form
+    assert f"--prompt-format '{form}'" in said
     assert "FAIL</b>" in (where / "report.html").read_text()
     assert "Verdict: **FAIL**" in (where / "README.md").read_text()

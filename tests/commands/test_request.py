@@ -8,9 +8,11 @@ import pytest
 import tiny
 
 from mollm.cli import main
+from mollm.commands import evaluate
 from mollm.errors import UsageError
 from mollm.models import loading
 from mollm.report.ledger import hash_of_model, read_ledger
+from mollm.system.folders import locked
 
 
 def rows(path, what, count=4):
@@ -175,6 +177,183 @@ def test_data_that_have_changed_are_not_run(ledger, capsys):
     rows(ledger.parent / "ada.jsonl", "changed")
     assert run(ledger) == 2
     assert "have another hash now" in capsys.readouterr().err
+
+
+def interrupt(monkeypatch, module, error):
+    """Has a command raise in place of what it does; gives the words of its calls."""
+    from mollm.commands import request
+
+    called, before = [], request._call
+
+    def call_or_raise(command, words):
+        called.append(words[0])
+        if command is module:
+            raise error
+        return before(command, words)
+
+    monkeypatch.setattr(request, "_call", call_or_raise)
+    return called
+
+
+def test_a_request_that_was_interrupted_after_its_run_is_not_run_again(ledger, monkeypatch):
+    first(ledger)
+    with monkeypatch.context() as patched:
+        interrupt(patched, evaluate, KeyboardInterrupt())
+        assert run(ledger) == 130
+    (found,) = read_ledger(ledger).requests
+    assert found.status == "trained"
+    # So it is where the process was killed before the ledger was written.
+    text = (ledger / "ledger.json").read_text()
+    (ledger / "ledger.json").write_text(text.replace('"trained"', '"open"'))
+    called = interrupt(monkeypatch, None, None)
+    assert run(ledger) == 0
+    assert called == ["evaluate"]
+    (found,) = read_ledger(ledger).requests
+    assert found.status == "done"
+    assert found.weights_sha256 == hash_of_model(ledger / "001" / "model")
+    assert call(ledger, "status") == 0
+
+
+def test_data_that_were_deleted_after_the_run_do_not_hold_up_the_request(ledger, monkeypatch):
+    first(ledger)
+    with monkeypatch.context() as patched:
+        interrupt(patched, evaluate, KeyboardInterrupt())
+        assert run(ledger) == 130
+    (ledger.parent / "ada.jsonl").unlink()
+    assert call(ledger, "run", "--device", "cpu") == 0
+    (found,) = read_ledger(ledger).requests
+    assert found.status == "done"
+    assert "ada.jsonl" in found.tests[0]["skipped"]
+    assert "not audited: " in found.reason
+
+
+def test_a_request_that_cannot_be_tested_is_done_and_says_so(ledger, monkeypatch, capsys):
+    first(ledger)
+    interrupt(monkeypatch, evaluate, UsageError("the rows are too long."))
+    assert run(ledger) == 0
+    assert "Request 001 was not tested: the rows are too long." in capsys.readouterr().out
+    (found,) = read_ledger(ledger).requests
+    assert (found.status, found.tests) == (
+        "done",
+        [{"run": "001", "skipped": "the rows are too long."}],
+    )
+
+
+def test_a_request_of_three_rows_is_not_audited_and_one_of_a_row_is_refused(ledger, capsys):
+    few = rows(ledger.parent / "one.jsonl", "one", 1)
+    config = ("--config", str(ledger.parent / "run.yaml"))
+    assert call(ledger, "add", "--forget", few, *config) == 2
+    assert "at least 2 rows to be tested, but got 1" in capsys.readouterr().err
+    assert not ledger.exists()
+    few = rows(ledger.parent / "few.jsonl", "few", 3)
+    assert call(ledger, "add", "--forget", few, *config) == 0
+    assert call(ledger, "run", "--device", "cpu") == 0
+    (found,) = read_ledger(ledger).requests
+    assert (found.status, found.verdict) == ("done", None)
+    assert "not audited: an audit needs at least 4 forget rows" in found.reason
+    capsys.readouterr()
+    assert call(ledger, "status") == 0
+    assert "001: not audited: an audit needs" in capsys.readouterr().out
+
+
+def test_an_original_that_does_not_know_the_rows_is_said(ledger):
+    first(ledger)
+    assert call(ledger, "run", "--device", "cpu") == 0
+    (found,) = read_ledger(ledger).requests
+    assert (found.status, found.verdict) == ("done", None)
+    assert "the original must know what was to be forgotten" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--batch-size", "0"), "batch-size must be at least 1"),
+        (("--device", "nowhere"), "device"),
+    ],
+)
+def test_what_no_test_could_do_is_refused_before_the_run(words, message, ledger, capsys):
+    first(ledger)
+    assert call(ledger, "run", *words) == 2
+    assert message in capsys.readouterr().err
+    assert read_ledger(ledger).requests[0].status == "open"
+
+
+def test_a_request_that_failed_can_be_added_again(ledger):
+    first(ledger)
+    found = read_ledger(ledger)
+    found.requests[0].status, found.requests[0].run = "failed", "001"
+    found.write()
+    assert add(ledger, "ada") == 0
+    assert run(ledger) == 0
+    one, two = read_ledger(ledger).requests
+    assert (one.status, one.tests) == ("failed", [])
+    assert (two.status, two.sha256) == ("done", one.sha256)
+    assert add(ledger, "ada") == 2
+
+
+def test_a_ledger_keeps_every_setting_or_refuses_it(ledger, capsys, monkeypatch):
+    path = ledger.parent / "run.yaml"
+    settings = json.loads(path.read_text())
+    rows(ledger.parent / "more.jsonl", "more")
+    retain = {"a": "retain.jsonl", "b": {"path": "more.jsonl"}}
+    kept = {**settings, "retain": retain, "eval_retain": "more.jsonl", "out": "runs/x"}
+    path.write_text(json.dumps({**kept, "eval_forget": "more.jsonl"}))
+    monkeypatch.chdir(ledger.parent)
+    config = ("--config", str(path))
+    assert add(ledger, "ada", *config) == 2
+    assert "eval_forget must be left out" in capsys.readouterr().err
+    path.write_text(json.dumps(kept))
+    assert add(ledger, "ada", *config) == 0
+    assert "Not used: out, runs/x" in capsys.readouterr().out
+    found = read_ledger(ledger)
+    where = str(ledger.parent)
+    assert found.retain == {"a": f"{where}/retain.jsonl", "b": {"path": f"{where}/more.jsonl"}}
+    assert found.settings["eval_retain"] == f"{where}/more.jsonl"
+    (ledger.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(ledger.parent / "elsewhere")
+    assert run(ledger) == 0
+    manifest = json.loads((ledger / "001" / "manifest.json").read_text())
+    assert manifest["data"]["retain"].keys() == {"retain_a", "retain_b", "eval retain"}
+    assert call(ledger, "status") == 0
+    rows(ledger.parent / "more.jsonl", "other")
+    capsys.readouterr()
+    assert call(ledger, "status") == 1
+    assert "void: the data to retain have been changed" in capsys.readouterr().out
+
+
+def test_a_ledger_holds_no_rows(ledger, capsys):
+    row = '[{"prompt": "Who?", "answer": "Ada."}, {"prompt": "When?", "answer": "Now."}]'
+    config = ("--config", str(ledger.parent / "run.yaml"))
+    assert call(ledger, "add", "--forget", row, *config) == 2
+    assert (
+        "forget must be a path or a name, since a ledger holds no rows" in capsys.readouterr().err
+    )
+    assert add(ledger, "ada", *config, "--retain", row) == 2
+    assert "retain must be a path or a name" in capsys.readouterr().err
+
+
+def test_the_status_shows_no_figure_of_an_earlier_model(ledger, capsys):
+    first(ledger)
+    found = read_ledger(ledger)
+    figures = {"forget_probability": 0.125, "forget_rouge_l": 0.5}
+    found.requests[0].tests = [{"run": "001", "figures": figures}]
+    found.write()
+    assert call(ledger, "status") == 0
+    assert "0.1250" in capsys.readouterr().out
+    found.requests[0].tests.append({"run": "002", "skipped": "the data are gone."})
+    found.write()
+    assert call(ledger, "status") == 0
+    assert "0.1250" not in capsys.readouterr().out
+
+
+def test_a_ledger_that_is_in_use_is_refused_by_the_name_of_its_flag(ledger, capsys):
+    first(ledger)
+    with locked(ledger):
+        assert add(ledger, "bob") == 2
+    told = capsys.readouterr().err
+    assert "ledger must be a folder of no other run" in told
+    assert "--ledger" in told
+    assert "--out" not in told
 
 
 def test_a_damaged_ledger_is_refused(ledger):
