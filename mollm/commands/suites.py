@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mollm.commands.arguments import NO_ORIGINAL, device_of
+from mollm.commands.arguments import NO_ORIGINAL
+from mollm.commands.results import (
+    add_to_report,
+    default_out,
+    keep_logs,
+    place_of,
+    staged_results,
+    tell,
+    write_about,
+)
 from mollm.errors import UsageError, did_you_mean
-from mollm.system.terminal import has_colour, progress
+from mollm.system.terminal import progress
 
 _TOFU, _SAFETY = "tofu", "safety"
 _SAFE_ROWS = "PKU-Alignment/PKU-SafeRLHF"
@@ -68,14 +75,9 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     Raises:
         UsageError: An option does not go with it, its data are absent, or a model cannot be loaded.
     """
-    import torch
-
     from mollm.evaluation.field import load_benchmark, measure_benchmark
-    from mollm.evaluation.summary import METRICS_FILE
     from mollm.models import loading
-    from mollm.report.page import ORIGINAL
-    from mollm.report.run_file import original_of
-    from mollm.system.folders import staged
+    from mollm.report.run_file import original_of, run_of
 
     name = given["suite"]
     for option in _NOT_HERE:
@@ -90,18 +92,20 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     sources = {"result": loading.find_model(given["model"])}
     if first is not None and first != NO_ORIGINAL:
         sources["original"] = loading.find_model(first)
-    device = device_of(given.get("device"))
-    out = Path(given.get("out", f"runs/{name}"))
-    with staged(out) as folder:
+    run = run_of(given["model"])
+    out = given.get("out", default_out(run))
+    keep_logs(given.get("retain_logs"), out)
+    place = place_of(arguments)
+    with staged_results(out, original="original" in sources) as (folder, before):
         models = {
-            role: loading.load(source, device, getattr(torch, arguments.dtype))
+            role: loading.load(source, place.device, place.dtype)
             for role, source in sources.items()
         }
         reference = models["original"][0] if "original" in models else None
         found = {}
         for role, (model, tokenizer) in models.items():
             title = f"{name}, {role}"
-            with progress(0 if arguments.quiet else _work(sets), title) as done:
+            with progress(0 if place.quiet else _work(sets), title) as done:
                 found[role] = measure_benchmark(
                     model,
                     tokenizer,
@@ -115,17 +119,12 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                     seed=arguments.seed,
                     done=done,
                 )
-            found[role].write(folder if role == "result" else folder / ORIGINAL)
-    result, original = found["result"], found.get("original")
-    if arguments.json:
-        told = {
-            role: {figure: asdict(e) for figure, e in each.estimates.items()}
-            for role, each in found.items()
-        }
-        print(json.dumps({**told, "missing": dict(result.missing)}, indent=1, allow_nan=False))
-    else:
-        print(result.table(original, explain=arguments.explain, colour=has_colour(sys.stdout)))
-        print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
+        found["result"].write(folder)
+        if before is not None:
+            found["original"].write(before)
+        write_about(folder, given, {}, place.device)
+    tell(found["result"], found.get("original"), out, arguments)
+    add_to_report(run, out)
     return 0
 
 

@@ -11,6 +11,19 @@ from pathlib import Path
 from mollm.errors import UsageError
 from mollm.evaluation.records import Record
 
+_MODELS = ("Original", "Result")
+
+
+def journal_file(folder: Path, model: str) -> Path:
+    """Where the journal of the Original or of the Result is kept."""
+    return folder / f"unfinished-{model.lower()}.jsonl"
+
+
+def remove_journals(folder: Path) -> None:
+    """Removes the journals of an evaluation that is complete, for they tell what was forgotten."""
+    for model in _MODELS:
+        journal_file(folder, model).unlink(missing_ok=True)
+
 
 class Journal:
     """Records in the order in which they were made, a piece of a set on each line.
@@ -53,10 +66,6 @@ class Journal:
             file.write(_line(piece) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Removes the file: the evaluation is complete."""
-        self._path.unlink(missing_ok=True)
 
     def _read(self, key: str) -> list[str]:
         """The lines that can be used, the first with the key; none of another evaluation."""

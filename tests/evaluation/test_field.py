@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import reported_runs
 import tiny
 import torch
 
@@ -296,6 +297,33 @@ def test_the_command_measures_both_models_and_writes(folder, tmp_path, capsys):
     assert (out / "original" / "metrics.json").is_file()
 
 
+def test_the_command_keeps_what_is_the_user_s_and_what_it_compares_with(folder, tmp_path, capsys):
+    flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--resamples", "3", "--quiet"]
+    command = ["evaluate", "--model", folder, *flags, "--device", "cpu", "--metrics", "mmlu"]
+    out = tmp_path / "out"
+    assert main([*command, "--original", folder, "--out", str(out)]) == 0
+    about = json.loads((out / "about.json").read_text())
+    assert about["settings"]["suite"] == "wmdp"
+    assert main([*command, "--original", "none", "--out", str(out)]) == 0
+    assert not (out / "original").exists()
+    (out / "original").mkdir()
+    (out / "original" / "novel.txt").write_text("Once.")
+    capsys.readouterr()
+    assert main([*command, "--original", folder, "--out", str(out)]) == 2
+    assert "holds other files: choose another folder" in capsys.readouterr().err
+    assert (out / "original" / "novel.txt").read_text() == "Once."
+
+
+def test_the_figures_of_a_run_go_beside_it(folder, tmp_path):
+    run = reported_runs.run(tmp_path / "run", model=folder)
+    shutil.copytree(folder, run / "model")
+    flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--resamples", "3", "--quiet"]
+    command = ["evaluate", "--model", str(run), *flags, "--device", "cpu", "--metrics", "mmlu"]
+    assert main(command) == 0
+    assert (run / "evaluation/original/metrics.json").is_file()
+    assert "mmlu" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, capsys):
     flags = ["--suite", "muse-news", "--data", str(sample_path("muse")), "--device", "cpu"]
     command = ["evaluate", "--model", folder, *flags, "--metrics", "privleak", "--quiet"]
@@ -305,6 +333,8 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     assert main([*command, "--resamples", "3", "--out", str(tmp_path / "b"), *logs]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["result"]["privleak"]["value"] == pytest.approx(0, abs=1e-6)
+    assert main([*command, "--out", str(tmp_path / "a"), *logs]) == 2
+    assert "another folder than that of the replies or the retain logs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,6 @@ def test_records_are_read_back_as_they_were_put(tmp_path):
     assert again.known == 3
     again.put("retain", 0, MADE)
     assert Journal(path, "key").known == 4
-    again.remove()
-    assert not path.exists()
 
 
 def test_a_line_that_was_not_finished_and_another_evaluation_s_are_thrown_away(tmp_path):
@@ -95,3 +93,7 @@ def test_the_command_goes_on_and_leaves_nothing_behind(tmp_path, monkeypatch, ca
     assert len(calls) == 4  # one before it was stopped, one that stopped it, two afterwards
     assert len(Evaluation.read(tmp_path / "out").records) == 10
     assert not (tmp_path / "out/unfinished-result.jsonl").exists()
+    unfinished = tmp_path / "out/unfinished-original.jsonl"
+    unfinished.write_text("Is it secret?")
+    assert main(command) == 0
+    assert not unfinished.exists()
