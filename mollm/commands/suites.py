@@ -37,13 +37,18 @@ _NOT_HERE = (
     "long_rows",
 )
 """What a suite that fixes its prompts and its figures has no use for."""
+_SETS = {
+    _TOFU: ("forget", "retain", "holdout"),
+    _SAFETY: ("forget", "retain", "holdout", "forget_split"),
+}
+"""Of suites that are measured as sets of the user's are: what would name other sets."""
 
 
 def known_data(given: dict[str, Any]) -> bool:
     """Whether a suite is measured as TOFU's files or forget and retain sets are; then names these.
 
     Raises:
-        UsageError: There is no such suite, or it lacks a judge.
+        UsageError: There is no such suite, it lacks a judge, or other sets are given.
     """
     from mollm.evaluation.field import BENCHMARKS
 
@@ -53,6 +58,12 @@ def known_data(given: dict[str, Any]) -> bool:
         raise UsageError(
             f"suite must be one of {', '.join(known)}, but got {name!r}{did_you_mean(name, known)}"
         )
+    for option in _SETS.get(name, ()):
+        if option in given:
+            raise UsageError(
+                f"{option.replace('_', '-')} must be left out with the suite {name}, whose sets "
+                f"are its own, but got {given[option]!r}."
+            )
     if name == _TOFU:
         given.setdefault("data", "locuslab/TOFU")
     elif name == _SAFETY:

@@ -341,6 +341,12 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     ("flags", "message"),
     [
         (["--suite", "tofoo"], "suite must be one of tofu, safety, muse-news"),
+        (["--suite", "tofu", "--forget", "f"], "forget must be left out with the suite tofu"),
+        (["--suite", "tofu", "--holdout", "h"], "holdout must be left out with the suite tofu"),
+        (
+            ["--suite", "safety", "--forget-split", "forget01", "--judge", "a=b:c"],
+            "forget-split must be left out with the suite safety",
+        ),
         (["--suite", "safety"], "the suite safety must have a judge of replies"),
         (["--suite", "wmdp", "--judge", "a=b:c"], "judge must be left out with the suite wmdp"),
         (["--suite", "wmdp", "--data", "/nowhere/at/all"], "hf download cais/wmdp"),
