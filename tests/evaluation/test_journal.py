@@ -9,21 +9,22 @@ from mollm.cli import main
 from mollm.evaluation import Evaluation, Row, Suite, evaluate
 from mollm.evaluation import examine as examine_module
 from mollm.evaluation.journal import Journal
-from mollm.evaluation.records import Record
+from mollm.evaluation.records import Examined, Record
 from mollm.models import loading
 
 ROWS = [Row(f"Is it {n}?", f"It is {n}.") for n in range(10)]
-MADE = [Record("forget", "?", "!", "so\n  it is", {"nll": 0.1 + 0.2})]
+RECORD = Record("forget", "?", "ø!", "so\n  it is", {"nll": 0.1 + 0.2})
+MADE = Examined((RECORD,), cut_off=1)
 
 
 def test_records_are_read_back_as_they_were_put(tmp_path):
     path = tmp_path / "out" / "unfinished.jsonl"
     first = Journal(path, "key")
     first.put("forget", 0, MADE)
-    first.put("forget", 1, MADE * 2)
+    first.put("forget", 1, Examined((RECORD, RECORD)))
     again = Journal(path, "key")
     assert again.get("forget", 0) == MADE
-    assert again.get("forget", 1) == MADE * 2
+    assert again.get("forget", 1) == Examined((RECORD, RECORD))
     assert again.get("retain", 0) is None
     assert again.known == 3
     again.put("retain", 0, MADE)
