@@ -296,6 +296,9 @@ def _judge_replies(
     out = given.get("out", (path if path.is_dir() else path.parent) / "judged")
     for other in (path, given.get("retain_logs")):
         keep_logs(other, out)
+    chat = chat_of(path)
+    if chat is not None:
+        refuse_other_logs(given.get("retain_logs"), chat)
     place = place_of(arguments)
     with staged(out) as folder:
         loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
@@ -309,7 +312,7 @@ def _judge_replies(
             seed=arguments.seed,
         )
         result.write(folder)
-        write_about(folder, given, chat_of(path) or {}, place.device)
+        write_about(folder, given, chat or {}, place.device)
     tell(result, None, out, arguments)
     return 0
 

@@ -131,14 +131,16 @@ def judge_again(
     Args:
         path: The examples.jsonl of an evaluation, or its folder.
         judges: Judges by name; one that the replies had takes its place.
-        retain_logs: As for `mollm.evaluation.summarize`; so are the next ones.
+        retain_logs: As for `mollm.evaluation.load_suite`.
+        names: As for `mollm.evaluation.summarize`; so are the next ones.
 
     Raises:
-        UsageError: There are no such replies.
+        UsageError: There are no such replies or logs.
     """
     from mollm.evaluation.judges import judge_replies, thresholds_of
     from mollm.evaluation.records import read_records
     from mollm.evaluation.registry import JUDGED
+    from mollm.evaluation.suite import Row, load_logs
     from mollm.evaluation.summary import summarize
 
     records = read_records(path)
@@ -159,7 +161,10 @@ def judge_again(
         replace(record, scores={**record.scores, **scores.get(place, {})})
         for place, record in enumerate(records)
     ]
-    logs = None if retain_logs is None else read_records(retain_logs)
+    rows: dict[str, list[Row]] = {}
+    for record in records:
+        rows.setdefault(record.group, []).append(Row(record.question, record.answer))
+    logs = None if retain_logs is None else load_logs(retain_logs, rows)
     return summarize(
         made, logs, names=names, judges=thresholds_of(judges), resamples=resamples, seed=seed
     )

@@ -130,7 +130,19 @@ def refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
     Raises:
         UsageError: It was.
     """
+    from mollm.data.prompt_format import OPEN_UNLEARNING
+    from mollm.evaluation.open_unlearning import eval_file
+
     if logs is None:
+        return
+    if eval_file(logs) is not None:
+        form = chat.get("prompt_format")
+        if (form.get("like") if isinstance(form, dict) else form) != OPEN_UNLEARNING:
+            raise UsageError(
+                f"prompt-format must be {OPEN_UNLEARNING} beside retain logs of {OPEN_UNLEARNING}, "
+                f"but got {form!r}: add --prompt-format {OPEN_UNLEARNING}, or evaluate the "
+                "retain-only model with mollm too."
+            )
         return
     known = chat_of(logs)
     if known is None:
