@@ -86,7 +86,13 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     Raises:
         UsageError: An option does not go with it, its data are absent, or a model cannot be loaded.
     """
-    from mollm.evaluation.field import load_benchmark, measure_benchmark
+    from mollm.evaluation.field import (
+        RETRAINED_AUC,
+        benchmark_work,
+        check_benchmark,
+        load_benchmark,
+        measure_benchmark,
+    )
     from mollm.models import loading
     from mollm.report.run_file import original_of, run_of
 
@@ -98,11 +104,24 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                 f"its prompts and figures, but got {given[option]!r}."
             )
     names = given["metrics"].split(",") if "metrics" in given else None
-    sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
+    if "retain_logs" in given and name not in RETRAINED_AUC:
+        raise UsageError(
+            f"retain-logs must be left out with the suite {name}, none of whose figures compares "
+            f"with a retrained model, but got {given['retain_logs']}."
+        )
     first = given.get("original") or original_of(given["model"])
     sources = {"result": loading.find_model(given["model"])}
     if first is not None and first != NO_ORIGINAL:
         sources["original"] = loading.find_model(first)
+    wanted = check_benchmark(
+        name,
+        names=names,
+        original="original" in sources,
+        batch_size=arguments.batch_size,
+        resamples=arguments.resamples,
+    )
+    retrained = _retrained_auc(given.get("retain_logs"))
+    sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
     run = run_of(given["model"])
     out = given.get("out", default_out(run))
     keep_logs(given.get("retain_logs"), out)
@@ -113,10 +132,10 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
             for role, source in sources.items()
         }
         reference = models["original"][0] if "original" in models else None
-        found = {}
+        work, found = benchmark_work(name, sets, wanted), {}
         for role, (model, tokenizer) in models.items():
             title = f"{name}, {role}"
-            with progress(0 if place.quiet else _work(sets), title) as done:
+            with progress(0 if place.quiet else work, title) as done:
                 found[role] = measure_benchmark(
                     model,
                     tokenizer,
@@ -124,10 +143,11 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                     sets,
                     names=names,
                     original=reference,
-                    retrained_auc=_retrained_auc(given.get("retain_logs")),
+                    retrained_auc=retrained,
                     batch_size=arguments.batch_size,
                     resamples=arguments.resamples,
                     seed=arguments.seed,
+                    say=place.say,
                     done=done,
                 )
         found["result"].write(folder)
@@ -137,10 +157,6 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     tell(found["result"], found.get("original"), out, arguments)
     add_to_report(run, out)
     return 0
-
-
-def _work(sets: Mapping[str, Any]) -> int:
-    return sum(len(rows) for rows in sets.values())
 
 
 def _retrained_auc(logs: Path | None) -> float | None:

@@ -13,7 +13,7 @@ from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, asks, offers
 from mollm.evaluation.fitting import Fitted
-from mollm.evaluation.generation import MAX_NEW_TOKENS
+from mollm.evaluation.generation import MAX_NEW_TOKENS, check_sizes
 from mollm.evaluation.journal import Journal
 from mollm.evaluation.judges import Judge, thresholds_of
 from mollm.evaluation.records import Examined, Record
@@ -240,10 +240,7 @@ def wanted_scores(
     """
     if long_rows not in LONG_ROWS:
         raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
-    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "resamples": resamples}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, but got {value}.")
+    check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, resamples=resamples)
     judges = sorted(judges)
     figures = choose(names, judges)
     groups = suite.groups()
