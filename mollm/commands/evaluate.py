@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,27 +16,35 @@ from mollm.commands.arguments import (
     chat_options,
     check_seed,
     data_of,
-    device_of,
 )
 from mollm.commands.judges import judge_again, read_judges
+from mollm.commands.results import (
+    BENCHMARKS_FILE,
+    Place,
+    add_to_report,
+    chat_of,
+    default_out,
+    keep_logs,
+    place_of,
+    refuse_other_logs,
+    staged_results,
+    tell,
+    write_about,
+)
 from mollm.commands.suites import evaluate_suite, known_data
 from mollm.errors import UsageError
-from mollm.system.parsing import parse_json, read_text, user_path
-from mollm.system.terminal import has_colour, progress
+from mollm.system.parsing import user_path
+from mollm.system.terminal import progress
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mollm.commands.judges import JudgeOption
-    from mollm.evaluation.journal import Journal
     from mollm.evaluation.judges import Judge
     from mollm.evaluation.suite import Suite
     from mollm.evaluation.summary import Evaluation
     from mollm.models.loading import Source
 
-_OWN = ("run", "no_cache", "explain", "quiet", "json")
-_ABOUT_BYTES = 1 << 24
 _OF_A_MODEL = (
     "suite",
     "data",
@@ -222,11 +228,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from mollm.evaluation.benchmarks import find_benchmarks
     from mollm.evaluation.evaluate import wanted_scores
-    from mollm.evaluation.summary import remove_evaluation
     from mollm.models import loading
-    from mollm.report.page import ORIGINAL
     from mollm.report.run_file import model_of, original_of, run_of
-    from mollm.system.folders import staged
 
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     judges = read_judges(given.get("judge", ()), given.get("judge_template"))
@@ -240,9 +243,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return evaluate_suite(given, arguments)
     run = run_of(given["model"])
     _fill_in(given, run)
-    out = given.setdefault("out", _default_out(run))
+    out = given.setdefault("out", default_out(run))
     names = given["metrics"].split(",") if "metrics" in given else None
-    _keep_logs(given.get("retain_logs"), out)
+    keep_logs(given.get("retain_logs"), out)
     suite = _suite(given)
     tasks = given["benchmarks"].split(",") if "benchmarks" in given else None
     if tasks is not None:
@@ -257,30 +260,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         **chat_options(given, run),
     }
-    place = _place_of(arguments)
+    place = place_of(arguments)
     source = loading.find_model(given["model"])
     original = None if first is None else loading.find_model(first)
-    if original is not None:
-        _check_original(out / ORIGINAL)
-    with contextlib.ExitStack() as stages:
-        folder = stages.enter_context(staged(out))
-        before = None if original is None else stages.enter_context(staged(out / ORIGINAL))
+    with staged_results(out, original=original is not None) as (folder, before):
         loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
         measured = _measure(source, original, suite, loaded, options, given, place)
         measured.result.write(folder)
         if measured.original is not None and before is not None:
             measured.original.write(before)
-        _write_about(folder / "about.json", given, measured.chat, place.device)
-    for journal in measured.journals:
-        journal.remove()
-    if measured.original is None:
-        remove_evaluation(out / ORIGINAL)
-    _tell(measured.result, measured.original, out, arguments)
-    _write_report(run, out)
-    general = out / "benchmarks.json"
-    general.unlink(missing_ok=True)
+        write_about(folder, given, measured.chat, place.device)
+    tell(measured.result, measured.original, out, arguments)
+    add_to_report(run, out)
     if tasks is not None:
-        _run_benchmarks(measured, tasks, given, general, place)
+        _run_benchmarks(measured, tasks, given, out / BENCHMARKS_FILE, place)
     return 0
 
 
@@ -299,8 +292,11 @@ def _judge_replies(
         raise UsageError("replies needs a judge: give one with --judge.")
     out = given.get("out", (path if path.is_dir() else path.parent) / "judged")
     for other in (path, given.get("retain_logs")):
-        _keep_logs(other, out)
-    place = _place_of(arguments)
+        keep_logs(other, out)
+    chat = chat_of(path)
+    if chat is not None:
+        refuse_other_logs(given.get("retain_logs"), chat)
+    place = place_of(arguments)
     with staged(out) as folder:
         loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
         place.say("Judging replies …")
@@ -313,43 +309,9 @@ def _judge_replies(
             seed=arguments.seed,
         )
         result.write(folder)
-        _write_about(folder / "about.json", given, _chat_of(path) or {}, place.device)
-    _tell(result, None, out, arguments)
+        write_about(folder, given, chat or {}, place.device)
+    tell(result, None, out, arguments)
     return 0
-
-
-def _place_of(arguments: argparse.Namespace) -> _Place:
-    import torch
-
-    return _Place(
-        device_of(arguments.device),
-        getattr(torch, arguments.dtype),
-        quiet=arguments.quiet,
-        to_stderr=arguments.json,
-    )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where models compute, and where it is said what goes on."""
-
-    device: torch.device
-    dtype: torch.dtype
-    quiet: bool
-    to_stderr: bool
-
-    def say(self, text: str) -> None:
-        """A line about what is going on, which stays clear of a bar."""
-        if self.quiet:
-            return
-        if self.to_stderr:
-            print(text, file=sys.stderr)
-        elif sys.stderr.isatty():
-            from tqdm import tqdm
-
-            tqdm.write(text)
-        else:
-            print(text)
 
 
 @dataclass(frozen=True)
@@ -361,7 +323,6 @@ class _Measured:
     chat: dict[str, Any]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    journals: tuple[Journal, ...]
 
 
 def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
@@ -377,12 +338,6 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
         )
 
 
-def _default_out(run: Mapping[str, Any] | None) -> Path:
-    from mollm.report.page import EVALUATION
-
-    return Path("runs/evaluate") if run is None else Path(run["folder"]) / EVALUATION
-
-
 def _measure(
     source: Source,
     original: Source | None,
@@ -390,12 +345,12 @@ def _measure(
     judges: Mapping[str, Judge],
     options: dict[str, Any],
     given: Mapping[str, Any],
-    place: _Place,
+    place: Place,
 ) -> _Measured:
     from mollm.data.chat import ChatFormat
     from mollm.evaluation.cache import cached, key_of
     from mollm.evaluation.evaluate import evaluate
-    from mollm.evaluation.journal import Journal
+    from mollm.evaluation.journal import Journal, journal_file
     from mollm.models import loading
 
     place.say(f"Loading {source.label} …")
@@ -406,7 +361,7 @@ def _measure(
         system_prompt=options["system_prompt"],
         prompt_format=options["prompt_format"],
     ).identity
-    _refuse_other_logs(given.get("retain_logs"), chat)
+    refuse_other_logs(given.get("retain_logs"), chat)
     first = None
     if original is not None:
         place.say(f"Loading {original.label} …")
@@ -418,7 +373,7 @@ def _measure(
     def measure(
         each: PreTrainedModel, its: PreTrainedTokenizerBase, what: str, key: str
     ) -> Evaluation:
-        journal = Journal(given["out"] / f"unfinished-{what.lower()}.jsonl", key)
+        journal = Journal(journal_file(given["out"], what), key)
         if journal.known:
             place.say(f"{what}: {journal.known} questions are known from a run that was stopped.")
         found = evaluate(
@@ -433,10 +388,8 @@ def _measure(
             show=lambda total: progress(0 if place.quiet else total, what),
             **options,
         )
-        journals.append(journal)
         return found
 
-    journals: list[Journal] = []
     before, of_original = None, None
     if first is not None:
         of_original = key_of(*first, suite, about)
@@ -446,42 +399,11 @@ def _measure(
             place.say("The figures of the original are known from before.")
     key = key_of(model, tokenizer, suite, {**about, "original": of_original})
     result = measure(model, tokenizer, "Result", key)
-    return _Measured(result, before, chat, model, tokenizer, tuple(journals))
-
-
-def _tell(
-    result: Evaluation, original: Evaluation | None, out: Path, arguments: argparse.Namespace
-) -> None:
-    from mollm.evaluation.summary import METRICS_FILE
-
-    if arguments.json:
-        models = (
-            {"result": result} if original is None else {"original": original, "result": result}
-        )
-        told = {
-            name: {figure: asdict(e) for figure, e in found.estimates.items()}
-            for name, found in models.items()
-        }
-        print(json.dumps({**told, "missing": dict(result.missing)}, indent=1, allow_nan=False))
-        return
-    print(result.table(original, explain=arguments.explain, colour=has_colour(sys.stdout)))
-    print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
-
-
-def _write_report(run: Mapping[str, Any] | None, out: Path) -> None:
-    """Adds the figures to the report of the run that they are in the folder of."""
-    from importlib.util import find_spec
-
-    from mollm.report.page import EVALUATION, REPORT_FILE, write_report
-
-    if run is not None and find_spec("jinja2") is not None:
-        folder = Path(run["folder"])
-        if out.resolve() == (folder / EVALUATION).resolve():
-            write_report([folder], folder / REPORT_FILE)
+    return _Measured(result, before, chat, model, tokenizer)
 
 
 def _run_benchmarks(
-    measured: _Measured, tasks: list[str], given: Mapping[str, Any], path: Path, place: _Place
+    measured: _Measured, tasks: list[str], given: Mapping[str, Any], path: Path, place: Place
 ) -> None:
     from mollm.evaluation.benchmarks import general_benchmarks
     from mollm.system.folders import replace_text
@@ -493,69 +415,6 @@ def _run_benchmarks(
         place.say(f"{task}  {', '.join(f'{name} {v:.4g}' for name, v in figures.items())}")
     replace_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
     place.say(f"Benchmarks: {path}")
-
-
-def _check_original(folder: Path) -> None:
-    """Refuses a folder of the user's where the original's figures are to go."""
-    from mollm.evaluation.summary import METRICS_FILE
-    from mollm.system.folders import UNFINISHED
-
-    if not folder.is_dir() or (folder / METRICS_FILE).is_file():
-        return
-    if any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
-        raise UsageError(
-            f"out must be a folder whose {folder.name} holds figures alone, but {folder} holds "
-            "other files: choose another folder with --out."
-        )
-
-
-def _keep_logs(logs: Path | None, out: Path) -> None:
-    """Refuses results that would take the place of what they are compared with or made of."""
-    if logs is not None and out.resolve() in (logs.resolve(), logs.resolve().parent):
-        raise UsageError(
-            "out must be another folder than that of the replies or the retain logs, but got "
-            f"{out} for both: choose another one with --out."
-        )
-
-
-def _refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
-    """Refuses logs of a model that was asked in another way, as far as they say how."""
-    if logs is None:
-        return
-    known = _chat_of(logs)
-    if known is None:
-        return
-    for name, value in chat.items():
-        if known.get(name) != value:
-            raise UsageError(
-                f"the retain logs must be of the same {name}, but that is {value!r} now and was "
-                f"{known.get(name)!r} for {logs}: evaluate both models alike."
-            )
-
-
-def _chat_of(results: Path) -> dict[str, Any] | None:
-    """How a model was asked, by the about.json beside its results; None where that does not say."""
-    try:
-        path = (results if results.is_dir() else results.parent) / "about.json"
-        return dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
-    except (ValueError, TypeError, LookupError):
-        return None
-
-
-def _write_about(
-    path: Path, given: Mapping[str, Any], chat: Mapping[str, Any], device: torch.device
-) -> None:
-    from mollm.system import machine
-
-    about = {
-        "settings": {name: value for name, value in given.items() if name not in _OWN},
-        "chat": dict(chat),
-        "device": machine.device_name(device),
-        "versions": machine.versions(*(["lm_eval"] if "benchmarks" in given else [])),
-        "commit": machine.commit(),
-    }
-    text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _suite(given: Mapping[str, Any]) -> Suite:

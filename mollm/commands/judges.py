@@ -63,7 +63,13 @@ def read_judges(texts: Iterable[str], template: str | None) -> dict[str, JudgeOp
     Raises:
         UsageError: One is no judge, or two have one name.
     """
-    from mollm.evaluation.judges import checked_template, checked_threshold
+    from mollm.evaluation.judges import (
+        SAFE,
+        UNSAFE,
+        checked_template,
+        checked_threshold,
+        checked_verdicts,
+    )
 
     found: dict[str, JudgeOption] = {}
     for text in texts:
@@ -77,6 +83,10 @@ def read_judges(texts: Iterable[str], template: str | None) -> dict[str, JudgeOp
             checked_template(judge.template)
         if judge.threshold is not None:
             checked_threshold(judge.threshold)
+        checked_verdicts(
+            UNSAFE if judge.unsafe is None else judge.unsafe,
+            SAFE if judge.safe is None else judge.safe,
+        )
         found[judge.name] = judge
     return found
 
@@ -95,7 +105,7 @@ def _read(text: str) -> JudgeOption:
 
 def _from_options(options: Any, text: str) -> JudgeOption:
     if not isinstance(options, dict) or not all(
-        isinstance(options.get(name), str) for name in ("name", "model")
+        isinstance(options.get(name), str) and options[name] for name in ("name", "model")
     ):
         raise UsageError(f"{_FORMS}, but got {text!r}.")
     allowed = (*_SHARED, *(_CLASSIFIER if "labels" in options else _GENERATIVE))
@@ -105,16 +115,25 @@ def _from_options(options: Any, text: str) -> JudgeOption:
         raise UsageError(
             f"{kind} must be given by {', '.join(allowed)}, but judge got {stray[0]!r}."
         )
-    labels = options.pop("labels", ())
-    labels = (labels,) if isinstance(labels, str) else tuple(labels)
+    labels = _labels(options.pop("labels")) if "labels" in options else ()
     for name in ("template", "unsafe", "safe"):
         if not isinstance(options.get(name, ""), str):
             raise UsageError(f"the {name} of a judge must be a text, but got {options[name]!r}.")
-    if not isinstance(options.get("threshold", 1.0), int | float):
+    threshold = options.get("threshold", 1.0)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise UsageError(f"the threshold of a judge must be a number, but got {threshold!r}.")
+    return JudgeOption(**options, labels=labels)
+
+
+def _labels(given: Any) -> tuple[str, ...]:
+    """One label, or a list of them."""
+    labels = [given] if isinstance(given, str) else given
+    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
         raise UsageError(
-            f"the threshold of a judge must be a number, but got {options['threshold']!r}."
+            "the labels of a judge must be a text or a list of texts, such as [toxic, obscene], "
+            f"but got {given!r}: leave them out for a model that writes its verdict."
         )
-    return JudgeOption(**options, labels=tuple(map(str, labels)))
+    return tuple(labels)
 
 
 def judge_again(
@@ -131,14 +150,16 @@ def judge_again(
     Args:
         path: The examples.jsonl of an evaluation, or its folder.
         judges: Judges by name; one that the replies had takes its place.
-        retain_logs: As for `mollm.evaluation.summarize`; so are the next ones.
+        retain_logs: As for `mollm.evaluation.load_suite`.
+        names: As for `mollm.evaluation.summarize`; so are the next ones.
 
     Raises:
-        UsageError: There are no such replies.
+        UsageError: There are no such replies or logs.
     """
     from mollm.evaluation.judges import judge_replies, thresholds_of
     from mollm.evaluation.records import read_records
     from mollm.evaluation.registry import JUDGED
+    from mollm.evaluation.suite import Row, load_logs
     from mollm.evaluation.summary import summarize
 
     records = read_records(path)
@@ -159,7 +180,10 @@ def judge_again(
         replace(record, scores={**record.scores, **scores.get(place, {})})
         for place, record in enumerate(records)
     ]
-    logs = None if retain_logs is None else read_records(retain_logs)
+    rows: dict[str, list[Row]] = {}
+    for record in records:
+        rows.setdefault(record.group, []).append(Row(record.question, record.answer))
+    logs = None if retain_logs is None else load_logs(retain_logs, rows)
     return summarize(
         made, logs, names=names, judges=thresholds_of(judges), resamples=resamples, seed=seed
     )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mollm.commands.arguments import NO_ORIGINAL, device_of
+from mollm.commands.arguments import NO_ORIGINAL
+from mollm.commands.results import (
+    add_to_report,
+    default_out,
+    keep_logs,
+    place_of,
+    staged_results,
+    tell,
+    write_about,
+)
 from mollm.errors import UsageError, did_you_mean
-from mollm.system.terminal import has_colour, progress
+from mollm.system.terminal import progress
 
 _TOFU, _SAFETY = "tofu", "safety"
 _SAFE_ROWS = "PKU-Alignment/PKU-SafeRLHF"
@@ -30,13 +37,18 @@ _NOT_HERE = (
     "long_rows",
 )
 """What a suite that fixes its prompts and its figures has no use for."""
+_SETS = {
+    _TOFU: ("forget", "retain", "holdout"),
+    _SAFETY: ("forget", "retain", "holdout", "forget_split"),
+}
+"""Of suites that are measured as sets of the user's are: what would name other sets."""
 
 
 def known_data(given: dict[str, Any]) -> bool:
     """Whether a suite is measured as TOFU's files or forget and retain sets are; then names these.
 
     Raises:
-        UsageError: There is no such suite, or it lacks a judge.
+        UsageError: There is no such suite, it lacks a judge, or other sets are given.
     """
     from mollm.evaluation.field import BENCHMARKS
 
@@ -46,6 +58,12 @@ def known_data(given: dict[str, Any]) -> bool:
         raise UsageError(
             f"suite must be one of {', '.join(known)}, but got {name!r}{did_you_mean(name, known)}"
         )
+    for option in _SETS.get(name, ()):
+        if option in given:
+            raise UsageError(
+                f"{option.replace('_', '-')} must be left out with the suite {name}, whose sets "
+                f"are its own, but got {given[option]!r}."
+            )
     if name == _TOFU:
         given.setdefault("data", "locuslab/TOFU")
     elif name == _SAFETY:
@@ -68,14 +86,15 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     Raises:
         UsageError: An option does not go with it, its data are absent, or a model cannot be loaded.
     """
-    import torch
-
-    from mollm.evaluation.field import load_benchmark, measure_benchmark
-    from mollm.evaluation.summary import METRICS_FILE
+    from mollm.evaluation.field import (
+        RETRAINED_AUC,
+        benchmark_work,
+        check_benchmark,
+        load_benchmark,
+        measure_benchmark,
+    )
     from mollm.models import loading
-    from mollm.report.page import ORIGINAL
-    from mollm.report.run_file import original_of
-    from mollm.system.folders import staged
+    from mollm.report.run_file import original_of, run_of
 
     name = given["suite"]
     for option in _NOT_HERE:
@@ -85,23 +104,38 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                 f"its prompts and figures, but got {given[option]!r}."
             )
     names = given["metrics"].split(",") if "metrics" in given else None
-    sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
+    if "retain_logs" in given and name not in RETRAINED_AUC:
+        raise UsageError(
+            f"retain-logs must be left out with the suite {name}, none of whose figures compares "
+            f"with a retrained model, but got {given['retain_logs']}."
+        )
     first = given.get("original") or original_of(given["model"])
     sources = {"result": loading.find_model(given["model"])}
     if first is not None and first != NO_ORIGINAL:
         sources["original"] = loading.find_model(first)
-    device = device_of(given.get("device"))
-    out = Path(given.get("out", f"runs/{name}"))
-    with staged(out) as folder:
+    wanted = check_benchmark(
+        name,
+        names=names,
+        original="original" in sources,
+        batch_size=arguments.batch_size,
+        resamples=arguments.resamples,
+    )
+    retrained = _retrained_auc(given.get("retain_logs"))
+    sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
+    run = run_of(given["model"])
+    out = given.get("out", default_out(run))
+    keep_logs(given.get("retain_logs"), out)
+    place = place_of(arguments)
+    with staged_results(out, original="original" in sources) as (folder, before):
         models = {
-            role: loading.load(source, device, getattr(torch, arguments.dtype))
+            role: loading.load(source, place.device, place.dtype)
             for role, source in sources.items()
         }
         reference = models["original"][0] if "original" in models else None
-        found = {}
+        work, found = benchmark_work(name, sets, wanted), {}
         for role, (model, tokenizer) in models.items():
             title = f"{name}, {role}"
-            with progress(0 if arguments.quiet else _work(sets), title) as done:
+            with progress(0 if place.quiet else work, title) as done:
                 found[role] = measure_benchmark(
                     model,
                     tokenizer,
@@ -109,28 +143,20 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                     sets,
                     names=names,
                     original=reference,
-                    retrained_auc=_retrained_auc(given.get("retain_logs")),
+                    retrained_auc=retrained,
                     batch_size=arguments.batch_size,
                     resamples=arguments.resamples,
                     seed=arguments.seed,
+                    say=place.say,
                     done=done,
                 )
-            found[role].write(folder if role == "result" else folder / ORIGINAL)
-    result, original = found["result"], found.get("original")
-    if arguments.json:
-        told = {
-            role: {figure: asdict(e) for figure, e in each.estimates.items()}
-            for role, each in found.items()
-        }
-        print(json.dumps({**told, "missing": dict(result.missing)}, indent=1, allow_nan=False))
-    else:
-        print(result.table(original, explain=arguments.explain, colour=has_colour(sys.stdout)))
-        print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
+        found["result"].write(folder)
+        if before is not None:
+            found["original"].write(before)
+        write_about(folder, given, {}, place.device)
+    tell(found["result"], found.get("original"), out, arguments)
+    add_to_report(run, out)
     return 0
-
-
-def _work(sets: Mapping[str, Any]) -> int:
-    return sum(len(rows) for rows in sets.values())
 
 
 def _retrained_auc(logs: Path | None) -> float | None:

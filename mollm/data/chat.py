@@ -165,8 +165,7 @@ class ChatFormat:
         stops = (self.end_id, self._find_end_between_turns(), tokenizer.eos_token_id, *ends)
         self.stop_ids: frozenset[int] = frozenset(i for i in stops if i is not None)
         """The tokens that end a reply."""
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_id: int = next(i for i in candidates if i is not None and self._has(i))
+        self.pad_id: int = pad_id_of(tokenizer, vocabulary)
         """The id that fills a batch; masked, so any id would do that the model has."""
         self._thoughts = _known_thoughts(tokenizer)
 
@@ -485,6 +484,18 @@ def ends_of(generation_config: Any) -> frozenset[int]:
     ends = getattr(generation_config, "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
     return frozenset(i for i in listed if type(i) is int and i >= 0)
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> int:
+    """An id that may fill a batch: one that the model has, of so many.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocabulary: How many ids the model has, see `vocabulary_of`; None for all.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    known = (i for i in candidates if i is not None and (vocabulary is None or i < vocabulary))
+    return int(next(known))
 
 
 def vocabulary_of(config: Any) -> int | None:

@@ -78,27 +78,46 @@ def cached(key: str, suite: Suite, make: Callable[[], Evaluation]) -> tuple[Eval
     except UsageError:
         pass
     made = make()
-    bare = tuple(replace(record, question="", answer="") for record in made.records)
     try:
+        bare = replace(made, records=_without_texts(made.records, suite))
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.parent.chmod(0o700)
         with complete(folder, private=True) as stage:
-            replace(made, records=bare).write(stage)
+            bare.write(stage)
     except (UsageError, OSError):
         pass
     return made, False
 
 
+def _without_texts(records: Sequence[Record], suite: Suite) -> tuple[Record, ...]:
+    """Records with the place of their row in its set in place of its texts.
+
+    They follow the order of the rows, of which some may have been left out.
+    """
+    rows = {name: enumerate(rows) for name, rows in suite.groups().items()}
+    bare = []
+    for record in records:
+        texts = record.question, record.answer
+        place = next(
+            (p for p, row in rows.get(record.group, ()) if (row.question, row.answer) == texts),
+            None,
+        )
+        if place is None:
+            raise UsageError("the records to keep must be about this suite, but are not.")
+        bare.append(replace(record, question=str(place), answer=""))
+    return tuple(bare)
+
+
 def _with_texts(records: Sequence[Record], suite: Suite) -> tuple[Record, ...]:
-    """Records as they were made, with the texts of the suite that they are about."""
-    rows = {name: iter(rows) for name, rows in suite.groups().items()}
+    """What `_without_texts` was given."""
+    groups = suite.groups()
     try:
         return tuple(
             replace(record, question=row.question, answer=row.answer)
             for record in records
-            for row in [next(rows[record.group])]
+            for row in [groups[record.group][int(record.question)]]
         )
-    except (KeyError, StopIteration, RuntimeError) as error:
+    except (LookupError, ValueError) as error:
         raise UsageError("the records kept must be about this suite, but are not.") from error
 
 

@@ -11,12 +11,12 @@ from mollm.data.chat import ChatFormat, context_of
 from mollm.data.encoding import CUT, LONG_ROWS, SKIP
 from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
-from mollm.evaluation.examine import Examiner, Say, asks, offers
+from mollm.evaluation.examine import Examiner, asks, offers
 from mollm.evaluation.fitting import Fitted
-from mollm.evaluation.generation import MAX_NEW_TOKENS
+from mollm.evaluation.generation import MAX_NEW_TOKENS, check_sizes
 from mollm.evaluation.journal import Journal
 from mollm.evaluation.judges import Judge, thresholds_of
-from mollm.evaluation.records import Record
+from mollm.evaluation.records import Examined, Record
 from mollm.evaluation.registry import choose, columns_of, missing_input
 from mollm.evaluation.suite import Suite
 from mollm.evaluation.summary import Evaluation, check_same_questions, summarize
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _PIECE = 4
 """Batches that are measured between two lines of a journal."""
 
+Say = Callable[[str], None]
 Show = Callable[[int], contextlib.AbstractContextManager[Done]]
 
 
@@ -142,7 +143,6 @@ def evaluate(
         judges=judges,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        say=say,
     )
     groups = {group: rows for group, rows in suite.groups().items() if group in wanted}
     fitted = {
@@ -165,7 +165,7 @@ def evaluate(
         records = [
             record
             for group, each in fitted.items()
-            for record in _examined(examiner, group, each, wanted[group], journal)
+            for record in _examined(examiner, group, each, wanted[group], journal, say)
         ]
     say("Computing figures and intervals …")
     return summarize(
@@ -179,24 +179,35 @@ def evaluate(
 
 
 def _examined(
-    examiner: Examiner, group: str, fitted: Fitted, wanted: set[str], journal: Journal | None
+    examiner: Examiner,
+    group: str,
+    fitted: Fitted,
+    wanted: set[str],
+    journal: Journal | None,
+    say: Say,
 ) -> list[Record]:
     """The records of a set, with a journal piece by piece: those that it has are taken from it."""
-    if journal is None:
-        return examiner.examine(group, fitted.pairs, wanted)
-    size = _PIECE * examiner.batch_size
-    found: list[Record] = []
-    for start in range(0, len(fitted.pairs), size):
+    count = len(fitted.pairs)
+    say(f"Measuring {group} ({count} questions) …")
+    size = count if journal is None else _PIECE * examiner.batch_size
+    pieces: list[Examined] = []
+    for start in range(0, count, size):
         pairs = fitted.pairs[start : start + size]
-        records = journal.get(group, start)
-        if records is None:
-            speaker = examiner if start == 0 else replace(examiner, say=lambda text: None)
-            records = speaker.examine(group, pairs, wanted)
-            journal.put(group, start, records)
-        else:
+        piece = None if journal is None else journal.get(group, start)
+        if piece is not None:
             examiner.done(examiner.work([asked for _, asked in pairs], wanted))
-        found += records
-    return found
+        else:
+            piece = examiner.examine(group, pairs, wanted)
+            if journal is not None:
+                journal.put(group, start, piece)
+        pieces.append(piece)
+    cut_off = sum(piece.cut_off for piece in pieces)
+    if cut_off:
+        say(
+            f"{cut_off} of {count} replies of {group} were cut off within a thought, and count as "
+            "empty: raise max_new_tokens, or switch thinking off with chat_template_kwargs."
+        )
+    return [record for piece in pieces for record in piece.records]
 
 
 def _has_one_dtype(model: PreTrainedModel) -> bool:
@@ -229,10 +240,7 @@ def wanted_scores(
     """
     if long_rows not in LONG_ROWS:
         raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
-    sizes = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "resamples": resamples}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, but got {value}.")
+    check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, resamples=resamples)
     judges = sorted(judges)
     figures = choose(names, judges)
     groups = suite.groups()

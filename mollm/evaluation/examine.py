@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from mollm.evaluation import metrics
 from mollm.evaluation.fitting import Fitted, choices_of, fit
 from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply, generate_replies
 from mollm.evaluation.judges import Judge, judge_replies
-from mollm.evaluation.records import Record
+from mollm.evaluation.records import Examined, Record
 from mollm.evaluation.registry import JUDGED
 from mollm.evaluation.scores import TokenScores, check_vocabularies, kl_to_original, score_rows
 from mollm.evaluation.suite import Row
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Scores = dict[str, float]
-Say = Callable[[str], None]
 
 _ANSWER = frozenset(
     {"nll", "probability", "exact_memorization", "extraction_strength"}
@@ -47,7 +46,6 @@ class Examiner:
     judges: Mapping[str, Judge] = field(default_factory=dict)
     batch_size: int = 16
     max_new_tokens: int = MAX_NEW_TOKENS
-    say: Say = lambda text: None
     done: Done = quietly
 
     def work(self, rows: Sequence[Row], wanted: set[str]) -> int:
@@ -67,7 +65,6 @@ class Examiner:
         if compared:
             check_vocabularies(self.model, self._original())
         context = context_of(self.model.config)
-        asked = asks(wanted)
         for row in rows:
             texts = [row.answer]
             texts += [*choices_of(row)] if wanted & _WRONG else []
@@ -85,13 +82,6 @@ class Examiner:
                         f"{context} tokens, but {row.question!r} takes {len(tokens.ids)} with an "
                         "answer: shorten it or leave it out."
                     )
-            length = len(self.chat.encode_prompt(row.asked).ids) if asked else 0
-            if asked and length + self.max_new_tokens > context:
-                raise UsageError(
-                    f"max_new_tokens must leave room for the questions in the model's context of "
-                    f"{context} tokens, but got {self.max_new_tokens}, and {row.question!r} takes "
-                    f"{length}: choose fewer."
-                )
 
     def fit(self, group: str, rows: Sequence[Row], wanted: set[str], long_rows: str) -> Fitted:
         """The rows as they fit into the model's context with all that is wanted, see `fit`.
@@ -111,12 +101,9 @@ class Examiner:
         self.check(group, fitted.asked, wanted)
         return fitted
 
-    def examine(
-        self, group: str, pairs: Sequence[tuple[Row, Row]], wanted: set[str]
-    ) -> list[Record]:
+    def examine(self, group: str, pairs: Sequence[tuple[Row, Row]], wanted: set[str]) -> Examined:
         """Records with at least the wanted scores, in the order of the pairs of `Fitted`."""
         given, rows = [row for row, _ in pairs], [asked for _, asked in pairs]
-        self.say(f"Scoring the answers of {group} ({len(rows)} questions) …")
         scores = self._answers(rows)
         if wanted & _WRONG:
             scores = _joined(scores, self._wrong(rows, [each["nll"] for each in scores]))
@@ -124,13 +111,13 @@ class Examiner:
             scores = _joined(scores, self._kl(rows))
         replies: list[Reply] | None = None
         if asks(wanted):
-            self.say(f"Asking the questions of {group} …")
             replies = self._ask(rows)
             scores = _joined(scores, self._replies(rows, replies, wanted))
-        return [
+        records = tuple(
             Record(group, row.question, row.answer, replies[i].text if replies else None, each)
             for i, (row, each) in enumerate(zip(given, scores, strict=True))
-        ]
+        )
+        return Examined(records, sum(reply.thinking for reply in replies or ()))
 
     def _answers(self, rows: Sequence[Row]) -> list[Scores]:
         encoded = [self.chat.encode(row.example(row.answer)) for row in rows]
@@ -185,7 +172,7 @@ class Examiner:
         return [{"kl": float(value)} for value in kl]
 
     def _ask(self, rows: Sequence[Row]) -> list[Reply]:
-        replies = generate_replies(
+        return generate_replies(
             self.model,
             self.chat,
             [row.asked for row in rows],
@@ -193,13 +180,6 @@ class Examiner:
             batch_size=self.batch_size,
             done=lambda count: self.done(_REPLY_PASSES * count),
         )
-        thinking = sum(reply.thinking for reply in replies)
-        if thinking:
-            self.say(
-                f"{thinking} of {len(replies)} replies were cut off within a thought, and count as "
-                "empty: raise max_new_tokens, or switch thinking off with chat_template_kwargs."
-            )
-        return replies
 
     def _replies(
         self, rows: Sequence[Row], replies: Sequence[Reply], wanted: set[str]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,15 @@ from mollm.data.chat import ChatFormat
 from mollm.data.files import read_table
 from mollm.errors import UsageError, did_you_mean
 from mollm.evaluation import metrics
+from mollm.evaluation.generation import check_sizes
 from mollm.evaluation.raw_text import (
+    Say,
     choice_log_probs,
     continuations,
     gradient_norms,
     prompt_ids,
     text_scores,
+    unheard,
 )
 from mollm.evaluation.records import Record
 from mollm.evaluation.summary import Estimate, Evaluation
@@ -44,6 +47,8 @@ _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 _LETTERS = ("A", "B", "C", "D")
 _STOPS = ("\n\n", "\nQuestion", "Question:")
 """Where a reply to one of MUSE's questions ends."""
+_REFERENCE = "mia_reference"
+_NO_REFERENCE = f"{_REFERENCE} needs a reference model: give it as original."
 _VERBATIM, _KNOWN, _BRIEF = 128, 32, 30
 """Most tokens of MUSE's continuations, of its replies, and of RWKU's replies."""
 RETRAINED_AUC = {"muse-news": 1 - 0.4772, "muse-books": 1 - 0.5393}
@@ -58,6 +63,8 @@ class Set:
     split: str
     columns: tuple[str, ...]
     hub: str
+    figures: tuple[str, ...]
+    """Which are made of it."""
 
     @property
     def file(self) -> str:
@@ -74,6 +81,8 @@ class Benchmark:
     measure: Callable[[Subject, Mapping[str, Rows]], Iterator[Found]]
     """From the rows of the sets to figures with their records."""
     figures: tuple[str, ...]
+    passes: Callable[[str, frozenset[str]], int] = lambda key, wanted: 1
+    """How often a row of a set passes through a model, for the figures that are wanted."""
     costly: tuple[str, ...] = ()
     """Of these, which are computed if they are asked for only."""
 
@@ -88,7 +97,8 @@ class Subject:
     batch_size: int
     original: PreTrainedModel | None = None
     retrained_auc: float | None = None
-    done: Done = field(default=quietly)
+    say: Say = unheard
+    done: Done = quietly
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def load_benchmark(
     found = {}
     _check_names(benchmark, names)
     for key, one in benchmark.sets.items():
-        if names is not None and key in benchmark.figures and key not in names:
+        if names is not None and not set(names) & set(one.figures):
             continue
         rows = _rows(benchmark, one, data)
         for number, row in enumerate(rows, 1):
@@ -172,6 +182,7 @@ def measure_benchmark(
     batch_size: int = 16,
     resamples: int = 1000,
     seed: int = 0,
+    say: Say = unheard,
     done: Done = quietly,
 ) -> Evaluation:
     """Measures a model by a benchmark; no gradient is kept, and modes stay as they are.
@@ -188,26 +199,31 @@ def measure_benchmark(
         batch_size: Rows that pass through the model together.
         resamples: Resamples of each confidence interval.
         seed: Of the resampling.
-        done: Called with the number of rows of each batch.
+        say: Called with a sentence where prompts are too long for a model's context.
+        done: Called with how much more of `benchmark_work` is done.
 
     Raises:
-        UsageError: There is no such figure, or one needs a model that is not given.
+        UsageError: As `check_benchmark`; or an output is not finite.
     """
     benchmark = find_benchmark(name)
-    _check_names(benchmark, names)
-    chosen = [n for n in benchmark.figures if n not in benchmark.costly] if names is None else names
-    missing: dict[str, str] = {}
-    if "mia_reference" in chosen and original is None:
-        missing["mia_reference"] = "mia_reference needs a reference model: give it as original."
-        if names is not None:
-            raise UsageError(missing["mia_reference"])
+    wanted = check_benchmark(
+        name,
+        names=names,
+        original=original is not None,
+        batch_size=batch_size,
+        resamples=resamples,
+    )
+    missing = {}
+    if _REFERENCE in benchmark.figures and names is None and original is None:
+        missing[_REFERENCE] = _NO_REFERENCE
     subject = Subject(
         model,
         tokenizer,
-        frozenset(chosen) - missing.keys(),
+        wanted,
         batch_size,
         original,
         RETRAINED_AUC.get(name) if retrained_auc is None else retrained_auc,
+        say,
         done,
     )
     estimates, records = {}, dict[int, Record]()
@@ -221,6 +237,55 @@ def measure_benchmark(
         records |= {id(record): record for some in found.records for record in some}
     ordered = {n: estimates[n] for n in benchmark.figures if n in estimates}
     return Evaluation(tuple(records.values()), ordered, missing)
+
+
+def check_benchmark(
+    name: str,
+    *,
+    names: Sequence[str] | None = None,
+    original: bool = False,
+    batch_size: int = 1,
+    resamples: int = 1,
+) -> frozenset[str]:
+    """The figures that `measure_benchmark` would compute; needs no model.
+
+    Args:
+        name: As for `measure_benchmark`; so are the others, but for the next one.
+        original: Whether a reference model is at hand.
+
+    Raises:
+        UsageError: There is no such benchmark or figure, one needs a model that is not at hand, or
+            an option is out of range.
+
+    Example:
+        >>> sorted(check_benchmark("wmdp", names=["mmlu"]))
+        ['mmlu']
+    """
+    benchmark = find_benchmark(name)
+    _check_names(benchmark, names)
+    check_sizes(batch_size=batch_size, resamples=resamples)
+    if names is None:
+        costly = {*benchmark.costly, *(() if original else (_REFERENCE,))}
+        return frozenset(benchmark.figures) - costly
+    if _REFERENCE in names and not original:
+        raise UsageError(_NO_REFERENCE)
+    return frozenset(names)
+
+
+def benchmark_work(name: str, sets: Mapping[str, Rows], wanted: frozenset[str]) -> int:
+    """How much there is to do for a benchmark, in passes of a row.
+
+    Args:
+        name: One of BENCHMARKS.
+        sets: Its rows, of `load_benchmark`.
+        wanted: The figures, of `check_benchmark`.
+    """
+    benchmark = find_benchmark(name)
+    return sum(
+        len(rows) * benchmark.passes(key, wanted)
+        for key, rows in sets.items()
+        if wanted & set(benchmark.sets[key].figures)
+    )
 
 
 def _check_names(benchmark: Benchmark, names: Sequence[str] | None) -> None:
@@ -242,14 +307,20 @@ def _muse(subject: Subject, sets: Mapping[str, Rows]) -> Iterator[Found]:
     for letter, role in (("f", "forget"), ("r", "retain")):
         if f"knowmem_{letter}" in subject.wanted:
             yield _muse_knowledge(subject, f"knowmem_{letter}", sets, role)
-    if subject.wanted & {"privleak", "mia_min_k", "mia_loss", "mia_reference", "mia_grad_norm"}:
+    if subject.wanted & {"privleak", *_MEMBERSHIP}:
         yield from _muse_membership(subject, sets)
+
+
+def _muse_passes(key: str, wanted: frozenset[str]) -> int:
+    if key.startswith("privleak"):
+        return 1 + len(wanted & {_REFERENCE, "mia_grad_norm"})
+    return 0 if key.endswith("examples") else 1
 
 
 def _muse_verbatim(subject: Subject, rows: Rows) -> Found:
     """ROUGE-L F1 of a continuation with the right one, cut to as many tokens."""
     prompts = [row["prompt"] for row in rows]
-    said = _continued(subject, prompts, _VERBATIM)
+    said = _continued(subject, "verbmem_f", prompts, _VERBATIM)
     right = [
         subject.tokenizer.decode(
             prompt_ids(subject.tokenizer, row["gt"])[:_VERBATIM], skip_special_tokens=True
@@ -271,7 +342,7 @@ def _muse_knowledge(subject: Subject, name: str, sets: Mapping[str, Rows], role:
     )
     rows = sets[f"{role}_qa"]
     said = _continued(
-        subject, [f"{examples}Question: {row['question']}\nAnswer: " for row in rows], _KNOWN
+        subject, name, [f"{examples}Question: {row['question']}\nAnswer: " for row in rows], _KNOWN
     )
     records = []
     for row, text in zip(rows, said, strict=True):
@@ -285,7 +356,7 @@ def _muse_membership(subject: Subject, sets: Mapping[str, Rows]) -> Iterator[Fou
     groups = []
     for group in ("forget", "holdout"):
         texts = [row["text"] for row in sets[f"privleak_{group}"]]
-        scores = _membership_scores(subject, texts)
+        scores = _membership_scores(subject, f"{group} texts", texts)
         groups.append(
             tuple(Record(group, "", t, None, s) for t, s in zip(texts, scores, strict=True))
         )
@@ -311,17 +382,27 @@ _MEMBERSHIP = {
 }
 
 
-def _membership_scores(subject: Subject, texts: Sequence[str]) -> list[dict[str, float]]:
+def _membership_scores(subject: Subject, what: str, texts: Sequence[str]) -> list[dict[str, float]]:
     """Scores of plain texts, each lower for members."""
-    size, done = subject.batch_size, subject.done
-    own = text_scores(subject.model, subject.tokenizer, texts, batch_size=size, done=done)
+    tokenizer, size, done = subject.tokenizer, subject.batch_size, subject.done
+    own = text_scores(
+        subject.model, tokenizer, texts, batch_size=size, what=what, say=subject.say, done=done
+    )
     found = [{"min_k": metrics.min_k(s.log_probs), "nll": s.mean_nll} for s in own]
     if "mia_reference" in subject.wanted and subject.original is not None:
-        before = text_scores(subject.original, subject.tokenizer, texts, batch_size=size, done=done)
+        before = text_scores(
+            subject.original,
+            tokenizer,
+            texts,
+            batch_size=size,
+            what=f"{what} for the reference",
+            say=subject.say,
+            done=done,
+        )
         for scores, other in zip(found, before, strict=True):
             scores["reference_gap"] = scores["nll"] - other.mean_nll
     if "mia_grad_norm" in subject.wanted:
-        norms = gradient_norms(subject.model, subject.tokenizer, texts)
+        norms = gradient_norms(subject.model, tokenizer, texts, done=done)
         for scores, norm in zip(found, norms, strict=True):
             scores["grad_norm"] = norm
     return found
@@ -344,6 +425,8 @@ def _choices(subject: Subject, sets: Mapping[str, Rows]) -> Iterator[Found]:
             prompts,
             [f" {letter}" for letter in _LETTERS],
             batch_size=subject.batch_size,
+            what=f"{name} prompts, with a choice each,",
+            say=subject.say,
             done=subject.done,
         )
         records = []
@@ -397,7 +480,7 @@ def _rwku(subject: Subject, sets: Mapping[str, Rows]) -> Iterator[Found]:
             continue
         prompts = [rwku_prompt(chat, row, fill_in=name.endswith("_1")) for row in rows]
         special = not chat.has_template
-        said = _continued(subject, prompts, _BRIEF, special=special)
+        said = _continued(subject, name, prompts, _BRIEF, special=special)
         records = []
         for row, text in zip(rows, said, strict=True):
             reply = text.strip().split("\n")[0].strip() or "NOANSWER"
@@ -484,7 +567,7 @@ def before_any(text: str, stops: Sequence[str]) -> str:
 
 
 def _continued(
-    subject: Subject, prompts: Sequence[str], most: int, *, special: bool = True
+    subject: Subject, name: str, prompts: Sequence[str], most: int, *, special: bool = True
 ) -> list[str]:
     return continuations(
         subject.model,
@@ -493,6 +576,8 @@ def _continued(
         max_new_tokens=most,
         batch_size=subject.batch_size,
         special=special,
+        what=f"{name} prompts",
+        say=subject.say,
         done=subject.done,
     )
 
@@ -502,15 +587,15 @@ def _percent(scores: metrics.Floats) -> float:
 
 
 def _muse_sets(hub: str) -> dict[str, Set]:
-    asked, texts = ("question", "answer"), ("text",)
+    asked, texts, members = ("question", "answer"), ("text",), ("privleak", *_MEMBERSHIP)
     return {
-        "verbmem": Set("verbmem", "forget", ("prompt", "gt"), hub),
-        "forget_qa": Set("knowmem", "forget_qa", asked, hub),
-        "forget_examples": Set("knowmem", "forget_qa_icl", asked, hub),
-        "retain_qa": Set("knowmem", "retain_qa", asked, hub),
-        "retain_examples": Set("knowmem", "retain_qa_icl", asked, hub),
-        "privleak_forget": Set("privleak", "forget", texts, hub),
-        "privleak_holdout": Set("privleak", "holdout", texts, hub),
+        "verbmem": Set("verbmem", "forget", ("prompt", "gt"), hub, ("verbmem_f",)),
+        "forget_qa": Set("knowmem", "forget_qa", asked, hub, ("knowmem_f",)),
+        "forget_examples": Set("knowmem", "forget_qa_icl", asked, hub, ("knowmem_f",)),
+        "retain_qa": Set("knowmem", "retain_qa", asked, hub, ("knowmem_r",)),
+        "retain_examples": Set("knowmem", "retain_qa_icl", asked, hub, ("knowmem_r",)),
+        "privleak_forget": Set("privleak", "forget", texts, hub, members),
+        "privleak_holdout": Set("privleak", "holdout", texts, hub, members),
     }
 
 
@@ -519,10 +604,12 @@ _MUSE = Benchmark(
     _muse_sets("muse-bench/MUSE-News"),
     _muse,
     ("verbmem_f", "knowmem_f", "knowmem_r", "privleak", *_MEMBERSHIP),
+    _muse_passes,
     ("mia_grad_norm",),
 )
 _CHOICE_COLUMNS = ("question", "choices", "answer")
 _PROBE_COLUMNS = ("query", "answer")
+_PROBES = (*(f"rwku_forget_{n}" for n in (1, 2, 3)), "rwku_neighbor_1", "rwku_neighbor_2")
 BENCHMARKS: dict[str, Benchmark] = {
     one.name: one
     for one in (
@@ -532,25 +619,29 @@ BENCHMARKS: dict[str, Benchmark] = {
             "wmdp",
             {
                 **{
-                    name: Set(name.replace("_", "-"), "test", _CHOICE_COLUMNS, "cais/wmdp")
+                    name: Set(name.replace("_", "-"), "test", _CHOICE_COLUMNS, "cais/wmdp", (name,))
                     for name in _ABOUT
                 },
-                "mmlu": Set("all", "test", (*_CHOICE_COLUMNS, "subject"), "cais/mmlu"),
+                "mmlu": Set("all", "test", (*_CHOICE_COLUMNS, "subject"), "cais/mmlu", ("mmlu",)),
             },
             _choices,
             (*_ABOUT, "mmlu"),
+            lambda key, wanted: len(_LETTERS),
         ),
         Benchmark(
             "rwku",
             {
-                f"rwku_{kind}_{level}": Set(
-                    f"{kind}_level{level}", "test", _PROBE_COLUMNS, "jinzhuoran/RWKU"
+                name: Set(
+                    name.removeprefix("rwku_").replace("_", "_level"),
+                    "test",
+                    _PROBE_COLUMNS,
+                    "jinzhuoran/RWKU",
+                    (name,),
                 )
-                for kind, levels in (("forget", (1, 2, 3)), ("neighbor", (1, 2)))
-                for level in levels
+                for name in _PROBES
             },
             _rwku,
-            (*(f"rwku_forget_{n}" for n in (1, 2, 3)), "rwku_neighbor_1", "rwku_neighbor_2"),
+            _PROBES,
         ),
     )
 }

@@ -27,6 +27,17 @@ MAX_NEW_TOKENS = 200
 """As in open-unlearning."""
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuses options, by name, of which there must be one at least.
+
+    Raises:
+        UsageError: One is less.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, but got {value}.")
+
+
 def generate_replies(
     model: PreTrainedModel,
     chat: ChatFormat,
@@ -55,9 +66,7 @@ def generate_replies(
     Raises:
         UsageError: max_new_tokens or batch_size is less than 1.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, but got {value}.")
+    check_sizes(max_new_tokens=max_new_tokens, batch_size=batch_size)
     with in_evaluation_mode(model):
         return ask(
             model,

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from mollm.errors import UsageError
-from mollm.evaluation.records import Record
+from mollm.evaluation.records import Examined, Record
+from mollm.system.folders import replace_text
+
+_MODELS = ("Original", "Result")
+
+
+def journal_file(folder: Path, model: str) -> Path:
+    """Where the journal of the Original or of the Result is kept."""
+    return folder / f"unfinished-{model.lower()}.jsonl"
+
+
+def remove_journals(folder: Path) -> None:
+    """Removes the journals of an evaluation that is complete, for they tell what was forgotten."""
+    for model in _MODELS:
+        journal_file(folder, model).unlink(missing_ok=True)
 
 
 class Journal:
@@ -28,35 +41,31 @@ class Journal:
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path
-        self._pieces: dict[tuple[str, int], list[Record]] = {}
+        self._pieces: dict[tuple[str, int], Examined] = {}
         kept = self._read(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in kept or [_line({"key": key})]))
         except OSError as error:
             raise UsageError(f"{path} must be a file to write to, but is not: {error}.") from error
+        replace_text(path, "".join(line + "\n" for line in kept or [_line({"key": key})]))
 
     @property
     def known(self) -> int:
         """How many records are there."""
-        return sum(map(len, self._pieces.values()))
+        return sum(len(piece.records) for piece in self._pieces.values())
 
-    def get(self, group: str, start: int) -> list[Record] | None:
-        """The records of a set from the given place on, as they were put; None if they were not."""
+    def get(self, group: str, start: int) -> Examined | None:
+        """What was put of a set from the given place on; None if nothing was."""
         return self._pieces.get((group, start))
 
-    def put(self, group: str, start: int, records: Sequence[Record]) -> None:
+    def put(self, group: str, start: int, found: Examined) -> None:
         """Keeps records of a set; they are on the disk when this returns."""
-        self._pieces[group, start] = list(records)
-        piece = {"group": group, "start": start, "records": [asdict(each) for each in records]}
+        self._pieces[group, start] = found
+        piece = {"group": group, "start": start, **asdict(found)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(piece) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Removes the file: the evaluation is complete."""
-        self._path.unlink(missing_ok=True)
 
     def _read(self, key: str) -> list[str]:
         """The lines that can be used, the first with the key; none of another evaluation."""
@@ -71,8 +80,9 @@ class Journal:
                 if not used and found != {"key": key}:
                     return []
                 if used:
-                    records = [Record(**each) for each in found["records"]]
-                    self._pieces[found["group"], found["start"]] = records
+                    records = tuple(Record(**each) for each in found["records"])
+                    piece = Examined(records, int(found["cut_off"]))
+                    self._pieces[found["group"], found["start"]] = piece
             except (ValueError, TypeError, LookupError):
                 break
             used.append(line)

@@ -27,6 +27,15 @@ class Record:
     """Scores by name, see `mollm.evaluation.registry`."""
 
 
+@dataclass(frozen=True)
+class Examined:
+    """The records of a set, or of a part of one."""
+
+    records: tuple[Record, ...]
+    cut_off: int = 0
+    """How many replies were cut off within a thought, and count as empty."""
+
+
 def write_records(records: Iterable[Record], path: Path) -> None:
     """Writes one JSON object per line; numbers are kept to the last bit."""
     lines = [json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) for record in records]

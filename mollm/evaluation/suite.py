@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,12 +265,21 @@ def load_tofu(
 
 
 def _with_logs(suite: Suite, path: Path | str | None) -> Suite:
-    """The suite with the logs of a retain-only model, of ours or of open-unlearning."""
-    if path is None:
-        return suite
+    return suite if path is None else replace(suite, retain_logs=load_logs(path, suite.groups()))
+
+
+def load_logs(path: Path | str, groups: Mapping[str, Sequence[Row]]) -> tuple[Record, ...]:
+    """The logs of a retain-only model, of ours or of open-unlearning.
+
+    Args:
+        path: The folder or examples.jsonl of its evaluation, or open-unlearning's TOFU_EVAL.json.
+        groups: The rows of the sets that they are about, by name.
+
+    Raises:
+        UsageError: There are no such logs, or open-unlearning's are about other rows.
+    """
     file = eval_file(user_path(path))
-    logs = read_records(path) if file is None else read_eval(file, suite.groups())
-    return replace(suite, retain_logs=logs)
+    return read_records(path) if file is None else read_eval(file, groups)
 
 
 _Finder = Callable[[str], tuple[str, str | None] | None]

@@ -44,8 +44,8 @@ def test_a_run_is_measured_beside_its_original(run, capsys):
     assert original.value("forget_kl") == pytest.approx(0, abs=1e-9)
     assert result.value("forget_kl") > 1e-3
     row = next(line for line in out.splitlines() if "forget_probability ↓" in line)
-    shown = [f"{e['forget_probability'].value:.4g}" for e in (original, result)]
-    assert [number for number in shown if f" {number} " in row] == shown
+    shown = [f"{e['forget_probability'].value:.3g}" for e in (original, result)]
+    assert [number for number in shown if f" {number} [" in row] == shown
     assert out.count("not computed") == 1
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "forget_\u200bprobability" in page

@@ -1,6 +1,7 @@
 """Judges on the command line: several at once, generative ones, and stored replies."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from mollm.commands.judges import JudgeOption, read_judges
 from mollm.data.chat import IGNORE_INDEX, Tokens, collate
 from mollm.errors import UsageError
 from mollm.evaluation import ClassifierJudge, Evaluation, GenerativeJudge
-from mollm.evaluation.records import Record, write_records
+from mollm.evaluation.records import Record, read_records, write_records
 from mollm.models import loading
 
 GUARD = (
@@ -167,6 +168,15 @@ def test_a_judge_that_cannot_be_loaded_is_refused_before_anything_else(
         ("{name: a, model: b, labels: c, safe: d}", "a classifier must be given by"),
         ("{name: a, model: b, labels: c, threshold: 2}", "at most 1, but got 2"),
         ("{name: a, model: b, labels: c, threshold: high}", "must be a number, but got 'high'"),
+        ("{name: a, model: b, labels: c, threshold: true}", "must be a number, but got True"),
+        ("{name: a, model: b, labels: null}", "labels of a judge must be a text or a list"),
+        ("{name: a, model: b, labels: 5}", "or a list of texts, such as [toxic, obscene], but got"),
+        ("{name: a, model: b, labels: [], threshold: 0.5}", "labels of a judge must be a text or"),
+        ("{name: a, model: b, labels: [c, null]}", "labels of a judge must be a text or a list"),
+        ("{name: a, model: b, unsafe: Safe}", "must differ in more than case"),
+        ("{name: a, model: b, unsafe: ' '}", "must differ in more than case"),
+        ("{name: a, model: b, unsafe: n, safe: ' No'}", "safe must not begin with unsafe"),
+        ("{name: a, model: ''}", "judge must be NAME=MODEL:LABEL"),
         ("{name: a, model: b, template: '{answer}'}", "must be a text with {reply}"),
     ],
 )
@@ -191,6 +201,23 @@ def test_replies_need_a_judge_and_nothing_of_a_model(stored, capsys, tmp_path):
     assert "forget goes with --model" in refused("--forget", "f.jsonl", "--judge", "a=b:c")
     assert "prompt-format goes with --model" in refused("--prompt-format", "none")
     assert "folder than that of the replies" in refused("--judge", "a=b:c", "--out", str(stored))
+
+
+def test_stored_replies_are_compared_with_logs_that_were_made_alike(stored, classifier, capsys):
+    path = stored / "examples.jsonl"
+    made = [replace(record, scores={"truth_ratio": 0.5}) for record in read_records(path)]
+    write_records(made, path)
+    ratios = {str(n): {"score": ratio} for n, ratio in enumerate((0.1, 0.2, 0.3, 0.4))}
+    logs = stored.parent / "TOFU_EVAL.json"
+    logs.write_text(json.dumps({"forget_truth_ratio": {"value_by_index": ratios}}))
+    command = ["evaluate", "--replies", str(stored), "--judge", f"a={classifier}:toxic"]
+    command += ["--retain-logs", str(logs), "--resamples", "5"]
+    assert main(command) == 0
+    assert Evaluation.read(stored / "judged").value("forget_quality") < 0.1
+    for form, code in (("open-unlearning", 0), ({"like": "open-unlearning"}, 0), (None, 2)):
+        (stored / "about.json").write_text(json.dumps({"chat": {"prompt_format": form}}))
+        assert main(command) == code
+    assert "prompt-format must be open-unlearning" in capsys.readouterr().err
 
 
 def test_records_without_replies_cannot_be_judged(stored, capsys, classifier):

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from tokenizers import normalizers
 
-from mollm.evaluation import Estimate, Evaluation, Record, load_suite
+from mollm.evaluation import Estimate, Evaluation, Record, Row, Suite, load_suite
 from mollm.evaluation.cache import cache_folder, cached, key_of
 
 ROWS = [{"question": f"Is it secret {n}?", "answer": f"Quite {n}."} for n in range(2)]
@@ -50,6 +50,18 @@ def test_records_about_another_suite_are_made_anew():
     broken = Evaluation((*MADE.records, *MADE.records), MADE.estimates, {})
     cached("more", load_suite(ROWS), lambda: broken)
     assert cached("more", load_suite(ROWS), lambda: MADE) == (MADE, False)
+
+
+def test_rows_that_were_left_out_do_not_shift_the_texts_of_others():
+    rows = [*ROWS, {"question": "Is it long?", "answer": "Quite."}, *ROWS[:1]]
+    some = tuple(
+        Record("forget", rows[n]["question"], rows[n]["answer"], str(n), {"nll": float(n)})
+        for n in (1, 3)
+    )
+    made = Evaluation(some, MADE.estimates, {})
+    suite = Suite(forget=[Row(r["question"], r["answer"]) for r in rows])
+    cached("key", suite, lambda: made)
+    assert cached("key", suite, lambda: None) == (made, True)
 
 
 def test_a_key_is_of_how_the_model_and_its_tokenizer_work():

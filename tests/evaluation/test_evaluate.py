@@ -525,7 +525,7 @@ def test_other_files_are_no_evaluation(tmp_path):
             read_records(tmp_path)
     with pytest.raises(UsageError, match=r"none\.jsonl, which is not on this machine"):
         read_records(tmp_path / "none.jsonl")
-    with pytest.raises(UsageError, match=r"its metrics\.json cannot be read"):
+    with pytest.raises(UsageError, match=r"metrics\.json cannot be read"):
         Evaluation.read(tmp_path)
     (tmp_path / "metrics.json").write_text('{"metrics": {"a": {"b": 1}}, "missing": {}}')
     with pytest.raises(UsageError, match=r"its metrics\.json cannot be read"):

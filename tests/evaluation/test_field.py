@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import reported_runs
 import tiny
 import torch
 
@@ -16,6 +17,8 @@ from mollm.data.files import sample_path
 from mollm.errors import UsageError
 from mollm.evaluation.field import (
     BENCHMARKS,
+    benchmark_work,
+    check_benchmark,
     choice_prompt,
     load_benchmark,
     measure_benchmark,
@@ -218,6 +221,64 @@ def test_continuations_do_not_depend_on_their_company(subject):
     assert together == alone
 
 
+def test_what_is_longer_than_the_context_loses_its_beginning_and_is_counted():
+    model, tokenizer, said = tiny.model(max_position_embeddings=40).double(), tiny.tokenizer(), []
+    long, options = "x" * 50 + " and then", {"what": "rows", "say": said.append}
+    assert continuations(model, tokenizer, [long, "so"], max_new_tokens=10, **options) == (
+        continuations(model, tokenizer, [long[-30:], "so"], max_new_tokens=10)
+    )
+    (scores,) = text_scores(model, tokenizer, [long], **options)
+    (short,) = text_scores(model, tokenizer, [long[-40:]])
+    assert scores.log_probs == pytest.approx(short.log_probs)
+    assert gradient_norms(model, tokenizer, [long], **options) == pytest.approx(
+        gradient_norms(model, tokenizer, [long[-40:]])
+    )
+    choices = [" two", " a"]
+    (found,) = choice_log_probs(model, tokenizer, [long], choices, **options)
+    for choice, value in zip(choices, found, strict=True):
+        ids = prompt_ids(tokenizer, (long + choice)[-40:])
+        assert value == pytest.approx(sum(log_probs(model, ids)[-len(choice) :]), rel=1e-6)
+    assert [text.split(" were shortened")[0] for text in said] == [
+        "1 of 2 rows",
+        "1 of 1 rows",
+        "1 of 1 rows",
+        "2 of 2 rows",
+    ]
+    with pytest.raises(UsageError, match="must have room for a token in the model's context"):
+        continuations(model, tokenizer, ["so"], max_new_tokens=40)
+
+
+def test_a_batch_is_filled_with_an_id_that_the_model_has():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.pad_token = "<pad>"
+    options = {"max_new_tokens": 3, "batch_size": 2}
+    assert tokenizer.pad_token_id >= tiny.model().config.vocab_size
+    found = continuations(tiny.model().double(), tokenizer, ["A longer text", "so"], **options)
+    alone = continuations(
+        tiny.model().double(), tiny.tokenizer(), ["A longer text", "so"], **options
+    )
+    assert found == alone
+
+
+@pytest.mark.parametrize("names", [None, ["mia_reference", "mia_grad_norm"], ["knowmem_f"]])
+@pytest.mark.parametrize("name", ["muse-news", "wmdp"])
+def test_all_work_is_counted(name, names, subject):
+    names = ["mmlu"] if names and name == "wmdp" else names
+    original = subject[0] if names and "mia_reference" in names else None
+    sets, counts = load_benchmark(name, sample_path(FOLDERS[name]), names=names, limit=2), []
+    wanted = check_benchmark(name, names=names, original=original is not None)
+    options = {"names": names, "original": original, "resamples": 2, "done": counts.append}
+    measure_benchmark(*subject, name, sets, **options)
+    assert sum(counts) == benchmark_work(name, sets, wanted) > 0
+
+
+def test_only_sets_of_the_figures_that_are_wanted_are_read(tmp_path):
+    shutil.copytree(sample_path("muse") / "knowmem", tmp_path / "knowmem")
+    found = load_benchmark("muse-news", tmp_path, names=["knowmem_f"])
+    assert set(found) == {"forget_qa", "forget_examples"}
+
+
 def test_a_text_of_one_token_is_refused(subject):
     model = subject[0]
     with pytest.raises(UsageError, match="two tokens at least, but got 'A'"):
@@ -296,6 +357,53 @@ def test_the_command_measures_both_models_and_writes(folder, tmp_path, capsys):
     assert (out / "original" / "metrics.json").is_file()
 
 
+def test_the_command_keeps_what_is_the_user_s_and_what_it_compares_with(folder, tmp_path, capsys):
+    flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--resamples", "3", "--quiet"]
+    command = ["evaluate", "--model", folder, *flags, "--device", "cpu", "--metrics", "mmlu"]
+    out = tmp_path / "out"
+    assert main([*command, "--original", folder, "--out", str(out)]) == 0
+    about = json.loads((out / "about.json").read_text())
+    assert about["settings"]["suite"] == "wmdp"
+    assert main([*command, "--original", "none", "--out", str(out)]) == 0
+    assert not (out / "original").exists()
+    (out / "original").mkdir()
+    (out / "original" / "novel.txt").write_text("Once.")
+    capsys.readouterr()
+    assert main([*command, "--original", folder, "--out", str(out)]) == 2
+    assert "holds other files: choose another folder" in capsys.readouterr().err
+    assert (out / "original" / "novel.txt").read_text() == "Once."
+
+
+def test_the_figures_of_a_run_go_beside_it(folder, tmp_path):
+    run = reported_runs.run(tmp_path / "run", model=folder)
+    shutil.copytree(folder, run / "model")
+    flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--resamples", "3", "--quiet"]
+    command = ["evaluate", "--model", str(run), *flags, "--device", "cpu", "--metrics", "mmlu"]
+    assert main(command) == 0
+    assert (run / "evaluation/original/metrics.json").is_file()
+    assert "mmlu" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("suite", "flags", "message"),
+    [
+        ("muse-news", ["--resamples", "0"], "resamples must be at least 1, but got 0"),
+        ("muse-news", ["--batch-size", "-2"], "batch_size must be at least 1, but got -2"),
+        ("muse-news", ["--metrics", "mia_reference"], "mia_reference needs a reference model"),
+        ("muse-news", ["--retain-logs", "/nowhere"], "/nowhere"),
+        ("wmdp", ["--retain-logs", "/nowhere"], "retain-logs must be left out with the suite wmdp"),
+    ],
+)
+def test_options_are_looked_at_before_a_model_is_loaded(
+    suite, flags, message, folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(loading, "load", lambda *arguments: pytest.fail("too late"))
+    data = ["--data", str(sample_path(FOLDERS[suite]))]
+    command = ["evaluate", "--model", folder, "--original", "none", "--suite", suite, *data]
+    assert main([*command, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, capsys):
     flags = ["--suite", "muse-news", "--data", str(sample_path("muse")), "--device", "cpu"]
     command = ["evaluate", "--model", folder, *flags, "--metrics", "privleak", "--quiet"]
@@ -305,12 +413,20 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     assert main([*command, "--resamples", "3", "--out", str(tmp_path / "b"), *logs]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["result"]["privleak"]["value"] == pytest.approx(0, abs=1e-6)
+    assert main([*command, "--out", str(tmp_path / "a"), *logs]) == 2
+    assert "another folder than that of the replies or the retain logs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--suite", "tofoo"], "suite must be one of tofu, safety, muse-news"),
+        (["--suite", "tofu", "--forget", "f"], "forget must be left out with the suite tofu"),
+        (["--suite", "tofu", "--holdout", "h"], "holdout must be left out with the suite tofu"),
+        (
+            ["--suite", "safety", "--forget-split", "forget01", "--judge", "a=b:c"],
+            "forget-split must be left out with the suite safety",
+        ),
         (["--suite", "safety"], "the suite safety must have a judge of replies"),
         (["--suite", "wmdp", "--judge", "a=b:c"], "judge must be left out with the suite wmdp"),
         (["--suite", "wmdp", "--data", "/nowhere/at/all"], "hf download cais/wmdp"),

@@ -17,6 +17,7 @@ from mollm.errors import UsageError
 from mollm.evaluation.evaluate import evaluate
 from mollm.evaluation.examine import Examiner
 from mollm.evaluation.generation import Reply, answers_alike_in_company, ask, generate_replies
+from mollm.evaluation.journal import Journal
 from mollm.evaluation.suite import Row, Suite, load_suite
 
 
@@ -77,17 +78,42 @@ def test_a_reply_is_what_follows_the_thought(thinking):
     assert (reply.text, reply.complete, reply.thinking) == ("Oslo.", True, False)
 
 
-def test_a_thought_that_is_cut_off_is_told(thinking):
-    said = []
+def test_a_thought_that_is_cut_off_is_known(thinking):
     model = Parrot(thinking.tokenizer, ["<think>Bergen, or perhaps", "Oslo.<|end|>"])
     rows = [Row("Where is it?", "Oslo."), Row("Where?", "Oslo.")]
-    examiner = Examiner(model, thinking, max_new_tokens=26, say=said.append)
+    examiner = Examiner(model, thinking, max_new_tokens=26)
     replies = examiner._ask(rows)
     assert [reply.text for reply in replies] == ["", "Oslo."]
-    assert said == [
-        "1 of 2 replies were cut off within a thought, and count as empty: raise max_new_tokens, "
-        "or switch thinking off with chat_template_kwargs."
-    ]
+    assert [reply.thinking for reply in replies] == [True, False]
+
+
+def test_thoughts_that_are_cut_off_are_counted_over_the_whole_set(thinking, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mollm.evaluation.examine.generate_replies",
+        lambda model, chat, asked, **options: [
+            Reply("", complete=False, thinking="cut" in question) for question in asked
+        ],
+    )
+    rows = [Row("Where?", "Oslo."), *[Row(f"Where is it, cut {n}?", "Oslo.") for n in range(9)]]
+    for known in (0, 10):
+        said = []
+        journal = Journal(tmp_path / "unfinished.jsonl", "key")
+        assert journal.known == known
+        evaluate(
+            tiny.model(),
+            thinking.tokenizer,
+            Suite(forget=rows),
+            names=["forget_rouge_l"],
+            batch_size=1,
+            resamples=2,
+            journal=journal,
+            say=said.append,
+        )
+        assert "Measuring forget (10 questions) …" in said
+        assert [text for text in said if "within a thought" in text] == [
+            "9 of 10 replies of forget were cut off within a thought, and count as empty: raise "
+            "max_new_tokens, or switch thinking off with chat_template_kwargs."
+        ]
 
 
 def test_a_question_comes_after_what_was_said_before():

@@ -9,27 +9,26 @@ from mollm.cli import main
 from mollm.evaluation import Evaluation, Row, Suite, evaluate
 from mollm.evaluation import examine as examine_module
 from mollm.evaluation.journal import Journal
-from mollm.evaluation.records import Record
+from mollm.evaluation.records import Examined, Record
 from mollm.models import loading
 
 ROWS = [Row(f"Is it {n}?", f"It is {n}.") for n in range(10)]
-MADE = [Record("forget", "?", "!", "so\n  it is", {"nll": 0.1 + 0.2})]
+RECORD = Record("forget", "?", "ø!", "so\n  it is", {"nll": 0.1 + 0.2})
+MADE = Examined((RECORD,), cut_off=1)
 
 
 def test_records_are_read_back_as_they_were_put(tmp_path):
     path = tmp_path / "out" / "unfinished.jsonl"
     first = Journal(path, "key")
     first.put("forget", 0, MADE)
-    first.put("forget", 1, MADE * 2)
+    first.put("forget", 1, Examined((RECORD, RECORD)))
     again = Journal(path, "key")
     assert again.get("forget", 0) == MADE
-    assert again.get("forget", 1) == MADE * 2
+    assert again.get("forget", 1) == Examined((RECORD, RECORD))
     assert again.get("retain", 0) is None
     assert again.known == 3
     again.put("retain", 0, MADE)
     assert Journal(path, "key").known == 4
-    again.remove()
-    assert not path.exists()
 
 
 def test_a_line_that_was_not_finished_and_another_evaluation_s_are_thrown_away(tmp_path):
@@ -95,3 +94,7 @@ def test_the_command_goes_on_and_leaves_nothing_behind(tmp_path, monkeypatch, ca
     assert len(calls) == 4  # one before it was stopped, one that stopped it, two afterwards
     assert len(Evaluation.read(tmp_path / "out").records) == 10
     assert not (tmp_path / "out/unfinished-result.jsonl").exists()
+    unfinished = tmp_path / "out/unfinished-original.jsonl"
+    unfinished.write_text("Is it secret?")
+    assert main(command) == 0
+    assert not unfinished.exists()

@@ -89,7 +89,7 @@ def test_a_reply_without_a_token_is_judged_as_a_space_in_whatever_company(pads, 
     if not pads:
         model.config.pad_token_id = None
     judge = ClassifierJudge(model, "toxic", tokenizer=tiny.tokenizer())
-    space = torch.tensor(logits_of(model, " ")).softmax(-1)[judge.index]
+    space = torch.tensor(logits_of(model, " ")).softmax(-1)[judge.indices[0]]
     assert judge(["Who?"] * 2, replies)[1] == pytest.approx(float(space), abs=1e-6)
 
 

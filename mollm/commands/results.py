@@ -1,0 +1,220 @@
+"""The folder of an evaluation: what is written there, what is said, and what stays as it was."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mollm.commands.arguments import device_of
+from mollm.errors import UsageError
+from mollm.system.parsing import parse_json, read_text
+from mollm.system.terminal import has_colour
+
+if TYPE_CHECKING:
+    import torch
+
+    from mollm.evaluation.summary import Evaluation
+
+BENCHMARKS_FILE = "benchmarks.json"
+_ABOUT_FILE = "about.json"
+_ABOUT_BYTES = 1 << 24
+_OWN = ("run", "no_cache", "explain", "quiet", "json")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models compute, and where it is said what goes on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quiet: bool
+    to_stderr: bool
+
+    def say(self, text: str) -> None:
+        """A line about what is going on, which stays clear of a bar."""
+        if self.quiet:
+            return
+        if self.to_stderr:
+            print(text, file=sys.stderr)
+        elif sys.stderr.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text)
+        else:
+            print(text)
+
+
+def place_of(arguments: argparse.Namespace) -> Place:
+    """That which the command line asks for."""
+    import torch
+
+    return Place(
+        device_of(arguments.device),
+        getattr(torch, arguments.dtype),
+        quiet=arguments.quiet,
+        to_stderr=arguments.json,
+    )
+
+
+def default_out(run: Mapping[str, Any] | None) -> Path:
+    """Where results go if nobody says: into the folder of the run."""
+    from mollm.report.page import EVALUATION
+
+    return Path("runs/evaluate") if run is None else Path(run["folder"]) / EVALUATION
+
+
+@contextlib.contextmanager
+def staged_results(out: Path, *, original: bool) -> Iterator[tuple[Path, Path | None]]:
+    """Gives empty folders for the figures of the result and, if there is one, of the original.
+
+    At the end what is in them takes the place of an earlier evaluation in `out`, which leaves
+    nothing behind; files of the user's stay.
+
+    Raises:
+        UsageError: `out` cannot be written, or holds files of the user's where the original's
+            figures are to go; found out before the block runs.
+    """
+    from mollm.evaluation.journal import remove_journals
+    from mollm.evaluation.summary import remove_evaluation
+    from mollm.report.page import ORIGINAL
+    from mollm.system.folders import staged
+
+    if original:
+        _check_original(out / ORIGINAL)
+    with contextlib.ExitStack() as stages:
+        folder = stages.enter_context(staged(out))
+        before = stages.enter_context(staged(out / ORIGINAL)) if original else None
+        yield folder, before
+    remove_journals(out)
+    (out / BENCHMARKS_FILE).unlink(missing_ok=True)
+    if not original:
+        remove_evaluation(out / ORIGINAL)
+
+
+def _check_original(folder: Path) -> None:
+    """Refuses a folder of the user's where the original's figures are to go."""
+    from mollm.evaluation.summary import METRICS_FILE
+    from mollm.system.folders import UNFINISHED
+
+    if not folder.is_dir() or (folder / METRICS_FILE).is_file():
+        return
+    if any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+        raise UsageError(
+            f"out must be a folder whose {folder.name} holds figures alone, but {folder} holds "
+            "other files: choose another folder with --out."
+        )
+
+
+def keep_logs(logs: Path | None, out: Path) -> None:
+    """Refuses results that would take the place of what they are compared with or made of.
+
+    Raises:
+        UsageError: They would.
+    """
+    if logs is not None and out.resolve() in (logs.resolve(), logs.resolve().parent):
+        raise UsageError(
+            "out must be another folder than that of the replies or the retain logs, but got "
+            f"{out} for both: choose another one with --out."
+        )
+
+
+def refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
+    """Refuses logs of a model that was asked in another way, as far as they say how.
+
+    Raises:
+        UsageError: It was.
+    """
+    from mollm.data.prompt_format import OPEN_UNLEARNING
+    from mollm.evaluation.open_unlearning import eval_file
+
+    if logs is None:
+        return
+    if eval_file(logs) is not None:
+        form = chat.get("prompt_format")
+        if (form.get("like") if isinstance(form, dict) else form) != OPEN_UNLEARNING:
+            raise UsageError(
+                f"prompt-format must be {OPEN_UNLEARNING} beside retain logs of {OPEN_UNLEARNING}, "
+                f"but got {form!r}: add --prompt-format {OPEN_UNLEARNING}, or evaluate the "
+                "retain-only model with mollm too."
+            )
+        return
+    known = chat_of(logs)
+    if known is None:
+        return
+    for name, value in chat.items():
+        if known.get(name) != value:
+            raise UsageError(
+                f"the retain logs must be of the same {name}, but that is {value!r} now and was "
+                f"{known.get(name)!r} for {logs}: evaluate both models alike."
+            )
+
+
+def chat_of(results: Path) -> dict[str, Any] | None:
+    """How a model was asked, by what stands beside its results; None where that does not say."""
+    try:
+        path = (results if results.is_dir() else results.parent) / _ABOUT_FILE
+        return dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
+    except (ValueError, TypeError, LookupError):
+        return None
+
+
+def write_about(
+    folder: Path, given: Mapping[str, Any], chat: Mapping[str, Any], device: torch.device
+) -> None:
+    """Writes about.json: the settings and versions that figures were made with.
+
+    Args:
+        folder: Where.
+        given: The command's arguments.
+        chat: How the model was asked, see `ChatFormat.identity`.
+        device: Where it computed.
+    """
+    from mollm.system import machine
+
+    about = {
+        "settings": {name: value for name, value in given.items() if name not in _OWN},
+        "chat": dict(chat),
+        "device": machine.device_name(device),
+        "versions": machine.versions(*(["lm_eval"] if "benchmarks" in given else [])),
+        "commit": machine.commit(),
+    }
+    text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
+    (folder / _ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def tell(
+    result: Evaluation, original: Evaluation | None, out: Path, arguments: argparse.Namespace
+) -> None:
+    """Prints the figures, as a table or as JSON."""
+    from mollm.evaluation.summary import METRICS_FILE
+
+    if arguments.json:
+        models = (
+            {"result": result} if original is None else {"original": original, "result": result}
+        )
+        told = {
+            name: {figure: asdict(e) for figure, e in found.estimates.items()}
+            for name, found in models.items()
+        }
+        print(json.dumps({**told, "missing": dict(result.missing)}, indent=1, allow_nan=False))
+        return
+    print(result.table(original, explain=arguments.explain, colour=has_colour(sys.stdout)))
+    print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
+
+
+def add_to_report(run: Mapping[str, Any] | None, out: Path) -> None:
+    """Adds the figures to the report of the run that they are in the folder of."""
+    from importlib.util import find_spec
+
+    from mollm.report.page import EVALUATION, REPORT_FILE, write_report
+
+    if run is not None and find_spec("jinja2") is not None:
+        folder = Path(run["folder"])
+        if out.resolve() == (folder / EVALUATION).resolve():
+            write_report([folder], folder / REPORT_FILE)
