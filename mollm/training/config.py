@@ -332,6 +332,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                     f"and {eps}: they are the same."
                 )
         method = self.chosen_method
+        if method.alternatives and self.train_on_turns == "all":
+            raise UsageError(
+                f"train_on_turns must be last with the method {self.method}, which prefers another "
+                "answer to the last one, but got all."
+            )
         for name, function, why in (
             ("stop_when", method.finish, "which turns the model around after the last step"),
             ("relearn_steps", method.finish, "whose training is not to forget"),

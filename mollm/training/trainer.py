@@ -39,7 +39,7 @@ from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
 from mollm.evaluation.preview import with_likelihoods
-from mollm.methods.method import GENERATED, GIVEN, REFUSALS
+from mollm.methods.method import GENERATED, REFUSALS
 from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
@@ -71,7 +71,11 @@ from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.adapting import Adaptation
-from mollm.training.alternatives import with_generated_answers, with_known_answers
+from mollm.training.alternatives import (
+    needs_generated_answers,
+    with_generated_answers,
+    with_known_answers,
+)
 from mollm.training.best import check_metric, note_if_best
 from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_REPORTED, MOLLMConfig
@@ -174,6 +178,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     control: TrainerControl
     _data: TrainingData
+    _generates: bool
     _fingerprint: str
     optimizer: Any
     lr_scheduler: Any
@@ -257,18 +262,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
-            if method.alternatives == GENERATED:
-                self._data = with_generated_answers(
-                    self._data,
-                    self._base,
-                    self._chat,
-                    folder=Path(args.output_dir),
-                    samples=options["samples"],
-                    seed=self._seed_of(args),
-                    max_length=args.max_length,
-                    of=self._fingerprint,
-                    sharded=args.sharding is not None,
-                )
+        if self._generates:
+            self._data = with_generated_answers(
+                self._data,
+                self._base,
+                self._chat,
+                folder=Path(args.output_dir),
+                samples=options["samples"],
+                seed=self._seed_of(args),
+                max_length=args.max_length,
+                of=self._fingerprint,
+                long_rows=args.long_rows,
+            )
+            self._note(self._data.notes)
+        with processes.raise_on_all_ranks():
             blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
@@ -383,22 +390,24 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             *data, self._chat, args.max_length, args.train_on_turns, args.long_rows
         )
         preferred = args.chosen_method.alternatives
-        if preferred in (GIVEN, REFUSALS):
+        self._generates = preferred == GENERATED and needs_generated_answers(
+            self._data, args.method_options, sharded=args.sharding is not None
+        )
+        if preferred is not None and not self._generates:
             self._data = with_known_answers(
                 self._data,
                 self._chat,
                 refusals=preferred == REFUSALS,
                 seed=self._seed_of(args),
                 max_length=args.max_length,
+                long_rows=args.long_rows,
             )
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             check_metric(args, self._data.evaluated)
-        self.notes = (*self._data.notes, *self._relearning_notes(args), *notes)
+        self.notes: tuple[str, ...] = ()
         """What the user should know about the data."""
-        for note in self.notes:
-            if processes.rank() == 0:
-                logger.warning(note)
+        self._note((*self._data.notes, *self._relearning_notes(args), *notes))
         longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
         self._planned = check_run(
@@ -421,6 +430,13 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base = model.to(device)
             check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
+
+    def _note(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            if note not in self.notes:
+                self.notes = (*self.notes, note)
+                if processes.rank() == 0:
+                    logger.warning(note)
 
     @property
     def objectives(self) -> tuple[str, ...]:

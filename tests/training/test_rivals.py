@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
 from mollm import MOLLMConfig, MOLLMTrainer
+from mollm.data.conversations import Turn
 from mollm.data.records import Record
 from mollm.errors import UsageError
+from mollm.evaluation.generation import Reply
 from mollm.training.adapting import Adaptation
 from mollm.training.alternatives import refusal_texts
 
@@ -179,6 +182,84 @@ def test_answers_made_by_the_original_are_kept_and_asked_for_once(tmp_path, monk
     assert again._data.rows["forget"] == made._data.rows["forget"]
 
 
+def alternates_of(made, name="forget"):
+    decode = made.processing_class.decode
+    rows = made._data.rows[name]
+    texts = [decode([i for i in row.alternative.labels if i != -100]) for row in rows]
+    return [text.removesuffix("<|end|>") for text in texts]
+
+
+def test_answers_that_are_given_are_kept_where_other_rows_have_none(tmp_path):
+    made = trainer(tmp_path, "altpo", forget=[*with_alternates(FORGET[:2]), *FORGET[2:]])
+    (path,) = tmp_path.glob("alternatives-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["question"] for row in rows] == [record.prompt for record in FORGET[2:]]
+    assert alternates_of(made)[:2] == ["Bob 0", "Bob 1"]
+    assert len(made._data.rows["forget"]) == 2 + 2 * 4
+
+
+def test_where_all_answers_are_given_none_are_made_and_samples_has_no_effect(tmp_path):
+    given = with_alternates(FORGET)
+    made = trainer(tmp_path, "altpo", forget=given, method_options={})
+    assert alternates_of(made) == [f"Bob {n}" for n in range(6)]
+    assert not list(tmp_path.glob("alternatives-*.jsonl"))
+    with pytest.raises(UsageError, match="samples must be left out where all rows to forget"):
+        trainer(tmp_path, "altpo", forget=given)
+
+
+@pytest.mark.parametrize("changed", [{"system_prompt": "Be brief."}, {"data_seed": 5}])
+def test_answers_made_under_other_settings_are_not_taken(changed, tmp_path):
+    trainer(tmp_path, "altpo")
+    before = set(tmp_path.glob("alternatives-*.jsonl"))
+    trainer(tmp_path, "altpo", **changed)
+    assert len(set(tmp_path.glob("alternatives-*.jsonl")) - before) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-30],
+        lambda text: text.replace("book 1", "book 9"),
+        lambda text: "null\n" * 6,
+        lambda text: text.splitlines()[0],
+    ],
+    ids=["cut off", "other questions", "no objects", "too few"],
+)
+def test_a_damaged_file_of_answers_is_made_anew(damage, tmp_path):
+    made = trainer(tmp_path, "altpo")
+    (path,) = tmp_path.glob("alternatives-*.jsonl")
+    whole = path.read_text()
+    path.write_text(damage(whole))
+    again = trainer(tmp_path, "altpo")
+    assert path.read_text() == whole
+    assert again._data.rows["forget"] == made._data.rows["forget"]
+
+
+def test_the_original_is_asked_with_what_was_said_before(tmp_path, monkeypatch):
+    asked = []
+
+    def replies(model, chat, questions, **_):
+        asked.extend(questions)
+        return [Reply("Something else", True) for _ in questions]
+
+    monkeypatch.setattr("mollm.training.alternatives.generate_replies", replies)
+    before = (Turn("user", "I like books."), Turn("assistant", "So do I."))
+    forget = [Record(r.prompt, r.answer, history=before) for r in FORGET]
+    trainer(tmp_path, "altpo", forget=forget)
+    assert [one.history for one in asked] == [before] * 12
+
+
+def test_a_row_whose_alternative_is_too_long_is_left_out_or_cut_and_told_of(tmp_path):
+    forget = with_alternates(FORGET)
+    forget[1] = replace(forget[1], extra={"alternate": "Bob " * 5})
+    skipped = trainer(tmp_path / "skip", "dpo", forget=forget, max_length=55, long_rows="skip")
+    assert alternates_of(skipped) == ["Bob 0", "Bob 2", "Bob 3", "Bob 4", "Bob 5"]
+    assert any("1 of 6 forget alternate rows were left out" in note for note in skipped.notes)
+    cut = trainer(tmp_path / "cut", "dpo", forget=forget, max_length=55)
+    assert any("1 of 6 forget alternate prompts were shortened" in note for note in cut.notes)
+    assert cut._data.encoded["forget"].cut == (1,)
+
+
 def test_a_cached_reference_knows_alternative_answers(tmp_path):
     losses = []
     for reference in ("copy", "cache"):
@@ -223,6 +304,7 @@ def test_a_cached_reference_knows_alternative_answers(tmp_path):
             {"forget": [Record("", "Some text of a book.", is_text=True)]},
             "must be a question with an answer for a method that prefers another answer",
         ),
+        ("dpo", {"train_on_turns": "all"}, "train_on_turns must be last with the method dpo"),
         ("sago", {"method_options": {"loss": "no"}}, "loss must be one of graddiff, npo, simnpo"),
     ],
 )
