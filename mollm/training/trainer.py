@@ -72,6 +72,7 @@ from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.adapting import Adaptation
 from mollm.training.alternatives import (
+    longest_generated,
     needs_generated_answers,
     with_generated_answers,
     with_known_answers,
@@ -206,6 +207,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if self._wrapped is None:
             args.require_adapter_if_quantized(peft_config)
         args.refuse_streaming_with(self._wrapped or peft_config)
+        args.refuse_method_with(self._wrapped or peft_config, as_given=self._wrapped is not None)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -248,11 +250,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if self._wrapped is None and args.freeze_embeddings:
                 forward.freeze_embeddings(self._base)
             options = args.chosen_options
-            if method.finish is not None and as_given:
-                raise UsageError(
-                    f"the method {method.name} must have a model without an adapter of its own, "
-                    "whose change it could not turn around, but got a PeftModel: merge it first."
-                )
+            if "layer" in options:
+                forward.check_layer(self._base, options["layer"])
             if method.freeze is not None and self._wrapped is None:
                 method.bound(method.freeze, options)(self._base)
             if not any(p.requires_grad for p in self._base.parameters()):
@@ -293,7 +292,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base,
             reference,
             args.forget_loss,
-            method.retain_loss,
+            method.retain_loss and method.bound(method.retain_loss, options),
             layer=options.get("layer"),
         )
         forget, retain = self._data.named("forget"), self._data.named("retain")
@@ -408,7 +407,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self.notes: tuple[str, ...] = ()
         """What the user should know about the data."""
         self._note((*self._data.notes, *self._relearning_notes(args), *notes))
-        longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
+        longest = self._longest_row(args)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
         self._planned = check_run(
             model,
@@ -430,6 +429,15 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base = model.to(device)
             check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
+
+    def _longest_row(self, args: MOLLMConfig) -> int:
+        """Tokens of the longest row, an alternative answer that is yet to be made up included."""
+        rows = [row for some in self._data.rows.values() for row in some]
+        pairs = [row.alternative for row in rows if row.alternative is not None]
+        longest = max(len(row.ids) for row in [*rows, *pairs])
+        if self._generates:
+            longest = min(args.max_length, longest + longest_generated(args.max_length))
+        return longest
 
     def _note(self, notes: Sequence[str]) -> None:
         for note in notes:

@@ -14,6 +14,7 @@ from mollm.data.conversations import Turn
 from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
+from mollm.methods import METHODS
 from mollm.training.adapting import Adaptation
 from mollm.training.alternatives import refusal_texts
 
@@ -304,20 +305,68 @@ def test_a_cached_reference_knows_alternative_answers(tmp_path):
             {"forget": [Record("", "Some text of a book.", is_text=True)]},
             "must be a question with an answer for a method that prefers another answer",
         ),
+        (
+            "rmu",
+            {"lora": True, "method_options": {"layer": 9}},
+            "layer must be from 0 to 1 for this model, but got 9",
+        ),
+        (
+            "rmu",
+            {"lora": True, "method_options": {"layer": 1, "update_layers": [0]}},
+            r"update_layers of rmu must be left out with an adapter, .* but got \[0\]",
+        ),
+        (
+            "dualoptim-plus",
+            {"optimizer_options": {"forget_steps": 2}},
+            "forget_steps must be left out of optimizer_options with the method dualoptim-plus",
+        ),
         ("dpo", {"train_on_turns": "all"}, "train_on_turns must be last with the method dpo"),
-        ("sago", {"method_options": {"loss": "no"}}, "loss must be one of graddiff, npo, simnpo"),
     ],
 )
 def test_what_does_not_go_with_a_method_is_refused(method, options, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        trainer(tmp_path, method, **options).train()
+        trainer(tmp_path, method, **options)
 
 
-def test_a_given_adapter_cannot_be_turned_around(tmp_path):
+@pytest.mark.parametrize("method", ["dpo", "altpo"])
+def test_the_memory_of_a_run_is_planned_for_its_alternative_answers(method, tmp_path, monkeypatch):
+    planned = []
+
+    def check(*_, longest, **__):
+        planned.append(longest)
+
+    monkeypatch.setattr("mollm.training.trainer.check_run", check)
+    forget = FORGET[:2]
+    if method == "dpo":
+        forget = [replace(r, extra={"alternate": "Bob " * 10}) for r in forget]
+    made = trainer(tmp_path, method, forget=forget)
+    rows = [row for some in made._data.rows.values() for row in some]
+    if method == "dpo":
+        assert planned == [max(len(row.alternative.ids) for row in rows if row.alternative)]
+    else:
+        assert planned == [max(len(row.ids) for row in rows) + 200]
+
+
+def test_hyperparameters_of_a_retain_loss_reach_it(tmp_path, monkeypatch):
+    def retain_loss(answers, original, *, weight=1.0):
+        return weight * answers.cross_entropy()
+
+    losses = []
+    for name, chosen in (("one", {}), ("two", {"weight": 2.0})):
+        mine = replace(METHODS["graddiff"], name="mine", retain_loss=retain_loss)
+        monkeypatch.setitem(METHODS, "mine", mine)
+        made = trainer(tmp_path / name, "mine", method_options=chosen, max_steps=1)
+        made.train()
+        losses.append(made.history[0].losses["retain"])
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
+
+
+def test_a_given_adapter_cannot_be_turned_around(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny.model(tie_word_embeddings=False), peft.LoraConfig(r=2, target_modules="all-linear")
     )
+    monkeypatch.setattr(MOLLMTrainer, "_find", None)
     with pytest.raises(UsageError, match="task-arithmetic must have a model without an adapter"):
         MOLLMTrainer(
             model,
