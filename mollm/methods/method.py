@@ -27,8 +27,8 @@ Weights = dict[str, float]
 """Preferences by the names of objectives."""
 
 GIVEN, REFUSALS, GENERATED = "given", "refusals", "generated"
-"""Where alternative answers come from: the data's column `alternate`, texts that ship, or, where
-the data has no such column, the original model."""
+"""Where alternative answers come from: the data's column `alternate`, texts that ship, or, for rows
+without that column, the original model."""
 
 
 @dataclass(frozen=True)
