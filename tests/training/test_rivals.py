@@ -16,7 +16,7 @@ from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
 from mollm.methods import METHODS
 from mollm.training.adapting import Adaptation
-from mollm.training.alternatives import refusal_texts
+from mollm.training.alternatives import needs_generated_answers, refusal_texts
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(6)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(6)]
@@ -206,6 +206,13 @@ def test_where_all_answers_are_given_none_are_made_and_samples_has_no_effect(tmp
     assert not list(tmp_path.glob("alternatives-*.jsonl"))
     with pytest.raises(UsageError, match="samples must be left out where all rows to forget"):
         trainer(tmp_path, "altpo", forget=given)
+
+
+def test_a_model_in_parts_is_not_asked_for_answers(tmp_path):
+    data = trainer(tmp_path, "graddiff")._data
+    with pytest.raises(UsageError, match="a column alternate where processes hold parts of the mo"):
+        needs_generated_answers(data, {}, sharded=True)
+    assert needs_generated_answers(data, {"samples": 2}, sharded=False)
 
 
 @pytest.mark.parametrize("changed", [{"system_prompt": "Be brief."}, {"data_seed": 5}])
