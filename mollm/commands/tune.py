@@ -122,7 +122,14 @@ def _parts(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if settings.get("device") == "cpu":
         options["use_cpu"] = True
     adapter = make_adapter(settings.get("lora"))
-    make_arguments(settings, Path("unused")).require_adapter_if_quantized(adapter)
+    args = make_arguments(settings, Path("unused"))
+    args.require_adapter_if_quantized(adapter)
+    if args.chosen_method.finish is not None:
+        raise UsageError(
+            "method must be one whose runs can be measured on the way for mollm tune, but got "
+            f"{args.method}, which turns the model around after the last step: set its "
+            "learning_rate and max_steps by hand."
+        )
     size = loading.count_parameters(loading.find_model(settings["model"]))
     options.setdefault("learning_rate", rate_for(size, adapter=adapter is not None))
     options.setdefault("max_steps", _STEPS)

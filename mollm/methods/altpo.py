@@ -4,8 +4,8 @@
 
 as in `mollm.methods.dpo`. The original is shown question and answer and asked for another answer
 that is plausible and states other facts; `samples` such answers are drawn for every row at
-temperature 1, and each makes a row of its own. The wording of that request is this package's. Data
-with a column `alternate` needs no answers made.
+temperature 1, and each makes a row of its own. The wording of that request is this package's. For
+rows with a column `alternate` no answers are made.
 
 Source: Mekala et al., arXiv 2409.13474, equation 3 and section 4.
 """

@@ -2,8 +2,8 @@
 
 One step along the gradient of the forget loss is followed by `retain_steps` along that of
 CE_retain, with the optimizer `mollm.optim.dual_optim.DualOptimPlus`, where its equations stand.
-`loss` names the forget loss (graddiff, npo or simnpo). Every step draws rows of both sets and logs
-both losses; only one of the two moves the weights.
+`loss` names the forget loss (graddiff, npo, or simnpo with its γ = 1/8). Every step draws rows of
+both sets and logs both losses; only one of the two moves the weights.
 
 Source: Zhong et al., arXiv 2605.21539; defaults are those of the authors' scripts on TOFU.
 """
@@ -11,11 +11,14 @@ Source: Zhong et al., arXiv 2605.21539; defaults are those of the authors' scrip
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from mollm.errors import UsageError
 from mollm.methods.answers import AnswerTokens
-from mollm.methods.compatible import chosen_loss
+from mollm.methods.compatible import check_loss, chosen_loss
 from mollm.methods.method import Method, Seen, Weights, role_of_objective
 from mollm.optim.dual_optim import DualOptimPlus
 
@@ -44,6 +47,13 @@ def in_turns(
     }
 
 
+def _check_betas(name: str, pair: Any) -> None:
+    """Says now what the optimizer would say once the model is loaded."""
+    numbers = all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in pair)
+    if len(pair) != 2 or not numbers:
+        raise UsageError(f"{name} must be two numbers from 0 to below 1, but got {pair!r}.")
+
+
 DUAL_OPTIM = Method(
     "dualoptim-plus",
     dual_optim_loss,
@@ -61,4 +71,9 @@ DUAL_OPTIM = Method(
         "eps": 1e-8,
     },
     positive=("forget_steps", "retain_steps", "forget_lr_ratio", "eps"),
+    checks={
+        "loss": check_loss,
+        "betas": partial(_check_betas, "betas"),
+        "base_betas": partial(_check_betas, "base_betas"),
+    },
 )

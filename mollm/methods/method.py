@@ -27,8 +27,8 @@ Weights = dict[str, float]
 """Preferences by the names of objectives."""
 
 GIVEN, REFUSALS, GENERATED = "given", "refusals", "generated"
-"""Where alternative answers come from: the data's column `alternate`, texts that ship, or, where
-the data has no such column, the original model."""
+"""Where alternative answers come from: the data's column `alternate`, texts that ship, or, for rows
+without that column, the original model."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Method:
     alternatives: str | None = None
     """Where the alternative answers come from that `AnswerTokens.alternative` holds, if any."""
     freeze: Callable[..., None] | None = None
-    """(model) → None: takes out of training what the method does not change. Not with an adapter.
-    Its hyperparameter `layer` is the block whose output `AnswerTokens.states` holds."""
+    """(model) → None: takes out of training what the method does not change. Not with an adapter,
+    with which its hyperparameters are refused but for `layer`: that is the block whose output
+    `AnswerTokens.states` holds."""
     adapt: Callable[..., Weights] | None = None
     """(weights now, weights at the start, Seen or None) → weights of the next step; Seen is None
     before the first."""
@@ -87,6 +88,9 @@ class Method:
     """Hyperparameters that are options of the optimizer's base."""
     positive: tuple[str, ...] = ("beta",)
     """The hyperparameters that may not be 0."""
+    checks: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
+    """By hyperparameter: what raises a UsageError for a value of the right kind that it may not
+    have."""
 
     @property
     def is_a_loss(self) -> bool:
@@ -102,6 +106,12 @@ class Method:
         for function in functions:
             found = {**_keyword_defaults(function), **found}
         return found
+
+    @property
+    def of_freezing(self) -> tuple[str, ...]:
+        """The hyperparameters without effect where an adapter trains, for `freeze` alone has
+        them."""
+        return tuple(name for name in _keyword_defaults(self.freeze) if name != "layer")
 
     def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters, with those that are chosen in place of the published ones.
@@ -147,6 +157,12 @@ class Method:
         }
 
     def _checked(self, name: str, value: Any) -> Any:
+        taken = self._of_its_kind(name, value)
+        if name in self.checks:
+            self.checks[name](taken)
+        return taken
+
+    def _of_its_kind(self, name: str, value: Any) -> Any:
         default = self.hyperparameters[name]
         if isinstance(default, bool) or not isinstance(default, int | float):
             pair = isinstance(default, tuple) and isinstance(value, list)

@@ -27,7 +27,7 @@ from torch import Tensor
 from mollm.errors import UsageError
 from mollm.methods.answers import AnswerTokens
 from mollm.methods.method import Method
-from mollm.models.forward import layers
+from mollm.models.forward import check_layer, layers
 
 
 def misdirection_loss(
@@ -71,15 +71,10 @@ def train_some_matrices(
     blocks = layers(model)
     some = list(range(max(0, layer - 2), layer + 1)) if update_layers is None else update_layers
     some = [some] if isinstance(some, int) else some
-    for number in (layer, *some):
-        if number not in range(len(blocks)):
-            raise UsageError(
-                f"layer and update_layers of rmu must be from 0 to {len(blocks) - 1} for this "
-                f"model, but got {number}: give a layer in its first third in method_options."
-            )
-    if not some or max(some) > layer:
+    check_layer(model, layer)
+    if not some or min(some) < 0 or max(some) > layer:
         raise UsageError(
-            f"update_layers of rmu must be blocks up to layer {layer}, whose output the loss "
+            f"update_layers of rmu must be blocks from 0 to layer {layer}, whose output the loss "
             f"reads, but got {some}."
         )
     model.requires_grad_(False)
@@ -93,6 +88,35 @@ def train_some_matrices(
             )
         for p in found:
             p.requires_grad_(True)
+
+
+def check_blocks(numbers: Any) -> None:
+    """Says that these are no numbers of blocks.
+
+    Raises:
+        UsageError: They are not.
+    """
+    some = numbers if isinstance(numbers, list | tuple) else [numbers]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in some)
+    if numbers is not None and not (some and whole):
+        raise UsageError(
+            "update_layers of rmu must be the number of a block from 0, or a list of such, but got "
+            f"{numbers!r}."
+        )
+
+
+def check_pattern(pattern: str) -> None:
+    """Says that this is no pattern of names.
+
+    Raises:
+        UsageError: It is not.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"update_parameters of rmu must be a regular expression, but got {pattern!r}: {error}."
+        ) from error
 
 
 def _states(answers: AnswerTokens) -> Tensor:
@@ -116,4 +140,5 @@ RMU = Method(
     retain_loss=activation_loss,
     freeze=train_some_matrices,
     positive=("steering_coeff",),
+    checks={"update_layers": check_blocks, "update_parameters": check_pattern},
 )

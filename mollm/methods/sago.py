@@ -2,9 +2,9 @@
 
     d_j = c_f g_f,j  where g_f,j g_r,j ≥ 0,   else   c_r g_r,j;   c_f = c_r = 1
 
-with g_f the gradient of the forget loss, −CE or another one (`loss`: graddiff, npo or simnpo), and
-g_r that of CE_retain. What the gate takes away is gone before norms, cosines and conflicts of a
-step are measured.
+with g_f the gradient of the forget loss, −CE or another one (`loss`: graddiff, npo, or simnpo with
+its γ = 1/8), and g_r that of CE_retain. What the gate takes away is gone before norms, cosines and
+conflicts of a step are measured.
 
 Source: Xiao et al., arXiv 2604.14808.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mollm.methods.answers import AnswerTokens
-from mollm.methods.compatible import chosen_loss
+from mollm.methods.compatible import check_loss, chosen_loss
 from mollm.methods.method import Method, role_of_objective
 
 
@@ -44,4 +44,12 @@ def sign_gate(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-SAGO = Method("sago", sago_loss, "sum", (1.0, 0.0, 1.0), compares=True, gate=sign_gate)
+SAGO = Method(
+    "sago",
+    sago_loss,
+    "sum",
+    (1.0, 0.0, 1.0),
+    compares=True,
+    gate=sign_gate,
+    checks={"loss": check_loss},
+)

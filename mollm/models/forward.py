@@ -102,6 +102,20 @@ def outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from outermost_lists(child)
 
 
+def check_layer(model: nn.Module, layer: int) -> None:
+    """Says that a model has no block of that number.
+
+    Raises:
+        UsageError: It has none.
+    """
+    last = len(layers(model)) - 1
+    if not 0 <= layer <= last:
+        raise UsageError(
+            f"layer must be from 0 to {last} for this model, but got {layer}: give one in its "
+            "first third in method_options."
+        )
+
+
 @contextlib.contextmanager
 def kept_output(model: nn.Module, layer: int | None) -> Iterator[list[Tensor]]:
     """What the block `layer` returns in a forward pass inside, [B, T, H]; nothing for None."""

@@ -332,6 +332,18 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                     f"and {eps}: they are the same."
                 )
         method = self.chosen_method
+        if method.alternatives and self.train_on_turns == "all":
+            raise UsageError(
+                f"train_on_turns must be last with the method {self.method}, which prefers another "
+                "answer to the last one, but got all."
+            )
+        for name in method.base_options:
+            if name in self.optimizer_options:
+                raise UsageError(
+                    f"{name} must be left out of optimizer_options with the method {self.method}, "
+                    "whose hyperparameter it is, but got "
+                    f"{self.optimizer_options[name]!r}: give it in method_options."
+                )
         for name, function, why in (
             ("stop_when", method.finish, "which turns the model around after the last step"),
             ("relearn_steps", method.finish, "whose training is not to forget"),
@@ -442,6 +454,30 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"gradient_memory must be another one than {STREAMED!r} with an adapter, whose "
                 "gradients take next to no memory as they are: leave it out."
+            )
+
+    def refuse_method_with(self, adapter: Any | None, *, as_given: bool) -> None:
+        """Says what of the method does not go with an adapter.
+
+        Args:
+            adapter: What trains in place of the weights, or None.
+            as_given: Whether the model came with it.
+
+        Raises:
+            UsageError: The method turns the change around, whose beginning a given adapter does
+                not tell, or options choose matrices to train.
+        """
+        method = self.chosen_method
+        if method.finish is not None and as_given:
+            raise UsageError(
+                f"the method {method.name} must have a model without an adapter of its own, "
+                "whose change it could not turn around, but got a PeftModel: merge it first."
+            )
+        unused = [name for name in method.of_freezing if name in self.method_options]
+        if unused and adapter is not None:
+            raise UsageError(
+                f"{unused[0]} of {self.method} must be left out with an adapter, all of which "
+                f"trains, but got {self.method_options[unused[0]]!r}."
             )
 
     def require_adapter_if_quantized(self, adapter: Any | None) -> None:

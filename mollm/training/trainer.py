@@ -39,7 +39,7 @@ from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
 from mollm.evaluation.preview import with_likelihoods
-from mollm.methods.method import GENERATED, GIVEN, REFUSALS
+from mollm.methods.method import GENERATED, REFUSALS
 from mollm.models import forward, loading
 from mollm.models.adapters import (
     adapted,
@@ -71,7 +71,12 @@ from mollm.system.precision import computing_in
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.adapting import Adaptation, trained_of
-from mollm.training.alternatives import with_generated_answers, with_known_answers
+from mollm.training.alternatives import (
+    longest_generated,
+    needs_generated_answers,
+    with_generated_answers,
+    with_known_answers,
+)
 from mollm.training.best import check_metric, note_if_best
 from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_REPORTED, MOLLMConfig
@@ -174,6 +179,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     control: TrainerControl
     _data: TrainingData
+    _generates: bool
     _fingerprint: str
     optimizer: Any
     lr_scheduler: Any
@@ -201,6 +207,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if self._wrapped is None:
             args.require_adapter_if_quantized(peft_config)
         args.refuse_streaming_with(self._wrapped or peft_config)
+        args.refuse_method_with(self._wrapped or peft_config, as_given=self._wrapped is not None)
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -243,11 +250,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             if self._wrapped is None and args.freeze_embeddings:
                 forward.freeze_embeddings(self._base)
             options = args.chosen_options
-            if method.finish is not None and as_given:
-                raise UsageError(
-                    f"the method {method.name} must have a model without an adapter of its own, "
-                    "whose change it could not turn around, but got a PeftModel: merge it first."
-                )
+            if "layer" in options:
+                forward.check_layer(self._base, options["layer"])
             if method.freeze is not None and self._wrapped is None:
                 method.bound(method.freeze, options)(self._base)
             if not any(p.requires_grad for p in self._base.parameters()):
@@ -257,18 +261,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 )
             if args.gradient_checkpointing:
                 checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
-            if method.alternatives == GENERATED:
-                self._data = with_generated_answers(
-                    self._data,
-                    self._base,
-                    self._chat,
-                    folder=Path(args.output_dir),
-                    samples=options["samples"],
-                    seed=self._seed_of(args),
-                    max_length=args.max_length,
-                    of=self._fingerprint,
-                    sharded=args.sharding is not None,
-                )
+        if self._generates:
+            self._data = with_generated_answers(
+                self._data,
+                self._base,
+                self._chat,
+                folder=Path(args.output_dir),
+                samples=options["samples"],
+                seed=self._seed_of(args),
+                max_length=args.max_length,
+                of=self._fingerprint,
+                long_rows=args.long_rows,
+            )
+            self._note(self._data.notes)
+        with processes.raise_on_all_ranks():
             blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
@@ -286,7 +292,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base,
             reference,
             args.forget_loss,
-            method.retain_loss,
+            method.retain_loss and method.bound(method.retain_loss, options),
             layer=options.get("layer"),
         )
         forget, retain = self._data.named("forget"), self._data.named("retain")
@@ -384,23 +390,25 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             *data, self._chat, args.max_length, args.train_on_turns, args.long_rows
         )
         preferred = args.chosen_method.alternatives
-        if preferred in (GIVEN, REFUSALS):
+        self._generates = preferred == GENERATED and needs_generated_answers(
+            self._data, args.method_options, sharded=args.sharding is not None
+        )
+        if preferred is not None and not self._generates:
             self._data = with_known_answers(
                 self._data,
                 self._chat,
                 refusals=preferred == REFUSALS,
                 seed=self._seed_of(args),
                 max_length=args.max_length,
+                long_rows=args.long_rows,
             )
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             check_metric(args, self._data.evaluated)
-        self.notes = (*self._data.notes, *self._relearning_notes(args), *notes)
+        self.notes: tuple[str, ...] = ()
         """What the user should know about the data."""
-        for note in self.notes:
-            if processes.rank() == 0:
-                logger.warning(note)
-        longest = max(len(row.ids) for rows in self._data.rows.values() for row in rows)
+        self._note((*self._data.notes, *self._relearning_notes(args), *notes))
+        longest = self._longest_row(args)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
         self._planned = check_run(
             model,
@@ -422,6 +430,22 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._base = model.to(device)
             check_finite(self._base, model.name_or_path or type(model).__name__)
             check_logits(self._base)
+
+    def _longest_row(self, args: MOLLMConfig) -> int:
+        """Tokens of the longest row, an alternative answer that is yet to be made up included."""
+        rows = [row for some in self._data.rows.values() for row in some]
+        pairs = [row.alternative for row in rows if row.alternative is not None]
+        longest = max(len(row.ids) for row in [*rows, *pairs])
+        if self._generates:
+            longest = min(args.max_length, longest + longest_generated(args.max_length))
+        return longest
+
+    def _note(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            if note not in self.notes:
+                self.notes = (*self.notes, note)
+                if processes.rank() == 0:
+                    logger.warning(note)
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -70,11 +70,42 @@ def test_rmu_has_the_values_of_its_paper():
         ("ceu", {"ignore_first": 1}, "ignore_first of ceu must be true or false, but got 1"),
         ("ga", {"beta": 1}, "method_options of ga must be left out: it has none, but got 'beta'"),
         ("sago", {"loss": 3}, "loss of sago must be a text, but got 3"),
+        (
+            "sago",
+            {"loss": "npoo"},
+            r"one of graddiff, npo, simnpo, but got 'npoo'; did you mean npo",
+        ),
+        ("dualoptim-plus", {"loss": "npoo"}, "loss must be one of graddiff, npo, simnpo, but got"),
+        (
+            "dualoptim-plus",
+            {"betas": [0.9]},
+            "betas must be two numbers from 0 to below 1, but got",
+        ),
+        ("dualoptim-plus", {"base_betas": ["a", 0.9]}, "base_betas must be two numbers from 0 to"),
+        (
+            "rmu",
+            {"update_layers": 1.5},
+            "must be the number of a block from 0, or a list .* got 1.5",
+        ),
+        ("rmu", {"update_layers": []}, "must be the number of a block from 0, or a list of such"),
+        ("rmu", {"update_layers": [True]}, "must be the number of a block from 0, or a list of"),
+        ("rmu", {"update_layers": [-1]}, "must be the number of a block from 0, or a list of such"),
+        ("rmu", {"update_parameters": "("}, "must be a regular expression, but got '\\('"),
     ],
 )
 def test_a_hyperparameter_that_is_none_or_out_of_range_is_refused(name, chosen, message):
     with pytest.raises(UsageError, match=message):
         find_method(name).settings(chosen)
+
+
+def test_simnpo_within_another_method_has_the_weight_that_it_has_alone():
+    model, reference = answers(1), answers(2)
+    alone = find_method("simnpo")
+    expected = alone.preferences[0] * alone.forget_loss(model, lambda: reference)
+    for name in ("sago", "dualoptim-plus"):
+        method = find_method(name)
+        loss = method.bound(method.forget_loss, method.settings({"loss": "simnpo"}))
+        torch.testing.assert_close(loss(model, lambda: reference), expected, rtol=0, atol=0)
 
 
 def test_a_chosen_hyperparameter_reaches_the_loss():
@@ -153,8 +184,8 @@ def test_rmu_trains_one_matrix_of_three_blocks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "layer and update_layers of rmu must be from 0 to 1 for this model, but got 7"),
-        ({"layer": 0, "update_layers": [1]}, "must be blocks up to layer 0, .* but got "),
+        ({}, "layer must be from 0 to 1 for this model, but got 7"),
+        ({"layer": 0, "update_layers": [1]}, "must be blocks from 0 to layer 0, .* but got "),
         ({"layer": 1, "update_parameters": "c_proj"}, "must match a parameter of block 0, but got"),
     ],
 )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
 from mollm import MOLLMConfig, MOLLMTrainer
+from mollm.data.conversations import Turn
 from mollm.data.records import Record
 from mollm.errors import UsageError
+from mollm.evaluation.generation import Reply
+from mollm.methods import METHODS
 from mollm.training.adapting import Adaptation
-from mollm.training.alternatives import refusal_texts
+from mollm.training.alternatives import needs_generated_answers, refusal_texts
 
 FORGET = [Record(f"Who wrote book {n}?", "Ada " * (n % 3 + 1)) for n in range(6)]
 RETAIN = [Record(f"How many legs has animal {n}?", "four " * (n % 4 + 1)) for n in range(6)]
@@ -192,6 +196,91 @@ def test_answers_made_by_the_original_are_kept_and_asked_for_once(tmp_path, monk
     assert again._data.rows["forget"] == made._data.rows["forget"]
 
 
+def alternates_of(made, name="forget"):
+    decode = made.processing_class.decode
+    rows = made._data.rows[name]
+    texts = [decode([i for i in row.alternative.labels if i != -100]) for row in rows]
+    return [text.removesuffix("<|end|>") for text in texts]
+
+
+def test_answers_that_are_given_are_kept_where_other_rows_have_none(tmp_path):
+    made = trainer(tmp_path, "altpo", forget=[*with_alternates(FORGET[:2]), *FORGET[2:]])
+    (path,) = tmp_path.glob("alternatives-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["question"] for row in rows] == [record.prompt for record in FORGET[2:]]
+    assert alternates_of(made)[:2] == ["Bob 0", "Bob 1"]
+    assert len(made._data.rows["forget"]) == 2 + 2 * 4
+
+
+def test_where_all_answers_are_given_none_are_made_and_samples_has_no_effect(tmp_path):
+    given = with_alternates(FORGET)
+    made = trainer(tmp_path, "altpo", forget=given, method_options={})
+    assert alternates_of(made) == [f"Bob {n}" for n in range(6)]
+    assert not list(tmp_path.glob("alternatives-*.jsonl"))
+    with pytest.raises(UsageError, match="samples must be left out where all rows to forget"):
+        trainer(tmp_path, "altpo", forget=given)
+
+
+def test_a_model_in_parts_is_not_asked_for_answers(tmp_path):
+    data = trainer(tmp_path, "graddiff")._data
+    with pytest.raises(UsageError, match="a column alternate where processes hold parts of the mo"):
+        needs_generated_answers(data, {}, sharded=True)
+    assert needs_generated_answers(data, {"samples": 2}, sharded=False)
+
+
+@pytest.mark.parametrize("changed", [{"system_prompt": "Be brief."}, {"data_seed": 5}])
+def test_answers_made_under_other_settings_are_not_taken(changed, tmp_path):
+    trainer(tmp_path, "altpo")
+    before = set(tmp_path.glob("alternatives-*.jsonl"))
+    trainer(tmp_path, "altpo", **changed)
+    assert len(set(tmp_path.glob("alternatives-*.jsonl")) - before) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-30],
+        lambda text: text.replace("book 1", "book 9"),
+        lambda text: "null\n" * 6,
+        lambda text: text.splitlines()[0],
+    ],
+    ids=["cut off", "other questions", "no objects", "too few"],
+)
+def test_a_damaged_file_of_answers_is_made_anew(damage, tmp_path):
+    made = trainer(tmp_path, "altpo")
+    (path,) = tmp_path.glob("alternatives-*.jsonl")
+    whole = path.read_text()
+    path.write_text(damage(whole))
+    again = trainer(tmp_path, "altpo")
+    assert path.read_text() == whole
+    assert again._data.rows["forget"] == made._data.rows["forget"]
+
+
+def test_the_original_is_asked_with_what_was_said_before(tmp_path, monkeypatch):
+    asked = []
+
+    def replies(model, chat, questions, **_):
+        asked.extend(questions)
+        return [Reply("Something else", True) for _ in questions]
+
+    monkeypatch.setattr("mollm.training.alternatives.generate_replies", replies)
+    before = (Turn("user", "I like books."), Turn("assistant", "So do I."))
+    forget = [Record(r.prompt, r.answer, history=before) for r in FORGET]
+    trainer(tmp_path, "altpo", forget=forget)
+    assert [one.history for one in asked] == [before] * 12
+
+
+def test_a_row_whose_alternative_is_too_long_is_left_out_or_cut_and_told_of(tmp_path):
+    forget = with_alternates(FORGET)
+    forget[1] = replace(forget[1], extra={"alternate": "Bob " * 5})
+    skipped = trainer(tmp_path / "skip", "dpo", forget=forget, max_length=55, long_rows="skip")
+    assert alternates_of(skipped) == ["Bob 0", "Bob 2", "Bob 3", "Bob 4", "Bob 5"]
+    assert any("1 of 6 forget alternate rows were left out" in note for note in skipped.notes)
+    cut = trainer(tmp_path / "cut", "dpo", forget=forget, max_length=55)
+    assert any("1 of 6 forget alternate prompts were shortened" in note for note in cut.notes)
+    assert cut._data.encoded["forget"].cut == (1,)
+
+
 def test_a_cached_reference_knows_alternative_answers(tmp_path):
     losses = []
     for reference in ("copy", "cache"):
@@ -236,19 +325,68 @@ def test_a_cached_reference_knows_alternative_answers(tmp_path):
             {"forget": [Record("", "Some text of a book.", is_text=True)]},
             "must be a question with an answer for a method that prefers another answer",
         ),
-        ("sago", {"method_options": {"loss": "no"}}, "loss must be one of graddiff, npo, simnpo"),
+        (
+            "rmu",
+            {"lora": True, "method_options": {"layer": 9}},
+            "layer must be from 0 to 1 for this model, but got 9",
+        ),
+        (
+            "rmu",
+            {"lora": True, "method_options": {"layer": 1, "update_layers": [0]}},
+            r"update_layers of rmu must be left out with an adapter, .* but got \[0\]",
+        ),
+        (
+            "dualoptim-plus",
+            {"optimizer_options": {"forget_steps": 2}},
+            "forget_steps must be left out of optimizer_options with the method dualoptim-plus",
+        ),
+        ("dpo", {"train_on_turns": "all"}, "train_on_turns must be last with the method dpo"),
     ],
 )
 def test_what_does_not_go_with_a_method_is_refused(method, options, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        trainer(tmp_path, method, **options).train()
+        trainer(tmp_path, method, **options)
 
 
-def test_a_given_adapter_cannot_be_turned_around(tmp_path):
+@pytest.mark.parametrize("method", ["dpo", "altpo"])
+def test_the_memory_of_a_run_is_planned_for_its_alternative_answers(method, tmp_path, monkeypatch):
+    planned = []
+
+    def check(*_, longest, **__):
+        planned.append(longest)
+
+    monkeypatch.setattr("mollm.training.trainer.check_run", check)
+    forget = FORGET[:2]
+    if method == "dpo":
+        forget = [replace(r, extra={"alternate": "Bob " * 10}) for r in forget]
+    made = trainer(tmp_path, method, forget=forget)
+    rows = [row for some in made._data.rows.values() for row in some]
+    if method == "dpo":
+        assert planned == [max(len(row.alternative.ids) for row in rows if row.alternative)]
+    else:
+        assert planned == [max(len(row.ids) for row in rows) + 200]
+
+
+def test_hyperparameters_of_a_retain_loss_reach_it(tmp_path, monkeypatch):
+    def retain_loss(answers, original, *, weight=1.0):
+        return weight * answers.cross_entropy()
+
+    losses = []
+    for name, chosen in (("one", {}), ("two", {"weight": 2.0})):
+        mine = replace(METHODS["graddiff"], name="mine", retain_loss=retain_loss)
+        monkeypatch.setitem(METHODS, "mine", mine)
+        made = trainer(tmp_path / name, "mine", method_options=chosen, max_steps=1)
+        made.train()
+        losses.append(made.history[0].losses["retain"])
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
+
+
+def test_a_given_adapter_cannot_be_turned_around(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny.model(tie_word_embeddings=False), peft.LoraConfig(r=2, target_modules="all-linear")
     )
+    monkeypatch.setattr(MOLLMTrainer, "_find", None)
     with pytest.raises(UsageError, match="task-arithmetic must have a model without an adapter"):
         MOLLMTrainer(
             model,

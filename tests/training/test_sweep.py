@@ -223,6 +223,7 @@ def test_settings_are_refused_as_a_run_refuses_them(tmp_path, capsys):
     for more, message in (
         (["--device", "abacus"], "device must be cpu or cuda, but got 'abacus'"),
         (["--set", "lr_scheduler_type=none such"], "the settings do not go together"),
+        (["--set", "method=task-arithmetic"], "but got task-arithmetic, which turns the model"),
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
