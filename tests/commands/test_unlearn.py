@@ -444,7 +444,7 @@ def test_a_setting_that_was_renamed_is_refused_with_its_new_name(tmp_path, saved
 
 
 def test_every_option_is_a_setting_with_the_type_that_it_has_in_a_file():
-    own = {"config", "set", "resume", "help", "quiet", "json", *OWN_SETTINGS}
+    own = {"config", "set", "method_option", "resume", "help", "quiet", "json", *OWN_SETTINGS}
     known = {f.name: f for f in fields(MOLLMConfig)}
     commands = argparse.ArgumentParser().add_subparsers()
     unlearn.add_parser(commands)

@@ -43,8 +43,10 @@ def test_a_reply_that_ended_its_turn_is_complete(chat):
     end = chat.end_id
     letters = chat.tokenizer("yes", add_special_tokens=False)["input_ids"]
     stops = frozenset({end})
-    assert generation._read(chat, [*letters, end, end, 7], stops) == Reply("yes", complete=True)
-    assert generation._read(chat, letters, stops) == Reply("yes", complete=False)
+    for plain in (True, False):
+        ended, open_end = ([*letters, end, end, 7], True), (letters, False)
+        for ids, complete in (ended, open_end):
+            assert generation._read(chat, ids, stops, plain) == Reply("yes", complete=complete)
     assert str(Reply("yes", complete=False)) == "yes …"
 
 

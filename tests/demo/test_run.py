@@ -25,7 +25,7 @@ from mollm.demo.settings import DemoSettings
 from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
 from mollm.models import loading
-from mollm.training import trainer
+from mollm.training import passes
 
 SUMMARY_KEYS = {
     *(f"{g}_accuracy_{w}" for g in ("forget", "retain", "heldout", "general")
@@ -235,7 +235,7 @@ def test_a_step_draws_more_to_retain_than_to_forget(saved, tmp_path, monkeypatch
         return spy
 
     for step in ("accumulate_forget", "accumulate_retain"):
-        monkeypatch.setattr(trainer, step, counted(getattr(trainer, step)))
+        monkeypatch.setattr(passes, step, counted(getattr(passes, step)))
     run(saved, tmp_path / "a")
     run(saved, tmp_path / "b", forget=("Japan", "Peru"))
     assert drawn == [("forget", 6), ("retain", 13)] * 2 + [("forget", 2), ("retain", 13)] * 2
