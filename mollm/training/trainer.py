@@ -244,36 +244,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         mine = checkpoint.fingerprint(self._base, with_adapter=as_given) if read else None
         self._fingerprint = processes.all_gather(mine)[0 if from_first else processes.rank()]
         with processes.raise_on_all_ranks():
-            set_seed(args.seed)  # an adapter begins at random
-            if peft_config is not None:
-                self._wrapped = adapted(self._base, peft_config)
-            if self._wrapped is None and args.freeze_embeddings:
-                forward.freeze_embeddings(self._base)
-            options = args.chosen_options
-            if "layer" in options:
-                forward.check_layer(self._base, options["layer"])
-            if method.freeze is not None and self._wrapped is None:
-                method.bound(method.freeze, options)(self._base)
-            if not any(p.requires_grad for p in self._base.parameters()):
-                raise UsageError(
-                    "a model must have weights that train, but all of this one are frozen: "
-                    "unfreeze some, or give peft_config."
-                )
-            if args.gradient_checkpointing:
-                checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
+            self._choose_what_trains(args, peft_config)
         if self._generates:
-            self._data = with_generated_answers(
-                self._data,
-                self._base,
-                self._chat,
-                folder=Path(args.output_dir),
-                samples=options["samples"],
-                seed=self._seed_of(args),
-                max_length=args.max_length,
-                of=self._fingerprint,
-                long_rows=args.long_rows,
-            )
-            self._note(self._data.notes)
+            self._generate_answers(args)
+        options = args.chosen_options
         with processes.raise_on_all_ranks():
             blocks = find_blocks(self._base) if args.streams else ()
             rows = self._rows_for_reference(args)
@@ -338,6 +312,41 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         self._logged = 0  # steps that are in a log
         self._tokens = 0  # since then
         self._since = time.perf_counter()
+
+    def _choose_what_trains(self, args: MOLLMConfig, peft_config: Any | None) -> None:
+        """Puts an adapter around the model, or freezes what the method leaves as it is."""
+        method, options = args.chosen_method, args.chosen_options
+        set_seed(args.seed)  # an adapter begins at random
+        if peft_config is not None:
+            self._wrapped = adapted(self._base, peft_config)
+        if self._wrapped is None and args.freeze_embeddings:
+            forward.freeze_embeddings(self._base)
+        if "layer" in options:
+            forward.check_layer(self._base, options["layer"])
+        if method.freeze is not None and self._wrapped is None:
+            method.bound(method.freeze, options)(self._base)
+        if not any(p.requires_grad for p in self._base.parameters()):
+            raise UsageError(
+                "a model must have weights that train, but all of this one are frozen: "
+                "unfreeze some, or give peft_config."
+            )
+        if args.gradient_checkpointing:
+            checkpoint_activations(self._base, args.gradient_checkpointing_kwargs)
+
+    def _generate_answers(self, args: MOLLMConfig) -> None:
+        """Asks the original for the alternative answers that the data lack."""
+        self._data = with_generated_answers(
+            self._data,
+            self._base,
+            self._chat,
+            folder=Path(args.output_dir),
+            samples=args.chosen_options["samples"],
+            seed=self._seed_of(args),
+            max_length=args.max_length,
+            of=self._fingerprint,
+            long_rows=args.long_rows,
+        )
+        self._note(self._data.notes)
 
     def _find(
         self,
