@@ -134,18 +134,7 @@ def bytes_of(tensors):
 
 
 def _work(rank, world, port, folder, cases):
-    local = 2 if world == 4 else world
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank % local),
-        LOCAL_WORLD_SIZE=str(local),
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    training_processes.join(rank, world, port)
     found = {}
     for case in cases:
         try:

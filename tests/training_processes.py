@@ -293,7 +293,8 @@ def run_case(folder, case):
         return {"failed": traceback.format_exc()}
 
 
-def _work(rank, world, port, folder, cases):
+def join(rank, world, port):
+    """Makes this process one of a gloo group; four of them are two nodes of two."""
     local = 2 if world == 4 else world
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -306,6 +307,10 @@ def _work(rank, world, port, folder, cases):
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def _work(rank, world, port, folder, cases):
+    join(rank, world, port)
     results = {}
     for case in cases:
         with precision.computing_in("float32"):

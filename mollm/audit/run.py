@@ -26,7 +26,7 @@ from mollm.audit.findings import (
 )
 from mollm.audit.subject import Subject
 from mollm.data.chat import ChatFormat
-from mollm.data.encoding import CUT, LONG_ROWS
+from mollm.data.encoding import CUT, check_long_rows
 from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner
@@ -142,8 +142,7 @@ def audit(
             object, or the original does not know the forget set.
     """
     check_options(suite, learning_rates, batch_size, resamples, seed)
-    if long_rows not in LONG_ROWS:
-        raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
+    check_long_rows(long_rows)
     wrapped = model if hasattr(model, "peft_config") else None
     whole = model if wrapped is None else copy.deepcopy(wrapped).merge_and_unload()
     chat = ChatFormat.of(

@@ -145,6 +145,17 @@ def chat_words(chat: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def add_long_rows(parser: argparse.ArgumentParser) -> None:
+    """The option for rows that do not fit into a model's context."""
+    parser.add_argument(
+        "--long-rows",
+        default=argparse.SUPPRESS,
+        choices=("cut", "skip"),
+        help="what becomes of questions too long for the model's context: they lose their "
+        "beginning, or are left out (default: as in the run, else cut)",
+    )
+
+
 def check_seed(seed: int) -> None:
     """Refuses what is no seed of every generator.
 

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import add_loading, chat_options, chat_words, data_of, device_of
+from mollm.commands.arguments import (
+    add_loading,
+    add_long_rows,
+    chat_options,
+    chat_words,
+    data_of,
+    device_of,
+)
 from mollm.errors import UsageError
 from mollm.system.parsing import user_path
 
@@ -75,13 +82,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--json", action="store_true", default=False, help="print audit.json, all else to stderr"
     )
-    parser.add_argument(
-        "--long-rows",
-        default=argparse.SUPPRESS,
-        choices=("cut", "skip"),
-        help="what becomes of questions too long for the model's context: they lose their "
-        "beginning, or are left out (default: as in the run, else cut)",
-    )
+    add_long_rows(parser)
     add_loading(parser)
     parser.set_defaults(run=_audit)
 

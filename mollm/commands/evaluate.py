@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mollm.commands.arguments import (
     NO_ORIGINAL,
     add_loading,
+    add_long_rows,
     chat_options,
     check_seed,
     data_of,
@@ -194,13 +195,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="examples of each set and of each benchmark (default: all)",
     )
-    parser.add_argument(
-        "--long-rows",
-        default=argparse.SUPPRESS,
-        choices=("cut", "skip"),
-        help="what becomes of questions too long for the model's context: they lose their "
-        "beginning, or are left out (default: as in the run, else cut)",
-    )
+    add_long_rows(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="examples per batch")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest reply, in tokens")
     parser.add_argument(

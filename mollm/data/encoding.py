@@ -37,6 +37,16 @@ class Encoded:
         return len(self.cut)
 
 
+def check_long_rows(long_rows: str) -> None:
+    """Refuses what is no rule for rows that are too long.
+
+    Raises:
+        UsageError: It is none of LONG_ROWS.
+    """
+    if long_rows not in LONG_ROWS:
+        raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
+
+
 def encode_records(
     records: Sequence[Record],
     chat: ChatFormat,
@@ -74,8 +84,7 @@ def encode_records(
             f"train_on_turns must be one of {', '.join(TRAIN_ON_TURNS)}, but got "
             f"{train_on_turns!r}."
         )
-    if long_rows not in LONG_ROWS:
-        raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
+    check_long_rows(long_rows)
     rows, origins, cut, lost, skipped = [], [], [], 0, 0
     for place, record in enumerate(records):
         if record.is_text:
@@ -116,7 +125,7 @@ def encode_records(
     if skipped:
         notes.append(skipped_note(skipped, len(records), name, max_length))
     if cut:
-        notes.append(cut_note(len(cut), len(records), name, max_length))
+        notes.append(cut_note(len(cut), len(records), f"{name} prompts", max_length))
     if lost and train_on_turns == "all":
         notes.append(
             f"With it, {lost} earlier answers of the {name} conversations were left out, and carry "
@@ -125,11 +134,11 @@ def encode_records(
     return Encoded(rows, origins, tuple(cut), tuple(notes))
 
 
-def cut_note(cut: int, total: int, name: str, max_length: float) -> str:
-    """How many prompts were shortened, in a sentence."""
+def cut_note(cut: int, total: int, what: str, max_length: float) -> str:
+    """How many prompts or other texts were shortened, in a sentence."""
     return (
-        f"{cut} of {total} {name} prompts were shortened to fit {max_length} tokens: they lost "
-        "their beginning."
+        f"{cut} of {total} {what} were shortened to fit {max_length} tokens: they lost their "
+        "beginning."
     )
 
 

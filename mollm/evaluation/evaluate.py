@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mollm.data.chat import ChatFormat, context_of
-from mollm.data.encoding import CUT, LONG_ROWS, SKIP
+from mollm.data.encoding import CUT, SKIP, check_long_rows
 from mollm.data.prompt_format import FormatOption
 from mollm.errors import UsageError
 from mollm.evaluation.examine import Examiner, asks, offers
@@ -238,8 +238,7 @@ def wanted_scores(
     Raises:
         UsageError: `evaluate` would refuse this.
     """
-    if long_rows not in LONG_ROWS:
-        raise UsageError(f"long_rows must be {' or '.join(LONG_ROWS)}, but got {long_rows!r}.")
+    check_long_rows(long_rows)
     check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, resamples=resamples)
     judges = sorted(judges)
     figures = choose(names, judges)

@@ -85,7 +85,7 @@ def fit(
             f"the set {group} must have two rows that fit into the model's context of {context} "
             f"tokens, but has {len(pairs)}: ask for fewer max_new_tokens, or say long_rows: cut."
         )
-    notes = [cut_note(cut, len(rows), group, context)] if cut else []
+    notes = [cut_note(cut, len(rows), f"{group} prompts", context)] if cut else []
     notes += [skipped_note(skipped, len(rows), group, context)] if skipped else []
     return Fitted(tuple(pairs), tuple(notes))
 

@@ -22,6 +22,7 @@ from mollm.data.chat import (
     pad_id_of,
     vocabulary_of,
 )
+from mollm.data.encoding import cut_note
 from mollm.errors import UsageError
 from mollm.evaluation.generation import answers_alike_in_company
 from mollm.evaluation.scores import TokenScores, score_rows
@@ -55,10 +56,7 @@ def _ends_of_long(rows: Sequence[list[int]], room: float, what: str, say: Say) -
         )
     cut = sum(len(ids) > room for ids in rows)
     if cut:
-        say(
-            f"{cut} of {len(rows)} {what} were shortened to fit {room} tokens: they lost their "
-            "beginning."
-        )
+        say(cut_note(cut, len(rows), what, room))
     return [ids if len(ids) <= room else ids[-int(room) :] for ids in rows]
 
 

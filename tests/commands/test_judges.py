@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 pytest.importorskip("rouge_score")
 
@@ -57,20 +56,12 @@ def guard(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=1,
+    made = tiny.classifier(
+        {0: "toxic", 1: "obscene", 2: "fine"},
         initializer_range=0.5,
-        id2label={0: "toxic", 1: "obscene", 2: "fine"},
         problem_type="multi_label_classification",
     )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
+    made.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 

@@ -3,7 +3,6 @@ import math
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mollm.errors import UsageError
 from mollm.evaluation.judges import ClassifierJudge, judge_replies
@@ -14,20 +13,7 @@ LABELS = {0: "toxic", 1: "obscene", 2: "fine"}
 
 
 def classifier(labels=None, **options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=1,
-        initializer_range=0.5,
-        id2label=labels or LABELS,
-        **options,
-    )
-    return LlamaForSequenceClassification(config).double()
+    return tiny.classifier(labels or LABELS, initializer_range=0.5, **options).double()
 
 
 def logits_of(model, text):

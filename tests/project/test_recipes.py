@@ -11,7 +11,6 @@ import launch
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mollm.cli import main
 from mollm.commands.settings_file import read_settings
@@ -114,18 +113,7 @@ def judge(folder):
     rows = [json.loads(line) for line in sample_path("safety.jsonl").read_text().splitlines()]
     texts = [row[f"response_{i}"] for row in rows for i in (0, 1)]
     unsafe = [not row[f"is_response_{i}_safe"] for row in rows for i in (0, 1)]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=1,
-        id2label={0: "safe", 1: "harmful"},
-    )
-    made = LlamaForSequenceClassification(config)
+    made = tiny.classifier({0: "safe", 1: "harmful"}, intermediate_size=32)
     tokenizer = tiny.tokenizer()
     batch = tokenizer([t[:60] for t in texts], return_tensors="pt", padding=True)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
