@@ -1,16 +1,23 @@
-"""What the compiler made of the CUDA sources: registers, spills, and the loads of the hot loops."""
+"""What compilers made of the CUDA and Triton sources: registers, spills, loads of the hot loops."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc")
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Triton's names."""
+LLAMA_3 = 128256
+"""Its vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,102 @@ def compiled(source: str, architecture: str, folder: Path) -> list[Kernel]:
         Kernel(_name(mangled), registers, spilled, loops[mangled])
         for mangled, registers, spilled in _resources(report.stderr)
     ]
+
+
+def ptxas() -> str | None:
+    """Triton brings one; so does the CUDA toolkit."""
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("ptxas")
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin"
+    # The architectures from sm_100 have an assembler of their own in some releases.
+    found = [str(bundled / n) for n in ("ptxas-blackwell", "ptxas") if (bundled / n).exists()]
+    return (found or [shutil.which("ptxas")])[0]
+
+
+def compiled_triton(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Sequence[str],
+    capability: int,
+    warps: int,
+    folder: Path,
+    registers: int | None = None,
+) -> tuple[Kernel, int]:
+    """One Triton kernel, and the bytes of shared memory that a program takes.
+
+    Args:
+        types: The type of every argument that is not in `constants`.
+        aligned: Arguments that are divisible by 16.
+        registers: What a thread may have; None for what the compiler takes.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types[name]
+        if name in aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    done = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "maxnreg": registers},
+    )
+    ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    ptx.write_text(done.asm["ptx"])
+    target = re.search(r"\.target (\S+?)(,|\s)", done.asm["ptx"])
+    assert target
+    command = [str(ptxas()), "-v", f"--gpu-name={target[1]}", str(ptx), "-o", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stderr
+    ((name, used, spilled),) = _resources(report.stderr)
+    loops = loops_of(cubin)[name] if nvdisasm() else []
+    return Kernel(name, used, spilled, loops), done.metadata.shared
+
+
+def compiled_rows(
+    kernel: Any,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    flags: Mapping[str, bool],
+    capability: int,
+    folder: Path,
+) -> tuple[Kernel, int]:
+    """A row kernel as it is launched for Llama 3's vocabulary, all strides divisible by 16.
+
+    Args:
+        dtypes: Of logits and gradients.
+        flags: The kernel's own HAS_… and NARROW.
+    """
+    from mollm_ops import _rows_triton
+
+    is_kl = kernel is _rows_triton.kl_rows_kernel
+    config = _rows_triton.config_of(LLAMA_3, *([_rows_triton.MAX_KL_BLOCK] if is_kl else []))
+    constants = {**flags, "BLOCK": config.BLOCK}
+    numbers = ("eps", "rest", "logit_scale", "softcap", "ref_logit_scale", "ref_softcap")
+    types = {}
+    for name in kernel.arg_names:
+        if name in numbers:
+            types[name] = "fp32"
+        elif name in ("logits", "ref_logits"):
+            types[name] = f"*{SHORT[dtypes[0]]}"
+        elif name.endswith("gradient"):
+            types[name] = f"*{SHORT[dtypes[1]]}"
+        elif name == "target":
+            types[name] = "*i64"
+        elif name.endswith(("losses", "scale")):
+            types[name] = "*fp32"
+        else:
+            types[name] = "i32"
+    plain = (*numbers, "R", *constants)
+    aligned = [n for n in kernel.arg_names if n not in plain and "scale_stride" not in n]
+    registers = _rows_triton.KL_REGISTERS if is_kl else None
+    return compiled_triton(
+        kernel, types, constants, aligned, capability, config.num_warps, folder, registers
+    )
 
 
 def loops_of(cubin: Path) -> dict[str, list[Loop]]:

@@ -23,6 +23,7 @@ MAX_BLOCK = 8192
 MAX_KL_BLOCK = 4096  # of rows in float32
 KL_REGISTERS = 112  # a thread; left alone, ptxas takes 64 here, and spills
 _EACH = 8
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Config(NamedTuple):
@@ -76,37 +77,71 @@ def _slope(z, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _block(row, begin, V, BLOCK: tl.constexpr):
-    j = begin + tl.arange(0, BLOCK)
-    return tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_last")
+def _value(z, scale, cap, HAS_CAP: tl.constexpr):
+    """What a sweep works with: the logits if they are capped, else z alone."""
+    if HAS_CAP:
+        return _logits(z, scale, cap, True)
+    else:
+        return z.to(tl.float32)
 
 
 @triton.jit
-def _add_block(m, sums, z, begin, t, V, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    j = begin + tl.arange(0, BLOCK)
-    z = tl.where(j < V, _logits(z, scale, cap, HAS_CAP), -float("inf"))
-    top = tl.maximum(m, tl.max(z, 0))
-    shift = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
-    sums = sums * tl.exp(m - shift) + tl.where(j == t, 0.0, tl.exp(z - shift))
-    return top, sums
+def _unit(scale, HAS_CAP: tl.constexpr):
+    """Logits are values times this."""
+    if HAS_CAP:
+        return 1.0
+    else:
+        return scale
+
+
+@triton.jit
+def _block(row, j, V):
+    return tl.load(row + j, mask=j < V, other=-float("inf"), eviction_policy="evict_last")
+
+
+@triton.jit
+def _last_block(row, j, V):
+    """Of a sweep after which nobody reads the row."""
+    return tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _add_block(tops, sums, z, j, t, V, scale, cap, unit, HAS_CAP: tl.constexpr):
+    v = _value(z, scale, cap, HAS_CAP)
+    if HAS_CAP:
+        v = tl.where(j < V, v, -float("inf"))
+    v = tl.where(j == t, -float("inf"), v)
+    new = tl.maximum(tops, tl.max(v, 1))
+    shift = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf would be NaN
+    e = tl.exp2((v - shift[:, None]) * unit)
+    return new, sums * tl.exp2((tops - shift) * unit) + tl.sum(e, 1)
 
 
 @triton.jit
 def _maximum_and_sum(row, t, V, scale, cap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """m = max z, x = z_t - m and S = Σ_{j≠t} exp(z_j - m).
+    """m = max v, x = z_t - max z and S = Σ_{j≠t} exp(z_j - max z), of values v and logits z.
 
-    Two blocks take turns: while one is added, the other is on its way.
+    Two blocks take turns: while one is added, the other is on its way. The sixteen bytes that a
+    thread loads at once have a maximum and a sum of their own, so that no thread waits for another
+    before the row's end.
     """
-    m = tl.full((), -float("inf"), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    even, odd = _block(row, 0, V, BLOCK), _block(row, BLOCK, V, BLOCK)
+    WIDE: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    unit = _LOG2_E * _unit(scale, HAS_CAP)
+    tops = tl.full((BLOCK // WIDE,), -float("inf"), tl.float32)
+    sums = tl.zeros((BLOCK // WIDE,), tl.float32)
+    j = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    even, odd = _block(row, j, V), _block(row + BLOCK, j, V - BLOCK)
     for begin in range(0, V, 2 * BLOCK):
-        m, sums = _add_block(m, sums, even, begin, t, V, scale, cap, HAS_CAP, BLOCK)
-        even = _block(row, begin + 2 * BLOCK, V, BLOCK)
-        m, sums = _add_block(m, sums, odd, begin + BLOCK, t, V, scale, cap, HAS_CAP, BLOCK)
-        odd = _block(row, begin + 3 * BLOCK, V, BLOCK)
-    x = _logits(tl.load(row + t), scale, cap, HAS_CAP) - m
-    return m, x, tl.sum(sums, 0)
+        at, left = row + begin, V - begin
+        tops, sums = _add_block(tops, sums, even, j, t - begin, left, scale, cap, unit, HAS_CAP)
+        even = _block(at + 2 * BLOCK, j, left - 2 * BLOCK)
+        at, left, t_odd = at + BLOCK, left - BLOCK, t - begin - BLOCK
+        tops, sums = _add_block(tops, sums, odd, j, t_odd, left, scale, cap, unit, HAS_CAP)
+        odd = _block(at + 2 * BLOCK, j, left - 2 * BLOCK)
+    v_t = _value(tl.load(row + t), scale, cap, HAS_CAP)
+    m = tl.maximum(tl.max(tops, 0), v_t)
+    lower = tl.where(tops == -float("inf"), -float("inf"), tops - m)
+    return m, (v_t - m) * _unit(scale, HAS_CAP), tl.sum(sums * tl.exp2(lower * unit), 0)
 
 
 @triton.jit
@@ -154,25 +189,31 @@ def log_rows_kernel(
 ) -> None:
     for r in range(tl.program_id(0), R, tl.num_programs(0)):
         n = tl.cast(r, tl.int64)
-        t = tl.load(target + n)
+        label = tl.load(target + n)
         out = gradient + n * gradient_stride
-        if (t < 0) | (t >= V):
-            tl.store(losses + n, tl.where(t < 0, 0.0, float("nan")))
+        if (label < 0) | (label >= V):
+            tl.store(losses + n, tl.where(label < 0, 0.0, float("nan")))
             if HAS_GRADIENT:
                 _zero_row(out, V, BLOCK)
         else:
-            row = logits + n * stride
+            row, t = logits + n * stride, tl.cast(label, tl.int32)
             m, x, S = _maximum_and_sum(row, t, V, logit_scale, softcap, HAS_CAP, BLOCK)
             loss, at_others, at_target = _log_loss(x, S, eps, rest, HAS_EPS)
             tl.store(losses + n, loss)
             if HAS_GRADIENT:
+                unit = _LOG2_E * _unit(logit_scale, HAS_CAP)
                 c = tl.load(scale + n * scale_stride)
+                if not HAS_CAP:
+                    c *= logit_scale
+                at_others, at_target = at_others * c, at_target * c
                 for begin in range(0, V, BLOCK):
                     j = begin + tl.arange(0, BLOCK)
-                    z = tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
-                    e = tl.exp(_logits(z, logit_scale, softcap, HAS_CAP) - m)
-                    g = tl.where(j == t, at_target, at_others * e) * c
-                    g *= _slope(z, logit_scale, softcap, HAS_CAP)
+                    z = _last_block(row, j, V)
+                    g = at_others * tl.exp2((_value(z, logit_scale, softcap, HAS_CAP) - m) * unit)
+                    if (t >= begin) & (t < begin + BLOCK):
+                        g = tl.where(j == t, at_target, g)
+                    if HAS_CAP:
+                        g *= _slope(z, logit_scale, softcap, True)
                     if NARROW:
                         # As in kl_rows_kernel: other threads read the logits under this block.
                         tl.debug_barrier()
@@ -212,10 +253,10 @@ def kl_rows_kernel(
 ) -> None:
     for r in range(tl.program_id(0), R, tl.num_programs(0)):
         n = tl.cast(r, tl.int64)
-        t = tl.load(target + n)
+        label = tl.load(target + n)
         kl_out, ce_out = kl_gradient + n * kl_gradient_stride, ce_gradient + n * ce_gradient_stride
-        if (t < 0) | (t >= V):
-            loss = tl.where(t < 0, 0.0, float("nan"))
+        if (label < 0) | (label >= V):
+            loss = tl.where(label < 0, 0.0, float("nan"))
             tl.store(kl_losses + n, loss)
             if HAS_KL_GRADIENT:
                 _zero_row(kl_out, V, BLOCK)
@@ -225,6 +266,7 @@ def kl_rows_kernel(
                 _zero_row(ce_out, V, BLOCK)
         else:
             row, ref_row = logits + n * stride, ref_logits + n * ref_stride
+            t = tl.cast(label, tl.int32)
             m, x, S = _maximum_and_sum(row, t, V, logit_scale, softcap, HAS_CAP, BLOCK)
             m_ref, x_ref, S_ref = _maximum_and_sum(
                 ref_row, t, V, ref_logit_scale, ref_softcap, HAS_REF_CAP, BLOCK
@@ -236,13 +278,17 @@ def kl_rows_kernel(
             if HAS_CE:
                 tl.store(ce_losses + n, loss)
                 ce_c = tl.load(ce_scale + n * ce_scale_stride)
+            unit, ref_unit = _unit(logit_scale, HAS_CAP), _unit(ref_logit_scale, HAS_REF_CAP)
             sums = tl.zeros((BLOCK,), tl.float32)
+            j = tl.arange(0, BLOCK)
+            next_z, next_ref = _last_block(row, j, V), _last_block(ref_row, j, V)
             for begin in range(0, V, BLOCK):
+                z, z_ref = next_z, next_ref
                 j = begin + tl.arange(0, BLOCK)
-                z = tl.load(row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
-                z_ref = tl.load(ref_row + j, mask=j < V, other=0.0, eviction_policy="evict_first")
-                a = _logits(z, logit_scale, softcap, HAS_CAP) - m
-                b = _logits(z_ref, ref_logit_scale, ref_softcap, HAS_REF_CAP) - m_ref
+                next_z = _last_block(row, j + BLOCK, V)
+                next_ref = _last_block(ref_row, j + BLOCK, V)
+                a = (_value(z, logit_scale, softcap, HAS_CAP) - m) * unit
+                b = (_value(z_ref, ref_logit_scale, ref_softcap, HAS_REF_CAP) - m_ref) * ref_unit
                 e = tl.exp(a)
                 p, p_ref = e / Z, tl.exp(b) / Z_ref
                 d = (b - a) - log_ratio

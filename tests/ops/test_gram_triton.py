@@ -6,8 +6,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from ahead_of_time import SHORT, compile_kernel, needs_ptxas, run_interpreted, spills  # noqa: E402
-from device_code import load_widths, nvdisasm  # noqa: E402
+from ahead_of_time import needs_ptxas, run_interpreted  # noqa: E402
+from device_code import SHORT, compiled_triton, load_widths, nvdisasm  # noqa: E402
 from triton import language as tl  # noqa: E402
 
 from mollm_ops._gram_triton import block_of, combine_kernel, gram_kernel  # noqa: E402
@@ -34,8 +34,8 @@ def test_compiles_without_spills(kernel, K, dtype, capability, tmp_path):
     types = {"table": "*i64", "like": f"*{dtype}", "out": f"*{dtype}", "count": "i64"}
     types |= {"weights": "*fp64", "partials": "*fp64"}
     aligned = ("table", "like", "out", "weights", "partials", "count")
-    report, _ = compile_kernel(kernel, types, constants, aligned, capability, 4, tmp_path)
-    assert spills(report) == 0, report
+    code, _ = compiled_triton(kernel, types, constants, aligned, capability, 4, tmp_path)
+    assert code.spilled == 0
     if capability == 90 and nvdisasm():
         widths = load_widths(tmp_path / "kernel.cubin")
         assert "128" in widths

@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from ahead_of_time import SHORT, compile_kernel, needs_ptxas, run_interpreted, spills  # noqa: E402
-from device_code import loops_of, nvdisasm  # noqa: E402
+from ahead_of_time import needs_ptxas, run_interpreted  # noqa: E402
+from device_code import LLAMA_3, SHORT, compiled_rows, nvdisasm  # noqa: E402
 
 from mollm_ops import _rows_triton  # noqa: E402
 from mollm_ops._rows_triton import config_of, kl_rows_kernel, log_rows_kernel  # noqa: E402
 
-VOCAB = 128256
-FLOATS = ("eps", "rest", "logit_scale", "softcap", "ref_logit_scale", "ref_softcap")
-
 
 def test_interpreted():
     run_interpreted("interpreted_rows.py")
-
-
-def compile_rows(kernel, dtype, gradient, capability, constants, tmp_path):
-    """ptxas's report of one kernel at the vocabulary of Llama 3, all strides divisible by 16."""
-    is_kl = kernel is kl_rows_kernel
-    config = config_of(VOCAB, _rows_triton.MAX_KL_BLOCK) if is_kl else config_of(VOCAB)
-    constants = {**constants, "BLOCK": config.BLOCK}
-    types = {}
-    for name in kernel.arg_names:
-        if name in FLOATS:
-            types[name] = "fp32"
-        elif name in ("logits", "ref_logits"):
-            types[name] = f"*{SHORT[dtype]}"
-        elif name.endswith("gradient"):
-            types[name] = f"*{SHORT[gradient]}"
-        elif name == "target":
-            types[name] = "*i64"
-        elif name.endswith(("losses", "scale")):
-            types[name] = "*fp32"
-        else:
-            types[name] = "i32"
-    plain = (*FLOATS, "R", *constants)
-    aligned = [n for n in kernel.arg_names if n not in plain and "scale_stride" not in n]
-    registers = _rows_triton.KL_REGISTERS if is_kl else None
-    return compile_kernel(
-        kernel, types, constants, aligned, capability, config.num_warps, tmp_path, registers
-    )
 
 
 FLAGS = list(itertools.product([False, True], repeat=2))
@@ -97,12 +66,11 @@ KL = [
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("kernel", "dtype", "gradient", "constants"), LOG + KL)
 def test_compiles_without_spills(kernel, dtype, gradient, constants, capability, tmp_path):
-    report, metadata = compile_rows(kernel, dtype, gradient, capability, constants, tmp_path)
-    assert spills(report) == 0, report
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    code, shared = compiled_rows(kernel, (dtype, gradient), constants, capability, tmp_path)
+    assert code.spilled == 0
     most = _rows_triton.MAX_KL_BLOCK if kernel is kl_rows_kernel else _rows_triton.MAX_BLOCK
-    assert registers * 32 * config_of(VOCAB, most).num_warps <= 65536, report
-    assert metadata.shared <= 48 * 1024
+    assert code.registers * 32 * config_of(LLAMA_3, most).num_warps <= 65536
+    assert shared <= 48 * 1024
 
 
 @needs_ptxas
@@ -110,11 +78,10 @@ def test_compiles_without_spills(kernel, dtype, gradient, constants, capability,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_two_blocks_of_a_row_are_on_their_way(dtype, tmp_path):
     """An H200 wants 29 kB on their way to a multiprocessor: see docs/performance.md."""
-    constants = {"HAS_EPS": True, "HAS_GRADIENT": True, "HAS_CAP": False, "NARROW": False}
-    compile_rows(log_rows_kernel, dtype, dtype, 90, constants, tmp_path)
-    (loops,) = loops_of(tmp_path / "kernel.cubin").values()
-    config = config_of(VOCAB)
-    flying = max(loop.loads for loop in loops) * 16 * 32 * config.num_warps
+    flags = {"HAS_EPS": True, "HAS_GRADIENT": True, "HAS_CAP": False, "NARROW": False}
+    code, _ = compiled_rows(log_rows_kernel, (dtype, dtype), flags, 90, tmp_path)
+    config = config_of(LLAMA_3)
+    flying = max(loop.loads for loop in code.loops) * 16 * 32 * config.num_warps
     assert flying == 2 * config.BLOCK * dtype.itemsize
     assert flying >= 29_000
 
