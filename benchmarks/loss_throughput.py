@@ -155,16 +155,35 @@ def peers(loss: str, device: str) -> dict[str, Loss]:
         found["F.linear_cross_entropy"] = lambda x: F.linear_cross_entropy(
             x.hidden, x.weight, x.target, options=options
         )
-    if device == "cuda" and find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss()
-        found["Liger"] = lambda x: liger(x.weight, x.hidden, x.target)
-    if device == "cuda" and find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy"] = lambda x: linear_cross_entropy(x.hidden, x.weight, x.target)
+    theirs = {
+        "liger_kernel": ("Liger", _liger),
+        "cut_cross_entropy": ("cut-cross-entropy", _cut_cross_entropy),
+        "quack": ("quack", _quack),
+    }
+    if device == "cuda":
+        found |= {name: call for package, (name, call) in theirs.items() if find_spec(package)}
     return found
+
+
+# Imported where they are called, so that a package that cannot be is a row that says why.
+
+
+def _liger(x: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(x.weight, x.hidden, x.target)
+
+
+def _cut_cross_entropy(x: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x.hidden, x.weight, x.target)
+
+
+def _quack(x: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x.hidden, x.weight, x.target)
 
 
 def floor(loss: str, x: Inputs) -> Callable[[], None]:
@@ -354,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = provenance(device, "liger-kernel", "cut-cross-entropy")
+    source = provenance(device, "liger-kernel", "cut-cross-entropy", "quack-kernels")
     shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES
     shapes = [shape for shape in shapes if not options.rows or shape[0] in options.rows]
     dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]

@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import triton
 from device_code import ptxas
 
 needs_ptxas = pytest.mark.skipif(
     ptxas() is None, reason="needs ptxas, which neither Triton nor PATH has"
+)
+needs_interpreter = pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) > (2, 2),
+    reason=f"Triton 3.6's interpreter needs NumPy 2.2 or older, and this is {np.__version__}",
 )
 
 

@@ -6,13 +6,14 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from ahead_of_time import needs_ptxas, run_interpreted  # noqa: E402
+from ahead_of_time import needs_interpreter, needs_ptxas, run_interpreted  # noqa: E402
 from device_code import SHORT, compiled_triton, load_widths, nvdisasm  # noqa: E402
 from triton import language as tl  # noqa: E402
 
 from mollm_ops._gram_triton import block_of, combine_kernel, gram_kernel  # noqa: E402
 
 
+@needs_interpreter
 def test_interpreted():
     run_interpreted("interpreted_gram.py")
 

@@ -9,13 +9,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ahead_of_time import needs_ptxas, run_interpreted  # noqa: E402
+from ahead_of_time import needs_interpreter, needs_ptxas, run_interpreted  # noqa: E402
 from device_code import LLAMA_3, SHORT, compiled_rows, nvdisasm  # noqa: E402
 
 from mollm_ops import _rows_triton  # noqa: E402
 from mollm_ops._rows_triton import config_of, kl_rows_kernel, log_rows_kernel  # noqa: E402
 
 
+@needs_interpreter
 def test_interpreted():
     run_interpreted("interpreted_rows.py")
 
