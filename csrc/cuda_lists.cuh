@@ -237,7 +237,6 @@ __device__ inline bool grid_sums(const S* mine, const GramWorkspace& work) {
     for (unsigned b = 0; b < gridDim.x; ++b) sum += __ldcg(row + b);
     row[0] = sum;
   }
-  if (threadIdx.x == 0) *work.arrived = 0;  // ready for the next launch on this stream
   __syncthreads();
   return true;
 }

@@ -98,7 +98,7 @@ struct DeviceOutputs {
 
 struct GramWorkspace {
   double* partials;   // [K (K + 1) / 2, blocks]
-  unsigned* arrived;  // zero before the launch and after it
+  unsigned* arrived;  // zero before the launch
 };
 
 // As RunningMeans and AdamMetric; null where they are not asked for. `steps` holds the addresses of

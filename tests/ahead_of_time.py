@@ -16,7 +16,8 @@ needs_ptxas = pytest.mark.skipif(
     ptxas() is None, reason="needs ptxas, which neither Triton nor PATH has"
 )
 needs_interpreter = pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) > (2, 2),
+    triton.__version__.startswith("3.6.")
+    and tuple(map(int, np.__version__.split(".")[:2])) > (2, 2),
     reason=f"Triton 3.6's interpreter needs NumPy 2.2 or older, and this is {np.__version__}",
 )
 

@@ -91,15 +91,17 @@ def _audit(arguments: argparse.Namespace) -> int:
     from mollm.audit.report import JSON_FILE
     from mollm.report.audit_file import AUDIT
     from mollm.report.run_file import model_of, run_of
+    from mollm.system.folders import locked
 
     run = run_of(arguments.model)
     if "out" not in arguments:
         arguments.out = Path("runs/audit") if run is None else Path(run["folder"]) / AUDIT
     arguments.model = model_of(arguments.model)
-    if not arguments.json:
-        return _audit_and_tell(arguments, run)
-    with contextlib.redirect_stdout(sys.stderr):
-        status = _audit_and_tell(arguments, run)
+    with locked(arguments.out):
+        if not arguments.json:
+            return _audit_and_tell(arguments, run)
+        with contextlib.redirect_stdout(sys.stderr):
+            status = _audit_and_tell(arguments, run)
     print((arguments.out / JSON_FILE).read_text(encoding="utf-8").rstrip())
     return status
 

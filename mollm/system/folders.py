@@ -31,25 +31,22 @@ def staged(out: Path) -> Iterator[Path]:
     in `out` stay. What was written is on the disk before it replaces anything.
 
     Raises:
-        UsageError: `out` cannot be made or written; found out before the block runs.
+        UsageError: `out` cannot be made or written, or another process writes to it; found out
+            before the block runs.
     """
-    made: list[Path] = []
-    try:
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out))
-    except (OSError, ValueError) as error:
-        _remove_empty(made)
-        raise _refused(out, error) from error
-    try:
-        yield stage
-        _permit(stage)
-        _sync_all(stage)
-        _move_into(stage, out)
-        _sync(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        _remove_empty(made)
+    with locked(out):
+        try:
+            stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=out))
+        except OSError as error:
+            raise _refused(out, error) from error
+        try:
+            yield stage
+            _permit(stage)
+            _sync_all(stage)
+            _move_into(stage, out)
+            _sync(out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _move_into(stage: Path, out: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -565,21 +566,16 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         self.preferences = _numbers(self.preferences)
         for f in fields(self):
             value = getattr(self, f.name)
-            kinds = [k for k in (float, int) if isinstance(f.default, k)]
-            if kinds and isinstance(value, str) and not isinstance(f.default, bool):
-                try:
-                    setattr(self, f.name, kinds[0](value))
-                except ValueError:
-                    raise UsageError(f"{f.name} must be a number, but got {value!r}.") from None
+            setattr(self, f.name, _as_declared(f.name, f.type, value))
             _refuse_not_finite(f.name, getattr(self, f.name))
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise UsageError(f"{name} must be in [0, 2**32), but got {getattr(self, name)}.")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             left_out = value is None and name == "per_device_retain_batch_size"
             if not left_out and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
-        for name in ("relearn_steps", "sample_replies"):
-            if not isinstance(getattr(self, name), int):
-                raise UsageError(f"{name} must be a whole number, but got {getattr(self, name)}.")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise UsageError(
@@ -789,6 +785,29 @@ def _numbers(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)
     return value
+
+
+def _as_declared(name: str, kind: Any, value: Any) -> Any:
+    """The value of a number or a switch; of a number that is a text or 3.0, the number itself."""
+    said = kind.__name__ if isinstance(kind, type) else str(kind)
+    found = re.fullmatch(r"(?:typing\.Optional\[)?(bool|int|float)(?: \| None|\])?", said)
+    if found is None or value is None:
+        return value
+    if found[1] == "bool":
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} must be true or false, but got {value!r}.")
+        return value
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        raise UsageError(f"{name} must be a number, but got {value!r}.")
+    if found[1] == "float":
+        return number
+    if not float(number).is_integer():
+        raise UsageError(f"{name} must be a whole number, but got {value}.")
+    return int(number)
 
 
 def _refuse_not_finite(name: str, value: Any) -> None:

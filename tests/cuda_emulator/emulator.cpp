@@ -134,7 +134,6 @@ void wait_as(State state, const char* file, int line) {
   running->state = state;
   running->file = file;
   running->line = line;
-  leave();
 }
 
 std::unique_ptr<Block> make_block(dim3 grid, dim3 size, unsigned index) {
@@ -169,22 +168,18 @@ void fail_at(const Fiber& fiber, const char* what) {
   here = nullptr;
 }
 
-// Lets every warp go on whose lanes are all in the same shuffle.
-bool release_shuffles(Block& block) {
-  bool any = false;
-  for (size_t w = 0; w < block.fibers.size(); w += 32) {
-    const auto begin = block.fibers.begin() + static_cast<std::ptrdiff_t>(w);
-    const auto end = begin + std::min<std::ptrdiff_t>(32, block.fibers.end() - begin);
-    if (!std::all_of(begin, end, [](auto& f) { return f->state == State::kInShuffle; })) continue;
-    for (auto f = begin; f != end; ++f) {
-      if ((*f)->line != (*begin)->line || (*f)->mask != ~0u)
-        fail_at(**f, "lanes of a warp in different shuffles, or not all of them named");
-      for (auto g = begin; g != end; ++g) (*f)->taken[g - begin] = (*g)->given;
-    }
-    for (auto f = begin; f != end; ++f) (*f)->state = State::kReady;
-    any = true;
+// Lets a warp go on once all its lanes are in the same shuffle; it may then run ahead of others.
+void release_shuffle(Block& block, size_t warp) {
+  const auto begin = block.fibers.begin() + static_cast<std::ptrdiff_t>(32 * warp);
+  const auto end = begin + std::min<std::ptrdiff_t>(32, block.fibers.end() - begin);
+  if (!std::all_of(begin, end, [](auto& f) { return f->state == State::kInShuffle; })) return;
+  for (auto f = begin; f != end; ++f) {
+    if ((*f)->line != (*begin)->line || (*f)->mask != ~0u)
+      fail("lanes of a warp in different shuffles, or not all of them named", (*f)->file,
+           (*f)->line);
+    for (auto g = begin; g != end; ++g) (*f)->taken[g - begin] = (*g)->given;
   }
-  return any;
+  for (auto f = begin; f != end; ++f) (*f)->state = State::kReady;
 }
 
 // Lets a block go on whose threads are all at the same barrier; false where it cannot.
@@ -229,13 +224,18 @@ void yield() {
     leave();
 }
 
-void barrier(const char* file, int line) { wait_as(State::kAtBarrier, file, line); }
+void barrier(const char* file, int line) {
+  wait_as(State::kAtBarrier, file, line);
+  leave();
+}
 
 uint64_t exchange(unsigned mask, uint64_t value, int from, const char* file, int line) {
   Fiber* const me = running;
   me->given = value;
   me->mask = mask;
   wait_as(State::kInShuffle, file, line);
+  release_shuffle(*me->block, me->place.thread.x / 32);
+  leave();
   return me->taken[from];
 }
 
@@ -261,7 +261,7 @@ void launch(dim3 grid, dim3 size, const std::function<void()>& kernel) {
     Block& block = *active[at];
     if (Fiber* const fiber = next_of(block)) {
       enter(fiber);
-    } else if (block.all(State::kDone) || !(release_shuffles(block) || release_barrier(block))) {
+    } else if (block.all(State::kDone) || !release_barrier(block)) {
       free_block(block);
       active.erase(active.begin() + static_cast<std::ptrdiff_t>(at));
     }

@@ -143,6 +143,14 @@ def test_a_locked_folder_lets_nobody_else_in(tmp_path):
         pytest.fail("the block must not run")
 
 
+def test_two_that_write_to_one_folder_do_not_meet_at_the_end(tmp_path):
+    with staged(tmp_path) as stage:
+        (stage / "first").touch()
+        with pytest.raises(UsageError, match="a folder of no other run"), staged(tmp_path):
+            pytest.fail("the block must not run")
+    assert listing(tmp_path) == ["first"]
+
+
 def test_a_folder_that_can_be_written_is_tried_and_left_as_it_was(tmp_path):
     check_writable(tmp_path / "deep" / "out")
     assert listing(tmp_path) == []
