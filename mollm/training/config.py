@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from mollm.data.chat import TRAIN_ON_TURNS
 from mollm.data.encoding import CUT, LONG_ROWS
-from mollm.data.prompt_format import PromptFormat
+from mollm.data.prompt_format import ANSWER, PromptFormat
 from mollm.distributed.watch import await_others
 from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
@@ -26,7 +26,7 @@ from mollm.models.four_bits import NF4
 from mollm.optim.bases import AdamW
 from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
-from mollm.system.parsing import reason_of
+from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
@@ -79,6 +79,18 @@ _NOT_NEGATIVE = (
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+_OFF = (None, False, 0, "", "no", [], {})
+_BY_NAME = ("method_options", "chat_template_kwargs", "optimizer_options", "stop_when")
+if TYPE_CHECKING:
+    Options = dict[str, Any]
+    Preferences = list[float] | dict[str, float]
+    Format = str | dict[str, Any]
+    Sharding = Any
+else:  # for HfArgumentParser, which reads what stands second in a union with None
+    Options = dict[str, Any] | str | None
+    Preferences = list[float] | str | dict[str, float] | None
+    Format = dict[str, Any] | str | None
+    Sharding = list[str] | str | None | Any
 _OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -118,7 +130,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     logging_steps: float = field(default=10, metadata={"help": "steps between logs"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
 
-    fsdp: Any = field(
+    fsdp: Sharding = field(
         default=None,
         metadata={"help": "full_shard or hybrid_shard: processes hold parts of the model"},
     )
@@ -129,11 +141,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     method: str = field(
         default="mollm", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
     )
-    method_options: dict[str, Any] = field(
+    method_options: Options = field(
         default_factory=dict,
         metadata={"help": "hyperparameters of the method, such as {beta: 0.2} of npo"},
     )
-    preferences: list[float] | dict[str, float] | None = field(
+    preferences: Preferences | None = field(
         default=None,
         metadata={
             "help": "weights of forget, kl and retain, or of objectives by name, such as "
@@ -183,11 +195,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "system prompt of conversations without one"},
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
+    chat_template_kwargs: Options | None = field(
         default=None,
         metadata={"help": "options of the chat template, such as {enable_thinking: false}"},
     )
-    prompt_format: str | dict[str, Any] | None = field(
+    prompt_format: Format | None = field(
         default=None,
         metadata={
             "help": "none for plain text, chat, or a template such as "
@@ -212,13 +224,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     freeze_embeddings: bool = field(
         default=True, metadata={"help": "do not train token embeddings and head"}
     )
-    optimizer_options: dict[str, Any] = field(
+    optimizer_options: Options = field(
         default_factory=dict,
         metadata={
             "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
         },
     )
-    stop_when: dict[str, Any] | None = field(
+    stop_when: Options | None = field(
         default=None,
         metadata={
             "help": "end the run at a target: {forget_probability: 0.1, retain_probability: 0.5, "
@@ -235,9 +247,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        self._read_texts()
         self.optimizer_options = {
             name: str(value).removeprefix("torch.") if name == "state_dtype" and value else value
-            for name, value in self.optimizer_options.items()
+            for name, value in (self.optimizer_options or {}).items()
         }
         self._refuse_other_options()
         self._refuse_launchers()
@@ -277,12 +290,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("padding_side", self.padding_side, _SIDES)
         _one_of("long_rows", self.long_rows, LONG_ROWS)
         _one_of("train_on_turns", self.train_on_turns, TRAIN_ON_TURNS)
-        for name, kind, what in (
-            ("system_prompt", str, "a text"),
-            ("chat_template_kwargs", dict, "options by name"),
-        ):
-            if not isinstance(getattr(self, name), kind | None):
-                raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
+        if not isinstance(self.system_prompt, str | None):
+            raise UsageError(f"system_prompt must be a text, but got {self.system_prompt!r}.")
         PromptFormat.of(self.prompt_format)  # refuses what is none
         self.quantization = self.quantization or None
         if self.quantization:
@@ -317,11 +326,26 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self._try_optimizer()
 
+    def _read_texts(self) -> None:
+        """What a command line gives as a text, in YAML or JSON, becomes what the text says."""
+        for name in (*_BY_NAME, "preferences"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = parse_yaml(value, name)
+                setattr(self, name, value)
+            if name in _BY_NAME and not isinstance(value or {}, Mapping):
+                raise UsageError(f"{name} must be options by name, but got {value!r}.")
+        if not isinstance(self.preferences, list | tuple | Mapping | None):
+            raise UsageError(
+                "preferences must be numbers, such as [1, 20, 1] or {kl: 20}, but got "
+                f"{self.preferences!r}."
+            )
+        text = self.prompt_format
+        if isinstance(text, str) and text.startswith("{") and not text.endswith(ANSWER):
+            self.prompt_format = parse_yaml(text, "prompt_format")
+
     def _check_method_options(self) -> None:
-        asked = self.method_options or {}
-        if not isinstance(asked, Mapping):
-            raise UsageError(f"method_options must be options by name, but got {asked!r}.")
-        self.method_options = _numbers(dict(asked))
+        self.method_options = _numbers(dict(self.method_options or {}))
         eps = self.chosen_options.get("eps")
         if self._takes_uce_eps and "eps" in self.method_options:
             if not isinstance(eps, float) or not 0 < eps < 1:
@@ -493,8 +517,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
 
     def _check_stop_when(self, told: Any) -> None:
-        if not isinstance(told, dict):
-            raise UsageError(f"stop_when must be options by name, but got {told!r}.")
         from mollm.training.targets import StopRule
 
         self.stop_when = _numbers(told)
@@ -519,9 +541,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             for f in fields(self)
         }
         for name, instead in UNSUPPORTED.items():
-            value = getattr(self, name, None)
-            # None and False say what the default says, where that is no more than these.
-            if name in defaults and value != defaults[name] and (value or defaults[name]):
+            value, default = getattr(self, name, None), defaults.get(name)
+            # None and False say what the default says, where that is no more than these or "no".
+            if name in defaults and value != default and (value or default not in _OFF):
                 raise UsageError(
                     f"{name} must be left out of a MOLLMConfig, but got {value}: {instead}."
                 )
