@@ -23,11 +23,12 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
-from mollm.optim.bases import AdamW
+from mollm.optim.directions import uses_preferences
 from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
+from mollm.training.idle_settings import refuse_idle, refuse_idle_options
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
 
@@ -91,7 +92,6 @@ else:  # for HfArgumentParser, which reads what stands second in a union with No
     Preferences = list[float] | str | dict[str, float] | None
     Format = dict[str, Any] | str | None
     Sharding = list[str] | str | None | Any
-_OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 @dataclass
@@ -315,7 +315,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"{SchedulerType(self.lr_scheduler_type).value}."
             )
         self._check_schedule()
-        self._refuse_without_effect()
+        refuse_idle(self)
         self._refuse_unknown_reports()
         with computing_in(self.compute_dtype):
             computes = compute_dtype(self.device).dtype
@@ -412,14 +412,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
-        usual = {f.name: f.default for f in fields(self)}["adam_beta1"]
-        no_first = isinstance(optimizer.base, AdamW) and not optimizer.base.keeps_first
-        if no_first and self.adam_beta1 != usual:
-            raise UsageError(
-                "adam_beta1 must be left out in AdamW's metric and with per-objective momentum, "
-                f"where there is no first moment, but got {self.adam_beta1}: leave it out, or add "
-                "metric='euclidean' to optimizer_options."
-            )
+        refuse_idle_options(self, optimizer)
         if optimizer.streams:
             self._refuse_with_streaming()
         if self.max_grad_norm > 0 and not optimizer.can_aggregate:
@@ -437,9 +430,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"gradient_memory must be another one than {STREAMED!r} with the method "
                 f"{self.method}, which reads more than a streamed step holds: leave it out."
             )
-        if callable(self._base):
+        if callable(self.base):
             raise UsageError(
-                f"base must be adamw or sgd {streamed}, but got {plain(self._base)}, which "
+                f"base must be adamw or sgd {streamed}, but got {plain(self.base)}, which "
                 "wants all gradients at once."
             )
         if self.max_grad_norm > 0:
@@ -619,27 +612,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"a step would turn weights around, but got {decay:g}."
             )
 
-    def _refuse_without_effect(self) -> None:
-        """Says what would be ignored otherwise."""
-        defaults = {f.name: f.default for f in fields(self)}
-        if self.uce_eps != defaults["uce_eps"] and not self._takes_uce_eps:
-            raise UsageError(
-                f"uce_eps must be left out with the method {self.method}, which does not use it, "
-                f"but got {self.uce_eps}."
-            )
-        if self.relearn_lr != defaults["relearn_lr"] and not self.relearn_steps:
-            raise UsageError(
-                f"relearn_lr must be left out without relearn_steps, but got {self.relearn_lr}: "
-                "give relearn_steps, such as 3."
-            )
-        base = self._base
-        for name in _OF_ADAMW:
-            if base != "adamw" and getattr(self, name) != defaults[name]:
-                raise UsageError(
-                    f"{name} must be left out with a base that is not adamw, but got "
-                    f"{getattr(self, name)}: give the base's own options in optimizer_options."
-                )
-
     def _refuse_unknown_reports(self) -> None:
         from transformers.integrations.integration_utils import (
             INTEGRATION_TO_CALLBACK,
@@ -673,7 +645,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         return method.bound(method.forget_loss, self.chosen_options)
 
     @property
-    def _base(self) -> Any:
+    def base(self) -> Any:
         """The base of MOLLMOptimizer: as asked for, or the method's own."""
         own = self.chosen_method.options.get("base", "adamw")
         return self.optimizer_options.get("base", own)
@@ -732,13 +704,16 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         options = dict(self.optimizer_options)
         if options.get("state_dtype") in DTYPES:
             options["state_dtype"] = DTYPES[options["state_dtype"]]
-        if self._base == "adamw":
+        if self.base == "adamw":
             betas = (self.adam_beta1, self.adam_beta2)
             options = {"betas": betas, "eps": self.adam_epsilon, **options}
         method = self.chosen_method.optimizer_options(self.chosen_options)
-        preferences = self._preferences_of(objectives, method["preferences"])
+        direction = options.get("direction", method["direction"])
+        takes_any = uses_preferences(direction) or self.chosen_method.adapt is not None
+        usual = method["preferences"] if takes_any else None
+        preferences = self._preferences_of(objectives, usual)
         method["preferences"] = preferences
-        ordered = options.get("direction", method["direction"]) in _FORGET_IS_ONE
+        ordered = direction in _FORGET_IS_ONE
         if ordered and sum(role_of_objective(name) == "forget" for name in objectives) > 1:
             raise UsageError(
                 f"the method {self.method} must have one set to forget, but got "
