@@ -155,6 +155,11 @@ class FusedBase(Optimizer, ABC):
         """Whether the combined gradient may have a momentum, see `drop_first`."""
         return self._keep_first
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a step leaves anything for the next one, beside the count of steps."""
+        return any(self._slots(group) for group in self.param_groups)
+
     @abstractmethod
     def _slots(self, group: dict[str, Any]) -> list[str]:
         """The names of the state that a parameter of this group keeps, beside `step`."""

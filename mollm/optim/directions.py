@@ -152,9 +152,26 @@ _SOLVED = ("dual", "project", "upgrad", "mgda")
 DIRECTIONS = (*_SOLVED, *_BARE)
 _WITHOUT_PREFERENCES = ("dual", "mgda")
 
+Direction = str | Callable[[Tensor], Tensor]
+
+
+def uses_preferences(direction: Direction) -> bool:
+    """Whether weights on the objectives make a difference to it."""
+    return not callable(direction) and direction not in _WITHOUT_PREFERENCES
+
+
+def uses_normalize(direction: Direction) -> bool:
+    """Whether it makes a difference to scale the gradients first."""
+    return direction != "dual"
+
+
+def uses_length(direction: Direction, normalize: bool) -> bool:
+    """Whether the length that directions or gradients are scaled to makes a difference."""
+    return direction == "dual" or (normalize and direction in _SOLVED)
+
 
 def make_rule(
-    direction: str | Callable[[Tensor], Tensor],
+    direction: Direction,
     *,
     objectives: int,
     preferences: Sequence[float] | None,
@@ -172,7 +189,7 @@ def make_rule(
             `upgrad` and `mgda`, else to 1.
         length: see `mollm_ops.dual_space_weights`.
     """
-    if preferences is not None and (callable(direction) or direction in _WITHOUT_PREFERENCES):
+    if preferences is not None and not uses_preferences(direction):
         raise ValueError(
             f"preferences must be None for direction {direction!r}, which does not use them, "
             f"but got {list(preferences)}."

@@ -18,17 +18,18 @@ from transformers.trainer_utils import SaveStrategy
 
 from mollm.data.chat import TRAIN_ON_TURNS
 from mollm.data.encoding import CUT, LONG_ROWS
-from mollm.data.prompt_format import PromptFormat
+from mollm.data.prompt_format import ANSWER, PromptFormat
 from mollm.distributed.watch import await_others
 from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
-from mollm.optim.bases import AdamW
+from mollm.optim.directions import uses_preferences
 from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
-from mollm.system.parsing import reason_of
+from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
+from mollm.training.idle_settings import refuse_idle, refuse_idle_options
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
 
@@ -80,7 +81,18 @@ _NOT_NEGATIVE = (
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-_OF_ADAMW = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_OFF = (None, False, 0, "", "no", [], {})
+_BY_NAME = ("method_options", "chat_template_kwargs", "optimizer_options", "stop_when")
+if TYPE_CHECKING:
+    Options = dict[str, Any]
+    Preferences = list[float] | dict[str, float]
+    Format = str | dict[str, Any]
+    Sharding = Any
+else:  # for HfArgumentParser, which reads what stands second in a union with None
+    Options = dict[str, Any] | str | None
+    Preferences = list[float] | str | dict[str, float] | None
+    Format = dict[str, Any] | str | None
+    Sharding = list[str] | str | None | Any
 
 
 @dataclass
@@ -119,7 +131,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     logging_steps: float = field(default=10, metadata={"help": "steps between logs"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
 
-    fsdp: Any = field(
+    fsdp: Sharding = field(
         default=None,
         metadata={"help": "full_shard or hybrid_shard: processes hold parts of the model"},
     )
@@ -130,11 +142,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     method: str = field(
         default="mollm", metadata={"help": "how to unlearn, one of mollm.methods.METHODS"}
     )
-    method_options: dict[str, Any] = field(
+    method_options: Options = field(
         default_factory=dict,
         metadata={"help": "hyperparameters of the method, such as {beta: 0.2} of npo"},
     )
-    preferences: list[float] | dict[str, float] | None = field(
+    preferences: Preferences | None = field(
         default=None,
         metadata={
             "help": "weights of forget, kl and retain, or of objectives by name, such as "
@@ -184,11 +196,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "system prompt of conversations without one"},
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
+    chat_template_kwargs: Options | None = field(
         default=None,
         metadata={"help": "options of the chat template, such as {enable_thinking: false}"},
     )
-    prompt_format: str | dict[str, Any] | None = field(
+    prompt_format: Format | None = field(
         default=None,
         metadata={
             "help": "none for plain text, chat, or a template such as "
@@ -213,13 +225,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     freeze_embeddings: bool = field(
         default=True, metadata={"help": "do not train token embeddings and head"}
     )
-    optimizer_options: dict[str, Any] = field(
+    optimizer_options: Options = field(
         default_factory=dict,
         metadata={
             "help": "options of MOLLMOptimizer: base, metric, momentum, gradient_memory, ..."
         },
     )
-    stop_when: dict[str, Any] | None = field(
+    stop_when: Options | None = field(
         default=None,
         metadata={
             "help": "end the run at a target: {forget_probability: 0.1, retain_probability: 0.5, "
@@ -236,9 +248,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        self._read_texts()
         self.optimizer_options = {
             name: str(value).removeprefix("torch.") if name == "state_dtype" and value else value
-            for name, value in self.optimizer_options.items()
+            for name, value in (self.optimizer_options or {}).items()
         }
         self._refuse_other_options()
         self._refuse_launchers()
@@ -278,12 +291,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         _one_of("padding_side", self.padding_side, _SIDES)
         _one_of("long_rows", self.long_rows, LONG_ROWS)
         _one_of("train_on_turns", self.train_on_turns, TRAIN_ON_TURNS)
-        for name, kind, what in (
-            ("system_prompt", str, "a text"),
-            ("chat_template_kwargs", dict, "options by name"),
-        ):
-            if not isinstance(getattr(self, name), kind | None):
-                raise UsageError(f"{name} must be {what}, but got {getattr(self, name)!r}.")
+        if not isinstance(self.system_prompt, str | None):
+            raise UsageError(f"system_prompt must be a text, but got {self.system_prompt!r}.")
         PromptFormat.of(self.prompt_format)  # refuses what is none
         self.quantization = self.quantization or None
         if self.quantization:
@@ -307,7 +316,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"{SchedulerType(self.lr_scheduler_type).value}."
             )
         self._check_schedule()
-        self._refuse_without_effect()
+        refuse_idle(self)
         self._refuse_unknown_reports()
         with computing_in(self.compute_dtype):
             computes = compute_dtype(self.device).dtype
@@ -318,11 +327,26 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
         self._try_optimizer()
 
+    def _read_texts(self) -> None:
+        """What a command line gives as a text, in YAML or JSON, becomes what the text says."""
+        for name in (*_BY_NAME, "preferences"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = parse_yaml(value, name)
+                setattr(self, name, value)
+            if name in _BY_NAME and not isinstance(value or {}, Mapping):
+                raise UsageError(f"{name} must be options by name, but got {value!r}.")
+        if not isinstance(self.preferences, list | tuple | Mapping | None):
+            raise UsageError(
+                "preferences must be numbers, such as [1, 20, 1] or {kl: 20}, but got "
+                f"{self.preferences!r}."
+            )
+        text = self.prompt_format
+        if isinstance(text, str) and text.startswith("{") and not text.endswith(ANSWER):
+            self.prompt_format = parse_yaml(text, "prompt_format")
+
     def _check_method_options(self) -> None:
-        asked = self.method_options or {}
-        if not isinstance(asked, Mapping):
-            raise UsageError(f"method_options must be options by name, but got {asked!r}.")
-        self.method_options = _numbers(dict(asked))
+        self.method_options = _numbers(dict(self.method_options or {}))
         eps = self.chosen_options.get("eps")
         if self._takes_uce_eps and "eps" in self.method_options:
             if not isinstance(eps, float) or not 0 < eps < 1:
@@ -389,14 +413,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             raise UsageError(
                 f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
-        usual = {f.name: f.default for f in fields(self)}["adam_beta1"]
-        no_first = isinstance(optimizer.base, AdamW) and not optimizer.base.keeps_first
-        if no_first and self.adam_beta1 != usual:
-            raise UsageError(
-                "adam_beta1 must be left out in AdamW's metric and with per-objective momentum, "
-                f"where there is no first moment, but got {self.adam_beta1}: leave it out, or add "
-                "metric='euclidean' to optimizer_options."
-            )
+        refuse_idle_options(self, optimizer)
         if optimizer.streams:
             self._refuse_with_streaming()
         if self.max_grad_norm > 0 and not optimizer.can_aggregate:
@@ -414,9 +431,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"gradient_memory must be another one than {STREAMED!r} with the method "
                 f"{self.method}, which reads more than a streamed step holds: leave it out."
             )
-        if callable(self._base):
+        if callable(self.base):
             raise UsageError(
-                f"base must be adamw or sgd {streamed}, but got {plain(self._base)}, which "
+                f"base must be adamw or sgd {streamed}, but got {plain(self.base)}, which "
                 "wants all gradients at once."
             )
         if self.max_grad_norm > 0:
@@ -494,8 +511,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             )
 
     def _check_stop_when(self, told: Any) -> None:
-        if not isinstance(told, dict):
-            raise UsageError(f"stop_when must be options by name, but got {told!r}.")
         from mollm.training.targets import StopRule
 
         self.stop_when = _numbers(told)
@@ -520,9 +535,9 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             for f in fields(self)
         }
         for name, instead in UNSUPPORTED.items():
-            value = getattr(self, name, None)
-            # None and False say what the default says, where that is no more than these.
-            if name in defaults and value != defaults[name] and (value or defaults[name]):
+            value, default = getattr(self, name, None), defaults.get(name)
+            # None and False say what the default says, where that is no more than these or "no".
+            if name in defaults and value != default and (value or default not in _OFF):
                 raise UsageError(
                     f"{name} must be left out of a MOLLMConfig, but got {value}: {instead}."
                 )
@@ -593,27 +608,6 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"a step would turn weights around, but got {decay:g}."
             )
 
-    def _refuse_without_effect(self) -> None:
-        """Says what would be ignored otherwise."""
-        defaults = {f.name: f.default for f in fields(self)}
-        if self.uce_eps != defaults["uce_eps"] and not self._takes_uce_eps:
-            raise UsageError(
-                f"uce_eps must be left out with the method {self.method}, which does not use it, "
-                f"but got {self.uce_eps}."
-            )
-        if self.relearn_lr != defaults["relearn_lr"] and not self.relearn_steps:
-            raise UsageError(
-                f"relearn_lr must be left out without relearn_steps, but got {self.relearn_lr}: "
-                "give relearn_steps, such as 3."
-            )
-        base = self._base
-        for name in _OF_ADAMW:
-            if base != "adamw" and getattr(self, name) != defaults[name]:
-                raise UsageError(
-                    f"{name} must be left out with a base that is not adamw, but got "
-                    f"{getattr(self, name)}: give the base's own options in optimizer_options."
-                )
-
     def _refuse_unknown_reports(self) -> None:
         from transformers.integrations.integration_utils import (
             INTEGRATION_TO_CALLBACK,
@@ -647,7 +641,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         return method.bound(method.forget_loss, self.chosen_options)
 
     @property
-    def _base(self) -> Any:
+    def base(self) -> Any:
         """The base of MOLLMOptimizer: as asked for, or the method's own."""
         own = self.chosen_method.options.get("base", "adamw")
         return self.optimizer_options.get("base", own)
@@ -706,13 +700,16 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         options = dict(self.optimizer_options)
         if options.get("state_dtype") in DTYPES:
             options["state_dtype"] = DTYPES[options["state_dtype"]]
-        if self._base == "adamw":
+        if self.base == "adamw":
             betas = (self.adam_beta1, self.adam_beta2)
             options = {"betas": betas, "eps": self.adam_epsilon, **options}
         method = self.chosen_method.optimizer_options(self.chosen_options)
-        preferences = self._preferences_of(objectives, method["preferences"])
+        direction = options.get("direction", method["direction"])
+        takes_any = uses_preferences(direction) or self.chosen_method.adapt is not None
+        usual = method["preferences"] if takes_any else None
+        preferences = self._preferences_of(objectives, usual)
         method["preferences"] = preferences
-        ordered = options.get("direction", method["direction"]) in _FORGET_IS_ONE
+        ordered = direction in _FORGET_IS_ONE
         if ordered and sum(role_of_objective(name) == "forget" for name in objectives) > 1:
             raise UsageError(
                 f"the method {self.method} must have one set to forget, but got "

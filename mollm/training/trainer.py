@@ -96,6 +96,7 @@ from mollm.training.history import (
     write_history,
 )
 from mollm.training.hub import upload
+from mollm.training.idle_settings import idle_notes, refuse_idle_of_model
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives
@@ -208,6 +209,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             args.require_adapter_if_quantized(peft_config)
         args.refuse_streaming_with(self._wrapped or peft_config)
         args.refuse_method_with(self._wrapped or peft_config, as_given=self._wrapped is not None)
+        trains_adapter = self._wrapped is not None or peft_config is not None
+        refuse_idle_of_model(args, adapter=trains_adapter, as_module=not isinstance(model, str))
         if not eval_dataset and args.eval_strategy != "no":
             raise UsageError(
                 f"eval_dataset must be given for the eval_strategy {args.eval_strategy.value}, but "
@@ -416,7 +419,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             check_metric(args, self._data.evaluated)
         self.notes: tuple[str, ...] = ()
         """What the user should know about the data."""
-        self._note((*self._data.notes, *self._relearning_notes(args), *notes))
+        self._note((*self._data.notes, *self._relearning_notes(args), *notes, *idle_notes(args)))
         longest = self._longest_row(args)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
         self._planned = check_run(
