@@ -429,6 +429,14 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
         ),
         (["--suite", "safety"], "the suite safety must have a judge of replies"),
         (["--suite", "wmdp", "--judge", "a=b:c"], "judge must be left out with the suite wmdp"),
+        (
+            ["--suite", "rwku", "--max-new-tokens", "9"],
+            "max-new-tokens must be left out with the suite rwku, which fixes its prompts",
+        ),
+        (
+            ["--suite", "wmdp", "--no-cache"],
+            "no-cache must be left out with the suite wmdp, which measures its original anew",
+        ),
         (["--suite", "wmdp", "--data", "/nowhere/at/all"], "hf download cais/wmdp"),
     ],
 )
