@@ -280,7 +280,9 @@ def _audited(
     """The verdict, or why there is none: of fewer than four rows, for one."""
     run = ledger.folder / str(request.run)
     words = ["audit", "--model", str(run / "model"), "--original", str(request.before)]
-    words += ["--forget", _as_word(request.forget), "--retain", _as_word(ledger.retain)]
+    # Of data that the model made for its run, the run knows where they are.
+    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
+    words += ["--forget", _as_word(request.forget), "--retain", facts["given"]["retain"]]
     words += ["--out", str(run / "audit"), *_common(arguments)]
     try:
         _check_data(request)

@@ -223,6 +223,28 @@ def test_a_ledger_of_before_requests_could_be_dropped_is_read(ledger):
     assert read_ledger(ledger).requests[0].dropped is None
 
 
+def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypatch):
+    from mollm.commands import audit, request
+    from mollm.training import own_retain
+
+    for name, few in (("_LEAST", 12), ("_ANSWER_TOKENS", 8), ("_QUESTION_TOKENS", 8)):
+        monkeypatch.setattr(own_retain, name, few)
+    called, before = [], request._call
+
+    def call_or_note(command, words):
+        if command is not audit:
+            return before(command, words)
+        called.append(words)
+        raise UsageError("not now.")
+
+    monkeypatch.setattr(request, "_call", call_or_note)
+    assert add(ledger, "ada", "--config", str(ledger.parent / "run.yaml"), "--retain", "auto") == 0
+    assert call(ledger, "run", "--device", "cpu") == 0
+    (made,) = (ledger / "001").glob("retain-auto-*.jsonl")
+    assert called[0][called[0].index("--retain") + 1] == str(made)
+    assert call(ledger, "status") == 0
+
+
 def interrupt(monkeypatch, module, error):
     """Has a command raise in place of what it does; gives the words of its calls."""
     from mollm.commands import request
