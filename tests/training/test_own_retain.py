@@ -160,7 +160,7 @@ def test_a_trainer_makes_them_and_resumes_with_them(tmp_path):
     again = trainer(tmp_path / "run")
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert all(weights[name].equal(t) for name, t in again.model.state_dict().items())
-    with pytest.raises(UsageError, match="retain data was .* and is now"):
+    with pytest.raises(UsageError, match=r"retain data was .* and is now"):
         trainer(tmp_path / "run", FORGET_OTHER).train(
             resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")
         )
