@@ -2,7 +2,7 @@
 
     python benchmarks/lasting.py --data FOLDER             TOFU on a small Llama, five seeds
     python benchmarks/lasting.py --data FOLDER --seeds 0 --settings "mollm, relearning"
-    python benchmarks/lasting.py --data FOLDER --settings "mollm, 20 steps" "mollm, 20 steps, own retain data"
+    python benchmarks/lasting.py --data FOLDER --settings "mollm, 20 steps, own retain data"
 
 Every run is one of MOLLMTrainer. Shares are of the original's likelihood: `forget` of the rows to
 forget, `kept` of authors that training never touched, `outside` of other kinds of question; and
