@@ -60,8 +60,8 @@ _OPTIONS = (
     Option(
         "suite",
         (TOFU, SAFETY, FIXED),
-        "a benchmark by name: tofu, muse-news, muse-books, wmdp, rwku or safety; its data come "
-        "from the hub, or from the folder or hub name that --data gives",
+        "a benchmark by name: tofu, muse-news, muse-books, wmdp, rwku, lume or safety; its data "
+        "come from the hub, or from the folder or hub name that --data gives",
         how={"metavar": "NAME"},
     ),
     Option(

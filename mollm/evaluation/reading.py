@@ -23,6 +23,13 @@ _ALONE = {
         ("verbmem_f", "knowmem_f", "wmdp_bio", "wmdp_cyber", "wmdp_chem"), ("forgotten", DOWN)
     ),
     **dict.fromkeys((f"rwku_forget_{level}" for level in (1, 2, 3)), ("forgotten", DOWN)),
+    "lume_task": ("forgotten", UP),
+    **{
+        f"lume_{task}_{split}_{kind}": how
+        for split, how in (("forget", ("forgotten", DOWN)), ("retain", ("kept", UP)))
+        for task in (1, 2, 3)
+        for kind in ("sc", "qa")
+    },
     **dict.fromkeys(("knowmem_r", "mmlu", "rwku_neighbor_1", "rwku_neighbor_2"), ("kept", UP)),
 }
 _FORGOTTEN = {"probability": DOWN, "rouge_l": DOWN, "truth_ratio": UP, "kl": ""}

@@ -10,6 +10,7 @@ import pytest
 import reported_runs
 import tiny
 import torch
+from rouge_score import rouge_scorer
 
 from mollm.cli import main
 from mollm.data.chat import ChatFormat
@@ -34,7 +35,13 @@ from mollm.evaluation.raw_text import (
 )
 from mollm.models import loading
 
-FOLDERS = {"muse-news": "muse", "muse-books": "muse", "wmdp": "wmdp", "rwku": "rwku"}
+FOLDERS = {
+    "muse-news": "muse",
+    "muse-books": "muse",
+    "wmdp": "wmdp",
+    "rwku": "rwku",
+    "lume": "lume",
+}
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +219,48 @@ def test_replies_of_rwku_are_one_line_and_never_empty(subject, monkeypatch):
     found = measure_benchmark(*subject, "rwku", {"rwku_forget_2": rows}, names=names, resamples=3)
     assert [record.reply for record in found.records] == ["NOANSWER", "Marrow Hill, I think"]
     assert found.value("rwku_forget_2") == 0.5
+
+
+def test_lume_s_parts_and_their_harmonic_mean(subject, monkeypatch):
+    sets = load_benchmark("lume", sample_path("lume"))
+    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(sets, 2)
+    assert len(sets) == 12
+    known = {row["input"]: row["output"] for rows in sets.values() for row in rows}
+    asked = []
+
+    def half_known(model, tokenizer, prompts, *, max_new_tokens, **_):
+        assert max_new_tokens == 256
+        asked.extend(prompts)
+        return [f" {known[prompts[0]].upper()}\n", "no such thing"]
+
+    monkeypatch.setattr("mollm.evaluation.field.continuations", half_known)
+    found = measure_benchmark(*subject, "lume", sets, resamples=3)
+    assert sorted(asked) == sorted(known)
+    for task in (1, 2, 3):
+        for split in ("forget", "retain"):
+            assert found.value(f"lume_{task}_{split}_qa") == 0.5
+    # The second completion shares no word with "no such thing" but where it holds one of these.
+    stemmer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    means = {}
+    for name, rows in sets.items():
+        said = [known[rows[0]["input"]].upper(), "no such thing"]
+        if name.endswith("sc"):
+            scores = [
+                stemmer.score(row["output"], text)["rougeL"].recall
+                for row, text in zip(rows, said, strict=True)
+            ]
+        else:
+            scores = [1.0, 0.0]
+        means[name] = sum(scores) / 2
+        assert found.value(name) == pytest.approx(means[name])
+    parts = [1 - mean if "forget" in name else mean for name, mean in means.items()]
+    assert found.value("lume_task") == pytest.approx(12 / sum(1 / part for part in parts))
+
+
+def test_lume_s_files_are_not_on_the_hub(tmp_path):
+    for data in (None, "amazon/lume", tmp_path):
+        with pytest.raises(UsageError, match=r"git clone https://github\.com/amazon-science/lume"):
+            load_benchmark("lume", data)
 
 
 def test_continuations_do_not_depend_on_their_company(subject):
