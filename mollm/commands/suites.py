@@ -41,7 +41,7 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     """Measures a model, and the original beside it, by a benchmark that fixes prompts and figures.
 
     Raises:
-        UsageError: Its data are absent, retain logs do not go with it, or a model cannot be loaded.
+        UsageError: Its data or the retain logs cannot be read, or a model cannot be loaded.
     """
     from mollm.evaluation.field import (
         RETRAINED_AUC,
@@ -50,16 +50,13 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
         load_benchmark,
         measure_benchmark,
     )
+    from mollm.evaluation.relative import with_relative
+    from mollm.evaluation.summary import Evaluation
     from mollm.models import loading
     from mollm.report.run_file import original_of, run_of
 
     name = given["suite"]
     names = given["metrics"].split(",") if "metrics" in given else None
-    if "retain_logs" in given and name not in RETRAINED_AUC:
-        raise UsageError(
-            f"retain-logs must be left out with the suite {name}, none of whose figures compares "
-            f"with a retrained model, but got {given['retain_logs']}."
-        )
     first = given.get("original") or original_of(given["model"])
     sources = {"result": loading.find_model(given["model"])}
     if first is not None and first != NO_ORIGINAL:
@@ -71,7 +68,9 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
         batch_size=arguments.batch_size,
         resamples=arguments.resamples,
     )
-    retrained = _retrained_auc(given.get("retain_logs"))
+    logs: Path | None = given.get("retain_logs")
+    retain_only = None if logs is None else Evaluation.read(logs.parent if logs.is_file() else logs)
+    retrained = _retrained_auc(logs) if name in RETRAINED_AUC and "privleak" in wanted else None
     sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
     run = run_of(given["model"])
     out = given.get("out", default_out(run))
@@ -101,6 +100,8 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                     say=place.say,
                     done=done,
                 )
+        if retain_only is not None:
+            found = {role: with_relative(one, retain_only) for role, one in found.items()}
         return Measured(found["result"], found.get("original"))
 
     keep_results(out, given, arguments, measure, run=run, original="original" in sources)

@@ -64,6 +64,8 @@ def reading_of(name: str) -> Reading:
     """How the figure of that name is read; one of a judge is better where it is less."""
     if name in _ALONE:
         return Reading(*_ALONE[name])
+    if name.endswith("_relative"):
+        return Reading(reading_of(name.removesuffix("_relative")).theme, "→ 0")
     if name.startswith("mia_"):
         return Reading("privacy", "→ 0.5")
     group = next((g for g in GROUPS if name.startswith(f"{g}_")), "")

@@ -16,6 +16,7 @@ from mollm.cli import main
 from mollm.data.chat import ChatFormat
 from mollm.data.files import sample_path
 from mollm.errors import UsageError
+from mollm.evaluation import Estimate, Evaluation
 from mollm.evaluation.field import (
     BENCHMARKS,
     benchmark_work,
@@ -33,6 +34,7 @@ from mollm.evaluation.raw_text import (
     prompt_ids,
     text_scores,
 )
+from mollm.evaluation.records import Record
 from mollm.models import loading
 
 FOLDERS = {
@@ -440,7 +442,7 @@ def test_the_figures_of_a_run_go_beside_it(folder, tmp_path):
         ("muse-news", ["--batch-size", "-2"], "batch_size must be at least 1, but got -2"),
         ("muse-news", ["--metrics", "mia_reference"], "mia_reference needs a reference model"),
         ("muse-news", ["--retain-logs", "/nowhere"], "/nowhere"),
-        ("wmdp", ["--retain-logs", "/nowhere"], "retain-logs must be left out with the suite wmdp"),
+        ("wmdp", ["--retain-logs", "/nowhere"], "/nowhere"),
     ],
 )
 def test_options_are_looked_at_before_a_model_is_loaded(
@@ -464,6 +466,32 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     assert told["result"]["privleak"]["value"] == pytest.approx(0, abs=1e-6)
     assert main([*command, "--out", str(tmp_path / "a"), *logs]) == 2
     assert "another folder than that of the replies or the retain logs" in capsys.readouterr().err
+
+
+def test_figures_stand_relative_to_those_of_a_retain_only_model(folder, tmp_path, capsys):
+    flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--device", "cpu", "--quiet"]
+    command = ["evaluate", "--model", folder, *flags, "--resamples", "3"]
+    write_retain_only(tmp_path / "logs", {"wmdp_bio": 0.5, "mmlu": 0.0, "verbmem_f": 1.0})
+    logs = ["--retain-logs", str(tmp_path / "logs"), "--out", str(tmp_path / "out")]
+    assert main([*command, *logs]) == 0
+    told = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    bio = figures["metrics"]["wmdp_bio"]
+    relative = figures["metrics"]["wmdp_bio_relative"]
+    for end in ("value", "low", "high"):
+        assert relative[end] == pytest.approx(100 * (bio[end] - 0.5) / 0.5)
+    assert "wmdp_bio_relative → 0" in told
+    assert "mmlu_relative" in figures["missing"]
+    assert "verbmem_f_relative" not in figures["metrics"]
+    write_retain_only(tmp_path / "other", {"verbmem_f": 1.0})
+    logs = ["--retain-logs", str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    assert main([*command, *logs]) == 2
+    assert "evaluated by the same suite, but that has verbmem_f" in capsys.readouterr().err
+
+
+def write_retain_only(path, values):
+    estimates = {name: Estimate(value, value, value, 2) for name, value in values.items()}
+    Evaluation((Record("a", "", "", None, {}),), estimates, {}).write(path)
 
 
 @pytest.mark.parametrize(
