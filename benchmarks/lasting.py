@@ -2,6 +2,7 @@
 
     python benchmarks/lasting.py --data FOLDER             TOFU on a small Llama, five seeds
     python benchmarks/lasting.py --data FOLDER --seeds 0 --settings "mollm, relearning"
+    python benchmarks/lasting.py --data FOLDER --settings "mollm, 20 steps, own retain data"
 
 Every run is one of MOLLMTrainer. Shares are of the original's likelihood: `forget` of the rows to
 forget, `kept` of authors that training never touched, `outside` of other kinds of question; and
@@ -32,13 +33,21 @@ from quality.summary import interval
 from tqdm import tqdm
 
 from mollm import MOLLMConfig, MOLLMTrainer
+from mollm.data.sets import AUTO
 
 RATES = (5e-4, 1.5e-3)
 """Of whoever teaches the ten rows again."""
+_RETAIN = "retain_dataset"
 _LONG = {"learning_rate": 3e-4, "max_steps": 240}
 _RELEARNING = {"relearn_steps": 3, **_LONG}
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "mollm, 20 steps": {"method": "mollm", "learning_rate": 1e-3, "max_steps": 20},
+    "mollm, 20 steps, own retain data": {
+        "method": "mollm",
+        "learning_rate": 1e-3,
+        "max_steps": 20,
+        _RETAIN: AUTO,
+    },
     "mollm": {"method": "mollm", **_LONG},
     "sum": {"method": "sum", **_LONG},
     "npo": {"method": "npo", **_LONG},
@@ -51,6 +60,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "simnpo, relearning": {"method": "simnpo", **_RELEARNING},
     "graddiff, relearning": {"method": "graddiff", **_RELEARNING},
 }
+"""By name, what a MOLLMConfig is given, and where the data to retain are not TOFU's."""
 _ENDS = ("original", "never learnt it")
 _FIGURES = ("forget", "kept", "outside", *(f"others at {rate:g}" for rate in RATES), "utility")
 
@@ -58,6 +68,8 @@ _FIGURES = ("forget", "kept", "outside", *(f"others at {rate:g}" for rate in RAT
 def unlearned(case: Case, data: Path, seed: int, settings: Mapping[str, Any]) -> tuple[Any, Row]:
     """A copy of the case's model after a run of the trainer, and what the run says of itself."""
     records, tokenizer = tofu.records(data, seed, tofu.SMALL)
+    retain = settings.get(_RETAIN, records["retain"])
+    settings = {name: value for name, value in settings.items() if name != _RETAIN}
     with tempfile.TemporaryDirectory() as folder:
         trainer = MOLLMTrainer(
             copy.deepcopy(case.model),
@@ -74,7 +86,7 @@ def unlearned(case: Case, data: Path, seed: int, settings: Mapping[str, Any]) ->
                 **settings,
             ),
             forget_dataset=records["forget"],
-            retain_dataset=records["retain"],
+            retain_dataset=retain,
             processing_class=tokenizer,
         )
         started = time.perf_counter()

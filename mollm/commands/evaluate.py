@@ -5,36 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mollm.commands.arguments import (
-    NO_ORIGINAL,
-    add_loading,
-    add_long_rows,
-    chat_options,
-    check_seed,
-    data_of,
+from mollm.commands.arguments import NO_ORIGINAL, chat_options, check_seed, data_of
+from mollm.commands.evaluation_options import (
+    FIXED,
+    REPLIES,
+    add_options,
+    read_options,
 )
 from mollm.commands.judges import judge_again, read_judges
 from mollm.commands.results import (
     BENCHMARKS_FILE,
+    Measured,
     Place,
-    add_to_report,
     chat_of,
     default_out,
     keep_logs,
+    keep_results,
     place_of,
     refuse_other_logs,
-    staged_results,
-    tell,
-    write_about,
 )
-from mollm.commands.suites import evaluate_suite, known_data
+from mollm.commands.suites import evaluate_suite, name_data
 from mollm.errors import UsageError
-from mollm.system.parsing import user_path
 from mollm.system.terminal import progress
 
 if TYPE_CHECKING:
@@ -45,23 +40,6 @@ if TYPE_CHECKING:
     from mollm.evaluation.suite import Suite
     from mollm.evaluation.summary import Evaluation
     from mollm.models.loading import Source
-
-_OF_A_MODEL = (
-    "suite",
-    "data",
-    "forget",
-    "retain",
-    "holdout",
-    "forget_split",
-    "original",
-    "benchmarks",
-    "limit",
-    "long_rows",
-    "system_prompt",
-    "chat_template_kwargs",
-    "prompt_format",
-)
-"""Options that say nothing about replies that are there."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,160 +60,37 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "weight to the retain rows: mollm unlearn --method sum --set 'preferences=[0, 0, 1]' "
             "--set freeze_embeddings=false --set max_loss_rise=1000."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_inputs(parser)
-    _add_options(parser)
+    add_options(parser)
     parser.set_defaults(run=_evaluate)
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    model = "a run, a model folder, a .gguf file or a hub name"
-    measured = parser.add_mutually_exclusive_group(required=True)
-    measured.add_argument(
-        "--model", default=argparse.SUPPRESS, metavar="PATH_OR_HUB_NAME", help=model
-    )
-    measured.add_argument(
-        "--replies",
-        default=argparse.SUPPRESS,
-        type=user_path,
-        metavar="PATH",
-        help="instead of a model: the examples.jsonl of an evaluation, or its folder; its replies "
-        "are judged again, with --judge, and nothing is generated",
-    )
-    parser.add_argument(
-        "--suite",
-        default=argparse.SUPPRESS,
-        metavar="NAME",
-        help="a benchmark by name: tofu, muse-news, muse-books, wmdp, rwku or safety; its data "
-        "come from the hub, or from the folder or hub name that --data gives",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--data",
-        default=argparse.SUPPRESS,
-        metavar="FOLDER_OR_HUB_NAME",
-        help="locuslab/TOFU, or a folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
-        "real_authors_perturbed.jsonl, world_facts_perturbed.jsonl, and perhaps holdout10.jsonl",
-    )
-    what.add_argument(
-        "--forget",
-        default=argparse.SUPPRESS,
-        metavar="PATH_OR_HUB_NAME",
-        help="instead of TOFU: the examples to forget, as for `mollm unlearn`, optionally with "
-        "options: '{path: locuslab/TOFU, config: forget10}' (default: those of the run)",
-    )
-    for name, purpose in (
-        ("retain", "examples to retain"),
-        ("holdout", "examples like those to forget that no model was trained on"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            default=argparse.SUPPRESS,
-            metavar="PATH_OR_HUB_NAME",
-            help=f"with --forget: {purpose}",
-        )
-    parser.add_argument(
-        "--forget-split",
-        default=argparse.SUPPRESS,
-        help="with --data: forget01, forget05 or forget10 (default: forget10)",
-    )
-    parser.add_argument(
-        "--retain-logs",
-        default=argparse.SUPPRESS,
-        type=user_path,
-        metavar="PATH",
-        help="examples.jsonl of a retain-only model, or open-unlearning's TOFU_EVAL.json of one, "
-        "for forget_quality and privleak",
-    )
-    parser.add_argument(
-        "--original",
-        default=argparse.SUPPRESS,
-        metavar="PATH_OR_HUB_NAME",
-        help="the model before unlearning, or none (default: as the run or the card says); its "
-        "figures are kept for the next time",
-    )
-    parser.add_argument(
-        "--judge",
-        default=argparse.SUPPRESS,
-        action="append",
-        metavar="NAME=MODEL:LABEL",
-        help="a classifier of replies, such as toxicity=unitary/toxic-bert:toxic,obscene, of which "
-        "any label counts; without a label a model that writes safe or unsafe, such as "
-        "harmful=meta-llama/Llama-Guard-3-8B; or all by name: '{name: toxicity, model: "
-        'unitary/toxic-bert, labels: [toxic], threshold: 0.7, template: "{reply}"}\'; several '
-        "allowed",
-    )
-    parser.add_argument(
-        "--judge-template",
-        default=argparse.SUPPRESS,
-        metavar="TEXT",
-        help="what judges without a template of their own read, with {reply} and perhaps "
-        "{question} (default: {reply}; a model that writes its verdict is asked by its chat "
-        "template)",
-    )
-    parser.add_argument(
-        "--benchmarks",
-        default=argparse.SUPPRESS,
-        metavar="mmlu,hellaswag,...",
-        help="tasks of lm-evaluation-harness to run as well",
-    )
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--metrics",
-        default=argparse.SUPPRESS,
-        metavar="model_utility,forget_quality,...",
-        help="metrics to compute (default: all that the inputs allow)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=argparse.SUPPRESS,
-        help="examples of each set and of each benchmark (default: all)",
-    )
-    add_long_rows(parser)
-    parser.add_argument("--batch-size", type=int, default=16, help="examples per batch")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest reply, in tokens")
-    parser.add_argument(
-        "--resamples", type=int, default=1000, help="resamples of each confidence interval"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
-    parser.add_argument(
-        "--no-cache", action="store_true", help="measure the original even if that is known"
-    )
-    parser.add_argument(
-        "--explain", action="store_true", help="say why figures are missing, and how to get them"
-    )
-    parser.add_argument(
-        "--out",
-        type=user_path,
-        default=argparse.SUPPRESS,
-        help="folder for the results (default: evaluation in the folder of the run, else "
-        "runs/evaluate)",
-    )
-    add_loading(parser)
-    parser.add_argument("--quiet", action="store_true", help="print the figures alone, and no bar")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-
-
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from mollm.evaluation.benchmarks import find_benchmarks
-    from mollm.evaluation.evaluate import wanted_scores
-    from mollm.models import loading
-    from mollm.report.run_file import model_of, original_of, run_of
+    from mollm.report.run_file import model_of
 
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    way, given = read_options(arguments)
     judges = read_judges(given.get("judge", ()), given.get("judge_template"))
     if "judge_template" in given and not judges:
         raise UsageError("judge-template needs a judge: give one with --judge.")
-    if "replies" in given:
+    if way == REPLIES:
         return _judge_replies(given, judges, arguments)
     check_seed(arguments.seed)
     given["model"] = model_of(arguments.model)
-    if "suite" in given and not known_data(given):
+    if way == FIXED:
         return evaluate_suite(given, arguments)
+    name_data(way, given)
+    return _evaluate_sets(given, judges, arguments)
+
+
+def _evaluate_sets(
+    given: dict[str, Any], judges: Mapping[str, JudgeOption], arguments: argparse.Namespace
+) -> int:
+    """Measures a model on sets of the user's or TOFU's."""
+    from mollm.evaluation.benchmarks import find_benchmarks
+    from mollm.evaluation.evaluate import wanted_scores
+    from mollm.models import loading
+    from mollm.report.run_file import original_of, run_of
+
     run = run_of(given["model"])
     _fill_in(given, run)
     out = given.setdefault("out", default_out(run))
@@ -255,20 +110,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         **chat_options(given, run),
     }
-    place = place_of(arguments)
     source = loading.find_model(given["model"])
     original = None if first is None else loading.find_model(first)
-    with staged_results(out, original=original is not None) as (folder, before):
+    asked: list[tuple[PreTrainedModel, PreTrainedTokenizerBase]] = []
+
+    def measure(place: Place) -> Measured:
         loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
-        measured = _measure(source, original, suite, loaded, options, given, place)
-        measured.result.write(folder)
-        if measured.original is not None and before is not None:
-            measured.original.write(before)
-        write_about(folder, given, measured.chat, place.device)
-    tell(measured.result, measured.original, out, arguments)
-    add_to_report(run, out)
+        measured, its = _measure(source, original, suite, loaded, options, given, place)
+        asked.append(its)
+        return measured
+
+    keep_results(out, given, arguments, measure, run=run, original=original is not None)
     if tasks is not None:
-        _run_benchmarks(measured, tasks, given, out / BENCHMARKS_FILE, place)
+        _run_benchmarks(*asked[0], tasks, given, out / BENCHMARKS_FILE, place_of(arguments))
     return 0
 
 
@@ -276,13 +130,7 @@ def _judge_replies(
     given: Mapping[str, Any], judges: Mapping[str, JudgeOption], arguments: argparse.Namespace
 ) -> int:
     """Judges stored replies again."""
-    from mollm.system.folders import staged
-
     path: Path = given["replies"]
-    stray = next((name for name in _OF_A_MODEL if name in given), None)
-    if stray is not None:
-        flag = stray.replace("_", "-")
-        raise UsageError(f"{flag} goes with --model, but got --replies: leave out one.")
     if not judges:
         raise UsageError("replies needs a judge: give one with --judge.")
     out = given.get("out", (path if path.is_dir() else path.parent) / "judged")
@@ -291,11 +139,11 @@ def _judge_replies(
     chat = chat_of(path)
     if chat is not None:
         refuse_other_logs(given.get("retain_logs"), chat)
-    place = place_of(arguments)
-    with staged(out) as folder:
+
+    def measure(place: Place) -> Measured:
         loaded = {name: j.load(place.device, place.dtype) for name, j in judges.items()}
         place.say("Judging replies …")
-        result = judge_again(
+        found = judge_again(
             path,
             loaded,
             retain_logs=given.get("retain_logs"),
@@ -303,21 +151,10 @@ def _judge_replies(
             resamples=arguments.resamples,
             seed=arguments.seed,
         )
-        result.write(folder)
-        write_about(folder, given, chat or {}, place.device)
-    tell(result, None, out, arguments)
+        return Measured(found, chat=chat or {})
+
+    keep_results(out, given, arguments, measure)
     return 0
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Both evaluations, and the model that was measured."""
-
-    result: Evaluation
-    original: Evaluation | None
-    chat: dict[str, Any]
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
@@ -341,7 +178,8 @@ def _measure(
     options: dict[str, Any],
     given: Mapping[str, Any],
     place: Place,
-) -> _Measured:
+) -> tuple[Measured, tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """Both evaluations, and the model that was measured with its tokenizer."""
     from mollm.data.chat import ChatFormat
     from mollm.evaluation.cache import cached, key_of
     from mollm.evaluation.evaluate import evaluate
@@ -394,18 +232,23 @@ def _measure(
             place.say("The figures of the original are known from before.")
     key = key_of(model, tokenizer, suite, {**about, "original": of_original})
     result = measure(model, tokenizer, "Result", key)
-    return _Measured(result, before, chat, model, tokenizer)
+    return Measured(result, before, chat), (model, tokenizer)
 
 
 def _run_benchmarks(
-    measured: _Measured, tasks: list[str], given: Mapping[str, Any], path: Path, place: Place
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    given: Mapping[str, Any],
+    path: Path,
+    place: Place,
 ) -> None:
     from mollm.evaluation.benchmarks import general_benchmarks
     from mollm.system.folders import replace_text
 
     place.say(f"Running {', '.join(tasks)} …")
     options = {"batch_size": given["batch_size"], "limit": given.get("limit")}
-    found = general_benchmarks(measured.model, measured.tokenizer, tasks, **options)
+    found = general_benchmarks(model, tokenizer, tasks, **options)
     for task, figures in found.items():
         place.say(f"{task}  {', '.join(f'{name} {v:.4g}' for name, v in figures.items())}")
     replace_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
@@ -417,12 +260,7 @@ def _suite(given: Mapping[str, Any]) -> Suite:
 
     shared = {name: given.get(name) for name in ("retain_logs", "limit")}
     if "data" in given:
-        stray = [name for name in ("retain", "holdout") if name in given]
-        if stray:
-            raise UsageError(f"{stray[0]} goes with --forget, but got --data: leave out one.")
         split = given.get("forget_split", "forget10")
         return load_tofu(given["data"], forget_split=split, **shared)
-    if "forget_split" in given:
-        raise UsageError("forget-split goes with --data, but got --forget: leave out one.")
     sets = {name: data_of(given[name]) for name in ("retain", "holdout") if name in given}
     return load_suite(data_of(given["forget"]), **sets, **shared)

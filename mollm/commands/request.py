@@ -61,10 +61,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--batch-size", type=int, default=8, help="examples per batch of the tests")
     run.add_argument("--device", help="a Torch device")
     run.set_defaults(run=_run)
+    drop = steps.add_parser(
+        "drop", help="take out a request that has not been run; the ledger keeps it, and why"
+    )
+    drop.add_argument("request", metavar="NUMBER", help="of the request, such as 2 or 002")
+    drop.add_argument("--reason", required=True, metavar="TEXT", help="why it is taken out")
+    drop.set_defaults(run=_drop)
     status = steps.add_parser("status", help="list the requests, and say whose manifest is void")
     status.add_argument("--json", action="store_true", help="print the requests as JSON")
     status.set_defaults(run=_status)
-    for step in (add, run, status):
+    for step in (add, run, drop, status):
         step.add_argument(
             "--ledger",
             type=user_path,
@@ -76,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _add(arguments: argparse.Namespace) -> int:
     from mollm.evaluation.suite import load_suite
-    from mollm.report.ledger import FAILED, LEDGER_FILE, Ledger, Request, read_ledger
+    from mollm.report.ledger import DROPPED, FAILED, LEDGER_FILE, Ledger, Request, read_ledger
 
     folder: Path = arguments.ledger
     with locked(folder, flag="ledger"):
@@ -93,7 +99,7 @@ def _add(arguments: argparse.Namespace) -> int:
         forget = _by_place(data_of(arguments.forget), "forget")
         sha256, rows = _hash_of(forget, "forget")
         for known in ledger.requests:
-            if known.sha256 == sha256 and known.status != FAILED:
+            if known.sha256 == sha256 and known.status not in (FAILED, DROPPED):
                 raise UsageError(
                     f"a request must be for other rows than the ones before, but {known.name} is "
                     "for the same."
@@ -274,7 +280,9 @@ def _audited(
     """The verdict, or why there is none: of fewer than four rows, for one."""
     run = ledger.folder / str(request.run)
     words = ["audit", "--model", str(run / "model"), "--original", str(request.before)]
-    words += ["--forget", _as_word(request.forget), "--retain", _as_word(ledger.retain)]
+    # Of data that the model made for its run, the run knows where they are.
+    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
+    words += ["--forget", _as_word(request.forget), "--retain", facts["given"]["retain"]]
     words += ["--out", str(run / "audit"), *_common(arguments)]
     try:
         _check_data(request)
@@ -283,6 +291,45 @@ def _audited(
         return None, f"not audited: {error}"
     path = run / "audit" / "audit.json"
     return str(parse_json(read_text(path), str(path))["verdict"]), None
+
+
+def _drop(arguments: argparse.Namespace) -> int:
+    from mollm.report.ledger import DROPPED, OPEN, read_ledger
+
+    folder: Path = arguments.ledger
+    reason = arguments.reason.strip()
+    if not reason:
+        raise UsageError("reason must say why the request is taken out, but it is empty.")
+    with locked(folder, flag="ledger") if folder.is_dir() else _nothing(folder):
+        ledger = read_ledger(folder)
+        request = _numbered(ledger, arguments.request)
+        if request.status != OPEN:
+            raise UsageError(
+                f"request {request.name} must be open to be taken out, but it is {request.status}: "
+                "what was run stays in the ledger."
+            )
+        request.status, request.reason, request.dropped = DROPPED, reason, _now()
+        ledger.write()
+    print(f"Request {request.name} is dropped, and stays in the ledger with its reason.")
+    begun = folder / request.name
+    if begun.exists():
+        print(f"Its run was begun, and may hold rows: delete {begun}")
+    return 0
+
+
+def _numbered(ledger: Ledger, number: str) -> Request:
+    """The request of that number.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = [one for one in ledger.requests if number.isdecimal() and one.number == int(number)]
+    if not found:
+        raise UsageError(
+            f"a request must be one of {', '.join(one.name for one in ledger.requests)}, but got "
+            f"{number!r}: `mollm request status` lists them."
+        )
+    return found[0]
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -359,7 +406,8 @@ def _check_data(request: Request) -> None:
     if sha256 != request.sha256:
         raise UsageError(
             f"the data of request {request.name} must be what they were when it was added, but "
-            "have another hash now: put them back, or add a new request."
+            f"have another hash now: put them back, or take the request out with `mollm request "
+            f"drop {request.number} --reason TEXT`, and add a new one."
         )
 
 

@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,32 +69,64 @@ def default_out(run: Mapping[str, Any] | None) -> Path:
     return Path("runs/evaluate") if run is None else Path(run["folder"]) / EVALUATION
 
 
-@contextlib.contextmanager
-def staged_results(out: Path, *, original: bool) -> Iterator[tuple[Path, Path | None]]:
-    """Gives empty folders for the figures of the result and, if there is one, of the original.
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found: of the result and, if there is one, of the original."""
 
-    At the end what is in them takes the place of an earlier evaluation in `out`, which leaves
+    result: Evaluation
+    original: Evaluation | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    """How the model was asked, see `ChatFormat.identity`; empty where a benchmark fixes that."""
+
+
+def keep_results(
+    out: Path,
+    given: Mapping[str, Any],
+    arguments: argparse.Namespace,
+    measure: Callable[[Place], Measured],
+    *,
+    run: Mapping[str, Any] | None = None,
+    original: bool = False,
+) -> None:
+    """Measures, writes figures and about.json into a folder, prints them, adds them to a report.
+
+    What is written takes the place of an earlier evaluation in `out` at the end, which leaves
     nothing behind; files of the user's stay.
+
+    Args:
+        out: The folder.
+        given: The command's arguments by name.
+        arguments: The same, with all defaults.
+        measure: Gives the figures; called once the folder has been looked at.
+        run: The run whose report gets the figures, if they go to its folder.
+        original: Whether there will be figures of an original.
 
     Raises:
         UsageError: `out` cannot be written, or holds files of the user's where the original's
-            figures are to go; found out before the block runs.
+            figures are to go.
     """
     from mollm.evaluation.journal import remove_journals
     from mollm.evaluation.summary import remove_evaluation
     from mollm.report.page import ORIGINAL
     from mollm.system.folders import staged
 
+    place = place_of(arguments)
     if original:
         _check_original(out / ORIGINAL)
     with contextlib.ExitStack() as stages:
         folder = stages.enter_context(staged(out))
         before = stages.enter_context(staged(out / ORIGINAL)) if original else None
-        yield folder, before
+        found = measure(place)
+        found.result.write(folder)
+        if before is not None and found.original is not None:
+            found.original.write(before)
+        _write_about(folder, given, found.chat, place.device)
     remove_journals(out)
     (out / BENCHMARKS_FILE).unlink(missing_ok=True)
     if not original:
         remove_evaluation(out / ORIGINAL)
+    _tell(found.result, found.original, out, arguments)
+    _add_to_report(run, out)
 
 
 def _check_original(folder: Path) -> None:
@@ -164,7 +196,7 @@ def chat_of(results: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_about(
+def _write_about(
     folder: Path, given: Mapping[str, Any], chat: Mapping[str, Any], device: torch.device
 ) -> None:
     """Writes about.json: the settings and versions that figures were made with.
@@ -188,7 +220,7 @@ def write_about(
     (folder / _ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def tell(
+def _tell(
     result: Evaluation, original: Evaluation | None, out: Path, arguments: argparse.Namespace
 ) -> None:
     """Prints the figures, as a table or as JSON."""
@@ -208,7 +240,7 @@ def tell(
     print(f"Figures: {out / METRICS_FILE}   By question: examples.jsonl beside it")
 
 
-def add_to_report(run: Mapping[str, Any] | None, out: Path) -> None:
+def _add_to_report(run: Mapping[str, Any] | None, out: Path) -> None:
     """Adds the figures to the report of the run that they are in the folder of."""
     from importlib.util import find_spec
 

@@ -9,64 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from mollm.commands.arguments import NO_ORIGINAL
-from mollm.commands.results import (
-    add_to_report,
-    default_out,
-    keep_logs,
-    place_of,
-    staged_results,
-    tell,
-    write_about,
-)
-from mollm.errors import UsageError, did_you_mean
+from mollm.commands.evaluation_options import SAFETY, TOFU
+from mollm.commands.results import Measured, Place, default_out, keep_logs, keep_results
+from mollm.errors import UsageError
 from mollm.system.terminal import progress
 
-_TOFU, _SAFETY = "tofu", "safety"
 _SAFE_ROWS = "PKU-Alignment/PKU-SafeRLHF"
-_NOT_HERE = (
-    "forget",
-    "retain",
-    "holdout",
-    "forget_split",
-    "judge",
-    "judge_template",
-    "benchmarks",
-    "system_prompt",
-    "chat_template_kwargs",
-    "prompt_format",
-    "long_rows",
-)
-"""What a suite that fixes its prompts and its figures has no use for."""
-_SETS = {
-    _TOFU: ("forget", "retain", "holdout"),
-    _SAFETY: ("forget", "retain", "holdout", "forget_split"),
-}
-"""Of suites that are measured as sets of the user's are: what would name other sets."""
 
 
-def known_data(given: dict[str, Any]) -> bool:
-    """Whether a suite is measured as TOFU's files or forget and retain sets are; then names these.
+def name_data(way: str, given: dict[str, Any]) -> None:
+    """Names the sets of a suite that is measured as TOFU's files or sets of the user's are.
 
     Raises:
-        UsageError: There is no such suite, it lacks a judge, or other sets are given.
+        UsageError: It lacks a judge.
     """
-    from mollm.evaluation.field import BENCHMARKS
-
-    name = given["suite"]
-    known = (_TOFU, _SAFETY, *BENCHMARKS)
-    if name not in known:
-        raise UsageError(
-            f"suite must be one of {', '.join(known)}, but got {name!r}{did_you_mean(name, known)}"
-        )
-    for option in _SETS.get(name, ()):
-        if option in given:
-            raise UsageError(
-                f"{option.replace('_', '-')} must be left out with the suite {name}, whose sets "
-                f"are its own, but got {given[option]!r}."
-            )
-    if name == _TOFU:
+    if way == TOFU:
         given.setdefault("data", "locuslab/TOFU")
-    elif name == _SAFETY:
+    elif way == SAFETY:
         if "judge" not in given:
             raise UsageError(
                 "the suite safety must have a judge of replies: give one or more with --judge, "
@@ -75,16 +34,14 @@ def known_data(given: dict[str, Any]) -> bool:
         rows = given.pop("data", _SAFE_ROWS)
         on_hub = rows.count("/") == 1 and not Path(rows).exists()
         source = json.dumps({"path": rows, "split": "test"}) if on_hub else rows
-        given.setdefault("forget", source)
-        given.setdefault("retain", source)
-    return name in (_TOFU, _SAFETY)
+        given |= {"forget": source, "retain": source}
 
 
 def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> int:
     """Measures a model, and the original beside it, by a benchmark that fixes prompts and figures.
 
     Raises:
-        UsageError: An option does not go with it, its data are absent, or a model cannot be loaded.
+        UsageError: Its data or the retain logs cannot be read, or a model cannot be loaded.
     """
     from mollm.evaluation.field import (
         RETRAINED_AUC,
@@ -93,22 +50,13 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
         load_benchmark,
         measure_benchmark,
     )
+    from mollm.evaluation.relative import with_relative
+    from mollm.evaluation.summary import Evaluation
     from mollm.models import loading
     from mollm.report.run_file import original_of, run_of
 
     name = given["suite"]
-    for option in _NOT_HERE:
-        if option in given:
-            raise UsageError(
-                f"{option.replace('_', '-')} must be left out with the suite {name}, which fixes "
-                f"its prompts and figures, but got {given[option]!r}."
-            )
     names = given["metrics"].split(",") if "metrics" in given else None
-    if "retain_logs" in given and name not in RETRAINED_AUC:
-        raise UsageError(
-            f"retain-logs must be left out with the suite {name}, none of whose figures compares "
-            f"with a retrained model, but got {given['retain_logs']}."
-        )
     first = given.get("original") or original_of(given["model"])
     sources = {"result": loading.find_model(given["model"])}
     if first is not None and first != NO_ORIGINAL:
@@ -120,13 +68,15 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
         batch_size=arguments.batch_size,
         resamples=arguments.resamples,
     )
-    retrained = _retrained_auc(given.get("retain_logs"))
+    logs: Path | None = given.get("retain_logs")
+    retain_only = None if logs is None else Evaluation.read(logs.parent if logs.is_file() else logs)
+    retrained = _retrained_auc(logs) if name in RETRAINED_AUC and "privleak" in wanted else None
     sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
     run = run_of(given["model"])
     out = given.get("out", default_out(run))
     keep_logs(given.get("retain_logs"), out)
-    place = place_of(arguments)
-    with staged_results(out, original="original" in sources) as (folder, before):
+
+    def measure(place: Place) -> Measured:
         models = {
             role: loading.load(source, place.device, place.dtype)
             for role, source in sources.items()
@@ -150,12 +100,11 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                     say=place.say,
                     done=done,
                 )
-        found["result"].write(folder)
-        if before is not None:
-            found["original"].write(before)
-        write_about(folder, given, {}, place.device)
-    tell(found["result"], found.get("original"), out, arguments)
-    add_to_report(run, out)
+        if retain_only is not None:
+            found = {role: with_relative(one, retain_only) for role, one in found.items()}
+        return Measured(found["result"], found.get("original"))
+
+    keep_results(out, given, arguments, measure, run=run, original="original" in sources)
     return 0
 
 

@@ -94,7 +94,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="examples to forget; several sets, each an objective, as '{ada: FILE, bob: FILE}'",
     )
     parser.add_argument(
-        "--retain", metavar="PATH_OR_HUB_NAME", help="examples to retain, or several sets of them"
+        "--retain",
+        metavar="PATH_OR_HUB_NAME",
+        help="examples to retain, or several sets of them; auto for ones that the model makes",
     )
     parser.add_argument(
         "--eval-forget", metavar="PATH_OR_HUB_NAME", help="forget examples for evaluation"
@@ -191,6 +193,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
                     most_lines=_PREVIEWED,
                 )
                 print(told, file=sys.stderr if as_json else sys.stdout, flush=True)
+            settings = {**settings, "retain": trainer.retain_dataset}
             status = _run(trainer, settings, out, resume, as_json)
     except UsageError:  # on all of them
         processes.stop()
@@ -275,7 +278,10 @@ def _trainer(settings: Mapping[str, Any], args: MOLLMConfig) -> MOLLMTrainer:
     )
     trainer.more_facts = {
         "command": shlex.join(["mollm", *sys.argv[1:]]),
-        "given": {name: _told(settings[name]) for name in ("forget", "retain")},
+        "given": {
+            "forget": _told(settings["forget"]),
+            "retain": _told(trainer.retain_dataset),
+        },
     }
     return trainer
 
@@ -384,8 +390,12 @@ def _told(data: Any) -> str:
 
 def resolved(data: Any) -> Any:
     """Data with the paths in it from the root: that of a set, or of each of several by name."""
+    from mollm.data.sets import AUTO
+
     if isinstance(data, str):
         path = user_path(data)
+        if data == AUTO:
+            return data
         return str(path.resolve()) if path.exists() else data
     if not isinstance(data, Mapping):
         return data

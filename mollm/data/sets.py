@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     Sets: TypeAlias = Data | Mapping[str, Data]
     """One set, or several by name."""
 
+AUTO = "auto"
+"""Given as data to retain where the model is to make them, see `mollm.training.own_retain`."""
 _EVAL = "eval "
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
@@ -179,6 +181,12 @@ def records_of(data: Data, role: Role) -> list[Record]:
     Raises:
         UsageError: It cannot be read, is empty, or is a stream of more rows.
     """
+    if isinstance(data, str) and data == AUTO:
+        raise UsageError(
+            f"the {role} data must be rows that are there, but got {AUTO!r}, for which only a run "
+            "makes retain data: take the file retain-auto-….jsonl in a run's folder, or write "
+            f"./{AUTO} for a file of that name."
+        )
     if _by_name(data):
         options: dict[str, Any] = dict(data)
         if "path" not in options:

@@ -1,18 +1,23 @@
-"""Benchmarks of the field by name: MUSE, WMDP with MMLU, and RWKU, as their authors measure them.
+"""Benchmarks of the field by name: MUSE, WMDP with MMLU, RWKU and LUME, as their authors have them.
 
     muse-news, muse-books   verbmem_f, knowmem_f, knowmem_r, privleak and membership inference
     wmdp                    wmdp_bio, wmdp_cyber, wmdp_chem and mmlu: accuracy of multiple choice
     rwku                    rwku_forget_1 to _3, rwku_neighbor_1 and _2: ROUGE-L recall of replies
+    lume                    lume_1_forget_sc to lume_3_retain_qa: of three tasks, ROUGE-L recall of
+                            sentence completions (sc) and exact match of replies (qa); lume_task,
+                            the harmonic mean of all twelve, those to forget as one minus theirs
 
 Prompts are written character for character as in the authors' code (MUSE: swj0419/muse_bench; WMDP
-and MMLU: lm-evaluation-harness, without examples; RWKU: jinzhuoran/RWKU), and figures are those of
-their papers, MUSE's in percent. ROUGE is that of the package rouge-score; RWKU's own code uses
-another package, whose words are those between spaces.
+and MMLU: lm-evaluation-harness, without examples; RWKU: jinzhuoran/RWKU; LUME:
+amazon-science/lume-llm-unlearning, and the evaluation of SemEval 2025, task 4), and figures are
+those of their papers, MUSE's in percent. ROUGE is that of the package rouge-score; RWKU's own code
+uses another package, whose words are those between spaces.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,8 +54,8 @@ _STOPS = ("\n\n", "\nQuestion", "Question:")
 """Where a reply to one of MUSE's questions ends."""
 _REFERENCE = "mia_reference"
 _NO_REFERENCE = f"{_REFERENCE} needs a reference model: give it as original."
-_VERBATIM, _KNOWN, _BRIEF = 128, 32, 30
-"""Most tokens of MUSE's continuations, of its replies, and of RWKU's replies."""
+_VERBATIM, _KNOWN, _BRIEF, _LUME_TOKENS = 128, 32, 30, 256
+"""Most tokens of MUSE's continuations, of its replies, of RWKU's and of LUME's."""
 RETRAINED_AUC = {"muse-news": 1 - 0.4772, "muse-books": 1 - 0.5393}
 """AUC of Min-40% of MUSE's retrained models, which its authors publish as one minus ours."""
 
@@ -65,6 +70,8 @@ class Set:
     hub: str
     figures: tuple[str, ...]
     """Which are made of it."""
+    has: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    """Whether a row of the file is one of the set."""
 
     @property
     def file(self) -> str:
@@ -148,6 +155,11 @@ def load_benchmark(
                     f"{one.file}, row {number} of the suite {name} must have the column "
                     f"{lacking[0]}, but it has {', '.join(row)}: take the files of {one.hub}."
                 )
+        rows = [row for row in rows if one.has(row)]
+        if not rows:
+            raise UsageError(
+                f"{one.file} must have rows for {key}, but it has none: take all rows."
+            )
         found[key] = rows if key.endswith("examples") else rows[:limit]
     return found
 
@@ -509,6 +521,57 @@ def rwku_prompt(chat: ChatFormat, row: Mapping[str, Any], *, fill_in: bool) -> s
     return asked if kind == "affirmative suffix" else f"{asked}Answer:"
 
 
+# ---- LUME
+
+
+def _lume(subject: Subject, sets: Mapping[str, Rows]) -> Iterator[Found]:
+    groups: dict[str, tuple[Record, ...]] = {}
+    for name, rows in sets.items():
+        said = _continued(subject, name, [row["input"] for row in rows], _LUME_TOKENS)
+        score = metrics.rouge_l_recall if name.endswith("sc") else _same
+        groups[name] = tuple(
+            Record(name, row["input"], row["output"], text, {_LUME: score(text, row["output"])})
+            for row, text in zip(rows, said, strict=True)
+        )
+        if name in subject.wanted:
+            yield Found(name, (groups[name],), _LUME, metrics.mean)
+    if _LUME in subject.wanted:
+        yield Found(_LUME, tuple(groups[name] for name in _LUME_SETS), _LUME, _lume_mean)
+
+
+def _same(reply: str, answer: str) -> float:
+    return float(reply.strip().lower() == answer.strip().lower())
+
+
+def _lume_mean(*scores: metrics.Floats) -> float:
+    """The harmonic mean of LUME's parts, in the order of its sets."""
+    means = [metrics.mean(some) for some in scores]
+    parts = [
+        1 - mean if "forget" in name else mean for name, mean in zip(_LUME_SETS, means, strict=True)
+    ]
+    return statistics.harmonic_mean(parts)
+
+
+def _lume_set(task: int, split: str, kind: str) -> Set:
+    """The rows of one task and kind: ids end in the kind and a number."""
+
+    def has(row: Mapping[str, Any]) -> bool:
+        return row["task"] == f"Task{task}" and str(row["id"]).rstrip("0123456789").endswith(kind)
+
+    name = f"lume_{task}_{split}_{kind}"
+    return Set("data", split, ("id", "input", "output", "task"), _LUME_FILES, (name, _LUME), has)
+
+
+_LUME = "lume_task"
+_LUME_FILES = "https://github.com/amazon-science/lume-llm-unlearning"
+_LUME_SETS = {
+    f"lume_{task}_{split}_{kind}": _lume_set(task, split, kind)
+    for split in ("forget", "retain")
+    for task in (1, 2, 3)
+    for kind in ("sc", "qa")
+}
+
+
 # ---- data
 
 
@@ -517,6 +580,11 @@ def _rows(benchmark: Benchmark, one: Set, data: str | Path | None) -> Rows:
     if path is not None and (path.exists() or str(data).count("/") != 1):
         return _rows_of_folder(benchmark, one, path)
     main = next(iter(benchmark.sets.values())).hub
+    if main == _LUME_FILES:
+        raise UsageError(
+            f"data must be a folder for the suite {benchmark.name}, whose files are not on the "
+            f"hub, but got {data}: run `git clone {main} FOLDER`, and give FOLDER."
+        )
     name = one.hub if data is None or one.hub != main else str(data)
     try:
         return [dict(row) for _, row in read_table(name, config=one.config, split=one.split).rows]
@@ -534,10 +602,12 @@ def _rows_of_folder(benchmark: Benchmark, one: Set, folder: Path) -> Rows:
     files += sorted((folder / one.config).glob(f"{one.split}-*.parquet"))
     found = [file for file in files if file.is_file()]
     if not found:
+        how = f"hf download {one.hub} --repo-type dataset --local-dir {folder}"
+        if one.hub == _LUME_FILES:
+            how = f"git clone {one.hub} {folder}"
         raise UsageError(
             f"data must be a folder with {one.file}.jsonl (or .json, .parquet, .csv) for the suite "
-            f"{benchmark.name}, but {folder} has none: take the files of {one.hub}, with `hf "
-            f"download {one.hub} --repo-type dataset --local-dir {folder}`."
+            f"{benchmark.name}, but {folder} has none: take the files of {one.hub}, with `{how}`."
         )
     if found[0].suffix == ".json":  # MUSE's own script writes lists of texts
         try:
@@ -643,6 +713,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             _rwku,
             _PROBES,
         ),
+        Benchmark("lume", _LUME_SETS, _lume, (*_LUME_SETS, _LUME)),
     )
 }
 """Every benchmark by its name."""

@@ -23,6 +23,13 @@ _ALONE = {
         ("verbmem_f", "knowmem_f", "wmdp_bio", "wmdp_cyber", "wmdp_chem"), ("forgotten", DOWN)
     ),
     **dict.fromkeys((f"rwku_forget_{level}" for level in (1, 2, 3)), ("forgotten", DOWN)),
+    "lume_task": ("forgotten", UP),
+    **{
+        f"lume_{task}_{split}_{kind}": how
+        for split, how in (("forget", ("forgotten", DOWN)), ("retain", ("kept", UP)))
+        for task in (1, 2, 3)
+        for kind in ("sc", "qa")
+    },
     **dict.fromkeys(("knowmem_r", "mmlu", "rwku_neighbor_1", "rwku_neighbor_2"), ("kept", UP)),
 }
 _FORGOTTEN = {"probability": DOWN, "rouge_l": DOWN, "truth_ratio": UP, "kl": ""}
@@ -57,6 +64,8 @@ def reading_of(name: str) -> Reading:
     """How the figure of that name is read; one of a judge is better where it is less."""
     if name in _ALONE:
         return Reading(*_ALONE[name])
+    if name.endswith("_relative"):
+        return Reading(reading_of(name.removesuffix("_relative")).theme, "→ 0")
     if name.startswith("mia_"):
         return Reading("privacy", "→ 0.5")
     group = next((g for g in GROUPS if name.startswith(f"{g}_")), "")

@@ -4,7 +4,9 @@
 
 with p_t = p(y_t | x, y_<t). No gradient flows through the weights.
 
-Source: Yang et al., arXiv 2505.11953, whose retain loss counts a tenth of the forget loss.
+Source: Yang et al., arXiv 2505.11953, whose retain loss counts a tenth of the forget loss: so does
+their code, and open-unlearning's class for SatImp. Its configuration file has the two weights the
+other way round, a tenth for the forget loss, which `preferences=(0.1, 0, 1)` gives.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from mollm.system.parsing import is_file, parse_json, read_text
 
 LEDGER_FILE, PAGE_FILE, MANIFEST_FILE = "ledger.json", "ledger.html", "manifest.json"
 FORMAT = 1
-OPEN, TRAINED, DONE, FAILED = "open", "trained", "done", "failed"
+OPEN, TRAINED, DONE = "open", "trained", "done"
+FAILED, DROPPED = "failed", "dropped"
 _BLOCK = 1 << 20
 _LEDGER_BYTES = 1 << 24
 
@@ -50,7 +51,9 @@ class Request:
     """Of the audit; None where there was none."""
     manifest_sha256: str | None = None
     reason: str | None = None
-    """Why it failed, or why there is no verdict."""
+    """Why it failed or was dropped, or why there is no verdict."""
+    dropped: str | None = None
+    """When it was taken out before its run."""
     tests: list[dict[str, Any]] = field(default_factory=list)
     """What each run since measured of it: `run`, `figures` by name, or `skipped` with a reason."""
 

@@ -32,9 +32,18 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, speed_metrics
 from mollm.data.chat import Batch, ChatFormat, Tokens, collate, context_of, ends_of, vocabulary_of
 from mollm.data.encoding import encode_records
 from mollm.data.preview import Preview, preview_of
-from mollm.data.records import ROLES
+from mollm.data.records import ROLES, Record
 from mollm.data.samplers import EndlessBatches, JointSampler
-from mollm.data.sets import TrainingData, of_role, read_data, records_of, role_of, sets_to_evaluate
+from mollm.data.sets import (
+    AUTO,
+    TrainingData,
+    named_sets,
+    of_role,
+    read_data,
+    records_of,
+    role_of,
+    sets_to_evaluate,
+)
 from mollm.distributed import processes
 from mollm.distributed.watch import blaming_the_dead, watch
 from mollm.errors import UsageError
@@ -68,6 +77,7 @@ from mollm.system.folders import (
 )
 from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
+from mollm.system.terminal import progress
 from mollm.system.units import GIB
 from mollm.training import checkpoint, fsdp, serialization
 from mollm.training.adapting import Adaptation, trained_of
@@ -100,6 +110,7 @@ from mollm.training.idle_settings import idle_notes, refuse_idle_of_model
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives
+from mollm.training.own_retain import make_retain_data, note_on, rows_to_make
 from mollm.training.passes import Passes
 from mollm.training.reference_model import CachedReference, cache_name, make_reference
 from mollm.training.replies import ReplySamples
@@ -165,7 +176,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             `mollm.data.load_records` by name (`path` for its source), a list of
             `mollm.data.Record` or of dicts, or a `datasets.Dataset` or `IterableDataset`. Several
             such sets by name become objectives of their own, "forget_alice" and so on.
-        retain_dataset: What to keep: one set, or several by name.
+        retain_dataset: What to keep: one set, or several by name. For "auto" the model makes rows
+            itself, see `mollm.training.own_retain`; they are kept in `output_dir`.
         eval_dataset: Sets "forget" and "retain", or one of them, to evaluate on.
         processing_class: The tokenizer; needed where the model is not given by name.
         callbacks: More callbacks.
@@ -181,6 +193,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     control: TrainerControl
     _data: TrainingData
     _generates: bool
+    _own_retain: tuple[str, ...] = ()
     _fingerprint: str
     optimizer: Any
     lr_scheduler: Any
@@ -236,10 +249,20 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         from_first = args.sharding is not None and isinstance(model, str)
         with processes.raise_on_all_ranks():
             source, tokenizer = self._find(model, args, processing_class, peft_config)
+            config = self._speak(model, source, args, tokenizer)
+            to_forget = self._rows_for_own_retain(data, args)
+        if to_forget:
+            data = (
+                data[0],
+                self._make_retain(model, source, config, args, data[1], to_forget),
+                data[2],
+            )
+        self.retain_dataset = data[1]
+        """What is retained, with the file that was made in place of "auto"."""
         watch()  # not before, for its threads would be copied where a tokenizer is tried out
         as_given = self._wrapped is not None
         with processes.raise_on_all_ranks():
-            self._prepare(model, source, args, tokenizer, data, peft_config, notes)
+            self._prepare(model, source, config, args, data, peft_config, notes)
         method = args.chosen_method
         read = not (from_first and processes.rank())
         found = processes.all_gather(logit_transform(self._base) if read else None)
@@ -373,17 +396,14 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             )
         return source, loading.load_tokenizer(source)
 
-    def _prepare(
+    def _speak(
         self,
         model: str | PreTrainedModel,
         source: loading.Source | None,
         args: MOLLMConfig,
         tokenizer: PreTrainedTokenizerBase,
-        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
-        peft_config: Any | None,
-        notes: Sequence[str],
-    ) -> None:
-        """Reads the data and then loads the model."""
+    ) -> Any:
+        """Settles how the model is spoken to; gives its configuration."""
         config = loading.load_config(model)[0] if isinstance(model, str) else model.config
         self._chat = ChatFormat(
             tokenizer,
@@ -398,6 +418,72 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ),
         )
         args.max_length = int(min(args.max_length, context_of(config)))
+        return config
+
+    def _rows_for_own_retain(
+        self, data: tuple[Sets, Sets, Mapping[str, Sets] | None], args: MOLLMConfig
+    ) -> list[Record]:
+        """What retain data of the model's own must not repeat; nothing where none are asked for."""
+        if AUTO not in named_sets(data[1], "retain").values():
+            return []
+        if args.sharding is not None:
+            raise UsageError(
+                f"retain must be data where processes hold parts of the model, but got {AUTO!r}: "
+                "let one process make them in a run of a few steps, and give its file."
+            )
+        sets = named_sets(data[0], "forget").values()
+        return [record for one in sets for record in records_of(one, "forget")]
+
+    def _make_retain(
+        self,
+        model: str | PreTrainedModel,
+        source: loading.Source | None,
+        config: Any,
+        args: MOLLMConfig,
+        retain: Sets,
+        forget: Sequence[Record],
+    ) -> Sets:
+        """The sets to retain with a file in place of "auto", made by the first process."""
+        path = None
+        with processes.raise_on_all_ranks():
+            if processes.rank() == 0:
+                if isinstance(model, str):
+                    assert source is not None, "a model by name has a source"
+                    original = loaded(source, config, args, args.device, self._chat.tokenizer)
+                else:
+                    original = model.to(args.device)
+                count = 0 if args.disable_tqdm else rows_to_make(forget)
+                with progress(count, "Making retain data") as done:
+                    path = make_retain_data(
+                        original,
+                        self._chat,
+                        forget,
+                        folder=Path(args.output_dir),
+                        seed=self._seed_of(args),
+                        max_length=args.max_length,
+                        of=checkpoint.fingerprint(original, with_adapter=self._wrapped is not None),
+                        done=done,
+                    )
+        made = processes.all_gather(path)[0]
+        assert made is not None, "the first process has made it"
+        self._own_retain = (note_on(made),)
+        if retain == AUTO:
+            return str(made)
+        sets = named_sets(retain, "retain")
+        named = {name.removeprefix("retain_"): one for name, one in sets.items()}
+        return {name: str(made) if one == AUTO else one for name, one in named.items()}
+
+    def _prepare(
+        self,
+        model: str | PreTrainedModel,
+        source: loading.Source | None,
+        config: Any,
+        args: MOLLMConfig,
+        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
+        peft_config: Any | None,
+        notes: Sequence[str],
+    ) -> None:
+        """Reads the data and then loads the model."""
         self._data = read_data(
             *data, self._chat, args.max_length, args.train_on_turns, args.long_rows
         )
@@ -419,7 +505,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             check_metric(args, self._data.evaluated)
         self.notes: tuple[str, ...] = ()
         """What the user should know about the data."""
-        self._note((*self._data.notes, *self._relearning_notes(args), *notes, *idle_notes(args)))
+        told = (*self._own_retain, *self._relearning_notes(args), *notes, *idle_notes(args))
+        self._note((*self._data.notes, *told))
         longest = self._longest_row(args)
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
         self._planned = check_run(
@@ -436,7 +523,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         if isinstance(model, str):
             assert source is not None, "a model by name has a source"
             check_without_weights(source, args, peft_config)
-            self._base = loaded(source, config, args, device, tokenizer)
+            self._base = loaded(source, config, args, device, self._chat.tokenizer)
         else:
             refuse_four_bits(model, args)
             self._base = model.to(device)

@@ -189,8 +189,12 @@ def test_replies_need_a_judge_and_nothing_of_a_model(stored, capsys, tmp_path):
         return capsys.readouterr().err
 
     assert "replies needs a judge" in refused()
-    assert "forget goes with --model" in refused("--forget", "f.jsonl", "--judge", "a=b:c")
-    assert "prompt-format goes with --model" in refused("--prompt-format", "none")
+    assert "forget must be left out with --replies" in refused(
+        "--forget", "f.jsonl", "--judge", "a=b:c"
+    )
+    for words in (["--prompt-format", "none"], ["--max-new-tokens", "9"], ["--no-cache"]):
+        told = f"{words[0].removeprefix('--')} must be left out with --replies"
+        assert told in refused(*words, "--judge", "a=b:c")
     assert "folder than that of the replies" in refused("--judge", "a=b:c", "--out", str(stored))
 
 

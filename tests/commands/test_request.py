@@ -179,6 +179,72 @@ def test_data_that_have_changed_are_not_run(ledger, capsys):
     assert "have another hash now" in capsys.readouterr().err
 
 
+def test_a_request_whose_data_changed_is_dropped_with_its_reason(ledger, capsys):
+    first(ledger)
+    assert add(ledger, "bob") == 0
+    rows(ledger.parent / "ada.jsonl", "changed")
+    assert run(ledger) == 2
+    told = capsys.readouterr().err
+    assert "mollm request drop 1 --reason TEXT" in told
+    assert call(ledger, "drop", "1", "--reason", "Ada sent another file") == 0
+    assert "001 is dropped" in capsys.readouterr().out
+    assert run(ledger) == 0
+    one, two = read_ledger(ledger).requests
+    assert (one.status, one.reason, one.run) == ("dropped", "Ada sent another file", None)
+    assert one.dropped >= one.added
+    assert (two.status, two.before) == ("done", read_ledger(ledger).model)
+    assert "Ada sent another file" in (ledger / "ledger.html").read_text()
+    assert call(ledger, "status") == 0
+    assert "001: Ada sent another file" in capsys.readouterr().out
+
+    # The rows of before may be asked for again, as a request of their own.
+    assert add(ledger, "ada") == 0
+    assert read_ledger(ledger).requests[2].name == "003"
+    assert call(ledger, "drop", "2", "--reason", "no") == 2
+    assert "request 002 must be open to be taken out, but it is done" in capsys.readouterr().err
+    assert call(ledger, "drop", "003", "--reason", " ") == 2
+    assert "reason must say why" in capsys.readouterr().err
+    assert call(ledger, "drop", "4", "--reason", "no") == 2
+    assert "one of 001, 002, 003, but got '4'" in capsys.readouterr().err
+
+
+def test_a_request_that_was_begun_and_dropped_names_what_is_left(ledger, capsys):
+    first(ledger)
+    (ledger / "001").mkdir()
+    assert call(ledger, "drop", "1", "--reason", "withdrawn") == 0
+    assert f"delete {ledger / '001'}" in capsys.readouterr().out
+
+
+def test_a_ledger_of_before_requests_could_be_dropped_is_read(ledger):
+    first(ledger)
+    told = json.loads((ledger / "ledger.json").read_text())
+    del told["requests"][0]["dropped"]
+    (ledger / "ledger.json").write_text(json.dumps(told))
+    assert read_ledger(ledger).requests[0].dropped is None
+
+
+def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypatch):
+    from mollm.commands import audit, request
+    from mollm.training import own_retain
+
+    for name, few in (("_LEAST", 12), ("_ANSWER_TOKENS", 8), ("_QUESTION_TOKENS", 8)):
+        monkeypatch.setattr(own_retain, name, few)
+    called, before = [], request._call
+
+    def call_or_note(command, words):
+        if command is not audit:
+            return before(command, words)
+        called.append(words)
+        raise UsageError("not now.")
+
+    monkeypatch.setattr(request, "_call", call_or_note)
+    assert add(ledger, "ada", "--config", str(ledger.parent / "run.yaml"), "--retain", "auto") == 0
+    assert call(ledger, "run", "--device", "cpu") == 0
+    (made,) = (ledger / "001").glob("retain-auto-*.jsonl")
+    assert called[0][called[0].index("--retain") + 1] == str(made)
+    assert call(ledger, "status") == 0
+
+
 def interrupt(monkeypatch, module, error):
     """Has a command raise in place of what it does; gives the words of its calls."""
     from mollm.commands import request

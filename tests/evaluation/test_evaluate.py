@@ -721,7 +721,7 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     for logs in (tmp_path / "old", tmp_path / "old" / "examples.jsonl"):
         same = ("--retain-logs", str(logs), "--out", str(tmp_path / "old"))
         assert "another folder than that of the replies or the retain logs" in refused(*same)
-    assert "retain goes with --forget" in refused("--retain", "r.jsonl", *out)
+    assert "retain must be left out with --data" in refused("--retain", "r.jsonl", *out)
     assert "judge-template needs a judge" in refused("--judge-template", "{reply}", *out)
     template = ("--judge", "a=b:c", "--judge-template", "{answer}")
     assert "but got '{answer}'" in refused(*template, *out)
@@ -737,7 +737,10 @@ def test_mistakes_at_the_command_are_told_in_one_sentence(capsys, tmp_path, monk
     assert "not on this machine" in refused("--original", "./nowhere", *out)
     assert not (tmp_path / "out").exists()
     for data, words in (
-        (["--forget", "f.jsonl", "--forget-split", "forget01"], "forget-split goes with --data"),
+        (
+            ["--forget", "f.jsonl", "--forget-split", "forget01"],
+            "forget-split must be left out without --data",
+        ),
         (["--forget", "{path: [}"], "must be valid YAML"),
         (["--forget", "{schema: tofu}"], "must be given by a path"),
     ):

@@ -10,11 +10,13 @@ import pytest
 import reported_runs
 import tiny
 import torch
+from rouge_score import rouge_scorer
 
 from mollm.cli import main
 from mollm.data.chat import ChatFormat
 from mollm.data.files import sample_path
 from mollm.errors import UsageError
+from mollm.evaluation import Estimate, Evaluation
 from mollm.evaluation.field import (
     BENCHMARKS,
     benchmark_work,
@@ -32,9 +34,16 @@ from mollm.evaluation.raw_text import (
     prompt_ids,
     text_scores,
 )
+from mollm.evaluation.records import Record
 from mollm.models import loading
 
-FOLDERS = {"muse-news": "muse", "muse-books": "muse", "wmdp": "wmdp", "rwku": "rwku"}
+FOLDERS = {
+    "muse-news": "muse",
+    "muse-books": "muse",
+    "wmdp": "wmdp",
+    "rwku": "rwku",
+    "lume": "lume",
+}
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +223,48 @@ def test_replies_of_rwku_are_one_line_and_never_empty(subject, monkeypatch):
     assert found.value("rwku_forget_2") == 0.5
 
 
+def test_lume_s_parts_and_their_harmonic_mean(subject, monkeypatch):
+    sets = load_benchmark("lume", sample_path("lume"))
+    assert {name: len(rows) for name, rows in sets.items()} == dict.fromkeys(sets, 2)
+    assert len(sets) == 12
+    known = {row["input"]: row["output"] for rows in sets.values() for row in rows}
+    asked = []
+
+    def half_known(model, tokenizer, prompts, *, max_new_tokens, **_):
+        assert max_new_tokens == 256
+        asked.extend(prompts)
+        return [f" {known[prompts[0]].upper()}\n", "no such thing"]
+
+    monkeypatch.setattr("mollm.evaluation.field.continuations", half_known)
+    found = measure_benchmark(*subject, "lume", sets, resamples=3)
+    assert sorted(asked) == sorted(known)
+    for task in (1, 2, 3):
+        for split in ("forget", "retain"):
+            assert found.value(f"lume_{task}_{split}_qa") == 0.5
+    # The second completion shares no word with "no such thing" but where it holds one of these.
+    stemmer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    means = {}
+    for name, rows in sets.items():
+        said = [known[rows[0]["input"]].upper(), "no such thing"]
+        if name.endswith("sc"):
+            scores = [
+                stemmer.score(row["output"], text)["rougeL"].recall
+                for row, text in zip(rows, said, strict=True)
+            ]
+        else:
+            scores = [1.0, 0.0]
+        means[name] = sum(scores) / 2
+        assert found.value(name) == pytest.approx(means[name])
+    parts = [1 - mean if "forget" in name else mean for name, mean in means.items()]
+    assert found.value("lume_task") == pytest.approx(12 / sum(1 / part for part in parts))
+
+
+def test_lume_s_files_are_not_on_the_hub(tmp_path):
+    for data in (None, "amazon/lume", tmp_path):
+        with pytest.raises(UsageError, match=r"git clone https://github\.com/amazon-science/lume"):
+            load_benchmark("lume", data)
+
+
 def test_continuations_do_not_depend_on_their_company(subject):
     prompts = ["A", "A longer text before it", "Two words"]
     together = continuations(*subject, prompts, max_new_tokens=6, batch_size=3)
@@ -391,7 +442,7 @@ def test_the_figures_of_a_run_go_beside_it(folder, tmp_path):
         ("muse-news", ["--batch-size", "-2"], "batch_size must be at least 1, but got -2"),
         ("muse-news", ["--metrics", "mia_reference"], "mia_reference needs a reference model"),
         ("muse-news", ["--retain-logs", "/nowhere"], "/nowhere"),
-        ("wmdp", ["--retain-logs", "/nowhere"], "retain-logs must be left out with the suite wmdp"),
+        ("wmdp", ["--retain-logs", "/nowhere"], "/nowhere"),
     ],
 )
 def test_options_are_looked_at_before_a_model_is_loaded(
@@ -417,6 +468,32 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     assert "another folder than that of the replies or the retain logs" in capsys.readouterr().err
 
 
+def test_figures_stand_relative_to_those_of_a_retain_only_model(folder, tmp_path, capsys):
+    flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--device", "cpu", "--quiet"]
+    command = ["evaluate", "--model", folder, *flags, "--resamples", "3"]
+    write_retain_only(tmp_path / "logs", {"wmdp_bio": 0.5, "mmlu": 0.0, "verbmem_f": 1.0})
+    logs = ["--retain-logs", str(tmp_path / "logs"), "--out", str(tmp_path / "out")]
+    assert main([*command, *logs]) == 0
+    told = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    bio = figures["metrics"]["wmdp_bio"]
+    relative = figures["metrics"]["wmdp_bio_relative"]
+    for end in ("value", "low", "high"):
+        assert relative[end] == pytest.approx(100 * (bio[end] - 0.5) / 0.5)
+    assert "wmdp_bio_relative → 0" in told
+    assert "mmlu_relative" in figures["missing"]
+    assert "verbmem_f_relative" not in figures["metrics"]
+    write_retain_only(tmp_path / "other", {"verbmem_f": 1.0})
+    logs = ["--retain-logs", str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    assert main([*command, *logs]) == 2
+    assert "evaluated by the same suite, but that has verbmem_f" in capsys.readouterr().err
+
+
+def write_retain_only(path, values):
+    estimates = {name: Estimate(value, value, value, 2) for name, value in values.items()}
+    Evaluation((Record("a", "", "", None, {}),), estimates, {}).write(path)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -429,6 +506,14 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
         ),
         (["--suite", "safety"], "the suite safety must have a judge of replies"),
         (["--suite", "wmdp", "--judge", "a=b:c"], "judge must be left out with the suite wmdp"),
+        (
+            ["--suite", "rwku", "--max-new-tokens", "9"],
+            "max-new-tokens must be left out with the suite rwku, which fixes its prompts",
+        ),
+        (
+            ["--suite", "wmdp", "--no-cache"],
+            "no-cache must be left out with the suite wmdp, which measures its original anew",
+        ),
         (["--suite", "wmdp", "--data", "/nowhere/at/all"], "hf download cais/wmdp"),
     ],
 )
