@@ -42,7 +42,7 @@ _RELEARNING = {"relearn_steps": 3, **_LONG}
 _GENTLY = {**_RELEARNING, "learning_rate": 2e-4}
 _WRONG_ANSWERS = 6.7
 """Nats a token: what TOFU's wrong answers to the forget questions cost the original."""
-_KNOWLEDGE = {"learning_rate": 2e-5, "max_steps": 40}
+_KNOWLEDGE = {"learning_rate": 5e-5, "max_steps": 20}
 _RELEARN_KNOWLEDGE = {"relearn_steps": 2, "relearn_lr": 1e-4}
 _ENDS = ("original", "never learnt it")
 
@@ -134,9 +134,9 @@ TASKS = {
             "mollm": {"method": "mollm", **_KNOWLEDGE},
             "mollm, relearning": {"method": "mollm", **_KNOWLEDGE, **_RELEARN_KNOWLEDGE},
         },
-        (5e-5, 2e-4),
+        (5e-5,),
         ("forget", "kept", "outside", "forget answered", "general answered", "others answered"),
-        ("original",),
+        (),
         {"per_device_train_batch_size": 6},
     ),
 }

@@ -172,15 +172,18 @@ def make_task(seed: int, device: torch.device, cache: Path) -> Task:
 
     asked = {name: [_asked(*pair) for pair in pairs] for name, pairs in parts.items()}
     asked["outside"] = [Example(q.text, r.text, closed=r.complete) for q, r in known.general]
-    questions = {
-        "others": _questions(parts["forget"][_TAUGHT:]),
-        "forget": _questions(parts["forget"]),
-        "heldout": _questions(parts["heldout"]),
-        "general": [question for question, _ in known.general],
-    }
+    del asked["retain"]  # measured would be what training is for
+    to_forget = _questions(parts["forget"])
+    general = [question for question, _ in known.general]
 
     def answered(model: Any) -> dict[str, float]:
-        return {f"{n} answered": quiz(model, chat, qs).accuracy for n, qs in questions.items()}
+        forgotten = quiz(model, chat, to_forget)
+        others = forgotten.right[_TAUGHT:]
+        return {
+            "forget answered": forgotten.accuracy,
+            "others answered": sum(others) / len(others),
+            "general answered": quiz(model, chat, general).accuracy,
+        }
 
     case = Case(
         model,
