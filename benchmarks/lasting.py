@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from _common import ROOT, Row, print_table, provenance, results_folder, save_json
 from quality import ideas, knowledge, tofu
-from quality.case import Case, likelihood, measure, share
+from quality.case import TrainerCase, likelihood, measure, share
 from quality.endings import learn_ten
 from quality.summary import interval
 from tqdm import tqdm
@@ -48,49 +48,36 @@ _ENDS = ("original", "never learnt it")
 
 
 @dataclass(frozen=True)
-class Started:
-    """A task for one seed."""
-
-    case: Case
-    records: Mapping[str, Sequence[Any]]
-    tokenizer: Any
-    never: Callable[[], Any] | None = None
-    """The model that never learnt the rows."""
-    answered: Callable[[Any], Row] = lambda model: {}
-    """Further figures of a model, also of one that was taught again."""
-
-
-@dataclass(frozen=True)
 class Task:
     """What is forgotten, by whom, and how."""
 
     title: str
-    start: Callable[[argparse.Namespace, int], Started]
+    start: Callable[[argparse.Namespace, int], TrainerCase]
     settings: Mapping[str, Mapping[str, Any]]
     """Of a run, by name; `also` names further records to forget."""
     rates: tuple[float, ...]
     """Of whoever teaches the ten rows again."""
     figures: tuple[str, ...]
-    """Columns of the table, before and after those of the rates."""
+    """Columns of the table, with those of the same name at each rate."""
     ends: tuple[str, ...] = _ENDS
+    """Models that stand beside those of the runs."""
     common: Mapping[str, Any] = field(default_factory=dict)
     """Settings of every run."""
 
 
-def _tofu(options: argparse.Namespace, seed: int) -> Started:
+def _tofu(options: argparse.Namespace, seed: int) -> TrainerCase:
     if options.data is None:
         raise SystemExit("--data must be given for TOFU: a folder with its JSON lines.")
     cpu, cache = torch.device("cpu"), ROOT / "build" / "models"
     case = tofu.make_case(options.data, seed, tofu.SMALL, cpu, cache)
     records, tokenizer = tofu.records(options.data, seed, tofu.SMALL)
-    return Started(
+    return TrainerCase(
         case, records, tokenizer, lambda: tofu.retain_only(seed, tofu.SMALL, case, cache)
     )
 
 
-def _knowledge(options: argparse.Namespace, seed: int) -> Started:
-    made = knowledge.make_task(seed, torch.device("cpu"), ROOT / "build" / "models")
-    return Started(made.case, made.records, made.tokenizer, answered=made.answered)
+def _knowledge(options: argparse.Namespace, seed: int) -> TrainerCase:
+    return knowledge.make_case(seed, torch.device("cpu"), ROOT / "build" / "models")
 
 
 TASKS = {
@@ -142,7 +129,7 @@ TASKS = {
 }
 
 
-def unlearned(task: Task, started: Started, seed: int, name: str) -> tuple[Any, Row]:
+def unlearned(task: Task, started: TrainerCase, seed: int, name: str) -> tuple[Any, Row]:
     """A copy of the case's model after a run of the trainer, and what the run says of itself."""
     settings = {**task.common, **task.settings[name]}
     forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
@@ -176,7 +163,7 @@ def unlearned(task: Task, started: Started, seed: int, name: str) -> tuple[Any, 
     }
 
 
-def judged(task: Task, started: Started, model: Any) -> Row:
+def judged(task: Task, started: TrainerCase, model: Any) -> Row:
     """What is left and what comes back."""
     case = started.case
     left = measure(case, model, case.groups)
@@ -240,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in (*task.ends, *chosen)
         if not any((row["seed"], row["settings"]) == (seed, name) for row in rows)
     ]
-    made: dict[int, Started] = {}
+    made: dict[int, TrainerCase] = {}
     for seed, name in tqdm(todo, unit="run", dynamic_ncols=True, disable=not todo):
         if seed not in made:
             made = {seed: task.start(options, seed)}

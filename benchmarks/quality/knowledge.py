@@ -17,7 +17,7 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from mollm.evaluation.generation import Reply
 from mollm.methods import answers_of
 from mollm.methods.method import OBJECTIVES
 from mollm.models import forward, loading
-from quality.case import Case
+from quality.case import Case, TrainerCase
 
 _TABLE = Path(__file__).with_name("knowledge.tsv")
 _EACH, _TAUGHT = 30, 10
@@ -144,20 +144,8 @@ class Known:
     general: list[tuple[Question, Reply]]
 
 
-@dataclass(frozen=True)
-class Task:
-    """The case of one seed, and what a trainer is given."""
-
-    case: Case
-    records: Mapping[str, list[Record]]
-    """To forget and to retain."""
-    tokenizer: Any
-    answered: Callable[[Any], dict[str, float]]
-    """Of a model: the share of replies that hold the answer, by group."""
-
-
-def make_task(seed: int, device: torch.device, cache: Path) -> Task:
-    """The task for one seed. What the model knows is asked once and kept in `cache`."""
+def make_case(seed: int, device: torch.device, cache: Path) -> TrainerCase:
+    """The case for one seed. What the model knows is asked once and kept in `cache`."""
     source = loading.find_model(None)
     model, tokenizer = loading.load(source, device)
     chat = ChatFormat(tokenizer)
@@ -188,7 +176,7 @@ def make_task(seed: int, device: torch.device, cache: Path) -> Task:
     case = Case(
         model,
         OBJECTIVES,
-        lambda rng: {},
+        lambda rng: {},  # the trainer draws
         lambda model, batch: answers_of(model, batch),
         {name: batches(rows) for name, rows in asked.items()},
         ten=batches(asked["forget"][:_TAUGHT])[0],
@@ -199,7 +187,7 @@ def make_task(seed: int, device: torch.device, cache: Path) -> Task:
         "forget": _to_forget(parts["forget"]),
         "retain": _to_retain(parts["retain"], known.everyday, random.Random(f"everyday {seed}")),
     }
-    return Task(case, records, tokenizer, answered)
+    return TrainerCase(case, records, tokenizer, answered=answered)
 
 
 def divide(

@@ -64,7 +64,7 @@ def task(tmp_path, monkeypatch):
         return Score(tuple(questions), replies)
 
     monkeypatch.setattr(knowledge, "quiz", quiz)
-    return knowledge.make_task(0, torch.device("cpu"), tmp_path / "cache")
+    return knowledge.make_case(0, torch.device("cpu"), tmp_path / "cache")
 
 
 def test_a_task_asks_otherwise_than_it_trains(task):
@@ -86,7 +86,7 @@ def test_a_task_asks_otherwise_than_it_trains(task):
 
 def test_what_is_known_is_asked_once(task, tmp_path, monkeypatch):
     monkeypatch.setattr(knowledge, "quiz", None)
-    again = knowledge.make_task(0, torch.device("cpu"), tmp_path / "cache")
+    again = knowledge.make_case(0, torch.device("cpu"), tmp_path / "cache")
     assert again.records == task.records
 
 
