@@ -97,11 +97,7 @@ TASKS = {
             "npo, relearning": {"method": "npo", **_RELEARNING},
             "simnpo, relearning": {"method": "simnpo", **_RELEARNING},
             "graddiff, relearning": {"method": "graddiff", **_RELEARNING},
-            "gently, β₂ = 0": {
-                "method": "mollm",
-                "optimizer_options": {"adam_beta2": 0.0},
-                **_GENTLY,
-            },
+            "gently, β₂ = 0": {"method": "mollm", "adam_beta2": 0.0, **_GENTLY},
             "gently, margin": {"method": "margin", **_GENTLY},
             "gently, floor": {
                 "method": "floor",
