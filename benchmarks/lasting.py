@@ -3,12 +3,14 @@
     python benchmarks/lasting.py --data FOLDER             TOFU on a small Llama, five seeds
     python benchmarks/lasting.py --data FOLDER --seeds 0 --settings "mollm, relearning"
     python benchmarks/lasting.py --data FOLDER --settings "mollm, 20 steps, own retain data"
+    python benchmarks/lasting.py --task knowledge          thirty things that SmolLM2 knows
 
 Every run is one of MOLLMTrainer. Shares are of the original's likelihood: `forget` of the rows to
-forget, `kept` of authors that training never touched, `outside` of other kinds of question; and
-`others` of the forgotten rows after ten steps of AdamW on ten of them, at either learning rate. The
-model that never learnt the rows stands beside them. A run that is in the results folder is not run
-again, so that the script can be stopped and taken up.
+forget, `kept` of authors or facts that training never touched, `outside` of other kinds of
+question; and `others` of the forgotten rows after ten steps of AdamW on ten of them, at either
+learning rate. Beside them stands the model that never learnt the rows; of what SmolLM2 knows there
+is none, but shares of questions that are answered, `general` those about other things. A run that
+is in the results folder is not run again, so that the script can be stopped and taken up.
 """
 
 from __future__ import annotations
@@ -20,64 +22,125 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import ROOT, Row, print_table, provenance, results_folder, save_json
-from quality import tofu
-from quality.case import Case, likelihood, measure, share
+from quality import ideas, knowledge, tofu
+from quality.case import TrainerCase, likelihood, measure, share
 from quality.endings import learn_ten
 from quality.summary import interval
 from tqdm import tqdm
 
 from mollm import MOLLMConfig, MOLLMTrainer
 from mollm.data.sets import AUTO
+from mollm.methods import METHODS
 
-RATES = (5e-4, 1.5e-3)
-"""Of whoever teaches the ten rows again."""
-_RETAIN = "retain_dataset"
+_SHORT = {"learning_rate": 1e-3, "max_steps": 20}
 _LONG = {"learning_rate": 3e-4, "max_steps": 240}
 _RELEARNING = {"relearn_steps": 3, **_LONG}
-SETTINGS: Mapping[str, dict[str, Any]] = {
-    "mollm, 20 steps": {"method": "mollm", "learning_rate": 1e-3, "max_steps": 20},
-    "mollm, 20 steps, own retain data": {
-        "method": "mollm",
-        "learning_rate": 1e-3,
-        "max_steps": 20,
-        _RETAIN: AUTO,
-    },
-    "mollm": {"method": "mollm", **_LONG},
-    "sum": {"method": "sum", **_LONG},
-    "npo": {"method": "npo", **_LONG},
-    "simnpo": {"method": "simnpo", **_LONG},
-    "graddiff": {"method": "graddiff", **_LONG},
-    "mollm, relearning": {"method": "mollm", **_RELEARNING},
-    "mollm, relearning gently": {"method": "mollm", **_RELEARNING, "learning_rate": 2e-4},
-    "sum, relearning": {"method": "sum", **_RELEARNING},
-    "npo, relearning": {"method": "npo", **_RELEARNING},
-    "simnpo, relearning": {"method": "simnpo", **_RELEARNING},
-    "graddiff, relearning": {"method": "graddiff", **_RELEARNING},
-}
-"""By name, what a MOLLMConfig is given, and where the data to retain are not TOFU's."""
+_GENTLY = {**_RELEARNING, "learning_rate": 2e-4}
+_WRONG_ANSWERS = 6.7
+"""Nats a token: what TOFU's wrong answers to the forget questions cost the original."""
+_KNOWLEDGE = {"learning_rate": 5e-5, "max_steps": 20}
+_RELEARN_KNOWLEDGE = {"relearn_steps": 2, "relearn_lr": 1e-4}
 _ENDS = ("original", "never learnt it")
-_FIGURES = ("forget", "kept", "outside", *(f"others at {rate:g}" for rate in RATES), "utility")
 
 
-def unlearned(case: Case, data: Path, seed: int, settings: Mapping[str, Any]) -> tuple[Any, Row]:
+@dataclass(frozen=True)
+class Task:
+    """What is forgotten, by whom, and how."""
+
+    title: str
+    start: Callable[[argparse.Namespace, int], TrainerCase]
+    settings: Mapping[str, Mapping[str, Any]]
+    """Of a run, by name; `also` names further records to forget, `retain` is what to retain."""
+    rates: tuple[float, ...]
+    """Of whoever teaches the ten rows again."""
+    figures: tuple[str, ...]
+    """Columns of the table, with those of the same name at each rate."""
+    ends: tuple[str, ...] = _ENDS
+    """Models that stand beside those of the runs."""
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of every run."""
+
+
+def _tofu(options: argparse.Namespace, seed: int) -> TrainerCase:
+    if options.data is None:
+        raise SystemExit("--data must be given for TOFU: a folder with its JSON lines.")
+    cpu, cache = torch.device("cpu"), ROOT / "build" / "models"
+    case = tofu.make_case(options.data, seed, tofu.SMALL, cpu, cache)
+    records, tokenizer = tofu.records(options.data, seed, tofu.SMALL)
+    return TrainerCase(
+        case, records, tokenizer, lambda: tofu.retain_only(seed, tofu.SMALL, case, cache)
+    )
+
+
+def _knowledge(options: argparse.Namespace, seed: int) -> TrainerCase:
+    return knowledge.make_case(seed, torch.device("cpu"), ROOT / "build" / "models")
+
+
+TASKS = {
+    "tofu": Task(
+        "TOFU on a small Llama",
+        _tofu,
+        {
+            "mollm, 20 steps": {"method": "mollm", **_SHORT},
+            "mollm, 20 steps, own retain data": {"method": "mollm", "retain": AUTO, **_SHORT},
+            "mollm": {"method": "mollm", **_LONG},
+            "sum": {"method": "sum", **_LONG},
+            "npo": {"method": "npo", **_LONG},
+            "simnpo": {"method": "simnpo", **_LONG},
+            "graddiff": {"method": "graddiff", **_LONG},
+            "mollm, relearning": {"method": "mollm", **_RELEARNING},
+            "mollm, relearning gently": {"method": "mollm", **_GENTLY},
+            "sum, relearning": {"method": "sum", **_RELEARNING},
+            "npo, relearning": {"method": "npo", **_RELEARNING},
+            "simnpo, relearning": {"method": "simnpo", **_RELEARNING},
+            "graddiff, relearning": {"method": "graddiff", **_RELEARNING},
+            "gently, β₂ = 0": {"method": "mollm", "adam_beta2": 0.0, **_GENTLY},
+            "gently, margin": {"method": "margin", **_GENTLY},
+            "gently, floor": {
+                "method": "floor",
+                "method_options": {"floor": _WRONG_ANSWERS},
+                **_GENTLY,
+            },
+            "gently, paraphrases": {"method": "mollm", "also": "rephrased", **_GENTLY},
+        },
+        (5e-4, 1.5e-3),
+        ("forget", "kept", "outside", "others", "utility"),
+        common={"per_device_train_batch_size": tofu.SMALL.batch},
+    ),
+    "knowledge": Task(
+        "What SmolLM2 knows",
+        _knowledge,
+        {
+            "mollm": {"method": "mollm", **_KNOWLEDGE},
+            "mollm, relearning": {"method": "mollm", **_KNOWLEDGE, **_RELEARN_KNOWLEDGE},
+        },
+        (5e-5,),
+        ("forget", "kept", "outside", "forget answered", "general answered", "others answered"),
+        (),
+        {"per_device_train_batch_size": 6},
+    ),
+}
+
+
+def unlearned(task: Task, started: TrainerCase, seed: int, name: str) -> tuple[Any, Row]:
     """A copy of the case's model after a run of the trainer, and what the run says of itself."""
-    records, tokenizer = tofu.records(data, seed, tofu.SMALL)
-    retain = settings.get(_RETAIN, records["retain"])
-    settings = {name: value for name, value in settings.items() if name != _RETAIN}
+    settings = {**task.common, **task.settings[name]}
+    forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
+    retain = settings.pop("retain", started.records["retain"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = MOLLMTrainer(
-            copy.deepcopy(case.model),
+            copy.deepcopy(started.case.model),
             MOLLMConfig(
                 output_dir=folder,
                 use_cpu=True,
                 compute_dtype="float32",
-                per_device_train_batch_size=tofu.SMALL.batch,
                 weight_decay=0.0,
                 save_strategy="no",
                 logging_strategy="no",
@@ -85,41 +148,48 @@ def unlearned(case: Case, data: Path, seed: int, settings: Mapping[str, Any]) ->
                 seed=seed,
                 **settings,
             ),
-            forget_dataset=records["forget"],
+            forget_dataset=forget,
             retain_dataset=retain,
-            processing_class=tokenizer,
+            processing_class=started.tokenizer,
         )
-        started = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         trainer.train()
     history = trainer.history
     conflicts = [any(record.conflicts.values()) for record in history]
     return trainer.model, {
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - began[0], 1),
+        "CPU seconds": round(time.process_time() - began[1], 1),
         "conflicts": sum(conflicts) / len(conflicts),
         "failed": trainer.stop_reason,
     }
 
 
-def judged(case: Case, model: Any) -> Row:
+def judged(task: Task, started: TrainerCase, model: Any) -> Row:
     """What is left and what comes back."""
+    case = started.case
     left = measure(case, model, case.groups)
     row: Row = {"forget": left["forget"], "kept": left["heldout"], "outside": left["outside"]}
     known = likelihood(case, case.model, case.others)
-    for rate in RATES:
+    row |= started.answered(model)
+    for rate in task.rates:
         taught = copy.deepcopy(model)
         learn_ten(case, taught, rate)
         row[f"others at {rate:g}"] = share(likelihood(case, taught, case.others), known)
+        row |= {f"{k} at {rate:g}": value for k, value in started.answered(taught).items()}
     figures = case.figures(model)
-    return row | {"utility": figures["model_utility"], "forget quality": figures["forget_quality"]}
+    named = {"utility": "model_utility", "forget quality": "forget_quality"}
+    return row | {name: figures[figure] for name, figure in named.items() if figure in figures}
 
 
-def table(rows: Sequence[Row]) -> list[Row]:
+def table(task: Task, rows: Sequence[Row]) -> list[Row]:
     """Means over seeds, with half of their 95% intervals."""
     lines = []
     for name in dict.fromkeys(row["settings"] for row in rows):
         mine = [row for row in rows if row["settings"] == name]
         line: Row = {"settings": name, "seeds": len(mine)}
-        for figure in _FIGURES:
+        for figure in mine[0]:
+            if figure.partition(" at ")[0] not in task.figures:
+                continue
             values = [row[figure] for row in mine]
             reach = interval(values)
             middle = f"{statistics.mean(values):.3f}"
@@ -133,13 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder with TOFU's JSON lines")
+    parser.add_argument("--task", choices=list(TASKS), default="tofu")
+    parser.add_argument("--data", type=Path, help="folder with TOFU's JSON lines")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", help="by default all of the task")
     parser.add_argument("--json", type=Path, help="where the runs are kept")
     options = parser.parse_args(argv)
-    cpu, cache = torch.device("cpu"), ROOT / "build" / "models"
-    path = options.json or results_folder("cpu") / "lasting.json"
+    METHODS.update(ideas.IDEAS)
+    task = TASKS[options.task]
+    chosen = options.settings or list(task.settings)
+    if unknown := set(chosen) - set(task.settings):
+        parser.error(f"--settings: {unknown} not among {list(task.settings)}")
+    file = "lasting.json" if options.task == "tofu" else f"lasting-{options.task}.json"
+    path = options.json or results_folder("cpu") / file
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def keep(row: Row) -> None:
@@ -149,23 +225,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = [
         (seed, name)
         for seed in options.seeds
-        for name in (*_ENDS, *options.settings)
+        for name in (*task.ends, *chosen)
         if not any((row["seed"], row["settings"]) == (seed, name) for row in rows)
     ]
-    made: dict[int, Case] = {}
+    made: dict[int, TrainerCase] = {}
     for seed, name in tqdm(todo, unit="run", dynamic_ncols=True, disable=not todo):
         if seed not in made:
-            made = {seed: tofu.make_case(options.data, seed, tofu.SMALL, cpu, cache)}
-        case = made[seed]
+            made = {seed: task.start(options, seed)}
+        started = made[seed]
         run: Row = {}
         if name == _ENDS[0]:
-            model: Any = case.model
+            model: Any = started.case.model
         elif name == _ENDS[1]:
-            model = tofu.retain_only(seed, tofu.SMALL, case, cache)
+            assert started.never is not None, "a task with this end has such a model"
+            model = started.never()
         else:
-            model, run = unlearned(case, options.data, seed, SETTINGS[name])
-        keep({"seed": seed, "settings": name, **judged(case, model), **run})
-    print_table(table(rows), f"TOFU on a small Llama, {', '.join(map(str, options.seeds))}")
+            model, run = unlearned(task, started, seed, name)
+        keep({"seed": seed, "settings": name, **judged(task, started, model), **run})
+    print_table(table(task, rows), f"{task.title}, {', '.join(map(str, options.seeds))}")
     return 0
 
 

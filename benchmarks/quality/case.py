@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mollm.data.records import Record
 from mollm.methods import AnswerTokens
 
 Batches = Mapping[str, Any]
@@ -46,6 +47,20 @@ class Case:
         """The original model's likelihood of each group and rewording."""
         named = {**self.groups, **self.rewordings}
         return {name: likelihood(self, self.model, batches) for name, batches in named.items()}
+
+
+@dataclass(frozen=True)
+class TrainerCase:
+    """A case, and what a trainer is given of it."""
+
+    case: Case
+    records: Mapping[str, Sequence[Record]]
+    """`forget` and `retain`, and further ones by name."""
+    tokenizer: Any
+    never: Callable[[], Any] | None = None
+    """The model that never learnt the rows, if there is one."""
+    answered: Callable[[Any], dict[str, float]] = lambda model: {}
+    """Of a model, also of one that was taught again: shares of questions answered, by name."""
 
 
 @torch.no_grad()

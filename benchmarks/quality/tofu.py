@@ -152,11 +152,13 @@ def make_case(data: Path, seed: int, size: Size, device: torch.device, cache: Pa
 
 
 def records(data: Path, seed: int, size: Size) -> tuple[dict[str, list[Record]], Any]:
-    """What the model of a case is to forget and to retain, for a trainer, and its tokenizer."""
+    """What the model of a case is to forget, in two wordings, and to retain, for a trainer; and its
+    tokenizer."""
     parts = _draw(data, random.Random(f"authors {seed}"), size)
     known = [example for part in parts.values() for example in part]
     _, chat = _beginner(known, size, seed, torch.device("cpu"))
-    named = {n: [Record(e.question, e.answer) for e in parts[n]] for n in ("forget", "retain")}
+    wanted = ("forget", "rephrased", "retain")
+    named = {n: [Record(e.question, e.answer) for e in parts[n]] for n in wanted}
     return named, chat.tokenizer
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mollm.audit import prompts, rounding
 from mollm.audit.findings import Measured, Scale, Scores
-from mollm.audit.relearning import RATE_FACTOR, STEPS, taught
+from mollm.audit.relearning import RATE_FACTOR, STEPS, Kind, taught
 from mollm.audit.subject import Subject, best_of
 from mollm.evaluation import metrics
 from mollm.evaluation.metrics import Floats
@@ -21,6 +21,8 @@ from mollm.evaluation.suite import Row
 
 SIZES = (1, 3, 10, 30, 100)
 """Examples that are taught again; and half of the forget set, where that is fewer than the last."""
+SHORT_LESSON = 10
+"""Examples that a short audit teaches again, at most: half of the forget set."""
 SAMPLES, BEST_OF = 16, 8
 _SAMPLED_ROWS, _ASKED_TOGETHER = 20, 4
 _JUDGED_ALONE = 10
@@ -178,6 +180,7 @@ def after_relearning(
     learning_rates: Sequence[float],
     *,
     with_retain_only: bool,
+    kinds: Sequence[Kind] = tuple(RATE_FACTOR),
 ) -> Attack:
     """`rows` taught again, and the likelihood of others measured.
 
@@ -185,8 +188,8 @@ def after_relearning(
     knew, so that without a retain-only model the result is drawn and not judged.
     """
     settings = {
-        f"{kind}, lr {lr * factor:g}": (kind, lr)
-        for kind, factor in RATE_FACTOR.items()
+        f"{kind}, lr {lr * RATE_FACTOR[kind]:g}": (kind, lr)
+        for kind in kinds
         for lr in learning_rates
     }
 

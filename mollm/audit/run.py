@@ -49,6 +49,11 @@ NO_RETAIN_ONLY = (
     "what any model would guess or learn counts as remembered."
 )
 """What the verdict lacks without one."""
+SHORT = (
+    "A short audit: no replies were sampled, no weights rounded, no adapter taught, no membership "
+    "inferred, and one number of examples taught again."
+)
+"""What the verdict of one lacks."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ def audit(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prompt_format: FormatOption = None,
     long_rows: str = CUT,
+    short: bool = False,
     after_finding: Callable[[Audit], object] = lambda audit: None,
     progress: bool = False,
 ) -> Audit:
@@ -133,6 +139,9 @@ def audit(
             options, see `mollm.data.prompt_format.PromptFormat`.
         long_rows: What becomes of questions that are too long for the model's context: "cut" takes
             of their beginning, "skip" leaves the rows out.
+        short: Whether to make only the attacks that take a small model seconds: the questions as
+            they are, in other words, with half of the answer and after shown answers; and half of
+            the forget set, ten examples at most, taught again without an adapter.
         after_finding: Called with the audit so far whenever there is another finding.
         progress: Whether to show a bar for each attack on each model.
 
@@ -162,7 +171,7 @@ def audit(
     _check_models(subjects)
     suite, changed = _fitted(subjects["model"], _drawn(suite, seed), long_rows)
     check_options(suite, learning_rates, batch_size, resamples, seed)
-    made, missing = _attacks(suite, subjects, wrapped, learning_rates)
+    made, missing = _attacks(suite, subjects, wrapped, learning_rates, short=short)
     course = _Course(
         made,
         subjects,
@@ -170,7 +179,10 @@ def audit(
         resamples,
         seed,
         _counts(suite),
-        (*_notes(adapter=wrapped is not None, retain_only=retain_only is not None), *changed),
+        (
+            *_notes(adapter=wrapped is not None, retain_only=retain_only is not None, short=short),
+            *changed,
+        ),
         missing,
         progress,
     )
@@ -344,13 +356,28 @@ def _drawn(suite: Suite, seed: int) -> Suite:
 
 
 def _attacks(
-    suite: Suite, subjects: Mapping[str, Subject], wrapped: Any, learning_rates: Sequence[float]
+    suite: Suite,
+    subjects: Mapping[str, Subject],
+    wrapped: Any,
+    learning_rates: Sequence[float],
+    *,
+    short: bool,
 ) -> tuple[list[Attack], dict[str, str]]:
     """The attacks, the plain question first, and why others are not made."""
     rows = suite.forget
     taught, measured = split(rows)
+    relearning: dict[str, Any] = {"with_retain_only": "retain-only" in subjects}
     prompts, missing = attacks.with_prompts(rows, taught, measured, subjects["model"])
-    made = [attacks.as_it_is(rows), *prompts, attacks.best_of_replies(rows)]
+    made = [attacks.as_it_is(rows), *prompts]
+    if short:
+        lesson = taught[: attacks.SHORT_LESSON]
+        made.append(
+            attacks.after_relearning(
+                lesson, measured, learning_rates, kinds=("full",), **relearning
+            )
+        )
+        return made, missing
+    made.append(attacks.best_of_replies(rows))
     for name in rounding.FORMATS:
         attack = attacks.after_rounding(rows, name)
         reason = rounding.obstacle(subjects["model"].model, name)
@@ -362,9 +389,7 @@ def _attacks(
         made.append(attacks.after_merging(rows, wrapped))
     sizes = attacks.sizes_for(len(rows))
     made += [
-        attacks.after_relearning(
-            taught[:size], measured, learning_rates, with_retain_only="retain-only" in subjects
-        )
+        attacks.after_relearning(taught[:size], measured, learning_rates, **relearning)
         for size in sizes
     ]
     if suite.holdout is None:
@@ -382,8 +407,10 @@ def _counts(suite: Suite) -> dict[str, int]:
     return counts | {"to teach": len(taught), "measured": len(measured)}
 
 
-def _notes(*, adapter: bool, retain_only: bool) -> tuple[str, ...]:
+def _notes(*, adapter: bool, retain_only: bool, short: bool) -> tuple[str, ...]:
     notes = [] if retain_only else [NO_RETAIN_ONLY]
+    if short:
+        notes.append(SHORT)
     if adapter:
         notes.append(
             "The model is an adapter: whoever has it and the original can take it off, and then "

@@ -80,6 +80,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
     parser.add_argument(
+        "--short",
+        action="store_true",
+        default=False,
+        help="only the questions, as they are and in other prompts, and one relearning",
+    )
+    parser.add_argument(
         "--json", action="store_true", default=False, help="print audit.json, all else to stderr"
     )
     add_long_rows(parser)
@@ -156,6 +162,7 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
         resamples=arguments.resamples,
         seed=arguments.seed,
         long_rows=long_rows,
+        short=arguments.short,
         **chat,
         after_finding=told,
         progress=sys.stderr.isatty(),

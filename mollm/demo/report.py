@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mollm.audit import Audit
+from mollm.audit.findings import percent
 from mollm.demo.plots import save_figures
 from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
@@ -35,6 +37,8 @@ class DemoRun:
     after: Mapping[str, Score]
     """The same quiz, by the new model."""
     history: Sequence[StepRecord]
+    audit: Audit | None = None
+    """What the short audit found; where there is none, the summary says why."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,15 @@ def write_run(run: DemoRun, folder: Path) -> None:
 
 def render(run: DemoRun) -> str:
     """The report as one HTML page that needs no other file."""
-    page: str = (
-        environment("mollm.demo")
-        .get_template("report.html.jinja")
-        .render(
-            summary=run.summary,
-            groups=GROUPS,
-            rows={group: rows(run, group) for group in GROUPS},
-            curves=curves([nan_to_none(record.as_dict()) for record in run.history]),
-            history=run.history,
-        )
+    templates = environment("mollm.demo")
+    templates.filters["percent"] = percent
+    page: str = templates.get_template("report.html.jinja").render(
+        summary=run.summary,
+        groups=GROUPS,
+        rows={group: rows(run, group) for group in GROUPS},
+        curves=curves([nan_to_none(record.as_dict()) for record in run.history]),
+        history=run.history,
+        audit=run.audit,
     )
     return page
 
@@ -111,11 +114,23 @@ def table(run: DemoRun) -> str:
         *aligned(cells),
         "",
         f"Updates in conflict: {rates}",
+        "",
+        *_audit_lines(run),
         f"{run.summary['seconds']:.0f} s, at most {run.summary['peak_memory_gib']:.1f} GiB of "
         "memory",
         "",
     ]
     return "\n".join(lines)
+
+
+def _audit_lines(run: DemoRun) -> list[str]:
+    if run.audit is None:
+        return [f"No audit: {run.summary['audit']['reason']}"]
+    return [
+        "Brought back, of what the original knows:",
+        *(str(finding) for finding in run.audit.findings),
+        f"Verdict: {run.audit.verdict}",
+    ]
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,8 @@ The model is asked first, and only facts that it knows are used. They are split 
     heldout   never trained on: does the damage spread?
 
 A fourth group, general, holds questions about other things, never trained on either. The same
-quiz, in a question form that training does not use, is held before and after.
+quiz, in a question form that training does not use, is held before and after. At the end a short
+audit tries to bring the forgotten capitals back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from mollm.demo.facts import Question, capital_question
 from mollm.demo.quiz import Score, quiz
 from mollm.demo.report import DemoRun, conflict_rates, write_run
 from mollm.demo.settings import DemoSettings
+from mollm.demo.short_audit import audit_shortly
 from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply
 from mollm.methods import find_method
@@ -45,6 +47,8 @@ from mollm.training.trainer import MOLLMTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from mollm.audit import Audit
 
 _FORGET_COUNT = 6
 _FORGET_ROWS, _CAPITAL_ROWS, _EVERYDAY_ROWS = 6, 8, 5
@@ -96,11 +100,23 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         say("Asking the same questions again …")
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
 
-        summary = _summary(settings, source.label, split, before, after, trainer.history)
+        history = trainer.history
+        summary = _summary(settings, source.label, split, before, after, history)
         summary["seconds_training"] = round(seconds, 1)
         trainer.export(folder / "model")
+        del trainer  # its optimizer and its copy of the original
+        found, why_not = audit_shortly(
+            model,
+            loading.load(source, device)[0],
+            tokenizer,
+            split.forget,
+            split.spelling,
+            seed=settings.seed,
+            say=say,
+        )
+        summary["audit"] = _audited(found, why_not)
         summary["seconds"] = round(time.perf_counter() - started, 1)
-        run = DemoRun(summary, before, after, trainer.history)
+        run = DemoRun(summary, before, after, history, found)
         write_run(run, folder)
     return run
 
@@ -281,6 +297,13 @@ def _config(
         report_to="none",
         disable_tqdm=False,
     )
+
+
+def _audited(found: Audit | None, why_not: str) -> dict[str, Any]:
+    if found is None:
+        return {"verdict": None, "reason": why_not}
+    findings = [asdict(one) | {"interval": list(one.interval)} for one in found.findings]
+    return {"verdict": found.verdict, "findings": findings}
 
 
 def _summary(

@@ -70,6 +70,21 @@ def test_the_original_itself_fails(of_itself):
     assert by_name(of_itself)["lost of the retain set"].value == 0
 
 
+def test_a_short_audit_asks_and_teaches_once(suite, original):
+    suite = dataclasses.replace(suite, retain=None, holdout=None)
+    found = audited(original, suite, original, short=True)
+    assert list(by_name(found)) == [
+        "asked as in the forget set",
+        "asked in other words",
+        "first half of the answer given",
+        "answers of other forgotten rows shown",
+        "taught 9 examples again",
+    ]
+    assert [point.setting for point in found.curve] == ["full, lr 0.0005"]
+    assert any("A short audit" in note for note in found.notes)
+    assert found.verdict == "FAIL"
+
+
 def test_a_retain_only_model_passes(suite, original, retain_only):
     suite = dataclasses.replace(suite, holdout=None)  # too few to tell members by
     found = audited(audit_models.learnt("retain", seed=1), suite, original, retain_only)

@@ -84,6 +84,15 @@ def test_the_original_fails_and_the_command_that_makes_a_retain_only_model_is_pr
     assert relative["retain_only"] is None
 
 
+def test_a_short_audit_says_what_it_leaves_out(run, tmp_path):
+    status, said, _ = run("original", "--short", "--out", str(tmp_path))
+    names = [finding["name"] for finding in read(tmp_path)["findings"]]
+    assert status == 1
+    assert "taught 9 examples again" in names
+    assert not [name for name in names if "sampled" in name or "rounded" in name]
+    assert "A short audit: no replies were sampled" in said
+
+
 def test_an_adapter_folder_is_put_on_the_original(run, folder, tmp_path):
     config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
     wrapped = adapters.adapted(copy.deepcopy(audit_models.learnt("forget", "retain")), config)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from mollm.audit import Audit, Finding
 from mollm.demo import plots, report
 from mollm.demo.facts import Question
 from mollm.demo.quiz import Score
@@ -56,7 +58,7 @@ def run():
         "countries": {"forget": ["Norway"], "retain": ["Peru"], "heldout": ["Chile"]},
         "peak_memory_gib": 1.25, "device": "a CPU", "versions": {"torch": "9.9"}, "commit": None,
         "command": "mollm demo --seed 7", "finished": "now", "seconds": 12.0,
-        "seconds_training": 3.0,
+        "seconds_training": 3.0, "audit": {"verdict": None, "reason": "it takes <four> facts."},
     }  # fmt: skip
     return DemoRun(summary, before, after, history)
 
@@ -109,6 +111,26 @@ def test_the_terminal_table(run):
     lines = table(run).splitlines()
     assert any(re.fullmatch(r"Forget +2 +100% +50%", line) for line in lines)
     assert "Updates in conflict: forget 0%, kl 50%, retain 0%" in lines
+
+
+def test_without_an_audit_the_reason_is_told(run):
+    assert "No audit: it takes <four> facts." in table(run).splitlines()
+    assert "None was made: it takes <four> facts." in " ".join(Page(render(run)).words)
+
+
+def test_every_finding_of_the_audit_is_told(run):
+    finding = Finding(
+        "taught 3 examples again", 0.96, (0.9, 1.0), 0.1, 0.3, "FAIL", "likelihood", 0.48, 0.5,
+        None, 3, "full, lr 5e-05",
+    )  # fmt: skip
+    found = Audit("FAIL", (finding,), (), {}, ("A note.",), {"to teach": 3, "measured": 3}, {})
+    audited = dataclasses.replace(run, audit=found)
+    lines = table(audited).splitlines()
+    assert str(finding) in lines
+    assert lines.index("Verdict: FAIL") == lines.index(str(finding)) + 1
+    text = " ".join(" ".join(Page(render(audited)).words).split())
+    for words in ("FAIL taught 3 examples again full, lr 5e-05 96% 90% to 100% 10%", "A note."):
+        assert words in text, words
 
 
 def test_conflict_rates_count_applied_updates():

@@ -100,6 +100,8 @@ def test_a_run_leaves_everything_behind(saved, tmp_path):
     assert summary["steps"] == 2
     assert len((out / "history.jsonl").read_text().splitlines()) == 2
     assert finished.summary == summary
+    assert summary["audit"]["verdict"] is None
+    assert "needs at least 4 forget rows" in summary["audit"]["reason"]
 
     fresh = AutoModelForCausalLM.from_pretrained(out / "model")
     original = tiny.model()
@@ -130,6 +132,7 @@ def test_the_quiz_is_asked_before_and_after_and_never_trained_on(
         return encode(self, example, **options)
 
     monkeypatch.setattr(ChatFormat, "encode", spy)
+    monkeypatch.setattr(demo, "audit_shortly", lambda *args, **options: (None, "not here"))
     summary = run(saved, tmp_path / "out", steps=3).summary
     heldout = {facts.with_article(c) for c in summary["countries"]["heldout"]}
     assert trained
@@ -272,6 +275,7 @@ def test_smollm2_forgets_in_a_short_run(tmp_path):
     assert summary["forget_accuracy_before"] == 1
     assert summary["questions"]["general"] >= 30
     assert summary["peak_memory_gib"] < 6
+    assert summary["audit"]["reason"]  # of two facts
     losses = [record.losses["forget"] for record in finished.history]
     assert losses[-1] < 0.5 * losses[0]
 
