@@ -357,10 +357,12 @@ class Tape:
                 "broken off: call zero_grad() and run forward and backward again."
             )
         first, self._begun = not self._complete, True
-        held, self._held = self._held, None
-        if held is not None:
+        down_to = self._lowest
+        if self._held is not None:
+            down_to += 1
+            held, self._held = self._held, None
             yield from self._touched(self.inside[self._lowest], held)
-        down_to = self._lowest + (held is not None)
+            del held  # before the next ones are made
         pending = [dict(cotangents) for cotangents in self._cotangents]
         for number in reversed(range(0 if first else down_to, len(self.blocks))):
             params = self.inside[number]

@@ -32,7 +32,7 @@ from mollm.errors import UsageError
 from mollm.optim.bases import SGD, AdamW, FusedBase
 from mollm.optim.directions import make_rule
 from mollm.optim.gradients import STREAMED
-from mollm.optim.groups import alike, columns_of, columns_of_means
+from mollm.optim.groups import alike, columns_of, columns_of_means, slices_of
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import (
     check_finite_state,
@@ -615,10 +615,20 @@ class MOLLMOptimizer(Optimizer):
 
     def _pieces(self, params: Sequence[Tensor]) -> Iterator[_Piece]:
         for some, lists in self._store.buckets(params):
-            for sharding, mine, rows in by_sharding(some, lists):
+            for sharding, mine, rows in self._cut(some, lists):
                 yield sharding, mine, rows
                 for row in rows:
                     row.clear()  # before the next ones arrive, whoever still has the lists
+
+    def _cut(self, params: Sequence[Tensor], lists: Lists) -> Iterator[_Piece]:
+        """Parameters that are sharded alike; those with state in 8 bits, which is wide while a
+        piece of it is worked on, a few at a time."""
+        for sharding, mine, rows in by_sharding(params, lists):
+            if not isinstance(self.base, FusedBase) or not self.base.keeps_eight_bits:
+                yield sharding, mine, rows
+                continue
+            for columns in slices_of(mine, self._store.bucket_bytes // 4):
+                yield sharding, [mine[n] for n in columns], columns_of(rows, columns)
 
     def _grams(
         self, params: Sequence[Tensor], lists: Lists, clip: Tensor | None
@@ -848,7 +858,7 @@ class MOLLMOptimizer(Optimizer):
         parts, weights = _Parts(), []
         with self._writing():
             for some, lists in store.buckets(params) if not waits or going else ():
-                pieces = list(by_sharding(some, lists))
+                pieces = list(self._cut(some, lists))
                 solved = self._solve_for(lambda pieces=pieces: pieces)  # type: ignore[misc]
                 matrix = matrix + solved.matrix
                 going = going & solved.solution.finite
@@ -868,6 +878,8 @@ class MOLLMOptimizer(Optimizer):
                     )
                     if part is not None:
                         parts.add(sharding, part)
+                    for row in rows:
+                        row.clear()  # before those of the next block are made
         if not waits:
             self._skips.add(going)
         elif not going:

@@ -51,6 +51,7 @@ def trained_apart(model, *, steps, micro, **options):
         {"direction": "project", "normalize": True, "preferences": [1.0, 20.0, 1.0]},
         {"betas": (0.9, 0.0)},
         {"micro": 2},
+        {"state_dtype": "8bit"},
     ],
     ids=str,
 )
@@ -59,6 +60,8 @@ def test_the_step_is_that_of_an_optimizer_for_each_block(kind, options):
     model = made("llama" if kind == "frozen" else kind)
     if kind == "frozen":
         freeze_embeddings(model)
+    if "state_dtype" in options:
+        pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     options = {"lr": 1e-2, "steps": 10, "micro": 1, **options}
     apart, optimizers = trained_apart(model, **options)
     found, _, reports = trained(model, streamed=True, gram="blocks", **options)
