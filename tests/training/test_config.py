@@ -91,6 +91,10 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
             {"optimizer_options": {"gradient_memory": "streamed", "base": torch.optim.SGD}},
             "base must be adamw or sgd with gradient_memory='streamed', but got SGD",
         ),
+        (
+            {"optimizer_options": {"gram": "blocks"}},
+            "gram='blocks': gram must be 'model' without gradient_memory='streamed'",
+        ),
     ],
 )
 def test_values_that_do_not_go_are_refused(options, words):
