@@ -201,16 +201,13 @@ class FusedBase(Optimizer, ABC):
     def _keep(
         self, params: Sequence[Tensor], name: str, values: Sequence[Tensor], proceed: Tensor | None
     ) -> None:
-        """Rounds to 8 bits what `_read` gave and a step has changed."""
+        """Rounds to 8 bits what `_read` gave in a copy and a step has changed."""
         for p, wide in zip(params, values, strict=True):
-            state, scales = self.state[p], scales_name(name)
+            state = self.state[p]
             if state[name].dtype != torch.uint8:
                 continue
-            for kept, new in zip(
-                (state[name], state[scales]),
-                narrowed(wide, signed=name != self.second_name),
-                strict=True,
-            ):
+            rounded = narrowed(wide, signed=name != self.second_name)
+            for kept, new in zip((state[name], state[scales_name(name)]), rounded, strict=True):
                 kept.copy_(new if proceed is None else torch.where(proceed, new, kept))
 
     @property
@@ -364,12 +361,10 @@ class FusedBase(Optimizer, ABC):
             )
             if part is not None:
                 changes = part if changes is None else changes + part
-            if group["state_dtype"] == EIGHT_BITS:
-                mine = [params[n] for n in columns]
-                for name in self._slots(group):
-                    kept = targets.first if name == self.first_name else targets.second
-                    assert kept is not None, "a slot is a target"
-                    self._keep(mine, name, kept, proceed)
+            mine = [params[n] for n in columns]
+            for name in self._slots(group):
+                values = targets.first if name == self.first_name else targets.second
+                self._keep(mine, name, values or (), proceed)
         return changes
 
     # ---- a saved state

@@ -48,12 +48,6 @@ def narrowed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
     Raises:
         ModuleNotFoundError: bitsandbytes is not installed.
-
-    Example:
-        >>> import pytest, torch
-        >>> _ = pytest.importorskip("bitsandbytes")
-        >>> widened(*narrowed(torch.tensor([1.0, 0.0, 4.0]), signed=False), signed=False)
-        tensor([0.9947, 0.0000, 4.0000])
     """
     from bitsandbytes.functional import quantize_blockwise
 

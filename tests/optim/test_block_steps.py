@@ -178,6 +178,22 @@ def test_a_block_that_is_not_finite_may_raise():
     stepped(model, opt)
 
 
+def test_a_step_that_is_interrupted_between_blocks_is_void():
+    model = made()
+    opt = MOLLMOptimizer(model.parameters(), **BLOCKS)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with opt.streamed(find_blocks(model)):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="state are void"):
+        opt.step()
+    with pytest.raises(RuntimeError, match="load both from a checkpoint"):
+        opt.step()
+
+
 def test_what_does_not_go_with_blocks_is_refused():
     params = list(made().parameters())
     with pytest.raises(ValueError, match="gram must be 'model' or 'blocks', but got 'layers'"):

@@ -102,6 +102,15 @@ def test_values_that_do_not_go_are_refused(options, words):
         config(**options)
 
 
+def test_state_in_eight_bits_is_not_cut(monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    options = {"optimizer_options": {"state_dtype": "8bit"}}
+    assert config(**options).for_optimizer()["state_dtype"] == "8bit"
+    monkeypatch.setattr(MOLLMConfig, "sharding", "full_shard")
+    with pytest.raises(UsageError, match=r"must not be 8bit with fsdp.*full_shard"):
+        config(**options)
+
+
 def test_bf16_goes_where_the_device_computes_in_it():
     with computing_in("bfloat16"):
         assert config(bf16=True).bf16
