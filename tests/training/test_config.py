@@ -106,9 +106,9 @@ def test_state_in_eight_bits_is_not_cut(monkeypatch):
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     options = {"optimizer_options": {"state_dtype": "8bit"}}
     assert config(**options).for_optimizer()["state_dtype"] == "8bit"
-    monkeypatch.setattr(MOLLMConfig, "sharding", "full_shard")
+    monkeypatch.setattr(MOLLMConfig, "world_size", 2)
     with pytest.raises(UsageError, match=r"must not be 8bit with fsdp.*full_shard"):
-        config(**options)
+        config(fsdp="full_shard", **options)
 
 
 def test_bf16_goes_where_the_device_computes_in_it():
