@@ -434,7 +434,7 @@ class FusedBase(Optimizer, ABC):
 
     def _fitted_eight_bits(
         self, entry: dict[str, Any], name: str, n: int, p: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """A saved state and its scales; one that was saved in another dtype is rounded."""
         value, scales = entry[name], entry.get(scales_name(name))
         if isinstance(value, Tensor) and value.dtype == torch.uint8:
