@@ -2,17 +2,20 @@
 
     MOLLM           mollm.training.step.accumulate, then MOLLMOptimizer.step
     streamed        the same with gradient_memory="streamed", which computes each block again twice
+    blocks          the same with gram="blocks", which computes each block again once
     weighted sum    the same forwards, one backward of c_1 forget + c_2 kl + c_3 retain, then
                     torch.optim.AdamW(fused=True)
 
 All walk with the same parameters and the same moments, on the same batches, in turns.
 
-FLOPs, in units of one forward pass F of one batch through the decoder's layers:
-                                                    weighted sum    MOLLM    streamed
-    forwards of both batches, backwards of 2F each       6F           8F     2F + 2 x 8F
-    the frozen copy, or the model without its adapter   + 1F         + 1F       + 1F
-    checkpointing, one more forward in a backward       + 2F         + 3F
-    LoRA, backwards of 1F                               - 2F         - 3F
+FLOPs, in units of one forward pass F of one batch through the decoder's L layers:
+                                          weighted sum   MOLLM   streamed                blocks
+    forwards of both batches,                  6F          8F     2F + (2 - 1/L) 8F     2F + 8F
+    backwards of 2F each
+    the frozen copy, or the model without    + 1F        + 1F    + 1F                  + 1F
+    its adapter
+    checkpointing, one more forward          + 2F        + 3F
+    LoRA, backwards of 1F                    - 2F        - 3F
 and, on both sides alike, products of the head with N answers: three for the forget loss (two where
 the head is frozen), six for KL and cross-entropy (four).
 """
@@ -40,7 +43,7 @@ from mollm.models import forward, tape
 from mollm.optim import optimizer
 from mollm.planning import memory, shapes
 from mollm.planning.memory import MemoryPlan
-from mollm.planning.settings import STREAMED, PlanSettings
+from mollm.planning.settings import BLOCKS, STREAMED, PlanSettings
 from mollm.planning.shapes import Shape
 from mollm.system import precision
 from mollm.system.units import GIB
@@ -164,6 +167,9 @@ def prepared(case: Case, device: str) -> Iterator[dict[str, WeightedSum | Mollm]
             streamed.state = streamed.base.state = held.state
             checkpoints = settings.gradient_checkpointing
             steps["streamed"] = Streamed(objectives, streamed, pair, checkpoints)
+            by_blocks = _optimizer(model, replace(case.streamed.settings, gram=BLOCKS))
+            by_blocks.state = by_blocks.base.state = held.state
+            steps["blocks"] = Streamed(objectives, by_blocks, pair, checkpoints)
         yield steps
 
 
@@ -179,7 +185,7 @@ def rows_of(case: Case, device: str, rounds: int) -> list[Row]:
                 "P": float(case.plan.trainable),
                 "dtype": settings.dtype,
                 "tokens": 2 * settings.tokens,
-                "checkpointing": settings.gradient_checkpointing and name != "streamed",
+                "checkpointing": settings.gradient_checkpointing and not isinstance(call, Streamed),
                 "step": name,
                 "ms": 1e3 * seconds[name],
                 "/ sum": seconds[name] / seconds[first],
@@ -192,16 +198,17 @@ def rows_of(case: Case, device: str, rounds: int) -> list[Row]:
         ]
 
 
-def flops(case: Case, name: str) -> int:
+def flops(case: Case, name: str) -> float:
     """Multiply-adds of the matrix products of one step."""
     shape, settings = case.shape, case.settings
     attention = settings.sequence_length * shape.query  # causal: half of the scores, twice
     layers = settings.tokens * shape.num_layers * (shape.linear // shape.num_layers + attention)
     backward = (1 if settings.lora_rank else 2) + settings.gradient_checkpointing
-    backwards = {"weighted sum": 2, "MOLLM": 3, "streamed": 2 * 3}[name]
+    sweeps = {"streamed": 2 - 1 / shape.num_layers, "blocks": 1}.get(name)
+    backwards = 2 if name == "weighted sum" else 3 * (sweeps or 1)
     original = 0 if settings.reference == "cache" else 1
-    if name == "streamed":
-        original, backward = original + 2 * 2, 2  # each sweep runs both batches once more
+    if sweeps:
+        original, backward = original + sweeps * 2, 2  # each sweep runs both batches once more
     answers = settings.batch_size * settings.sequence_length // 2
     head = answers * shape.embedding * (9 if settings.trains_head else 6)
     return layers * (2 + original + backwards * backward) + head
@@ -237,6 +244,7 @@ def _optimizer(model: Any, settings: PlanSettings) -> MOLLMOptimizer:
         lr=LR,
         objectives=method.OBJECTIVES,
         gradient_memory=settings.gradient_memory,
+        gram=settings.gram,
         **METHOD.optimizer_options(),
     )
 

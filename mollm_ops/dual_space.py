@@ -78,6 +78,11 @@ class Solution:
         """Norm of the min-norm point of the unit gradients, in [0, 1]; 0 is Pareto stationary."""
         return float(self._packed[-1])
 
+    def with_weights(self, weights: Tensor) -> Solution:
+        """The same verdict on other weights, [K]; zeros where the Gram matrix was not finite."""
+        kept = torch.where(self.finite, weights.to(self._packed), 0.0)
+        return Solution(torch.cat([kept, self._packed[-2:]]))
+
     def __repr__(self) -> str:
         return (
             f"Solution(weights={self.weights.tolist()}, status={self.status.name}, "

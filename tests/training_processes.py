@@ -49,6 +49,10 @@ OPTIONS = {
         "tied": True,
         "freeze_embeddings": False,
     },
+    "streamed by blocks": {
+        "optimizer_options": {"gradient_memory": "streamed", "gram": "blocks"},
+        "per_device_train_batch_size": 1,
+    },
     "npo": {"method": "npo"},
     "means": {"optimizer_options": {"momentum": "per-objective"}},
     "lora": {"lora": {"target_modules": "all-linear"}},
@@ -254,8 +258,8 @@ KINDS = {
     "in_bfloat16": in_bfloat16,
 }
 _PLAIN = ("adamw", "in micro-batches", "clipped", "cached", "lora")
-COPIES = (*_PLAIN, "streamed", "several sets", "relearning")
-PARTS = tuple(key for key in OPTIONS if key != "streamed")
+COPIES = (*_PLAIN, "streamed", "streamed by blocks", "several sets", "relearning")
+PARTS = tuple(key for key in OPTIONS if not key.startswith("streamed"))
 RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"))
 
 

@@ -6,7 +6,9 @@
                    ∂L_k/∂θ_b,  ∂L_k/∂h_{b−1}  from  ∂L_k/∂h_b
 
 So K gradients of one block are alive at a time. A sweep can be repeated, and whoever reads it may
-change a block's parameters as soon as the sweep has come past it: nothing reads them any more.
+change a block's parameters as soon as the sweep has come past it: nothing reads them any more. The
+gradients of the lowest block, to which a sweep comes last, stay for the next sweep, which begins
+with them and has a block less to compute.
 """
 
 from __future__ import annotations
@@ -178,6 +180,11 @@ class Tape:
         self._of: dict[int, _Call] = {}  # by the ids of outputs
         self._running: list[tuple[_Call, saved_tensors_hooks] | None] = []
         self._begun = self._complete = False
+        some = [n for n, params in enumerate(self.inside) if params]
+        self._lowest = min(some, default=len(self.blocks))
+        """The number of the first block that trains, which a sweep comes to last."""
+        self._held: Rows | None = None
+        """Its gradients from the last sweep: the next one begins with them, and ends above."""
 
     # ---- forward
 
@@ -319,13 +326,23 @@ class Tape:
         shared = any(t.data_ptr() == g.data_ptr() for t in kept)
         return g if g.is_contiguous() and not shared else g.clone()
 
+    def non_finite_elements(self) -> Tensor:
+        """Of each objective, how many the losses have left in their gradients, [K]."""
+        counts = []
+        for known, ends in zip(self._cotangents, self._ends, strict=True):
+            tensors = [*known.values(), *(g for g in ends if g is not None)]
+            each = [(~t.isfinite()).sum() for t in tensors]
+            counts.append(torch.stack([n.to(each[0].device) for n in each]).sum())
+        return torch.stack(counts).double()
+
     # ---- backward
 
     def sweep(
         self, complete: Callable[[list[Tensor], Rows], None] | None = None
     ) -> Iterator[tuple[list[Tensor], Rows]]:
         """Parameters that some objective reaches with their K lists of gradients: those of the
-        last block first, those outside of all blocks at the end.
+        last block first, those outside of all blocks at the end. The first block to train comes
+        before all others where the sweep before has left its gradients.
 
         Args:
             complete: Adds to the K lists of these parameters what others have found.
@@ -340,20 +357,29 @@ class Tape:
                 "broken off: call zero_grad() and run forward and backward again."
             )
         first, self._begun = not self._complete, True
+        down_to = self._lowest
+        if self._held is not None:
+            down_to += 1
+            held, self._held = self._held, None
+            yield from self._touched(self.inside[self._lowest], held)
+            del held  # before the next ones are made
         pending = [dict(cotangents) for cotangents in self._cotangents]
-        for number in reversed(range(len(self.blocks))):
+        for number in reversed(range(0 if first else down_to, len(self.blocks))):
             params = self.inside[number]
             rows: Rows = [[None] * len(params) for _ in pending]
             for call in self._calls:
                 if call.number == number:
-                    self._back(call, params, pending, rows, first)
+                    self._back(call, params, pending, rows, first, last=number == down_to)
             if complete is not None:
                 complete(params, rows)
             yield from self._touched(params, rows)
-        if any(pending):
-            self._refuse_order()
-        if complete is not None and first:
-            complete(self.outside, self._ends)
+            if number == self._lowest:
+                self._held = rows
+        if first:
+            if any(pending):
+                self._refuse_order()
+            if complete is not None:
+                complete(self.outside, self._ends)
         self._complete = True
         yield from self._touched(self.outside, self._ends)
 
@@ -364,13 +390,22 @@ class Tape:
         pending: list[dict[int, Tensor]],
         rows: Rows,
         first: bool,
+        last: bool,
     ) -> None:
-        """Backward of one pass of a block for every objective that reaches it."""
+        """Backward of one pass of a block for every objective that reaches it.
+
+        Args:
+            first: Whether gradients outside of the blocks are still to be found.
+            last: Whether no block below has parameters, so that they alone are asked for more.
+        """
         arrived = [[known.pop(id(leaf), None) for leaf in call.outputs] for known in pending]
         reaching = [k for k, some in enumerate(arrived) if any(g is not None for g in some)]
-        if not reaching or not (params or call.inputs):
+        down = first or not last
+        if not reaching or not (params or (down and call.inputs)):
             return
         inputs, outputs = call.again()
+        if not down:
+            inputs = []
         for k in reaching:
             pairs = [(o, g) for o, g in zip(outputs, arrived[k], strict=True) if g is not None]
             found = grad(
@@ -385,7 +420,8 @@ class Tape:
                 if g is not None:
                     known = rows[k][n]
                     rows[k][n] = g if known is None else known + g
-            self._hand_down(call, k, found[: len(inputs)], pending[k], first)
+            if down:
+                self._hand_down(call, k, found[: len(inputs)], pending[k], first)
 
     def _hand_down(
         self,

@@ -6,6 +6,7 @@ checkpoints and tools find what they expect.
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mollm.distributed.sharding import common_seed, local, sharding_of
+from mollm.distributed.sharding import common_seed, is_sharded, local, sharding_of
 from mollm.errors import UsageError
+from mollm.optim.eight_bits import EIGHT_BITS, count_scales, narrowed, scales_name, widened
 from mollm.optim.groups import columns_of, columns_of_means
 from mollm.optim.saved_state import (
     check_entry,
     check_narrowing,
     check_same_algorithm,
+    check_scales,
     check_step,
 )
 from mollm_ops.operands import (
@@ -78,7 +81,8 @@ class FusedBase(Optimizer, ABC):
     """What AdamW and SGD share: state made on first use, and a step along Σ_k w_k g_k.
 
     Args of both:
-        state_dtype: torch.float32 or torch.bfloat16 for the state; default that of the parameter.
+        state_dtype: torch.float32 or torch.bfloat16 for the state, or "8bit" for 8 bits an element
+            by bitsandbytes, see `mollm.optim.eight_bits`; default that of the parameter.
         stochastic_rounding: round bfloat16 results up or down at random, so that their mean is
             exact; see `mollm_ops.update.update_`.
     """
@@ -103,7 +107,16 @@ class FusedBase(Optimizer, ABC):
         refused first."""
         options = {**self.defaults, **param_group}
         self.check_group(options)
+        eight = options["state_dtype"] == EIGHT_BITS
+        if eight:
+            importlib.import_module("bitsandbytes")  # now rather than in the first step
         super().add_param_group({**param_group, "state_dtype": options["state_dtype"]})
+        if eight and any(is_sharded(p) for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise UsageError(
+                f"state_dtype must not be {EIGHT_BITS!r} for a model in parts, whose scales no "
+                "checkpoint could cut: choose bfloat16."
+            )
 
     def _refuse_foreign_options(self, group: dict[str, Any]) -> None:
         for name, value in group.items():
@@ -132,9 +145,10 @@ class FusedBase(Optimizer, ABC):
         dtype = group["state_dtype"]
         if isinstance(dtype, str):
             dtype = _STATE_DTYPES.get(dtype.removeprefix("torch."), dtype)
-        if dtype not in (None, *_STATE_DTYPES.values()):
+        if dtype not in (None, EIGHT_BITS, *_STATE_DTYPES.values()):
             raise ValueError(
-                f"state_dtype must be torch.float32, torch.bfloat16 or None, but got {dtype}."
+                f"state_dtype must be torch.float32, torch.bfloat16, {EIGHT_BITS!r} or None, but "
+                f"got {dtype}."
             )
         group["state_dtype"] = dtype
         for name in ("stochastic_rounding", "nesterov"):
@@ -173,9 +187,47 @@ class FusedBase(Optimizer, ABC):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in self._slots(group):
-            if state.get(name) is None:
+            if state.get(name) is not None:
+                continue
+            if group["state_dtype"] == EIGHT_BITS:
+                state[name] = torch.zeros_like(p, dtype=torch.uint8)
+                state[scales_name(name)] = p.new_zeros(count_scales(p.numel()), dtype=torch.float32)
+            else:
                 state[name] = torch.zeros_like(p, dtype=group["state_dtype"] or p.dtype)
         return state
+
+    def _read(self, p: Tensor, name: str) -> Tensor:
+        """This process's part of a state, in place, but in 8 bits a copy in float32."""
+        kept = local(self.state[p][name])
+        if kept.dtype != torch.uint8:
+            return kept
+        return widened(kept, self.state[p][scales_name(name)], signed=name != self.second_name)
+
+    def _keep(
+        self, params: Sequence[Tensor], name: str, values: Sequence[Tensor], proceed: Tensor | None
+    ) -> None:
+        """Rounds to 8 bits what `_read` gave in a copy and a step has changed."""
+        for p, wide in zip(params, values, strict=True):
+            state = self.state[p]
+            if state[name].dtype != torch.uint8:
+                continue
+            rounded = narrowed(wide, signed=name != self.second_name)
+            for kept, new in zip((state[name], state[scales_name(name)]), rounded, strict=True):
+                kept.copy_(new if proceed is None else torch.where(proceed, new, kept))
+
+    @property
+    def keeps_eight_bits(self) -> bool:
+        """Whether some state is in 8 bits, and takes more memory while a step works on it."""
+        return any(
+            group["state_dtype"] == EIGHT_BITS and bool(self._slots(group))
+            for group in self.param_groups
+        )
+
+    @staticmethod
+    def _dtype_of(p: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """In which a step reads this parameter's state."""
+        dtype = torch.float32 if group["state_dtype"] == EIGHT_BITS else group["state_dtype"]
+        return dtype or p.dtype
 
     def make_state(self, params: Sequence[Tensor] | None = None) -> None:
         """The state of these parameters, or of all, if they have none yet."""
@@ -203,13 +255,13 @@ class FusedBase(Optimizer, ABC):
         """Second moments; with β₂ = 0 nothing is kept, and a step starts from zeros."""
         name = "exp_avg_sq"
         if name in self._slots(group):
-            return [local(self.state[p][name]) for p in params]
-        return [torch.zeros_like(local(p), dtype=group["state_dtype"] or p.dtype) for p in params]
+            return [self._read(p, name) for p in params]
+        return [torch.zeros_like(local(p), dtype=self._dtype_of(p, group)) for p in params]
 
     def kept_dtypes(self) -> set[torch.dtype]:
         """Those that state of the combined gradient is kept in."""
         return {
-            group["state_dtype"] or p.dtype
+            self._dtype_of(p, group)
             for group in self.param_groups
             if self._slots(group)
             for p in group["params"]
@@ -222,7 +274,7 @@ class FusedBase(Optimizer, ABC):
         for group in self.param_groups:
             if not self._slots(group):
                 continue
-            for dtype in {group["state_dtype"] or p.dtype for p in group["params"]}:
+            for dtype in {self._dtype_of(p, group) for p in group["params"]}:
                 limits.append(self._largest_direction(group, largest_moment(dtype)))
         return min(limits)
 
@@ -263,7 +315,7 @@ class FusedBase(Optimizer, ABC):
             states = [self._state_of(p, group) for p in mine]
             first = None
             if self.first_name in self._slots(group):
-                first = [local(state[self.first_name]) for state in states]
+                first = [self._read(p, self.first_name) for p in mine]
             second = None if self.second_name is None else self._second_of(mine, group)
             steps = [state["step"] for state in states]
             targets = Targets([local(p) for p in mine], first, second, steps)
@@ -314,6 +366,10 @@ class FusedBase(Optimizer, ABC):
             )
             if part is not None:
                 changes = part if changes is None else changes + part
+            mine = [params[n] for n in columns]
+            for name in self._slots(group):
+                values = targets.first if name == self.first_name else targets.second
+                self._keep(mine, name, values or (), proceed)
         return changes
 
     # ---- a saved state
@@ -353,7 +409,7 @@ class FusedBase(Optimizer, ABC):
         self, entry: dict[str, Any], n: int, p: Tensor, group: dict[str, Any]
     ) -> dict[str, Any]:
         names = (self.first_name, "exp_avg_sq") if self.second_name else (self.first_name,)
-        unknown = sorted(set(entry) - {"step", *names})
+        unknown = sorted(set(entry) - {"step", *names, *map(scales_name, names)})
         if unknown:
             raise UsageError(
                 f"the state to load has {', '.join(unknown)} for parameter {n}, which base "
@@ -369,13 +425,30 @@ class FusedBase(Optimizer, ABC):
                         "other settings of metric or momentum, so load it with the same."
                     )
                 continue
+            if group["state_dtype"] == EIGHT_BITS:
+                fitted |= self._fitted_eight_bits(entry, name, n, p)
+                continue
             check_entry(name, value, n, p)
             check_narrowing(name, value, n, group["state_dtype"] or p.dtype)
             fitted[name] = value
         if "step" in entry or self.second_name:
             steps = check_step(entry.get("step"), n)
             fitted["step"] = torch.tensor(steps, dtype=torch.float32, device=p.device)
-        return {name: fitted[name] for name in entry if name in fitted}
+        order = [name for name in entry if name in fitted]
+        return {name: fitted[name] for name in dict.fromkeys([*order, *fitted])}
+
+    def _fitted_eight_bits(
+        self, entry: dict[str, Any], name: str, n: int, p: Tensor
+    ) -> dict[str, Any]:
+        """A saved state and its scales; one that was saved in another dtype is rounded."""
+        value, scales = entry[name], entry.get(scales_name(name))
+        if isinstance(value, Tensor) and value.dtype == torch.uint8:
+            check_scales(name, value, scales, count_scales(p.numel()), n, p)
+            return {name: value, scales_name(name): scales}
+        check_entry(name, value, n, p)
+        check_narrowing(name, value, n, torch.float32)
+        codes, scales = narrowed(value, signed=name != self.second_name)
+        return {name: codes, scales_name(name): scales}
 
     def restore_dtypes(self, fitted: dict[str, Any]) -> None:
         """Undoes the cast to the parameters' dtype with which Torch loads a state."""
@@ -383,9 +456,10 @@ class FusedBase(Optimizer, ABC):
         keys = [key for group in fitted["param_groups"] for key in group["params"]]
         owners = [(p, group) for group in self.param_groups for p in group["params"]]
         for key, (p, group) in zip(keys, owners, strict=True):
-            dtype = group["state_dtype"] or p.dtype
+            eight = group["state_dtype"] == EIGHT_BITS
             for name, value in saved.get(key, {}).items():
                 if isinstance(value, Tensor) and name != "step":
+                    dtype = value.dtype if eight else group["state_dtype"] or p.dtype
                     self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
 
 
@@ -407,7 +481,7 @@ class AdamW(FusedBase):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
@@ -469,7 +543,7 @@ class SGD(FusedBase):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(

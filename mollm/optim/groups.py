@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,20 @@ def columns_of(
 def columns_of_means(moving: RunningMeans | None, columns: Sequence[int]) -> RunningMeans | None:
     """Those columns of the running means."""
     return moving and RunningMeans(columns_of(moving.means, columns), moving.beta)
+
+
+def slices_of(params: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    """The columns of `params` in turn, as many at a time as have up to `size` elements."""
+    columns: list[int] = []
+    elements = 0
+    for n, p in enumerate(params):
+        if columns and elements + p.numel() > size:
+            yield columns
+            columns, elements = [], 0
+        columns.append(n)
+        elements += p.numel()
+    if columns:
+        yield columns
 
 
 def relative_rates(groups: Sequence[dict[str, Any]]) -> list[float | Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -20,6 +20,7 @@ from mollm.distributed.sharding import (
     Sharding,
     by_sharding,
     expect_backward,
+    is_sharded,
     local,
     local_gradient,
     placed_like,
@@ -31,7 +32,7 @@ from mollm.errors import UsageError
 from mollm.optim.bases import SGD, AdamW, FusedBase
 from mollm.optim.directions import make_rule
 from mollm.optim.gradients import STREAMED
-from mollm.optim.groups import alike, columns_of, columns_of_means
+from mollm.optim.groups import alike, columns_of, columns_of_means, slices_of
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import (
     check_finite_state,
@@ -47,6 +48,10 @@ from mollm_ops.gram import gram_moved
 from mollm_ops.operands import RunningMeans, largest_moment
 
 PER_OBJECTIVE = "per-objective"
+MODEL, BLOCKS = "model", "blocks"
+
+_Piece = tuple[Sharding, list[Tensor], Lists]
+"""Parameters that are sharded alike, with their K lists of gradients."""
 
 
 def _make_base(
@@ -174,6 +179,12 @@ class MOLLMOptimizer(Optimizer):
         gradient_memory: where gradients wait for the step: "as-produced"; "bfloat16", rounded;
             "host", in pinned host memory; "streamed", nowhere: `step()` makes them twice, block by
             block, see `streamed()`. That goes with the bases "adamw" and "sgd".
+        gram: "model" solves one problem for the whole step. "blocks", for streamed gradients,
+            solves one for each block and moves it at once, G_b → w_b → Δθ_b: a step takes one sweep
+            in place of two. Then Σ_b g_k,b · Δθ_b < 0 as a sum of such terms, but each block has a
+            direction of its own; `last_step` has the sum of the Gram matrices and the mean of the
+            weights. A block may turn out not to be finite after others have moved: the step ends
+            there, and leaves that block and those that come after it as they were.
         on_nonfinite: what to do if a gradient is not finite, or so large that the state after the
             step would not be (in AdamW an element above 1.8e19, or about 8000 with a state in
             float16). "skip" leaves weights and state as they are, counts the step in
@@ -210,6 +221,7 @@ class MOLLMOptimizer(Optimizer):
         mean_beta: float = 0.9,
         metric: str = "base",
         gradient_memory: str = "as-produced",
+        gram: str = MODEL,
         on_nonfinite: str = "skip",
         track_conflicts: bool = True,
         **base_options: Any,
@@ -225,6 +237,18 @@ class MOLLMOptimizer(Optimizer):
             raise ValueError(
                 f"momentum must be a number or {PER_OBJECTIVE!r}, but got {momentum!r}."
             )
+        if gram not in (MODEL, BLOCKS):
+            raise ValueError(f"gram must be {MODEL!r} or {BLOCKS!r}, but got {gram!r}.")
+        if gram == BLOCKS and gradient_memory != STREAMED:
+            raise ValueError(
+                f"gram must be {MODEL!r} without gradient_memory={STREAMED!r}, which alone knows "
+                f"blocks, but got {gram!r} and {gradient_memory!r}."
+            )
+        if gram == BLOCKS and momentum == PER_OBJECTIVE:
+            raise ValueError(
+                f"momentum must be a number with gram={BLOCKS!r}, where a step may end between two "
+                f"blocks, but got {momentum!r}."
+            )
         self._make_rule = functools.partial(
             make_rule, direction, objectives=len(names), normalize=normalize, length=length
         )
@@ -234,7 +258,8 @@ class MOLLMOptimizer(Optimizer):
         self.track_conflicts = track_conflicts
         self._store = make_store(names, gradient_memory)
         self._means = ObjectiveMeans(mean_beta) if momentum == PER_OBJECTIVE else None
-        self._skips = SkipCounter()
+        self.gram = gram
+        self._skips = SkipCounter(self._outcome)
         self._open: str | None = None
         self._aggregated: _Aggregated | None = None
         self._scale: Tensor | None = None  # of the GradScaler at the last step
@@ -258,6 +283,13 @@ class MOLLMOptimizer(Optimizer):
         refuse_partitioned([p for group in self.base.param_groups for p in group["params"]])
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_state_with_base()
+
+    @property
+    def _outcome(self) -> str:
+        """Of a step that met something that is not finite."""
+        if self.gram == BLOCKS:
+            return "the step ended there, that block and those that come after it are unchanged"
+        return "the step was skipped, weights and optimizer state are unchanged"
 
     def set_preferences(self, preferences: Sequence[float]) -> None:
         """Other weights c_k on the objectives, from the next step on.
@@ -581,12 +613,22 @@ class MOLLMOptimizer(Optimizer):
         self._second_weights = c = self._second_weights.to(device)
         return c if self._means is None else c / self._means.correction(device) ** 2
 
-    def _pieces(self, params: Sequence[Tensor]) -> Iterator[tuple[Sharding, list[Tensor], Lists]]:
+    def _pieces(self, params: Sequence[Tensor]) -> Iterator[_Piece]:
         for some, lists in self._store.buckets(params):
-            for sharding, mine, rows in by_sharding(some, lists):
+            for sharding, mine, rows in self._cut(some, lists):
                 yield sharding, mine, rows
                 for row in rows:
                     row.clear()  # before the next ones arrive, whoever still has the lists
+
+    def _cut(self, params: Sequence[Tensor], lists: Lists) -> Iterator[_Piece]:
+        """Parameters that are sharded alike; those with state in 8 bits, which is wide while a
+        piece of it is worked on, a few at a time."""
+        for sharding, mine, rows in by_sharding(params, lists):
+            if not isinstance(self.base, FusedBase) or not self.base.keeps_eight_bits:
+                yield sharding, mine, rows
+                continue
+            for columns in slices_of(mine, self._store.bucket_bytes // 4):
+                yield sharding, [mine[n] for n in columns], columns_of(rows, columns)
 
     def _grams(
         self, params: Sequence[Tensor], lists: Lists, clip: Tensor | None
@@ -619,18 +661,30 @@ class MOLLMOptimizer(Optimizer):
             params: those that have any.
             clip: what `p.grad` was multiplied by; the second moment counts gradients so.
         """
+        self._refuse_unlike_copies(params)
+        return self._solve_for(lambda: self._pieces(params), clip)
+
+    def _refuse_unlike_copies(self, params: Sequence[Tensor]) -> None:
+        """Waits for the device, and so only in the first steps."""
+        if self._unchecked_steps and not all(is_sharded(p) for p in params):
+            self._unchecked_steps -= 1
+            if world_size() > 1:
+                copies = self._plain_parts().sums.get(Sharding())
+                if copies is not None:
+                    refuse_unlike_copies(copies, self.objectives)
+
+    def _solve_for(
+        self, pieces: Callable[[], Iterable[_Piece]], clip: Tensor | None = None
+    ) -> _Solved:
+        """`_solve` for gradients that can be read as often as `pieces` is called."""
         parts, squares = _Parts(), _Parts()
         weighted = False
-        for sharding, some, lists in self._pieces(params):
+        for sharding, some, lists in pieces():
             for rate, part in self._grams(some, lists, clip):
                 one = isinstance(rate, float) and rate == 1
                 weighted |= not one
                 parts.add(sharding, part if one else part * rate)
                 squares.add(sharding, part.diagonal())
-        if self._unchecked_steps and Sharding() in parts.sums:
-            self._unchecked_steps -= 1
-            if world_size() > 1:
-                refuse_unlike_copies(self._plain_parts().sums[Sharding()], self.objectives)
         total = parts.total(Sharding.total_gram)
         if self._means is not None:
             total = total / self._means.correction(total.device) ** 2
@@ -643,7 +697,7 @@ class MOLLMOptimizer(Optimizer):
             if self._means is not None:
                 square = square / self._means.correction(square.device) ** 2
         return self._holdable(
-            solved, (weights.abs() * square.sqrt()).sum(), lambda: self._overflow(params, solved)
+            solved, (weights.abs() * square.sqrt()).sum(), lambda: self._overflow(pieces(), solved)
         )
 
     def _largest_direction(self) -> float:
@@ -673,11 +727,11 @@ class MOLLMOptimizer(Optimizer):
         known = not norm.is_cuda and bool(solved.solution.finite) and not fits
         return replace(solved, solution=solution, overflows=known)
 
-    def _overflow(self, params: Sequence[Tensor], solved: _Solved) -> Tensor:
+    def _overflow(self, pieces: Iterable[_Piece], solved: _Solved) -> Tensor:
         assert isinstance(self.base, FusedBase), "other bases' state is not known"
         weights = self._effective_weights(solved.solution)
         parts = _Parts()
-        for sharding, some, lists in self._pieces(params):
+        for sharding, some, lists in pieces:
             over = self.base.overflows(some, lists, weights, self._moving(some, lists))
             parts.add(sharding, over.double())
         return parts.total(Sharding.total)
@@ -689,10 +743,10 @@ class MOLLMOptimizer(Optimizer):
             parts.add(sharding, gram(lists))
         return parts
 
-    def _non_finite_elements(self) -> Tensor:
+    def _non_finite_elements(self, pieces: Iterable[_Piece]) -> Tensor:
         """How many each objective's gradient has, [K]."""
         parts = _Parts()
-        for sharding, _, lists in self._pieces(self._touched(strays=True)):
+        for sharding, _, lists in pieces:
             some = [[(~t.isfinite()).sum() for t in row if t is not None] for row in lists]
             counts = [torch.stack(c).sum() if c else torch.zeros(()) for c in some]
             device = max((c.device for c in counts), key=str)
@@ -744,7 +798,9 @@ class MOLLMOptimizer(Optimizer):
         if self._aggregated is None and not isinstance(self.base, FusedBase):
             self.aggregate()
         if self._aggregated is None:
-            solved, changes = self._step_along_gradients(self._touched())
+            by_blocks = self.gram == BLOCKS
+            step = self._step_block_by_block if by_blocks else self._step_along_gradients
+            solved, changes = step(self._touched())
         else:
             self._refuse_lost_direction(self._aggregated)
             try:
@@ -782,6 +838,56 @@ class MOLLMOptimizer(Optimizer):
                     parts.add(sharding, part)
             if self._means is not None:
                 self._means.count(proceed)
+        return solved, parts.total(Sharding.total) if self.track_conflicts else None
+
+    def _step_block_by_block(self, params: list[Tensor]) -> tuple[_Solved, Tensor | None]:
+        """A step in one sweep, with a Gram matrix and a direction of each block's own.
+
+        On a GPU nothing waits for the device: what is not finite turns off what comes after it.
+        """
+        base, store = self.base, self._store
+        assert isinstance(base, FusedBase), "other bases do not stream"
+        assert isinstance(store, StreamedGradients), "blocks are streamed"
+        self._refuse_unlike_copies(params)
+        counts = store.non_finite_elements()
+        going = counts.sum() == 0
+        waits = not going.is_cuda or self.on_nonfinite == "raise"
+        nothing = torch.where(going, 0.0, math.nan).double()
+        matrix = nothing.repeat(len(counts), len(counts))
+        solved = _Solved(matrix, self.rule(matrix))
+        parts, weights = _Parts(), []
+        with self._writing():
+            for some, lists in store.buckets(params) if not waits or going else ():
+                pieces = list(self._cut(some, lists))
+                solved = self._solve_for(lambda pieces=pieces: pieces)  # type: ignore[misc]
+                matrix = matrix + solved.matrix
+                going = going & solved.solution.finite
+                if waits and not going:
+                    counts = self._non_finite_elements(pieces)
+                    break
+                weights.append(solved.solution.weights)
+                base.make_state(some)
+                for sharding, mine, rows in pieces:
+                    part = base.step_along(
+                        mine,
+                        rows,
+                        solved.solution.weights,
+                        second_weights=self._second_weights_on(going.device),
+                        proceed=going if going.is_cuda else None,
+                        track=self.track_conflicts,
+                    )
+                    if part is not None:
+                        parts.add(sharding, part)
+                    for row in rows:
+                        row.clear()  # before those of the next block are made
+        if not waits:
+            self._skips.add(going)
+        elif not going:
+            self._refuse(self._what_is_not_finite(solved, counts))
+        solution = self.rule(matrix).refused_unless(going)
+        if waits and not going:
+            return _Solved(matrix, solution), None
+        solved = _Solved(matrix, solution.with_weights(torch.stack(weights).mean(0)))
         return solved, parts.total(Sharding.total) if self.track_conflicts else None
 
     def _refuse_lost_direction(self, left: _Aggregated) -> None:
@@ -996,7 +1102,16 @@ class MOLLMOptimizer(Optimizer):
             return False
         if solved.solution.status is not Status.NON_FINITE:
             return False
-        what = self._what_is_not_finite(solved)
+        if all(name in self._store for name in self.objectives):
+            pieces = self._pieces(self._touched(strays=True))
+            what = self._what_is_not_finite(solved, self._non_finite_elements(pieces))
+        else:
+            what = "the direction, or the optimizer's state after a step along it,"
+        self._refuse(what)
+        return True
+
+    def _refuse(self, what: str) -> None:
+        """Counts a step that was not made, or not to its end; or raises."""
         for p in self._parameters():
             p.grad = None
         if self.on_nonfinite == "raise":
@@ -1004,17 +1119,17 @@ class MOLLMOptimizer(Optimizer):
                 self._aggregated.gradients.end()
             self._aggregated = None
             raise FloatingPointError(
-                f"{what} is not finite; weights and optimizer state are unchanged: call "
-                "zero_grad() and go on with the next batch, or pass on_nonfinite='skip'."
+                f"{what} is not finite; {self._outcome}: call zero_grad() and go on with the next "
+                "batch, or pass on_nonfinite='skip'."
             )
         self._skips.count(what)
-        return True
 
-    def _what_is_not_finite(self, solved: _Solved) -> str:
-        if not all(name in self._store for name in self.objectives):
-            return "the direction, or the optimizer's state after a step along it,"
-        counts = self._non_finite_elements().tolist()
-        names = [name for name, n in zip(self.objectives, counts, strict=True) if n]
+    def _what_is_not_finite(self, solved: _Solved, counts: Tensor) -> str:
+        """
+        Args:
+            counts: elements of each objective's gradient that are not, [K].
+        """
+        names = [name for name, n in zip(self.objectives, counts.tolist(), strict=True) if n]
         if names:
             return f"the gradient of {', '.join(names)}"
         if solved.overflows or not bool(solved.matrix.isfinite().all()):
@@ -1127,7 +1242,7 @@ class MOLLMOptimizer(Optimizer):
             self._share_state_with_base()
         if isinstance(self.base, FusedBase):
             self.base.restore_dtypes(plain)
-        self._skips = SkipCounter(mine.get("skipped_steps", 0))
+        self._skips = SkipCounter(self._outcome, mine.get("skipped_steps", 0))
         scale = mine.get("grad_scale")
         self._scale = None if scale is None else torch.tensor(scale, dtype=torch.float64)
         if self._means is not None:

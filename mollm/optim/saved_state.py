@@ -135,6 +135,21 @@ def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
         )
 
 
+def check_scales(what: str, codes: Tensor, scales: Any, count: int, n: int, p: Tensor) -> None:
+    """Refuses what is no state of parameter n in 8 bits.
+
+    Raises:
+        UsageError: the codes have not the shape of p, or there are not `count` finite scales from 0
+            up.
+    """
+    fits = isinstance(scales, Tensor) and scales.shape == (count,) and codes.shape == p.shape
+    if not fits or not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise UsageError(
+            f"{what} of parameter {n} must be {tuple(p.shape)} codes and {count} finite scales "
+            "from 0 up, but the state to load has others: load an earlier checkpoint."
+        )
+
+
 def check_step(value: Any, n: int) -> float:
     """The number of steps behind a parameter.
 

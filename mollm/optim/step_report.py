@@ -14,9 +14,15 @@ from mollm_ops.dual_space import active_objectives
 
 
 class SkipCounter:
-    """Counts skipped steps, on the device where the host need not know at once; warns once."""
+    """Counts skipped steps, on the device where the host need not know at once; warns once.
 
-    def __init__(self, known: int = 0) -> None:
+    Args:
+        outcome: What such a step left, as the warning says it.
+        known: The number so far.
+    """
+
+    def __init__(self, outcome: str, known: int = 0) -> None:
+        self._outcome = outcome
         self._known = known
         self._on_device: Tensor | None = None
         self._seen: tuple[Tensor, torch.cuda.Event] | None = None  # a copy on its way to the host
@@ -25,7 +31,7 @@ class SkipCounter:
     def count(self, what: str) -> None:
         """A step that the host knows to be skipped, and why."""
         self._known += 1
-        self._warn(what)
+        self._warn(what, 7)
 
     def add(self, finite: Tensor) -> None:
         """A step on a GPU, skipped where `finite` is not; does not wait for it."""
@@ -49,14 +55,15 @@ class SkipCounter:
         return self._known + (0 if self._on_device is None else int(self._on_device))
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_known": self.total(), "_on_device": None, "_seen": None, "_warned": self._warned}
+        known = {"_known": self.total(), "_on_device": None, "_seen": None}
+        return {**self.__dict__, **known}
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, what: str, stacklevel: int = 6) -> None:
         if not self._warned:
             warnings.warn(
-                f"{what} is not finite: the step was skipped, weights and optimizer state are "
-                "unchanged. Further skips are counted in `skipped_steps` without a warning.",
-                stacklevel=6,
+                f"{what} is not finite: {self._outcome}. Further such steps are counted in "
+                "`skipped_steps` without a warning.",
+                stacklevel=stacklevel,
             )
         self._warned = True
 

@@ -5,6 +5,8 @@
     solve      w = rule(G); if G is not finite, nothing has been written
     sweep 2    the same gradients again; state and parameters of the block change at once
 
+With a Gram matrix of each block's own there is one sweep, in which a block changes at once.
+
 The numbers are those of the plain step. See `mollm.models.tape` for how a sweep is made.
 """
 
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from mollm.distributed.processes import add_up_lists
+from mollm.distributed.processes import add_up_lists, all_reduce_sum
 from mollm.distributed.sharding import Lists, is_sharded, world_size
 from mollm.errors import UsageError
 from mollm.models.tape import Tape
@@ -105,6 +107,13 @@ class StreamedGradients(GradientStore):
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective, as far as a sweep has told."""
         return [p for p in params if p in self._seen]
+
+    def non_finite_elements(self) -> Tensor:
+        """How many there are of each objective in what a sweep begins with, [K]; of all processes
+        together."""
+        assert self._tape is not None, "a step has losses"
+        counts = self._tape.non_finite_elements()
+        return all_reduce_sum(counts) if self._add_up else counts
 
     def buckets(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Lists]]:
         """All parameters block by block, whatever `params` are."""

@@ -55,6 +55,7 @@ def run_settings(chosen: PlanSettings) -> dict[str, Any]:
         "base": other("optimizer"),
         "state_dtype": chosen.state_dtype,
         "gradient_memory": other("gradient_memory"),
+        "gram": other("gram"),
         "momentum": chosen.momentum,
         "metric": other("metric"),
     }

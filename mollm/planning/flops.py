@@ -17,11 +17,12 @@ def step_flops(shape: Shape, settings: PlanSettings) -> float:
     """Of one process; the formula is the module's."""
     forget, retain = settings, settings.of_retain_batch
     backward = 1 if settings.lora_rank else 2
-    again = int(settings.gradient_checkpointing)
+    again: float = int(settings.gradient_checkpointing)
     sides = 1 + settings.further_sets
     if settings.streams:
-        of_forget = sides * (1 + 2 * (1 + backward))
-        of_retain = 1 + 2 * (1 + 2 * backward)
+        again = sweeps_in_full(shape, settings)
+        of_forget = sides * (1 + again * (1 + backward))
+        of_retain = 1 + again * (1 + 2 * backward)
     else:
         of_forget = sides * (1 + backward + again)
         of_retain = 1 + 2 * (backward + again)
@@ -32,6 +33,11 @@ def step_flops(shape: Shape, settings: PlanSettings) -> float:
     losses = sides + settings.relearning_passes
     head = losses * (1 + at_head) * forget.answers + (2 + 2 * at_head) * retain.answers
     return float(settings.accumulation * (layers + head * 2 * shape.embedding))
+
+
+def sweeps_in_full(shape: Shape, settings: PlanSettings) -> float:
+    """How often a step that streams computes all layers again: the second sweep leaves out one."""
+    return 1 + (settings.sweeps - 1) * (1 - 1 / shape.num_layers)
 
 
 def _layers_pass(shape: Shape, settings: PlanSettings) -> int:

@@ -53,13 +53,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mollm.planning.settings import BYTES, LORA_BYTES, OBJECTIVES, PER_OBJECTIVE, PlanSettings
+from mollm.planning.settings import (
+    EIGHT_BITS,
+    LORA_BYTES,
+    OBJECTIVES,
+    PER_OBJECTIVE,
+    STATE_BYTES,
+    PlanSettings,
+)
 from mollm.planning.shapes import Shape
 from mollm_ops import _chunks
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 """An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""
-_HOST_BUCKET_BYTES = 256 << 20
+_BUCKET_BYTES = 256 << 20
 _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """4 bits, a scale of 8 bits for 64 weights, and one in float32 for 256 of these."""
 
@@ -193,19 +200,35 @@ def _reference(shape: Shape, settings: PlanSettings) -> int:
 def _state(shape: Shape, settings: PlanSettings) -> int:
     if settings.optimizer == "sgd":
         return 0
+    return round(_moments_kept(settings) * trainable(shape, settings) * _state_bytes(settings))
+
+
+def _moments_kept(settings: PlanSettings) -> int:
     first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
-    moments = first + (settings.adam_beta2 > 0)
-    return moments * trainable(shape, settings) * _state_bytes(settings)
+    return first + (settings.adam_beta2 > 0)
 
 
-def _state_bytes(settings: PlanSettings) -> int:
-    return BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
+def _state_bytes(settings: PlanSettings) -> float:
+    return STATE_BYTES[settings.state_dtype] if settings.state_dtype else settings.gradient_bytes
 
 
-def _passing_moment(settings: PlanSettings) -> int:
-    """Bytes of a parameter's second moment that no state holds, while the parameter changes."""
-    adam = settings.optimizer == "adamw"
-    return _state_bytes(settings) if adam and not settings.adam_beta2 else 0
+def _passing_state(parameters: int, largest: int, settings: PlanSettings) -> int:
+    """Bytes of state that nothing holds, or 8 bits, while so many parameters change: the second
+    moment with β₂ = 0, and slices of all moments in float32 with one in 8 bits again.
+
+    Args:
+        largest: parameters of the largest tensor.
+    """
+    if settings.optimizer != "adamw":
+        return 0
+    eight = settings.state_dtype == EIGHT_BITS
+    if eight:
+        parameters = min(parameters, max(largest, _BUCKET_BYTES // 4))
+    wide = 4 if eight else _state_bytes(settings)
+    passing = (not settings.adam_beta2) * wide
+    if eight and _moments_kept(settings):
+        passing += 4 * _moments_kept(settings) + STATE_BYTES[EIGHT_BITS]
+    return round(parameters * passing)
 
 
 def _means(shape: Shape, settings: PlanSettings) -> int:
@@ -370,9 +393,16 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     # KL's graph keeps its gradients until the step is over.
     left = original | {"head gradients of the losses": _loss_gradients(shape, inside, 1)}
     yield stage("retain backward", before(2), left | _backward(shape, retain, keep=False))
-    moment = trainable(shape, settings) * _passing_moment(settings)
+    moment = _passing_state(trainable(shape, settings), _largest(shape, settings), settings)
     update = {"working set": _shard(_update(shape, settings) + moment, settings)}
     yield stage("update", settings.objectives, left | update)
+
+
+def _largest(shape: Shape, settings: PlanSettings) -> int:
+    """Parameters of the largest tensor that trains."""
+    if settings.lora_rank:
+        return settings.lora_rank * (shape.hidden + shape.intermediate)
+    return shape.embedding if settings.trains_head else shape.largest
 
 
 def ends(shape: Shape) -> int:
@@ -412,7 +442,7 @@ def _update(shape: Shape, settings: PlanSettings) -> int:
     elif settings.trains_head:
         largest = shape.embedding
     everything = settings.objectives * trainable(shape, settings) * size
-    return min(2 * (_HOST_BUCKET_BYTES + settings.objectives * largest * size), everything)
+    return min(2 * (_BUCKET_BYTES + settings.objectives * largest * size), everything)
 
 
 def _backward(shape: Shape, settings: PlanSettings, *, keep: bool) -> dict[str, int]:
@@ -512,7 +542,7 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
 
 
 def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
-    """Forward of both sides up to the last block, losses, and the sweeps over the blocks.
+    """Forward of both sides up to the last block, losses, and one or two sweeps over the blocks.
 
     Micro-batches wait for the sweeps with all of their block inputs.
     """
@@ -566,10 +596,14 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     whole = settings.objectives * ends
     larger = max(settings, retain, key=lambda side: side.tokens)
     block = max(_block_moments(shape, larger), key=lambda parts: sum(parts.values()))
-    yield stage("blocks, twice", 2, 2 * settings.objectives, whole, block)
+    # The second sweep is made beside the gradients of the embeddings, which the first one finds.
+    outside = whole if settings.sweeps > 1 else top(settings.objectives)
+    yield stage("blocks", 2, 2 * settings.objectives, outside, block)
     made = {
         "gradient in the making": dW - late,  # on top of those of a tied head
-        "second moment": ends // size * _passing_moment(settings),
+        # Of the lowest block, which the second sweep begins with.
+        "gradients of a block": settings.objectives * shape.largest_layer * size,
+        "state in passing": _passing_state(ends // size, _largest(shape, settings), settings),
     }
     yield stage("embeddings, head and norm", 2, 2 * settings.objectives, whole, made)
 
@@ -593,7 +627,8 @@ def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, i
     yield moment(before + again * layer, norm + residual)
     yield moment(before + down, mlp + residual - freed)
     yield moment(before + layer, norm + residual, kept=False)
-    yield moment(before + layer, shape.largest_layer * _passing_moment(settings), kept=False)
+    passing = _passing_state(shape.largest_layer, shape.largest, settings)
+    yield moment(before + layer, passing, kept=False)
 
 
 def _forward_pass(shape: Shape, settings: PlanSettings) -> int:

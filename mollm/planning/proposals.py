@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from mollm.models.four_bits import NF4
 from mollm.planning.memory import MemoryPlan, plan
-from mollm.planning.settings import STREAMED, PlanSettings, flag_of
+from mollm.planning.settings import EIGHT_BITS, STREAMED, PlanSettings, flag_of
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,15 @@ def _narrow_weights(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanS
             yield f"--gradient-memory {STREAMED}, no checkpointing", narrow.streamed
 
 
-def _no_second_moment(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    if not now.settings.lora_rank and now.settings.optimizer == "adamw":
-        yield "--adam-beta2 0", replace(now.settings, adam_beta2=0.0)
+def _small_second_moment(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
+    """State in 8 bits if that fits, and else none."""
+    if now.settings.lora_rank or now.settings.optimizer != "adamw":
+        return
+    tried = [replace(now.settings, adam_beta2=0.0)]
+    if now.settings.shards == 1:
+        tried.insert(0, replace(now.settings, state_dtype=EIGHT_BITS))
+    best = _first_that_fits(now, tried, memory)
+    yield f"--state-dtype {EIGHT_BITS}" if best.adam_beta2 else "--adam-beta2 0", best
 
 
 def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
@@ -130,7 +136,9 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
     words, settings = "--lora 16 --reference adapter", now.settings
     if settings.streams:
         words = f"{words} --gradient-memory as-produced --gradient-checkpointing"
-        settings = replace(settings, gradient_memory="as-produced", gradient_checkpointing=True)
+        settings = replace(
+            settings, gradient_memory="as-produced", gram="model", gradient_checkpointing=True
+        )
     yield words, replace(settings, lora_rank=16, reference="adapter")
 
 
@@ -147,7 +155,7 @@ _CHANGES: tuple[Change, ...] = (
     _cached_reference,
     _frozen_embeddings,
     _narrow_weights,
-    _no_second_moment,
+    _small_second_moment,
     _adapters,
     _four_bits,
 )

@@ -11,6 +11,13 @@ from mollm.system import options
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
+EIGHT_BITS = "8bit"
+
+
+STATE_BYTES = BYTES | {EIGHT_BITS: 1 + 4 / 256}
+"""Of an element of the optimizer's state; in 8 bits, 256 share a scale."""
+
+
 DEVICES = ("cpu", "cuda")
 
 
@@ -27,6 +34,12 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 METRICS = ("base", "euclidean")
+
+
+BLOCKS = "blocks"
+
+
+GRAMS = ("model", BLOCKS)
 
 
 PER_OBJECTIVE = "per-objective"
@@ -93,8 +106,8 @@ class PlanSettings:
     state_dtype: str | None = field(
         default=None,
         metadata={
-            "choices": tuple(BYTES),
-            "help": "optimizer-state dtype",
+            "choices": tuple(STATE_BYTES),
+            "help": "optimizer-state dtype; 8bit needs bitsandbytes",
             "default": "that of the trainable parameters",
         },
     )
@@ -106,6 +119,14 @@ class PlanSettings:
         metadata={
             "choices": GRADIENT_MEMORIES,
             "help": "how the objectives' gradients are kept until the step",
+        },
+    )
+    gram: str = field(
+        default="model",
+        metadata={
+            "choices": GRAMS,
+            "help": "one Gram matrix for the model, or with streamed gradients one for each block, "
+            "in half as many passes",
         },
     )
     momentum: str | None = field(
@@ -198,6 +219,15 @@ class PlanSettings:
                 f"quantization must be left out without LoRA, but got {self.quantization!r}: give "
                 "a lora_rank."
             )
+        if self.gram == BLOCKS and not self.streams:
+            raise UsageError(
+                f"gram must be model without gradient_memory {STREAMED!r}, which alone knows "
+                f"blocks, but got {self.gram!r}: leave it out."
+            )
+        if self.gram == BLOCKS and self.momentum == PER_OBJECTIVE:
+            raise UsageError(
+                f"momentum must be left out with gram {BLOCKS!r}, but got {self.momentum!r}."
+            )
         if self.streams and self.lora_rank:
             raise UsageError(
                 f"gradient_memory must be another one than {STREAMED!r} with LoRA, whose gradients "
@@ -209,6 +239,11 @@ class PlanSettings:
                 "computes every block again anyway: leave it out."
             )
 
+        if self.shards > 1 and self.state_dtype == EIGHT_BITS:
+            raise UsageError(
+                f"state_dtype must not be {EIGHT_BITS} in shards, whose scales no checkpoint could "
+                f"cut, but got {self.shards} shards: choose bfloat16."
+            )
         if self.shards > 1 and (self.streams or self.quantization):
             raise UsageError(
                 f"shards must be 1 with {STREAMED if self.streams else self.quantization}, which "
@@ -287,6 +322,11 @@ class PlanSettings:
     @property
     def streams(self) -> bool:
         return self.gradient_memory == STREAMED
+
+    @property
+    def sweeps(self) -> int:
+        """Over the blocks, in a step that streams its gradients."""
+        return 1 if self.gram == BLOCKS else 2
 
     @property
     def streamed(self) -> PlanSettings | None:

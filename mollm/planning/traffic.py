@@ -13,9 +13,9 @@ the first layer of the KL term's backward, FSDP2 prefetches the layer that ran b
 original's, for nothing. Simulated relearning gathers twice and reduces once more a step of it, and
 so does each further set, which counts as one to forget.
 
-Copies all-reduce K (P' + E') once a step, and with streamed gradients K P' once more, for both
-sweeps. A few hundred bytes of sums of the step come on top, and in the first two steps what checks
-that copies agree.
+Copies all-reduce K (P' + E') once a step, and with streamed gradients K P' of all layers but one
+once more, in the second sweep if there is one. A few hundred bytes of sums of the step come on top,
+and in the first two steps what checks that copies agree.
 
 Collectives are rings: of S bytes over n GPUs each sends (n - 1) / n S, and twice that where it
 reduces for all. A ring over nodes leaves each node once, with as many bytes.
@@ -102,6 +102,6 @@ def _reduced(shape: Shape, settings: PlanSettings) -> int:
 def _of_copies(shape: Shape, settings: PlanSettings) -> int:
     """Bytes of the gradients that copies add up."""
     everything = trainable(shape, settings)
-    layers = 0 if settings.lora_rank else shape.layers
-    sums = settings.objectives * (everything + (layers if settings.streams else 0))
+    again = shape.layers - shape.largest_layer if settings.streams and settings.sweeps > 1 else 0
+    sums = settings.objectives * (everything + again)
     return (sums + settings.relearn_steps * everything) * settings.gradient_bytes

@@ -25,6 +25,7 @@ from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_c
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
 from mollm.optim.directions import uses_preferences
+from mollm.optim.eight_bits import EIGHT_BITS
 from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
@@ -416,6 +417,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         refuse_idle_options(self, optimizer)
         if optimizer.streams:
             self._refuse_with_streaming()
+        if self.sharding and self.optimizer_options.get("state_dtype") == EIGHT_BITS:
+            raise UsageError(
+                f"state_dtype must not be {EIGHT_BITS} with fsdp, whose checkpoints could not cut "
+                f"its scales, but got {self.sharding}: choose bfloat16."
+            )
         if self.max_grad_norm > 0 and not optimizer.can_aggregate:
             raise UsageError(
                 f"max_grad_norm must be 0 with momentum='per-objective' in AdamW's metric, but got "

@@ -111,6 +111,7 @@ def plan_settings(
         state_dtype=options.get("state_dtype"),
         adam_beta2=float(made.get("betas", (0, args.adam_beta2))[1]),
         gradient_memory=options.get("gradient_memory", "as-produced"),
+        gram=options.get("gram", "model"),
         momentum=momentum if momentum == PER_OBJECTIVE else None,
         metric=made["metric"],
         reference=original if args.reference == "auto" else args.reference,

@@ -217,3 +217,14 @@ def test_the_device_solver_equals_the_host_solver(kind, K):
     for solve in (dual_space_weights, min_norm_weights, project_weights, upgrad_weights):
         here, there = solve(gram), solve(gram.cuda())
         assert_same_direction(here, there, g)
+
+
+def test_other_weights_keep_the_verdict():
+    weights = torch.tensor([3.0, 4.0])
+    solution = dual_space_weights(torch.eye(2))
+    other = solution.with_weights(weights)
+    assert other.weights.tolist() == [3, 4]
+    assert (other.status, other.pareto_gap) == (solution.status, solution.pareto_gap)
+    refused = dual_space_weights(torch.full((2, 2), float("nan"))).with_weights(weights)
+    assert refused.weights.tolist() == [0, 0]
+    assert refused.status is Status.NON_FINITE

@@ -7,122 +7,15 @@ import copy
 
 import pytest
 import torch
+from streamed_steps import KINDS, assert_same, batches, losses_of, made, moved, trained
 from torch import nn
-from torch.nn.functional import cross_entropy, dropout
+from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
 from mollm.models.forward import freeze_embeddings
 from mollm.optim import streamed as streaming_module
 from mollm.optim.directions import DIRECTIONS
-
-NAMES = ("forget", "kl", "retain")
-VOCAB = 48
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.2,
-}
-KINDS = {
-    "llama": {},
-    "tied": {"tie_word_embeddings": True},
-    "dropout": {"attention_dropout": 0.2},
-    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2},
-    "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},
-}
-
-
-def made(kind="llama", dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    name = kind if kind in ("gpt2", "mixtral") else "llama"
-    config = AutoConfig.for_model(name, **(SIZES | KINDS[kind] | options))
-    return AutoModelForCausalLM.from_config(config).to(dtype)
-
-
-def batches(micro, seed):
-    """Rows to forget and, of another length, to retain."""
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(micro):
-        yield torch.randint(VOCAB, (2, 7), generator=g), torch.randint(VOCAB, (3, 5), generator=g)
-
-
-def losses_of(model, forget, retain):
-    z, y = model(forget, use_cache=False).logits, model(retain, use_cache=False).logits
-    p = z[:, :-1].softmax(-1).gather(2, forget[:, 1:, None])
-    away = (y - torch.linspace(-1, 1, VOCAB, dtype=y.dtype)).square().mean()
-    return {
-        "forget": -torch.log1p(-0.99 * p).mean(),
-        "kl": away,
-        "retain": cross_entropy(y[:, :-1].flatten(0, 1), retain[:, 1:].flatten()),
-    }
-
-
-def hold(opt, losses):
-    """The plain way, loss by loss."""
-    for n, (name, loss) in enumerate(losses.items()):
-        with opt.objective(name):
-            loss.backward(retain_graph=n < len(losses) - 1)
-
-
-def trained(
-    model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, everything=False, **options
-):
-    """The model and its reports after some steps."""
-    model = copy.deepcopy(model)
-    params = [p for p in model.parameters() if everything or p.requires_grad]
-    memory = "streamed" if streamed else "as-produced"
-    opt = MOLLMOptimizer(
-        options.pop("groups", lambda params: params)(params),
-        **{"lr": 1e-2, "objectives": names, "gradient_memory": memory, **options},
-    )
-    blocks = find_blocks(model) if streamed else ()
-    reports = []
-    torch.manual_seed(3)
-    for step in range(steps):
-        opt.zero_grad()
-        for forget, retain in batches(micro, step):
-            with opt.streamed(blocks) if streamed else contextlib.nullcontext():
-                found = losses_of(model, forget, retain)
-                found = {name: found[name] for name in names}
-                if not streamed:
-                    hold(opt, found)
-                elif at_once:
-                    opt.backward(found)
-                else:
-                    opt.backward({"forget": found.pop("forget")})
-                    opt.backward(found)
-        opt.step()
-        reports.append(opt.last_step)
-    return model, opt, reports
-
-
-def assert_same(one, other, limit=1e-12):
-    (a, opt_a, reports_a), (b, opt_b, reports_b) = one, other
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=limit)
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        mine, theirs = opt_a.state.get(p, {}), opt_b.state.get(q, {})
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=limit)
-    for x, y in zip(reports_a, reports_b, strict=True):
-        torch.testing.assert_close(x.gram, y.gram, rtol=1e-9, atol=limit)
-        torch.testing.assert_close(x.weights, y.weights, rtol=1e-7, atol=1e-9)
-        assert x.status == y.status
-        assert x.conflicts == y.conflicts
-        assert (x.changes is None) == (y.changes is None)
-        for name in x.changes or {}:
-            assert x.changes[name] == pytest.approx(y.changes[name], rel=1e-6, abs=1e-12)
-
-
-def moved(model, start):
-    pairs = zip(model.parameters(), start.parameters(), strict=True)
-    return any(not torch.equal(p, q) for p, q in pairs)
 
 
 def assert_equal_steps(model, limit=1e-12, **options):

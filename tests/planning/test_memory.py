@@ -120,7 +120,9 @@ def measured(settings, sizes, kind=None):
 
 def _measured(settings, sizes, kind):
     model, reference, params = made(settings, sizes, kind)
-    options = {"state_dtype": getattr(torch, settings.state_dtype)} if settings.state_dtype else {}
+    if settings.state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    options = {"state_dtype": settings.state_dtype, "gram": settings.gram}
     if settings.optimizer == "adamw":
         options["betas"] = 0.9, settings.adam_beta2
     optimizer = Accumulating(
@@ -189,6 +191,12 @@ def _measured(settings, sizes, kind):
         ),
         pytest.param(replace(STREAMED, accumulation=2), {}, id="streamed-accumulation"),
         pytest.param(replace(STREAMED, adam_beta2=0.0), {}, id="streamed-no-second-moment"),
+        pytest.param(replace(STREAMED, state_dtype="8bit"), {}, id="streamed-eight-bits"),
+        pytest.param(replace(STREAMED, gram="blocks"), {}, id="streamed-blocks"),
+        pytest.param(replace(ON_CPU, state_dtype="8bit"), {}, id="eight-bits"),
+        pytest.param(
+            replace(NARROW, state_dtype="8bit", metric="euclidean"), {}, id="eight-bits-euclidean"
+        ),
         pytest.param(replace(NARROW, gradient_memory="streamed"), {}, id="streamed-bfloat16"),
         pytest.param(replace(CAST, gradient_memory="streamed"), {}, id="streamed-autocast"),
         pytest.param(replace(ON_CPU, adam_beta2=0.0), {}, id="no-second-moment"),
@@ -440,6 +448,7 @@ def test_where_nothing_fits_the_last_proposal_does_not(llama):
     ("memory", "words"),
     [
         (24, ["--reference cache", "--adam-beta2 0"]),
+        (28, ["--reference cache", "--state-dtype 8bit"]),
         (32, ["--reference cache"]),
         (48, []),
         (80, []),
@@ -479,6 +488,12 @@ def test_streamed_gradients_are_those_of_one_block(llama):
             {"gradient_memory": "streamed", "lora_rank": 8},
             "gradient_memory must be another one than 'streamed' with LoRA",
         ),
+        ({"gram": "blocks"}, "gram must be model without gradient_memory 'streamed'"),
+        (
+            {"gram": "blocks", "gradient_memory": "streamed", "momentum": "per-objective"},
+            "momentum must be left out with gram 'blocks'",
+        ),
+        ({"state_dtype": "8bit", "shards": 2}, "state_dtype must not be 8bit in shards"),
         ({"batch_size": 0}, "batch_size must be at least 1, but got 0"),
         ({"lora_rank": -1}, "lora_rank must not be negative, but got -1"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, but got 'int8'"),

@@ -19,6 +19,7 @@ CASES = {
     2: [
         ("copies", "adamw", "float32"),
         ("copies", "streamed", "float32"),
+        ("copies", "streamed by blocks", "float32"),
         ("copies", "relearning", "float32"),
         ("fsdp", "adamw", "float32"),
         ("fsdp", "adamw", "bfloat16"),

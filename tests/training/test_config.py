@@ -97,11 +97,24 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
             {"optimizer_options": {"gradient_memory": "streamed", "base": torch.optim.SGD}},
             "base must be adamw or sgd with gradient_memory='streamed', but got SGD",
         ),
+        (
+            {"optimizer_options": {"gram": "blocks"}},
+            "gram='blocks': gram must be 'model' without gradient_memory='streamed'",
+        ),
     ],
 )
 def test_values_that_do_not_go_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
         config(**options)
+
+
+def test_state_in_eight_bits_is_not_cut(monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    options = {"optimizer_options": {"state_dtype": "8bit"}}
+    assert config(**options).for_optimizer()["state_dtype"] == "8bit"
+    monkeypatch.setattr(MOLLMConfig, "world_size", 2)
+    with pytest.raises(UsageError, match=r"must not be 8bit with fsdp.*full_shard"):
+        config(fsdp="full_shard", **options)
 
 
 def test_bf16_goes_where_the_device_computes_in_it():

@@ -185,12 +185,15 @@ class StopAfter(TrainerCallback):
         {"lr_scheduler_type": "cosine", "warmup_steps": 2, "reference": "cache"},
         {"optimizer_options": {"momentum": "per-objective"}},
         {"optimizer_options": STREAMED | {"state_dtype": "bfloat16"}, "freeze_embeddings": False},
+        {"optimizer_options": STREAMED | {"state_dtype": "8bit", "gram": "blocks"}},
         {"lora": {"lora_dropout": 0.3}},
         {"optimizer_options": {"base": "sgd", "momentum": 0.9}, "max_grad_norm": 0.1},
     ],
-    ids=["adamw", "cosine-cache", "means", "streamed", "lora-dropout", "sgd-clipped"],
+    ids=["adamw", "cosine-cache", "means", "streamed", "eight-bits", "lora-dropout", "sgd-clipped"],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
+    if "8bit" in options.get("optimizer_options", {}).values():
+        pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2} | options
     whole = trained(tmp_path / "whole", **options)
     first = trainer(tmp_path / "cut", **options)

@@ -1,0 +1,65 @@
+"""Optimizer state in 8 bits, as bitsandbytes keeps it in its own optimizers.
+
+    256 elements share a scale:   x_i ≈ max_j |x_j| · code[q_i]
+
+The 256 codes are closer to each other towards zero: half of them are off by less than half a
+percent, and all but the smallest by a few. A step reads them widened to float32, and computes with
+that what it applies; only what is kept for the next step is rounded. So the metric of a step is the
+same in its Gram matrix and in its update, and a step of zeros leaves the bytes as they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+EIGHT_BITS = "8bit"
+"""As a state_dtype."""
+BLOCK = 256
+"""Elements that share a scale."""
+
+
+def scales_name(name: str) -> str:
+    """Of the state that holds the scales of the state `name`."""
+    return f"{name}_scales"
+
+
+def count_scales(elements: int) -> int:
+    """How many scales so many elements have."""
+    return -(-elements // BLOCK)
+
+
+@lru_cache
+def _codes(signed: bool, device: torch.device) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    codes: Tensor = create_dynamic_map(signed=signed)
+    return codes.to(device)
+
+
+def narrowed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes in uint8, of the same shape, and the scales in float32, [count_scales(N)].
+
+    Args:
+        values: Finite numbers of any float dtype, N of them.
+        signed: Whether there may be negative ones.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    from bitsandbytes.functional import quantize_blockwise
+
+    wide = values.detach().float().contiguous()
+    codes, state = quantize_blockwise(wide, code=_codes(signed, wide.device), blocksize=BLOCK)
+    return codes, state.absmax
+
+
+def widened(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """What `narrowed` took, rounded, in float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    table = _codes(signed, codes.device)
+    wide: Tensor = dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK)
+    return wide

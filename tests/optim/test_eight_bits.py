@@ -1,0 +1,194 @@
+"""Optimizer state in 8 bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from streamed_steps import NAMES, assert_same, batches, hold, losses_of, made, trained
+from torch import nn
+
+from mollm import MOLLMOptimizer, UsageError
+from mollm.optim import gradients
+from mollm.optim.eight_bits import BLOCK, narrowed, scales_name, widened
+
+pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+EIGHT = {"state_dtype": "8bit"}
+WAYS = [
+    {},
+    {"metric": "euclidean"},
+    {"momentum": "per-objective"},
+    {"base": "sgd", "momentum": 0.9},
+]
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+# ---- the numbers
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_an_element_is_off_by_little_of_itself_and_of_the_largest(signed):
+    x = torch.randn(40, 100, generator=generator())
+    x = x if signed else x.square()
+    found = widened(*narrowed(x, signed=signed), signed=signed)
+    largest = torch.cat([b.abs().max().expand(len(b)) for b in x.flatten().split(BLOCK)])
+    off = (found - x).abs().flatten()
+    assert (off <= (0.05 * x.abs().flatten()).maximum(1e-2 * largest)).all()
+    assert off.max() > 0
+
+
+def test_rounding_once_more_changes_nothing():
+    x = torch.randn(3000, generator=generator()).square() * 1e-9
+    codes, scales = narrowed(x, signed=False)
+    assert codes.dtype == torch.uint8
+    assert scales.shape == (12,)
+    again = narrowed(widened(codes, scales, signed=False), signed=False)
+    assert torch.equal(codes, again[0])
+    assert torch.equal(scales, again[1])
+
+
+@pytest.mark.parametrize("x", [torch.zeros(300), torch.tensor([]), torch.full((2, 2), 1e30)])
+def test_numbers_that_are_alike_are_exact(x):
+    assert torch.equal(widened(*narrowed(x, signed=False), signed=False), x)
+
+
+# ---- the steps
+
+
+def rounded(opt):
+    """Gives every state the value that 8 bits hold."""
+    for state in opt.state.values():
+        for name in set(state) - {"step"}:
+            signed = name != "exp_avg_sq"
+            wide = widened(*narrowed(state[name], signed=signed), signed=signed)
+            state[name].copy_(wide)
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_step_is_that_of_the_state_in_float32_once_it_is_rounded(options):
+    model = made("tied", torch.float32)
+    other = copy.deepcopy(model)
+    mine = MOLLMOptimizer(model.parameters(), lr=1e-2, objectives=NAMES, **options, **EIGHT)
+    wide = MOLLMOptimizer(other.parameters(), lr=1e-2, objectives=NAMES, **options)
+    for step in range(5):
+        (pair,) = batches(1, step)
+        for each, opt in ((model, mine), (other, wide)):
+            hold(opt, losses_of(each, *pair))
+            opt.step()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert mine.last_step.changes == wide.last_step.changes
+        rounded(wide)
+
+
+@pytest.mark.parametrize("options", [*WAYS, {"micro": 2}], ids=str)
+def test_streamed_steps_are_the_same(options):
+    ways = [trained(made("tied"), streamed=streamed, **options, **EIGHT) for streamed in (0, 1)]
+    assert_same(*ways)
+
+
+def test_state_is_wide_a_few_parameters_at_a_time(monkeypatch):
+    whole = trained(made(), streamed=False, steps=3, **EIGHT)
+    monkeypatch.setattr(gradients, "_BUCKET_BYTES", 4 * 800)
+    seen = []
+
+    class Watched(MOLLMOptimizer):
+        def _pieces(self, params):
+            for piece in super()._pieces(params):
+                seen.append(sum(p.numel() for p in piece[1]))
+                yield piece
+
+    monkeypatch.setattr("streamed_steps.MOLLMOptimizer", Watched)
+    assert_same(whole, trained(made(), streamed=False, steps=3, **EIGHT))
+    assert max(seen) <= 800
+
+
+def test_a_state_takes_little_more_than_a_byte_an_element():
+    x = nn.Parameter(torch.randn(1000, 20))
+    opt = MOLLMOptimizer([x], objectives=("a",), **EIGHT)
+    opt.backward({"a": x.square().sum()})
+    opt.step()
+    taken = sum(t.nbytes for name, t in opt.state[x].items() if name != "step")
+    assert x.numel() < taken < 1.02 * x.numel()
+
+
+def test_a_step_that_is_skipped_leaves_the_bytes(recwarn):
+    model = made("tied", torch.float32)
+    opt = MOLLMOptimizer(model.parameters(), objectives=NAMES, **EIGHT)
+    for factor in (1.0, float("nan")):
+        before = copy.deepcopy(opt.state_dict()["state"])
+        found = losses_of(model, *next(batches(1, 0)))
+        hold(opt, found | {"kl": factor * found["kl"]})
+        opt.step()
+    assert opt.skipped_steps == 1
+    after = opt.state_dict()["state"]
+    for n, entry in before.items():
+        assert all(torch.equal(value, after[n][name]) for name, value in entry.items())
+
+
+# ---- saved and loaded
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_saved_state_resumes_bit_for_bit(options, tmp_path):
+    model, opt, _ = trained(
+        made("tied", torch.float32), streamed=False, steps=3, **options, **EIGHT
+    )
+    torch.save(opt.state_dict(), tmp_path / "state.pt")
+    other = copy.deepcopy(model)
+    resumed = MOLLMOptimizer(other.parameters(), lr=1.0, objectives=NAMES, **options, **EIGHT)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert opt.state[p].keys() == resumed.state[q].keys()
+        assert all(torch.equal(opt.state[p][name], resumed.state[q][name]) for name in opt.state[p])
+    for each, optimizer in ((model, opt), (other, resumed)):
+        hold(optimizer, losses_of(each, *next(batches(1, 9))))
+        optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_of_torchs_own_is_rounded():
+    x = nn.Parameter(torch.randn(300, generator=generator()))
+    torchs = torch.optim.AdamW([x])
+    x.grad = torch.randn(300, generator=generator())
+    torchs.step()
+    opt = MOLLMOptimizer([x], objectives=("a",), metric="euclidean", **EIGHT)
+    opt.load_state_dict(torchs.state_dict())
+    for name, value in torchs.state[x].items():
+        if name == "step":
+            continue
+        codes, scales = narrowed(value, signed=name == "exp_avg")
+        assert torch.equal(opt.state[x][name], codes)
+        assert torch.equal(opt.state[x][scales_name(name)], scales)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.pop("exp_avg_sq_scales"),
+        lambda entry: entry["exp_avg_sq_scales"].fill_(float("nan")),
+        lambda entry: entry["exp_avg_sq_scales"].neg_(),
+        lambda entry: entry.update(exp_avg_sq=entry["exp_avg_sq"][:5]),
+    ],
+    ids=["no scales", "nan", "negative", "shape"],
+)
+def test_a_damaged_state_is_refused(change):
+    x = nn.Parameter(torch.ones(300))
+    opt = MOLLMOptimizer([x], objectives=("a",), **EIGHT)
+    opt.backward({"a": x.sum()})
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    change(state["state"][0])
+    with pytest.raises(UsageError, match=r"exp_avg_sq of parameter 0 must be \(300,\) codes and 2"):
+        opt.load_state_dict(state)
+
+
+def test_a_model_in_parts_is_refused(monkeypatch):
+    monkeypatch.setattr("mollm.optim.bases.is_sharded", lambda p: True)
+    with pytest.raises(UsageError, match="state_dtype must not be '8bit' for a model in parts"):
+        MOLLMOptimizer([nn.Parameter(torch.ones(3))], **EIGHT)
