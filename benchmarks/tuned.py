@@ -3,10 +3,10 @@
     python benchmarks/tuned.py --task tofu --data FOLDER           five minutes
     python benchmarks/tuned.py --task capitals --minutes 20        what the demo forgets, of SmolLM2
 
-The sweep begins as the command does, at the rate for a model of that size, and knows nothing of the
-study. Its best run stands beside runs at rates of the study and the demo, measured in the same way:
-`forgotten` of all rows to forget, `kept` of rows to retain that no run trains on, and their harmonic
-mean. `behind`: how far the sweep's best is below that run.
+The sweep begins as the command does, at the rate for a model of that size, and knows nothing of
+the study. Its best run stands beside runs at rates of the study and the demo, measured in the same
+way: `forgotten` of all rows to forget, `kept` of rows to retain that no run trains on, and their
+harmonic mean. `behind`: how far the sweep's best is below that run.
 """
 
 from __future__ import annotations
