@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,7 @@ def counter(config: Any, label: str) -> Callable[[PlanSettings], Kept]:
     @cache
     def counted(dtype: str, casts: bool, lora: bool, length: int) -> Kept:
         try:
-            one, two = (
-                _bytes_of_length(config, dtype, casts, lora, rows, length) for rows in (1, 2)
-            )
+            one, two = (_bytes_of_rows(config, dtype, casts, lora, rows, length) for rows in (1, 2))
         except Exception as error:  # whatever the code of an architecture makes of such tensors
             raise UsageError(
                 f"the memory of the model {label} cannot be planned, for a forward pass without "
@@ -84,26 +83,110 @@ def adapter_sides(model: PreTrainedModel) -> int:
     return trained // _RANK
 
 
+def _bytes_of_rows(config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int) -> int:
+    """What is kept of rows of that length, over all layers.
+
+    Of each kind of layer one is followed, and then one more: so many layers are as many times what
+    the second one adds. All of them are followed where the model does not run with fewer.
+    """
+    kinds = _kinds_of_layers(config)
+    first = [kind[0] for kind in kinds]
+    if sum(map(len, kinds)) > len(kinds) + 1:
+        with contextlib.suppress(Exception):  # whatever the code of an architecture makes of it
+            one = _bytes_of_length(config, dtype, casts, lora, rows, length, first)
+            total = one
+            for kind in kinds:
+                if len(kind) > 1:
+                    some = sorted([*first, kind[1]])
+                    two = _bytes_of_length(config, dtype, casts, lora, rows, length, some)
+                    total += (len(kind) - 1) * (two - one)
+            return total
+    return _bytes_of_length(config, dtype, casts, lora, rows, length, None)
+
+
 def _bytes_of_length(
-    config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int
+    config: Any,
+    dtype: str,
+    casts: bool,
+    lora: bool,
+    rows: int,
+    length: int,
+    layers: Sequence[int] | None,
 ) -> int:
-    """What is kept of rows of that length.
+    """What these layers, or all, keep of rows of that length.
 
     A model that goes from token to token is followed over a few of them: a pass of more takes
     minutes, and what it keeps is a polynomial of their number.
     """
+
+    def counted(tokens: int) -> tuple[int, int]:
+        return _counted(config, dtype, casts, lora, rows, tokens, layers)
+
     if length > 2 * _FEW:
-        counted = [_counted(config, dtype, casts, lora, rows, n * _FEW) for n in (1, 2)]
-        if counted[1][1] > 1.5 * counted[0][1]:
-            few, more = (size for size, _ in counted)
-            most, _ = _counted(config, dtype, casts, lora, rows, 3 * _FEW)
+        (few, calls), (more, more_calls) = counted(_FEW), counted(2 * _FEW)
+        if more_calls - calls >= _FEW:  # one or more for each token
+            most, _ = counted(3 * _FEW)
             n = length / _FEW - 1
             return int(few + n * (more - few) + n * (n - 1) / 2 * (most - 2 * more + few))
-    return _counted(config, dtype, casts, lora, rows, length)[0]
+    return counted(length)[0]
+
+
+def _kinds_of_layers(config: Any) -> list[list[int]]:
+    """The numbers of the layers that are alike, kind by kind."""
+    lists = _of_each_layer(config, len(layers := list_of_layers(_without_weights(config, None))))
+    kinds: dict[Any, list[int]] = {}
+    for n, layer in enumerate(layers):
+        modules = tuple((name, type(module)) for name, module in layer.named_modules())
+        sizes = tuple((name, p.shape) for name, p in layer.named_parameters())
+        told = tuple(repr(values[n]) for values in lists.values())
+        kinds.setdefault((modules, sizes, told), []).append(n)
+    return list(kinds.values())
+
+
+def _of_each_layer(config: Any, count: int) -> dict[str, Any]:
+    """What a configuration lists layer by layer, by name."""
+    return {
+        name: value
+        for name, value in vars(config.get_text_config()).items()
+        if isinstance(value, list | tuple) and len(value) == count
+    }
+
+
+def _with_few(model: PreTrainedModel, some: Sequence[int]) -> None:
+    """Takes all layers but some out of a model, and of its configuration."""
+    layers, config = list_of_layers(model), model.config.get_text_config()
+    for name, values in _of_each_layer(config, len(layers)).items():
+        setattr(config, name, [values[n] for n in some])
+    config.num_hidden_layers = len(some)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if child is layers:
+                setattr(module, name, nn.ModuleList([layers[n] for n in some]))
+
+
+def list_of_layers(model: nn.Module) -> nn.ModuleList:
+    """The list that holds most of the model; one with the model alone where it has none."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    size = {id(some): sum(p.numel() for p in some.parameters()) for some in lists}
+    return max(lists, key=lambda some: size[id(some)]) if lists else nn.ModuleList([model])
+
+
+def _without_weights(config: Any, dtype: str | None) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=False, **options
+        )
+    return made
 
 
 class _WithoutGroups(TorchFunctionMode):
-    """Products of experts with their tokens as one product: they keep the same; counts calls."""
+    """Products of experts with their tokens as one product: they keep the same; counts calls.
+
+    Autocast leaves these products in the dtype of the weights.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,16 +197,22 @@ class _WithoutGroups(TorchFunctionMode):
     ) -> Any:
         self.calls += 1
         if "grouped_mm" in getattr(function, "__name__", str(function)):
-            return torch.matmul(args[0], args[1][0])
+            with torch.autocast("cpu", enabled=False):
+                return torch.matmul(args[0], args[1][0])
         return function(*args, **(kwargs or {}))
 
 
 def _counted(
-    config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int
+    config: Any,
+    dtype: str,
+    casts: bool,
+    lora: bool,
+    rows: int,
+    length: int,
+    layers: Sequence[int] | None,
 ) -> tuple[int, int]:
     """Bytes that are kept, and the number of calls of Torch that it took."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
 
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -132,10 +221,9 @@ def _counted(
         kept[storage._cdata] = storage.nbytes(), tensor  # which keeps the number its own
         return tensor
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), trust_remote_code=False
-        )
+    model = _without_weights(config, dtype)
+    if layers is not None:
+        _with_few(model, layers)
     if lora:
         adapter_sides(model)
     model.eval()

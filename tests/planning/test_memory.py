@@ -266,6 +266,8 @@ FEW = ("gpt2", "mixtral")
     [
         pytest.param(ON_CPU, id="float32"),
         pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), id="lora"),
+        pytest.param(CAST, id="autocast"),
+        pytest.param(replace(CAST, gradient_checkpointing=True), id="autocast-checkpointing"),
     ],
 )
 @pytest.mark.parametrize(
