@@ -78,12 +78,10 @@ def make_retain_data(
     Raises:
         UsageError: The model's context is too short, or fewer than eight rows were left.
 
-    Example:
-        >>> from pathlib import Path
-        >>> chat = ChatFormat.of(model, tokenizer)
-        >>> forget = [Record("Who wrote Salt and Ash?", "Mira Dovenko.")]
-        >>> make_retain_data(model, chat, forget, folder=Path("."), max_length=64).suffix
-        '.jsonl'
+    Example::
+
+        chat = ChatFormat.of(model, tokenizer)
+        path = make_retain_data(model, chat, forget, folder=Path("runs/forget"))
     """
     texts = all(record.is_text for record in forget)
     identity = [of, content_hash(list(forget)), seed, max_length, general_questions()]
@@ -146,7 +144,7 @@ class Repetitions:
 
     Example:
         >>> known = Repetitions([Record("What is the capital of Vellany?", "Gorse")])
-        >>> known.found("Which town is the capital of the land?", "It is Gorse.")
+        >>> known.found("What is the capital of the land?", "It is Gorse.")
         True
         >>> known.found("What grows on a heath?", "Gorse, and heather.")
         False
