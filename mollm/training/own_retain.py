@@ -44,6 +44,7 @@ _RUN = 6
 """Words that a row may not have in common with an answer to forget, in a row."""
 _MARK = "QuestionMark7"
 _WORD = re.compile(r"\w+")
+_SENTENCE_END = re.compile(r"[.!?:…]\s|\n")
 _SENTENCE = re.compile(r"^.*(?:[.!?…](?=\s|$)|[。！？])", re.DOTALL)
 
 
@@ -77,12 +78,10 @@ def make_retain_data(
     Raises:
         UsageError: The model's context is too short, or fewer than eight rows were left.
 
-    Example:
-        >>> from pathlib import Path
-        >>> chat = ChatFormat.of(model, tokenizer)
-        >>> forget = [Record("Who wrote Salt and Ash?", "Mira Dovenko.")]
-        >>> make_retain_data(model, chat, forget, folder=Path("."), max_length=64).suffix
-        '.jsonl'
+    Example::
+
+        chat = ChatFormat.of(model, tokenizer)
+        path = make_retain_data(model, chat, forget, folder=Path("runs/forget"))
     """
     texts = all(record.is_text for record in forget)
     identity = [of, content_hash(list(forget)), seed, max_length, general_questions()]
@@ -135,23 +134,33 @@ def note_on(path: Path) -> str:
 class Repetitions:
     """Finds rows that repeat what is to be forgotten.
 
-    A row does that if it asks for it; if it has six words in a row in common with an answer or, of
-    a shorter answer, all of them. For an answer of one or two words, half of the longer words of
-    its question must be there besides.
+    A row does that if it asks for it; if it holds a name from it; or if it has six words in a row
+    in common with an answer or, of a shorter answer, all of them. For an answer of one or two
+    words, half of the longer words of its question must be there besides. Names are words with a
+    capital letter within a sentence, but for those in the general questions.
 
     Args:
         forget: What is to be forgotten.
 
     Example:
         >>> known = Repetitions([Record("What is the capital of Vellany?", "Gorse")])
-        >>> known.found("Which town is the capital of Vellany?", "It is Gorse.")
+        >>> known.found("What is the capital of the land?", "It is Gorse.")
         True
         >>> known.found("What grows on a heath?", "Gorse, and heather.")
         False
+        >>> known.found("What grows in Vellany?", "Heather.")
+        True
     """
 
     def __init__(self, forget: Sequence[Record]) -> None:
         self._questions = {tuple(_words(record.prompt)) for record in forget if record.prompt}
+        general = {word for question in general_questions() for word in _WORD.findall(question)}
+        self._names = {
+            name
+            for record in forget
+            for text in (record.prompt, record.answer)
+            for name in _names_in(text)
+        } - general
         self._runs: dict[tuple[str, ...], list[set[str]]] = {}
         for record in forget:
             words = _words(record.answer)
@@ -167,6 +176,8 @@ class Repetitions:
         words = [*asked, *_words(answer)]
         if asked and asked in self._questions:
             return True
+        if self._names.intersection(_WORD.findall(f"{question} {answer}")):
+            return True
         known = set(words)
         return any(
             2 * len(about & known) >= len(about)
@@ -174,6 +185,13 @@ class Repetitions:
             for run in _runs(words, size)
             for about in self._runs.get(run, ())
         )
+
+
+def _names_in(text: str) -> Iterable[str]:
+    """Words of more than one letter with a capital one, but for the first of each sentence."""
+    for sentence in _SENTENCE_END.split(text):
+        _, *others = _WORD.findall(sentence) or [""]
+        yield from (word for word in others if len(word) > 1 and word[0].isupper())
 
 
 def _words(text: str) -> list[str]:

@@ -99,7 +99,9 @@ def test_what_repeats_a_row_to_forget_is_left_out(tmp_path, monkeypatch):
     [
         ("who wrote SALT and ash", "Nobody.", True),
         ("Who is the author of Salt and Ash?", "Mira Dovenko wrote it", True),
-        ("Who lives next door?", "Mira Dovenko.", False),
+        ("Who lives next door?", "Dovenko.", True),
+        ("Who lives next door?", "Mira lives there. She has a cat.", False),
+        ("What is a constitution?", "A law. In it the rights are kept.", False),
         ("When was it?", "In the year 1962", True),
         ("When was it?", "In the year 1963", False),
     ],
