@@ -445,8 +445,9 @@ class MOLLMOptimizer(Optimizer):
 
         Raises:
             UsageError: the blocks do not run one after the other, share parameters, checkpoint
-                their activations or get a cache of keys (pass use_cache=False); the model is in
-                parts (FSDP2), or there are several processes and `add_up` is False.
+                their activations or get a cache of keys (pass use_cache=False); a model in parts
+                (FSDP2) trains something before the blocks, or a block is no group of its own; or
+                there are several processes that hold copies and `add_up` is False.
             RuntimeError: the gradient_memory is another one.
 
         Example:
