@@ -49,6 +49,10 @@ OPTIONS = {
         "tied": True,
         "freeze_embeddings": False,
     },
+    "streamed body": {
+        "optimizer_options": {"gradient_memory": "streamed"},
+        "per_device_train_batch_size": 1,
+    },
     "streamed by blocks": {
         "optimizer_options": {"gradient_memory": "streamed", "gram": "blocks"},
         "per_device_train_batch_size": 1,
@@ -259,7 +263,7 @@ KINDS = {
 }
 _PLAIN = ("adamw", "in micro-batches", "clipped", "cached", "lora")
 COPIES = (*_PLAIN, "streamed", "streamed by blocks", "several sets", "relearning")
-PARTS = tuple(key for key in OPTIONS if not key.startswith("streamed"))
+PARTS = tuple(key for key in OPTIONS if key != "streamed")
 RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"))
 
 
@@ -272,13 +276,14 @@ def cases_for(world):
             ("train", "copies", "several sets"),
             ("train", "hsdp", "adamw"),
             ("train", "hsdp", "relearning"),
+            ("train", "hsdp", "streamed by blocks"),
             ("read", "hsdp", "adamw"),
             ("stopped", "copies", "adamw"),
         ]
     return [
         *(("train", "copies", key) for key in COPIES),
         *(("train", "fsdp", key) for key in PARTS),
-        *(("read", "fsdp", key) for key in ("tied head", "cached", "lora")),
+        *(("read", "fsdp", key) for key in ("tied head", "cached", "lora", "streamed body")),
         *(("exported", "fsdp", key) for key in ("tied head", "lora")),
         *((kind, *case) for kind in ("resumed", "left") for case in RESUMED),
         ("stopped", "copies", "adamw"),

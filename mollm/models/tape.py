@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import grad
+from torch.autograd import backward, grad
 from torch.autograd.graph import saved_tensors_hooks
 
+from mollm.distributed.sharding import is_sharded, local_gradient
 from mollm.errors import UsageError
 
 Rows = list[list[Tensor | None]]
@@ -152,7 +153,8 @@ class Tape:
 
     Raises:
         UsageError: A module is listed twice, contains another one or shares a parameter with it;
-            or it checkpoints its own activations.
+            or it checkpoints its own activations; or parameters are DTensors and a module is no
+            group of FSDP2.
     """
 
     def __init__(
@@ -179,12 +181,25 @@ class Tape:
         self._calls: list[_Call] = []
         self._of: dict[int, _Call] = {}  # by the ids of outputs
         self._running: list[tuple[_Call, saved_tensors_hooks] | None] = []
+        self._sharded = any(is_sharded(p) for p in train)
+        if self._sharded:
+            self._refuse_ungathered()
         self._begun = self._complete = False
         some = [n for n, params in enumerate(self.inside) if params]
         self._lowest = min(some, default=len(self.blocks))
         """The number of the first block that trains, which a sweep comes to last."""
         self._held: Rows | None = None
         """Its gradients from the last sweep: the next one begins with them, and ends above."""
+
+    def _refuse_ungathered(self) -> None:
+        """A block that is computed again must gather its parameters by itself."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if not all(isinstance(block, FSDPModule) for block in self.blocks):
+            raise UsageError(
+                "every block must be a group of its own where gradients are streamed through a "
+                "model in parts, but some are not: call fully_shard() on each block first."
+            )
 
     # ---- forward
 
@@ -267,6 +282,12 @@ class Tape:
         """
         # What leads to a block's input may lead to the loss as well, and is needed in a sweep.
         glue = any(id(t) not in self._of for call in self._calls for t in call.inputs)
+        if glue and self._sharded:
+            raise UsageError(
+                "what comes before the blocks must be frozen where gradients are streamed through "
+                "a model in parts, but embeddings train: freeze them, or choose another "
+                "gradient_memory."
+            )
         cotangents, ends = self._reached([loss], None, keep_graph or glue, outside=True)
         for leaf, g in cotangents:
             self._add(self._cotangents[objective], leaf, g)
@@ -285,13 +306,7 @@ class Tape:
         leaves = [leaf for call in self._calls for leaf in call.outputs]
         ends = self.outside if outside else []
         inside = [p for params in self.inside for p in params]
-        found = grad(
-            roots,
-            [*leaves, *ends, *inside],
-            grads,
-            retain_graph=keep_graph,
-            allow_unused=True,
-        )
+        found = self._gradients(roots, [*leaves, *ends, *inside], grads, keep_graph)
         if any(g is not None for g in found[len(leaves) + len(ends) :]):
             raise UsageError(
                 "the parameters of blocks must be read by the blocks alone, but a loss or another "
@@ -299,6 +314,23 @@ class Tape:
             )
         reached = [(leaf, g) for leaf, g in zip(leaves, found, strict=False) if g is not None]
         return reached, found[len(leaves) : len(leaves) + len(ends)]
+
+    def _gradients(
+        self,
+        roots: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor] | None,
+        keep_graph: bool,
+    ) -> Sequence[Tensor | None]:
+        """Gradients of `roots` at `tensors`; of a parameter in parts, this process's part."""
+        if not self._sharded:
+            return grad(roots, tensors, grads, retain_graph=keep_graph, allow_unused=True)
+        # FSDP2 adds gradients up and cuts them in hooks of a backward that writes them.
+        backward(roots, grads, retain_graph=keep_graph)
+        found = [local_gradient(t) for t in tensors]
+        for t in tensors:
+            t.grad = None
+        return found
 
     @staticmethod
     def _add(known: dict[int, Tensor], leaf: Tensor, g: Tensor) -> None:
@@ -408,13 +440,9 @@ class Tape:
             inputs = []
         for k in reaching:
             pairs = [(o, g) for o, g in zip(outputs, arrived[k], strict=True) if g is not None]
-            found = grad(
-                [o for o, _ in pairs],
-                [*inputs, *params],
-                [g for _, g in pairs],
-                retain_graph=k != reaching[-1],
-                allow_unused=True,
-            )
+            roots, grads = zip(*pairs, strict=True)
+            keep_graph = k != reaching[-1]
+            found = self._gradients(roots, [*inputs, *params], grads, keep_graph)
             arrived[k] = []
             for n, g in enumerate(found[len(inputs) :]):
                 if g is not None:

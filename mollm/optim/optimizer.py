@@ -445,8 +445,9 @@ class MOLLMOptimizer(Optimizer):
 
         Raises:
             UsageError: the blocks do not run one after the other, share parameters, checkpoint
-                their activations or get a cache of keys (pass use_cache=False); the model is in
-                parts (FSDP2), or there are several processes and `add_up` is False.
+                their activations or get a cache of keys (pass use_cache=False); a model in parts
+                (FSDP2) trains something before the blocks, or a block is no group of its own; or
+                there are several processes that hold copies and `add_up` is False.
             RuntimeError: the gradient_memory is another one.
 
         Example:
@@ -798,8 +799,8 @@ class MOLLMOptimizer(Optimizer):
         if self._aggregated is None and not isinstance(self.base, FusedBase):
             self.aggregate()
         if self._aggregated is None:
-            by_blocks = self.gram == BLOCKS
-            step = self._step_block_by_block if by_blocks else self._step_along_gradients
+            whole = self.gram == MODEL
+            step = self._step_along_gradients if whole else self._step_block_by_block
             solved, changes = step(self._touched())
         else:
             self._refuse_lost_direction(self._aggregated)
@@ -824,21 +825,29 @@ class MOLLMOptimizer(Optimizer):
         parts = _Parts()
         base.make_state(self._store.touched(params))
         with self._writing():
-            for sharding, some, lists in self._pieces(params):
-                part = base.step_along(
-                    some,
-                    lists,
-                    weights,
-                    moving=self._moving(some, lists),
-                    second_weights=self._second_weights_on(weights.device),
-                    proceed=proceed,
-                    track=self.track_conflicts,
-                )
-                if part is not None:
-                    parts.add(sharding, part)
+            self._move(self._pieces(params), weights, proceed, parts)
             if self._means is not None:
                 self._means.count(proceed)
         return solved, parts.total(Sharding.total) if self.track_conflicts else None
+
+    def _move(
+        self, pieces: Iterable[_Piece], weights: Tensor, proceed: Tensor | None, changes: _Parts
+    ) -> None:
+        """Steps along Σ_k w_k g_k, and adds g_k · Δθ to the changes."""
+        base = self.base
+        assert isinstance(base, FusedBase), "other bases step along p.grad"
+        for sharding, some, lists in pieces:
+            part = base.step_along(
+                some,
+                lists,
+                weights,
+                moving=self._moving(some, lists),
+                second_weights=self._second_weights_on(weights.device),
+                proceed=proceed,
+                track=self.track_conflicts,
+            )
+            if part is not None:
+                changes.add(sharding, part)
 
     def _step_block_by_block(self, params: list[Tensor]) -> tuple[_Solved, Tensor | None]:
         """A step in one sweep, with a Gram matrix and a direction of each block's own.
@@ -867,17 +876,9 @@ class MOLLMOptimizer(Optimizer):
                     break
                 weights.append(solved.solution.weights)
                 base.make_state(some)
-                for sharding, mine, rows in pieces:
-                    part = base.step_along(
-                        mine,
-                        rows,
-                        solved.solution.weights,
-                        second_weights=self._second_weights_on(going.device),
-                        proceed=going if going.is_cuda else None,
-                        track=self.track_conflicts,
-                    )
-                    if part is not None:
-                        parts.add(sharding, part)
+                proceed = going if going.is_cuda else None
+                self._move(pieces, solved.solution.weights, proceed, parts)
+                for _, _, rows in pieces:
                     for row in rows:
                         row.clear()  # before those of the next block are made
         if not waits:
@@ -1125,7 +1126,8 @@ class MOLLMOptimizer(Optimizer):
         self._skips.count(what)
 
     def _what_is_not_finite(self, solved: _Solved, counts: Tensor) -> str:
-        """
+        """What of a step is not finite, in words.
+
         Args:
             counts: elements of each objective's gradient that are not, [K].
         """

@@ -22,6 +22,7 @@ from mollm.distributed.sharding import Lists, is_sharded, world_size
 from mollm.errors import UsageError
 from mollm.models.tape import Tape
 from mollm.optim.gradients import STREAMED, GradientStore
+from mollm.optim.groups import columns_of
 
 
 class StreamedGradients(GradientStore):
@@ -56,12 +57,8 @@ class StreamedGradients(GradientStore):
         self, blocks: Sequence[nn.Module], params: Sequence[Tensor], *, add_up: bool
     ) -> Iterator[None]:
         """Inside, forward passes of the blocks are recorded for the coming step."""
-        if any(is_sharded(p) for p in params):
-            raise UsageError(
-                f"gradient_memory must be another one than {STREAMED!r} for a model in parts, "
-                "whose processes share the gradients as they are: choose as-produced or host."
-            )
-        if world_size() > 1 and not add_up:
+        copies = not all(is_sharded(p) for p in params)
+        if copies and world_size() > 1 and not add_up:
             raise UsageError(
                 f"add_up must be True with gradient_memory {STREAMED!r} in several processes, "
                 f"but got False in {world_size()}: DistributedDataParallel averages no gradient "
@@ -113,14 +110,24 @@ class StreamedGradients(GradientStore):
         together."""
         assert self._tape is not None, "a step has losses"
         counts = self._tape.non_finite_elements()
-        return all_reduce_sum(counts) if self._add_up else counts
+        return all_reduce_sum(counts)
 
     def buckets(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Lists]]:
         """All parameters block by block, whatever `params` are."""
         assert self._tape is not None, "a step has losses"
-        for some, rows in self._tape.sweep(add_up_lists if self._add_up else None):
+        for some, rows in self._tape.sweep(_add_up_copies if self._add_up else None):
             self._seen.update(dict.fromkeys(some))
             yield some, rows
+
+
+def _add_up_copies(params: list[Tensor], rows: Lists) -> None:
+    """Sums over the processes, but for parameters in parts, which FSDP2 has added up."""
+    columns = [n for n, p in enumerate(params) if not is_sharded(p)]
+    lists = columns_of(rows, columns)
+    add_up_lists([params[n] for n in columns], lists)
+    for row, mine in zip(rows, lists, strict=True):
+        for n, g in zip(columns, mine, strict=True):
+            row[n] = g
 
 
 def make_store(objectives: Sequence[str], memory: str) -> GradientStore:

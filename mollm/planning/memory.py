@@ -596,8 +596,9 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     whole = settings.objectives * ends
     larger = max(settings, retain, key=lambda side: side.tokens)
     block = max(_block_moments(shape, larger), key=lambda parts: sum(parts.values()))
-    # The second sweep is made beside the gradients of the embeddings, which the first one finds.
-    outside = whole if settings.sweeps > 1 else top(settings.objectives)
+    # The second sweep is made beside all gradients of the embeddings; the first one finds them in
+    # its last block, where those of the last objective come once its activations are gone.
+    outside = whole if settings.sweeps > 1 else whole - late
     yield stage("blocks", 2, 2 * settings.objectives, outside, block)
     made = {
         "gradient in the making": dW - late,  # on top of those of a tied head

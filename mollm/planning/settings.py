@@ -245,9 +245,12 @@ class PlanSettings:
                 f"cut, but got {self.shards} shards: choose bfloat16."
             )
         if self.shards > 1 and (self.streams or self.quantization):
+            what = f"{STREAMED}, which is planned for copies alone"
+            if self.quantization:
+                what = f"{self.quantization}, which needs each layer as a whole"
             raise UsageError(
-                f"shards must be 1 with {STREAMED if self.streams else self.quantization}, which "
-                f"needs each layer as a whole, but got {self.shards}: let each process hold a copy."
+                f"shards must be 1 with {what}, but got {self.shards}: let each process hold a "
+                "copy."
             )
 
     @property

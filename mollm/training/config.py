@@ -457,10 +457,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"gradient_checkpointing must be left out {streamed}, which computes every block "
                 "again anyway, but got True."
             )
-        if self.sharding:
+
+        if self.sharding and not self.freeze_embeddings:
             raise UsageError(
-                f"fsdp must be left out {streamed}, which needs each block as a whole, but got "
-                f"{self.sharding}: let each process hold a copy."
+                f"freeze_embeddings must be True {streamed} and fsdp, but got "
+                f"{self.freeze_embeddings}: leave it out, or leave {self.sharding} out."
             )
 
     @property

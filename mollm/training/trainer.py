@@ -275,7 +275,10 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             self._generate_answers(args)
         options = args.chosen_options
         with processes.raise_on_all_ranks():
-            blocks = find_blocks(self._base) if args.streams else ()
+            named = _names_of_blocks(self._base) if args.streams and read else []
+        named = processes.all_gather(named)[0 if from_first else processes.rank()]
+        blocks = [self._base.get_submodule(name) for name in named]
+        with processes.raise_on_all_ranks():
             rows = self._rows_for_reference(args)
             folder = Path(args.output_dir) / cache_name(self._base, rows, self._fingerprint)
             reference = make_reference(
@@ -1176,6 +1179,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ),
             "notes": [*self.notes, *([] if ending is None else [f"stop_when: {ending}"])],
         }
+
+
+def _names_of_blocks(model: PreTrainedModel) -> list[str]:
+    """By which a process that has only the model's layout finds them too."""
+    names = {module: name for name, module in model.named_modules()}
+    return [names[block] for block in find_blocks(model)]
 
 
 def _place_of(model: str | Path | PreTrainedModel) -> str | None:

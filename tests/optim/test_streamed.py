@@ -7,12 +7,14 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from streamed_steps import KINDS, assert_same, batches, losses_of, made, moved, trained
 from torch import nn
 from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
+from mollm.models import tape as tape_module
 from mollm.models.forward import freeze_embeddings
 from mollm.optim import streamed as streaming_module
 from mollm.optim.directions import DIRECTIONS
@@ -387,9 +389,18 @@ def test_several_processes_must_say_that_they_add_up(monkeypatch):
     monkeypatch.setattr(streaming_module, "world_size", lambda: 2)
     with pytest.raises(UsageError, match=r"add_up must be True .* but got False in 2"):
         opt.streamed(find_blocks(model)).__enter__()
-    monkeypatch.setattr(streaming_module, "is_sharded", lambda p: True)
-    with pytest.raises(UsageError, match="another one than 'streamed' for a model in parts"):
-        opt.streamed(find_blocks(model), add_up=True).__enter__()
+
+
+def test_a_model_in_parts_has_a_group_for_each_block_and_frozen_embeddings(monkeypatch):
+    model = made()
+    opt = streaming(model)
+    blocks = find_blocks(model)
+    monkeypatch.setattr(tape_module, "is_sharded", lambda p: True)
+    with pytest.raises(UsageError, match="every block must be a group of its own"):
+        opt.streamed(blocks).__enter__()
+    monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", nn.Module)
+    with opt.streamed(blocks), pytest.raises(UsageError, match=r"must be frozen .* in parts, but"):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
 
 
 def test_a_cache_of_keys_is_refused():

@@ -72,7 +72,7 @@ def test_more_shards_never_take_more():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gradient_memory": "streamed"}, "shards must be 1 with streamed, which needs each layer"),
+        ({"gradient_memory": "streamed"}, "shards must be 1 with streamed, which is planned"),
         ({"lora_rank": 8, "quantization": "nf4"}, "shards must be 1 with nf4"),
     ],
 )

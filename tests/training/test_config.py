@@ -108,13 +108,15 @@ def test_values_that_do_not_go_are_refused(options, words):
         config(**options)
 
 
-def test_state_in_eight_bits_is_not_cut(monkeypatch):
+def test_what_parts_do_not_go_with_is_refused(monkeypatch):
     pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
     options = {"optimizer_options": {"state_dtype": "8bit"}}
     assert config(**options).for_optimizer()["state_dtype"] == "8bit"
     monkeypatch.setattr(MOLLMConfig, "world_size", 2)
     with pytest.raises(UsageError, match=r"must not be 8bit with fsdp.*full_shard"):
         config(fsdp="full_shard", **options)
+    with pytest.raises(UsageError, match=r"freeze_embeddings must be True .*streamed.* and fsdp"):
+        config(fsdp="full_shard", freeze_embeddings=False, **STREAMED)
 
 
 def test_bf16_goes_where_the_device_computes_in_it():
