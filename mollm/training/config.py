@@ -82,7 +82,7 @@ _NOT_NEGATIVE = (
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-_OFF = (None, False, 0, "", "no", [], {})
+_OFF: tuple[Any, ...] = (None, False, 0, "", "no", [], {})
 _BY_NAME = ("method_options", "chat_template_kwargs", "optimizer_options", "stop_when")
 if TYPE_CHECKING:
     Options = dict[str, Any]
