@@ -80,7 +80,11 @@ _NOT_NEGATIVE = (
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-_OFF = (None, False, 0, "", "no", [], {})
+_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True)
+_WORDS |= dict.fromkeys(("false", "no", "off", "0"), False)
+_SWITCHES = ("normalize", "track_conflicts", "stochastic_rounding", "nesterov")
+"""Of optimizer_options."""
+_OFF: tuple[Any, ...] = (None, False, 0, "", "no", [], {})
 _BY_NAME = ("method_options", "chat_template_kwargs", "optimizer_options", "stop_when")
 if TYPE_CHECKING:
     Options = dict[str, Any]
@@ -261,7 +265,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
         await_others()
-        if getattr(self, "report_to", None) is None:  # to YAML, no is nothing
+        if getattr(self, "report_to", None) in (None, False):  # to YAML, no is nothing
             self.report_to = "none"
         super().__post_init__()
         if self.sharding and self.world_size == 1:
@@ -576,16 +580,22 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _refuse_unusable_numbers(self) -> None:
         """Texts that are numbers become such; NaN, infinity and what is out of range is refused."""
-        self.optimizer_options = _numbers(self.optimizer_options or {})
+        self.optimizer_options = {
+            name: _switch(name, value) if name in _SWITCHES else value
+            for name, value in _numbers(self.optimizer_options or {}).items()
+        }
         self.preferences = _numbers(self.preferences)
         for f in fields(self):
             value = getattr(self, f.name)
             kinds = [k for k in (float, int) if isinstance(f.default, k)]
             if kinds and isinstance(value, str) and not isinstance(f.default, bool):
+                kind = float if "float" in str(f.type) and not value.strip().isdigit() else kinds[0]
                 try:
-                    setattr(self, f.name, kinds[0](value))
+                    setattr(self, f.name, kind(value))
                 except ValueError:
                     raise UsageError(f"{f.name} must be a number, but got {value!r}.") from None
+            if "bool" in str(f.type) and "str" not in str(f.type):
+                setattr(self, f.name, _switch(f.name, value))
             _refuse_not_finite(f.name, getattr(self, f.name))
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
@@ -786,6 +796,16 @@ def _numbers(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)
     return value
+
+
+def _switch(name: str, value: Any) -> Any:
+    """A text that says yes or no as what it says: as a text either would be true."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word not in _WORDS:
+        raise UsageError(f"{name} must be true or false, but got {value!r}.")
+    return _WORDS[word]
 
 
 def _refuse_not_finite(name: str, value: Any) -> None:
