@@ -44,7 +44,7 @@ On the CPU, against the bytes that Torch allocated in real steps of small models
 (tests/planning/test_memory.py): what lasts is exact; what the step adds came out between 0 and
 3% too high for full training, LoRA and QLoRA, and 7% too low for LoRA with gradient checkpointing.
 Of a dozen other kinds it came out between 7% too low and 8% too high in float32, full and LoRA,
-and within 4% for a mixture of experts under autocast, with and without gradient checkpointing.
+and as near under autocast, with and without gradient checkpointing.
 On a GPU it has not been measured.
 """
 

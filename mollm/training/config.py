@@ -82,6 +82,10 @@ _NOT_NEGATIVE = (
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True)
+_WORDS |= dict.fromkeys(("false", "no", "off", "0"), False)
+_SWITCHES = ("normalize", "track_conflicts", "stochastic_rounding", "nesterov")
+"""Of optimizer_options."""
 _OFF: tuple[Any, ...] = (None, False, 0, "", "no", [], {})
 _BY_NAME = ("method_options", "chat_template_kwargs", "optimizer_options", "stop_when")
 if TYPE_CHECKING:
@@ -263,7 +267,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
         await_others()
-        if getattr(self, "report_to", None) is None:  # to YAML, no is nothing
+        if getattr(self, "report_to", None) in (None, False):  # to YAML, no is nothing
             self.report_to = "none"
         super().__post_init__()
         if self.sharding and self.world_size == 1:
@@ -584,7 +588,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
 
     def _refuse_unusable_numbers(self) -> None:
         """Texts that are numbers become such; NaN, infinity and what is out of range is refused."""
-        self.optimizer_options = _numbers(self.optimizer_options or {})
+        self.optimizer_options = {
+            name: _switch(name, value) if name in _SWITCHES else value
+            for name, value in _numbers(self.optimizer_options or {}).items()
+        }
         self.preferences = _numbers(self.preferences)
         for f in fields(self):
             value = getattr(self, f.name)
@@ -798,13 +805,8 @@ def _as_declared(name: str, kind: Any, value: Any) -> Any:
     if found is None or value is None:
         return value
     if found[1] == "bool":
-        if not isinstance(value, bool):
-            raise UsageError(f"{name} must be true or false, but got {value!r}.")
-        return value
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        number = None
+        return _switch(name, value)
+    number = _number_in(value) if isinstance(value, str) else value
     if not isinstance(number, int | float) or isinstance(number, bool):
         raise UsageError(f"{name} must be a number, but got {value!r}.")
     if found[1] == "float":
@@ -812,6 +814,23 @@ def _as_declared(name: str, kind: Any, value: Any) -> Any:
     if not float(number).is_integer():
         raise UsageError(f"{name} must be a whole number, but got {value}.")
     return int(number)
+
+
+def _number_in(text: str) -> float | None:
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        return None
+
+
+def _switch(name: str, value: Any) -> Any:
+    """A text that says yes or no as what it says: as a text either would be true."""
+    if value is None or isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word not in _WORDS:
+        raise UsageError(f"{name} must be true or false, but got {value!r}.")
+    return _WORDS[word]
 
 
 def _refuse_not_finite(name: str, value: Any) -> None:

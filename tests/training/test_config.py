@@ -46,7 +46,7 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
         ({"max_steps": 3.5}, "max_steps must be a whole number, but got 3.5"),
         ({"max_steps": True}, "max_steps must be a number, but got True"),
         ({"eval_steps": "often"}, "eval_steps must be a number, but got 'often'"),
-        ({"disable_tqdm": "no"}, "disable_tqdm must be true or false, but got 'no'"),
+        ({"disable_tqdm": 1}, "disable_tqdm must be true or false, but got 1"),
         ({"max_loss_rise": float("nan")}, "max_loss_rise must be a finite number"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
         ({"optim": "sgd"}, "name the base in optimizer_options"),
@@ -195,3 +195,36 @@ def test_numbers_of_a_schedule_may_be_written_as_texts():
 def test_the_first_moment_of_plain_adamw_can_be_set():
     made = config(adam_beta1=0.5, optimizer_options={"metric": "euclidean"})
     assert made.for_optimizer()["betas"][0] == 0.5
+
+
+@pytest.mark.parametrize(("word", "meant"), [("no", False), ("off", False), ("True", True)])
+def test_a_text_that_says_yes_or_no_is_taken_at_its_word(word, meant):
+    made = config(freeze_embeddings=word, activation_checkpointing=word, logging_first_step=word)
+    assert made.freeze_embeddings is meant
+    assert bool(made.gradient_checkpointing) is meant
+    assert made.logging_first_step is meant
+    options = config(optimizer_options={"normalize": word}).for_optimizer()
+    assert options["normalize"] is meant
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"freeze_embeddings": "nope"},
+        {"gradient_checkpointing": "maybe"},
+        {"optimizer_options": {"track_conflicts": "never"}},
+    ],
+)
+def test_a_text_that_says_neither_is_refused(options):
+    with pytest.raises(UsageError, match="must be true or false, but got '"):
+        config(**options)
+
+
+def test_a_share_of_the_steps_may_be_a_text():
+    made = config(warmup_steps="0.1", max_steps="20")
+    assert made.get_warmup_steps(20) == 2
+    assert config(warmup_steps="3").warmup_steps == 3
+
+
+def test_no_report_may_be_false():
+    assert config(report_to=False).report_to == []
