@@ -38,16 +38,14 @@ from mollm.data.sets import AUTO
 RATES = (5e-4, 1.5e-3)
 """Of whoever teaches the ten rows again."""
 _RETAIN = "retain_dataset"
+_SHORT = {"method": "mollm", "max_steps": 20}
 _LONG = {"learning_rate": 3e-4, "max_steps": 240}
 _RELEARNING = {"relearn_steps": 3, **_LONG}
 SETTINGS: Mapping[str, dict[str, Any]] = {
-    "mollm, 20 steps": {"method": "mollm", "learning_rate": 1e-3, "max_steps": 20},
-    "mollm, 20 steps, own retain data": {
-        "method": "mollm",
-        "learning_rate": 1e-3,
-        "max_steps": 20,
-        _RETAIN: AUTO,
-    },
+    "mollm, 20 steps": {**_SHORT, "learning_rate": 1e-3},
+    "mollm, 20 steps, own retain data": {**_SHORT, "learning_rate": 1e-3, _RETAIN: AUTO},
+    "mollm, 20 steps at 2e-3, own retain data": {**_SHORT, "learning_rate": 2e-3, _RETAIN: AUTO},
+    "mollm, 20 steps at 4e-3, own retain data": {**_SHORT, "learning_rate": 4e-3, _RETAIN: AUTO},
     "mollm": {"method": "mollm", **_LONG},
     "sum": {"method": "sum", **_LONG},
     "npo": {"method": "npo", **_LONG},
