@@ -39,7 +39,8 @@ from mollm import MOLLMConfig, MOLLMTrainer
 from mollm.data.sets import AUTO
 from mollm.methods import METHODS
 
-_SHORT = {"learning_rate": 1e-3, "max_steps": 20}
+_SHORT = {"method": "mollm", "max_steps": 20}
+_BLOCKS = {"optimizer_options": {"gradient_memory": "streamed", "gram": "blocks"}}
 _LONG = {"learning_rate": 3e-4, "max_steps": 240}
 _RELEARNING = {"relearn_steps": 3, **_LONG}
 _GENTLY = {**_RELEARNING, "learning_rate": 2e-4}
@@ -88,9 +89,18 @@ TASKS = {
         "TOFU on a small Llama",
         _tofu,
         {
-            "mollm, 20 steps": {"method": "mollm", **_SHORT},
-            "mollm, 20 steps, own retain data": {"method": "mollm", "retain": AUTO, **_SHORT},
+            "mollm, 20 steps": {**_SHORT, "learning_rate": 1e-3},
+            "mollm, 20 steps, a Gram matrix a block": {**_SHORT, **_BLOCKS, "learning_rate": 1e-3},
+            **{
+                f"mollm, 20 steps{at}, own retain data": {
+                    **_SHORT,
+                    "learning_rate": rate,
+                    "retain": AUTO,
+                }
+                for at, rate in (("", 1e-3), (" at 2e-3", 2e-3), (" at 4e-3", 4e-3))
+            },
             "mollm": {"method": "mollm", **_LONG},
+            "mollm, a Gram matrix a block": {"method": "mollm", **_LONG, **_BLOCKS},
             "sum": {"method": "sum", **_LONG},
             "npo": {"method": "npo", **_LONG},
             "simnpo": {"method": "simnpo", **_LONG},
@@ -98,6 +108,7 @@ TASKS = {
             "mollm, relearning": {"method": "mollm", **_RELEARNING},
             "mollm, relearning gently": {"method": "mollm", **_GENTLY},
             "sum, relearning": {"method": "sum", **_RELEARNING},
+            "sum, relearning gently": {"method": "sum", **_GENTLY},
             "npo, relearning": {"method": "npo", **_RELEARNING},
             "simnpo, relearning": {"method": "simnpo", **_RELEARNING},
             "graddiff, relearning": {"method": "graddiff", **_RELEARNING},
