@@ -860,7 +860,7 @@ class MOLLMOptimizer(Optimizer):
         self._refuse_unlike_copies(params)
         counts = store.non_finite_elements()
         going = counts.sum() == 0
-        waits = not going.is_cuda or self.on_nonfinite == "raise"
+        waits = self._waits_for(going)
         nothing = torch.where(going, 0.0, math.nan).double()
         matrix = nothing.repeat(len(counts), len(counts))
         solved = _Solved(matrix, self.rule(matrix))
@@ -876,8 +876,7 @@ class MOLLMOptimizer(Optimizer):
                     break
                 weights.append(solved.solution.weights)
                 base.make_state(some)
-                proceed = going if going.is_cuda else None
-                self._move(pieces, solved.solution.weights, proceed, parts)
+                self._move(pieces, solved.solution.weights, None if waits else going, parts)
                 for _, _, rows in pieces:
                     for row in rows:
                         row.clear()  # before those of the next block are made
@@ -1095,10 +1094,14 @@ class MOLLMOptimizer(Optimizer):
         else:
             self.base.step()
 
+    def _waits_for(self, verdict: Tensor) -> bool:
+        """Whether the host looks at what may not be finite before it goes on."""
+        fused = isinstance(self.base, FusedBase)
+        return not (verdict.is_cuda and fused) or self.on_nonfinite == "raise"
+
     def _refused(self, solved: _Solved) -> bool:
         """Whether the step must not be made, as far as that is known without waiting."""
-        waits = not isinstance(self.base, FusedBase) or self.on_nonfinite == "raise"
-        if solved.matrix.is_cuda and not waits:
+        if not self._waits_for(solved.matrix):
             self._skips.add(solved.solution.finite)
             return False
         if solved.solution.status is not Status.NON_FINITE:

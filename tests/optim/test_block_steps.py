@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -10,6 +11,8 @@ from streamed_steps import NAMES, batches, losses_of, made, trained
 
 from mollm import MOLLMOptimizer, find_blocks
 from mollm.models.forward import freeze_embeddings
+from mollm.optim.step_report import SkipCounter
+from mollm_ops import Status
 
 BLOCKS = {"gradient_memory": "streamed", "gram": "blocks"}
 
@@ -150,16 +153,23 @@ def test_a_loss_that_is_not_finite_changes_nothing(options):
     assert opt.last_step.changes is not None
 
 
-def test_a_block_that_is_not_finite_ends_the_step():
+@pytest.mark.parametrize("waits", [True, False], ids=["on the host", "on the device"])
+def test_a_block_that_is_not_finite_ends_the_step(waits, monkeypatch):
     model = made(num_hidden_layers=3)
+    if not waits:  # as on a GPU, where the kernels are told
+        told = []
+        monkeypatch.setattr(MOLLMOptimizer, "_waits_for", lambda self, verdict: False)
+        monkeypatch.setattr(SkipCounter, "add", lambda self, finite: told.append(bool(finite)))
     opt = MOLLMOptimizer(model.parameters(), **BLOCKS)
     stepped(model, opt)
     before = copy.deepcopy(model)
     steps = {p: float(opt.state[p]["step"]) for p in model.parameters()}
-    with pytest.warns(UserWarning, match="that block and those that come after it are unchanged"):
+    warned = pytest.warns(UserWarning, match="that block and those that come after it are unchang")
+    with warned if waits else contextlib.nullcontext():
         stepped(model, opt, poison=model.model.layers[1].mlp.up_proj.weight)
-    assert opt.skipped_steps == 1
+    assert opt.skipped_steps == 1 if waits else told == [True, False]
     assert opt.last_step.changes is None
+    assert opt.last_step.status is Status.NON_FINITE
     for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
         moved = "layers.2" in name
         assert torch.equal(p, old) != moved, name
