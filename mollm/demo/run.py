@@ -13,6 +13,7 @@ audit tries to bring the forgotten capitals back.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -96,25 +97,26 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         model, tokenizer = loading.load(source, device)
         chat = ChatFormat.of(model, tokenizer)
         split, before = examine(model, chat, chosen, random.Random(settings.seed), say)
+        original = copy.deepcopy(model)  # to load it again would take longer than its audit
         trainer, seconds = train(model, chat, split, settings, folder, say)
         say("Asking the same questions again …")
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
 
-        history = trainer.history
-        summary = _summary(settings, source.label, split, before, after, history)
-        summary["seconds_training"] = round(seconds, 1)
         trainer.export(folder / "model")
-        del trainer  # its optimizer and its copy of the original
+        history = trainer.history
+        del trainer  # the attacker's training takes as much memory
         found, why_not = audit_shortly(
             model,
-            loading.load(source, device)[0],
+            original,
             tokenizer,
             split.forget,
             split.spelling,
             seed=settings.seed,
             say=say,
         )
+        summary = _summary(settings, source.label, split, before, after, history)
         summary["audit"] = _audited(found, why_not)
+        summary["seconds_training"] = round(seconds, 1)
         summary["seconds"] = round(time.perf_counter() - started, 1)
         run = DemoRun(summary, before, after, history, found)
         write_run(run, folder)
