@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from _common import ROOT, Row, print_table, provenance, results_folder, save_json
@@ -220,7 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="+", help="by default all of the task")
     parser.add_argument("--json", type=Path, help="where the runs are kept")
     options = parser.parse_args(argv)
-    METHODS.update(ideas.IDEAS)
     task = TASKS[options.task]
     chosen = options.settings or list(task.settings)
     if unknown := set(chosen) - set(task.settings):
@@ -251,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert started.never is not None, "a task with this end has such a model"
             model = started.never()
         else:
-            model, run = unlearned(task, started, seed, name)
+            with mock.patch.dict(METHODS, ideas.IDEAS):
+                model, run = unlearned(task, started, seed, name)
         keep({"seed": seed, "settings": name, **judged(task, started, model), **run})
     print_table(table(task, rows), f"{task.title}, {', '.join(map(str, options.seeds))}")
     return 0
