@@ -47,7 +47,13 @@ _RELEARNING = {"relearn_steps": 3, **_LONG}
 _GENTLY = {**_RELEARNING, "learning_rate": 2e-4}
 _WRONG_ANSWERS = 6.7
 """Nats a token: what TOFU's wrong answers to the forget questions cost the original."""
-_KNOWLEDGE = {"learning_rate": 5e-5, "max_steps": 20}
+_KNOWLEDGE = {
+    "method": "mollm",
+    "learning_rate": 3e-5,
+    "max_steps": 60,
+    "per_device_retain_batch_size": 12,
+}
+_FEW_STEPS = {"method": "mollm", "learning_rate": 5e-5, "max_steps": 20}
 _RELEARN_KNOWLEDGE = {"relearn_steps": 2, "relearn_lr": 1e-4}
 _ENDS = ("original", "never learnt it")
 
@@ -130,8 +136,10 @@ TASKS = {
         "What SmolLM2 knows",
         _knowledge,
         {
-            "mollm": {"method": "mollm", **_KNOWLEDGE},
-            "mollm, relearning": {"method": "mollm", **_KNOWLEDGE, **_RELEARN_KNOWLEDGE},
+            "mollm, 20 steps": _FEW_STEPS,
+            "mollm, 20 steps, relearning": {**_FEW_STEPS, **_RELEARN_KNOWLEDGE},
+            "mollm": _KNOWLEDGE,
+            "mollm, relearning": {**_KNOWLEDGE, **_RELEARN_KNOWLEDGE},
         },
         (5e-5,),
         ("forget", "kept", "outside", "forget answered", "general answered", "others answered"),
