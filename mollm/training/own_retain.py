@@ -18,7 +18,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -121,7 +121,7 @@ def general_questions() -> list[str]:
 
 def note_on(path: Path) -> str:
     """What a run says of the rows in such a file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _rows_of(path)
     own = sum(bool(row.get("own")) for row in rows)
     asked = f", {own} of them to questions of its own" if own else ""
     what = "texts" if "text" in rows[0] else "answers"
@@ -347,12 +347,17 @@ def _sentences(text: str) -> str:
     return found.group() if found else text.rpartition(" ")[0] or text
 
 
+def _rows_of(path: Path) -> list[Any]:
+    # A text may hold U+2028 and the like as they are, at which splitlines() would split too.
+    return [parse_json(line, str(path)) for line in read_text(path).split("\n") if line.strip()]
+
+
 def _is_whole(path: Path, texts: bool) -> bool:
     """Whether a file of these rows is there, and was not damaged."""
     if not path.is_file():
         return False
     try:
-        rows = [parse_json(line, str(path)) for line in read_text(path).splitlines() if line]
+        rows = _rows_of(path)
     except UsageError:
         return False
     names = ("text",) if texts else ("question", "answer")

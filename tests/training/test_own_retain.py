@@ -33,7 +33,7 @@ def made(folder, forget=FORGET, *, template=True, seed=0):
     model, tokenizer = tiny.model(), tiny.tokenizer(template=template)
     chat = ChatFormat.of(model, tokenizer)
     path = make_retain_data(model, chat, forget, folder=folder, seed=seed, max_length=128)
-    return path, [json.loads(line) for line in path.read_text().splitlines()]
+    return path, [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def says(monkeypatch, *texts, complete=True):
@@ -92,6 +92,17 @@ def test_what_repeats_a_row_to_forget_is_left_out(tmp_path, monkeypatch):
     says(monkeypatch, "All of it happened in the year 1962, as I said.")
     with pytest.raises(UsageError, match="all but 0 of those it wrote were blank or repeated"):
         made(tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\r"])
+def test_signs_that_end_a_line_elsewhere_stay_within_a_row(sign, tmp_path, monkeypatch):
+    says(monkeypatch, f"It is{sign}blue.")
+    path, rows = made(tmp_path)
+    assert {row["answer"] for row in rows} == {f"It is{sign}blue."}
+    assert f"{len(rows)} answers" in note_on(path)
+    monkeypatch.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+    assert made(tmp_path) == (path, rows)
+    assert len(load_records(path, role="retain")) == len(rows)
 
 
 @pytest.mark.parametrize(
