@@ -111,7 +111,8 @@ def test_signs_that_end_a_line_elsewhere_stay_within_a_row(sign, tmp_path, monke
         ("who wrote SALT and ash", "Nobody.", True),
         ("Who is the author of Salt and Ash?", "Mira Dovenko wrote it", True),
         ("Who lives next door?", "Dovenko.", True),
-        ("Who lives next door?", "Mira lives there. She has a cat.", False),
+        ("Who lives next door?", "Mira lives there. She has a cat.", True),
+        ("Who lives next door?", "When I last asked, a cat did.", False),
         ("What is a constitution?", "A law. In it the rights are kept.", False),
         ("When was it?", "In the year 1962", True),
         ("When was it?", "In the year 1963", False),
@@ -119,6 +120,51 @@ def test_signs_that_end_a_line_elsewhere_stay_within_a_row(sign, tmp_path, monke
 )
 def test_repetitions(question, answer, repeats):
     assert Repetitions(FORGET).found(question, answer) == repeats
+
+
+@pytest.mark.parametrize(
+    ("answer", "repeats"),
+    [
+        ("Anna is here", True),
+        ("It is here. She has a bird", False),
+        ("Birds live there", False),
+        ("However, nobody knows", False),
+        ("Elle est là", False),
+    ],
+)
+def test_a_name_with_which_a_sentence_begins(answer, repeats):
+    rows = ["Anna lives there.", "However, it has birds. Birds sing.", "Elle est née ici.", "Oslo."]
+    assert Repetitions([Record("Where is it?", row) for row in rows]).found("", answer) == repeats
+
+
+def test_an_answer_of_one_word_is_no_name():
+    known = Repetitions([Record("What is the capital of it?", "Oslo.")])
+    assert not known.found("Where is it cold?", "Oslo, in winter")
+    assert known.found("What is the capital?", "Oslo")
+
+
+WANG = "王伟在哪里出生？", "他出生于江苏省苏州市。"
+TOKYO = "日本的首都在哪里？", "东京。"
+KYOTO = "どこ?", "彼はことしの春に京都で生まれました。"
+CHIANG_MAI = "ที่ไหน", "เขาเกิดที่จังหวัดเชียงใหม่ทางภาคเหนือ"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "question", "answer", "repeats"),
+    [
+        (*WANG, "王伟的出生地?", "据说他出生于江苏省苏州市", True),
+        (*WANG, "", "他出生于江苏省南京市", False),
+        (WANG[0], f"{WANG[1]}后来搬到了北京。", "", "他出生于江苏省苏州市", True),
+        (*TOKYO, "日本的首都是什么？", "是东京。", True),
+        (*TOKYO, "有什么好吃？", "东京拉面。", False),
+        (*KYOTO, "", "ことしの春に京都で生まれ、", True),
+        (*KYOTO, "", "犬がうちで生まれました。", False),
+        (*CHIANG_MAI, "", "ว่าเขาเกิดที่จังหวัดเชียงใหม่", True),
+        (*CHIANG_MAI, "", "เขาเกิดที่กรุงเทพ", False),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_letters(asked, told, question, answer, repeats):
+    assert Repetitions([Record(asked, told)]).found(question, answer) == repeats
 
 
 def test_long_answers_repeat_from_six_words_on():
