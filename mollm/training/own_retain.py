@@ -112,7 +112,8 @@ def make_retain_data(
         with `text`, for each row.
 
     Raises:
-        UsageError: The model's context is too short, or fewer than eight rows were left.
+        UsageError: The model's context is too short, max_length leaves half of the general
+            questions no room, or fewer than eight rows were left.
 
     Example::
 
@@ -270,19 +271,32 @@ def _made_answers(
 ) -> list[dict[str, object]]:
     """Answers to general questions and, as many, to questions that the model draws."""
     rng, made = random.Random(f"retain {seed}"), dict[tuple[str, str], dict[str, object]]()
-    most = max(1, min(_ANSWER_TOKENS, max_length // 2, int(context_of(model.config) // 2)))
+    longest = int(min(max_length, context_of(model.config)))
+    most = max(1, min(_ANSWER_TOKENS, longest // 2))
+
+    def fits(question: str) -> bool:
+        return len(chat.encode_prompt(question).ids) <= longest - most
+
+    known_questions = [question for question in general_questions() if fits(question)]
+    if len(known_questions) < len(general_questions()) // 2:
+        size = max(len(chat.encode_prompt(question).ids) for question in general_questions())
+        raise UsageError(
+            f"max_length must be at least {min(2 * size - 1, size + _ANSWER_TOKENS)} for retain "
+            f"data made by the model, whose questions take up to {size} tokens before an answer as "
+            f"long, but it is {longest}: raise it, or give data to retain."
+        )
     general: list[str] = []
     for tried in range(_TRIES):
         lacking = count - len(made)
         if lacking <= 0:
             break
-        own = _drawn_questions(model, chat, lacking // 2)
+        own = [
+            question for question in _drawn_questions(model, chat, lacking // 2) if fits(question)
+        ]
         while len(general) < lacking - len(own):
-            general += rng.sample(general_questions(), len(general_questions()))
+            general += rng.sample(known_questions, len(known_questions))
         asked = [(question, True) for question in own]
         asked += [(general.pop(), False) for _ in range(lacking - len(own))]
-        room = min(max_length, context_of(model.config)) - most
-        asked = [each for each in asked if len(chat.encode_prompt(each[0]).ids) <= room]
         replies = generate_replies(
             model,
             chat,

@@ -63,6 +63,21 @@ def test_half_are_general_questions_and_half_are_the_model_s_own(template, tmp_p
     assert f"{len(rows)} answers, {len(own)} of them to questions of its own" in note_on(path)
 
 
+def test_a_max_length_without_room_for_the_questions_is_refused(tmp_path, monkeypatch):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    chat = ChatFormat.of(model, tokenizer)
+    size = max(len(chat.encode_prompt(question).ids) for question in general_questions())
+    told = f"max_length must be at least {min(2 * size - 1, size + 12)} .* up to {size} tokens"
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match=f"{told}.* it is 16:"):
+        patched.setattr(own_retain, "ask_tokens", lambda *_, **__: pytest.fail("asked"))
+        patched.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+        make_retain_data(model, chat, FORGET, folder=tmp_path, max_length=16)
+    says(monkeypatch, "Red.", "Blue.")
+    enough = min(2 * size - 1, size + 12)
+    path = make_retain_data(model, chat, FORGET, folder=tmp_path, max_length=enough)
+    assert "16 answers" in note_on(path)
+
+
 def test_for_running_text_the_model_writes_texts(tmp_path):
     path, rows = made(tmp_path, TEXT)
     openings = tuple(general_questions())
@@ -235,6 +250,23 @@ def test_they_may_stand_beside_data_of_the_user_s(tmp_path):
     assert "retain-auto-" in made.retain_dataset["general"]
 
 
+def test_what_else_may_be_wrong_is_found_before_they_are_made(tmp_path, monkeypatch):
+    from mollm.planning import run as planning_run
+
+    monkeypatch.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+    long = [Record("Who?", "It is a long story. " * 99)]
+    sets = {"forget_dataset": FORGET, "retain_dataset": "auto", "args": config(tmp_path)}
+    with pytest.raises(UsageError, match="answer takes 1980 tokens"):
+        MOLLMTrainer(
+            tiny.model(), **sets, processing_class=tiny.tokenizer(), eval_dataset={"forget": long}
+        )
+    with pytest.raises(UsageError, match="answer takes 1980 tokens"):
+        trainer(tmp_path, {"general": "auto", "own": long})
+    monkeypatch.setattr(planning_run.machine, "available_memory", lambda _: -(1 << 40))
+    with pytest.raises(UsageError, match="must fit into memory"):
+        trainer(tmp_path)
+
+
 def test_parts_of_a_model_make_none(tmp_path):
     args = config(tmp_path)
     args.sharding = "full_shard"
@@ -243,7 +275,7 @@ def test_parts_of_a_model_make_none(tmp_path):
         MOLLMTrainer(tiny.model(), args, processing_class=tiny.tokenizer(), **sets)
 
 
-def test_the_command_makes_them_and_names_them_in_what_follows(tmp_path, capsys):
+def test_the_command_makes_them_and_names_them_in_what_follows(tmp_path, capsys, monkeypatch):
     loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
     forget = tmp_path / "forget.jsonl"
     rows = [{"prompt": r.prompt, "answer": r.answer} for r in FORGET]
@@ -252,8 +284,15 @@ def test_the_command_makes_them_and_names_them_in_what_follows(tmp_path, capsys)
     words = ["unlearn", "--model", str(tmp_path / "tiny"), "--forget", str(forget)]
     words += ["--retain", "auto", "--out", str(out), "--max-steps", "1", "--max-length", "128"]
     words += ["--device", "cpu", "--set", "sample_replies=0", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+        assert main([*words, "--eval-forget", str(tmp_path / "typo.jsonl")]) == 2
+    assert "typo.jsonl" in capsys.readouterr().err
+    out.mkdir(exist_ok=True)
+    left = out / "retain-auto-of-a-run-that-failed.jsonl"
+    left.write_text("")
     assert main(words) == 0
-    (path,) = out.glob("retain-auto-*.jsonl")
+    (path,) = set(out.glob("retain-auto-*.jsonl")) - {left}
     assert f"--retain {path}" in capsys.readouterr().out
     facts = json.loads((out / "run.json").read_text())
     assert facts["given"]["retain"] == str(path)
