@@ -378,6 +378,7 @@ def _changed(ledger: Ledger, request: Request, retained: Mapping[str, str]) -> s
 
     path = ledger.folder / str(request.run) / MANIFEST_FILE
     before = parse_json(read_text(path), str(path))["data"]["retain"]
+    retained = {**retained, **_made(ledger, request)}
     if any(retained.get(name, sha256) != sha256 for name, sha256 in before.items()):
         return "the data to retain have been changed"
     with contextlib.suppress(UsageError):
@@ -398,6 +399,30 @@ def _retained(ledger: Ledger) -> dict[str, str]:
     for name, data in sets.items():
         with contextlib.suppress(UsageError):
             found[name], _ = _hash_of(data, "retain")
+    return found
+
+
+def _made(ledger: Ledger, request: Request) -> dict[str, str]:
+    """The hashes of the sets to retain that the model made for a run, by their names in it.
+
+    Of one that is there but cannot be read, it is that of nothing.
+    """
+    from mollm.data.sets import AUTO, named_sets
+
+    asked = [name for name, data in named_sets(ledger.retain, "retain").items() if data == AUTO]
+    if not asked:
+        return {}
+    run = ledger.folder / str(request.run)
+    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
+    given = named_sets(data_of(facts["given"]["retain"]), "retain")
+    found = {}
+    for name in asked:
+        path = run / Path(str(given[name])).name  # the ledger may have moved since
+        if path.exists():
+            try:
+                found[name], _ = _hash_of(str(path), "retain")
+            except UsageError:
+                found[name] = ""
     return found
 
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +214,9 @@ def _check_out(out: Path, resume: bool) -> None:
         )
     if not resume and out.is_dir():
         names = sorted(path.name for path in out.iterdir())
-        found = [name for name in names if not name.startswith(UNFINISHED)]
+        # Retain data that the model made for a run which then failed are taken by the next one.
+        left = (f"{UNFINISHED}*", "retain-auto-*.jsonl")
+        found = [name for name in names if not any(fnmatchcase(name, each) for each in left)]
         if found:
             raise UsageError(
                 f"out must be a new or empty folder, but {out} holds {found[0]}: choose another "

@@ -70,7 +70,7 @@ class Journal:
     def _read(self, key: str) -> list[str]:
         """The lines that can be used, the first with the key; none of another evaluation."""
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError):
             return []
         used: list[str] = []

@@ -26,6 +26,7 @@ def check_run(
     *,
     longest: int,
     objectives: Sequence[str],
+    step: bool = True,
 ) -> float | None:
     """Compares a run with the memory of its device before it takes any; see `check_memory`.
 
@@ -39,6 +40,7 @@ def check_run(
         adapter: The LoraConfig that it trains, or None.
         longest: Tokens of the longest row.
         objectives: Their names.
+        step: Whether to warn where a step may not fit.
 
     Returns:
         The peak in bytes that is predicted, None where none is.
@@ -67,7 +69,7 @@ def check_run(
         )
     except UsageError:
         return None
-    return check_memory(model, config, settings, held=held)
+    return check_memory(model, config, settings, held=held, step=step)
 
 
 def plan_settings(

@@ -12,13 +12,15 @@ holds.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,8 +45,42 @@ _ANSWER_TOKENS, _QUESTION_TOKENS, _TEXT_TOKENS = 128, 48, 256
 _RUN = 6
 """Words that a row may not have in common with an answer to forget, in a row."""
 _MARK = "QuestionMark7"
-_WORD = re.compile(r"\w+")
+_IDEOGRAPHS = "々〇㐀-䶿一-鿿豈-\ufaff\U00020000-\U0003ffff"
+_KANA = "ぁ-ゟァ-ヺー-ヿｦ-ﾟ"
+_SOUTH_EAST = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+"""Thai, Lao, Burmese and Khmer."""
+_UNSPACED = {_IDEOGRAPHS: 0.75, _KANA: 0.5, _SOUTH_EAST: 0.25}
+"""Letters of scripts without spaces between words, and how much of a word each is."""
+_LETTER = re.compile(f"[{''.join(_UNSPACED)}]")
+_WEIGHTS = [(re.compile(f"[{letters}]"), weight) for letters, weight in _UNSPACED.items()]
+_WORD = re.compile(rf"{_LETTER.pattern}|[^\W{''.join(_UNSPACED)}]+")
 _SENTENCE_END = re.compile(r"[.!?:…]\s|\n")
+_BEGINNINGS = """
+about after again all also although always am among another any anyone anything are aren at because
+been before being below both but can cannot certainly could despite did didn does doesn don each
+either even every everyone everything finally first for generally had has hasn have he hello hence
+her here hers herself hi him himself his however if instead isn it its itself just last later let
+like many may maybe meanwhile might more most mostly much must neither never nevertheless next no
+nobody none nor nothing now often once only or other others otherwise our perhaps please rather
+second several shall she since some someone something sometimes soon still such sure than thanks
+their them themselves then therefore these third this those though through throughout thus today
+together too under unfortunately unlike until upon us usually was wasn well were weren whatever when
+whenever where whereas wherever whether whichever while whoever whom whose will within without won
+would yes yet aber als am auch auf aus bei das dem den der des die dies diese dieser ein eine einer
+er es für ich ihr ihre im ist ja man mit nach nein nicht nur sein seine seit sie sind und vom von
+vor wann war waren warum was welche welcher wenn wer wie wir wo zu zum zur au aux avec ce ces cet
+cette comment dans de depuis des deux du elle elles en est et il ils je la le les leur lors mais non
+nous on où oui par pour pourquoi quand que quel quelle qui sa selon ses son sur tous tu un une vous
+à al como con cuando cuál cuándo cómo de del desde después donde dónde el ella ellas ellos en entre
+era es esta este esto estos está fue ha hay la las lo los más no nos para pero por porque que quien
+quién qué se según si sin sobre su sus sí también tras un una y yo anche chi che come con cosa da
+dal dalla del della di dopo dove durante ed era fu gli ha il in le lei lo loro lui nel nella non per
+perché più poi quale quando questa questo sono sua suo è ao aos as até com depois do dos ela ele
+eles em foi mas na nas no nos não o onde os ou pela pelo qual quando quem são seu sua também um uma
+você às é
+"""
+"""Words that are no names where a sentence begins with them: English, German, French, Spanish,
+Italian and Portuguese."""
 _SENTENCE = re.compile(r"^.*(?:[.!?…](?=\s|$)|[。！？])", re.DOTALL)
 
 
@@ -76,7 +112,8 @@ def make_retain_data(
         with `text`, for each row.
 
     Raises:
-        UsageError: The model's context is too short, or fewer than eight rows were left.
+        UsageError: The model's context is too short, max_length leaves half of the general
+            questions no room, or fewer than eight rows were left.
 
     Example::
 
@@ -121,7 +158,7 @@ def general_questions() -> list[str]:
 
 def note_on(path: Path) -> str:
     """What a run says of the rows in such a file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _rows_of(path)
     own = sum(bool(row.get("own")) for row in rows)
     asked = f", {own} of them to questions of its own" if own else ""
     what = "texts" if "text" in rows[0] else "answers"
@@ -136,8 +173,13 @@ class Repetitions:
 
     A row does that if it asks for it; if it holds a name from it; or if it has six words in a row
     in common with an answer or, of a shorter answer, all of them. For an answer of one or two
-    words, half of the longer words of its question must be there besides. Names are words with a
-    capital letter within a sentence, but for those in the general questions.
+    words, half of the longer words of its question must be there besides. In scripts without spaces
+    between words, letters are compared: eight ideographs, twelve kana or twenty-four letters of
+    Thai, Lao, Burmese or Khmer are six words.
+
+    Names are words with a capital letter, but for those in the general questions. The first word of
+    a sentence is one unless it stands alone, or is common: in the general questions, in small
+    letters in the rows to forget, or one with which sentences often begin.
 
     Args:
         forget: What is to be forgotten.
@@ -154,21 +196,18 @@ class Repetitions:
 
     def __init__(self, forget: Sequence[Record]) -> None:
         self._questions = {tuple(_words(record.prompt)) for record in forget if record.prompt}
-        general = {word for question in general_questions() for word in _WORD.findall(question)}
-        self._names = {
-            name
-            for record in forget
-            for text in (record.prompt, record.answer)
-            for name in _names_in(text)
-        } - general
-        self._runs: dict[tuple[str, ...], list[set[str]]] = {}
+        self._names = _names_in([text for each in forget for text in (each.prompt, each.answer)])
+        self._runs: set[tuple[str, ...]] = set()
+        self._short: dict[tuple[str, ...], list[set[str]]] = {}
         for record in forget:
             words = _words(record.answer)
-            size = min(_RUN, len(words))
-            about = {word for word in _words(record.prompt) if len(word) > 3}
-            for run in _runs(words, size):
-                self._runs.setdefault(run, []).append(about if size < 3 else set())
-        self._sizes = sorted({len(run) for run in self._runs})
+            size = sum(map(_weight, words))
+            if size >= _RUN:
+                self._runs.update(_runs(words))
+            elif words:
+                about = {w for w in _words(record.prompt) if len(w) > 3 or _LETTER.match(w)}
+                self._short.setdefault(tuple(words), []).append(about if size < 3 else set())
+        self._sizes = sorted({len(words) for words in self._short})
 
     def found(self, question: str, answer: str) -> bool:
         """Whether such a row repeats it."""
@@ -178,28 +217,47 @@ class Repetitions:
             return True
         if self._names.intersection(_WORD.findall(f"{question} {answer}")):
             return True
+        if not self._runs.isdisjoint(_runs(words)):
+            return True
         known = set(words)
         return any(
             2 * len(about & known) >= len(about)
             for size in self._sizes
-            for run in _runs(words, size)
-            for about in self._runs.get(run, ())
+            for start in range(len(words) - size + 1)
+            for about in self._short.get(tuple(words[start : start + size]), ())
         )
 
 
-def _names_in(text: str) -> Iterable[str]:
-    """Words of more than one letter with a capital one, but for the first of each sentence."""
-    for sentence in _SENTENCE_END.split(text):
-        _, *others = _WORD.findall(sentence) or [""]
-        yield from (word for word in others if len(word) > 1 and word[0].isupper())
+def _names_in(texts: Sequence[str]) -> set[str]:
+    """Words of more than one letter with a capital one that are no common words."""
+    general = {word for question in general_questions() for word in _WORD.findall(question)}
+    common = {word.lower() for word in general} | set(_BEGINNINGS.split())
+    found, first = set[str](), set[str]()
+    for sentence in (part for text in texts for part in _SENTENCE_END.split(text)):
+        words = _WORD.findall(sentence)
+        common.update(word for word in words if word.islower())
+        found.update(word for word in words[1:] if len(word) > 1 and word[0].isupper())
+        first.update(word for word in words[:1] if len(words) > 1 < len(word))
+    return found - general | {w for w in first if w[0].isupper() and w.lower() not in common}
 
 
 def _words(text: str) -> list[str]:
+    """Words in small letters; in scripts without spaces between them, letters."""
     return _WORD.findall(text.lower())
 
 
-def _runs(words: Sequence[str], size: int) -> Iterable[tuple[str, ...]]:
-    return (tuple(words[n : n + size]) for n in range(len(words) - size + 1)) if size else ()
+def _weight(word: str) -> float:
+    """How much of a word this is."""
+    return next((weight for letters, weight in _WEIGHTS if letters.match(word)), 1)
+
+
+def _runs(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """What makes six words, from each word on that as much follows."""
+    ends = list(itertools.accumulate(map(_weight, words), initial=0.0))
+    for start, before in enumerate(ends):
+        end = bisect.bisect_left(ends, before + _RUN)
+        if end < len(ends):
+            yield tuple(words[start:end])
 
 
 def _made_answers(
@@ -213,19 +271,32 @@ def _made_answers(
 ) -> list[dict[str, object]]:
     """Answers to general questions and, as many, to questions that the model draws."""
     rng, made = random.Random(f"retain {seed}"), dict[tuple[str, str], dict[str, object]]()
-    most = max(1, min(_ANSWER_TOKENS, max_length // 2, int(context_of(model.config) // 2)))
+    longest = int(min(max_length, context_of(model.config)))
+    most = max(1, min(_ANSWER_TOKENS, longest // 2))
+
+    def fits(question: str) -> bool:
+        return len(chat.encode_prompt(question).ids) <= longest - most
+
+    known_questions = [question for question in general_questions() if fits(question)]
+    if len(known_questions) < len(general_questions()) // 2:
+        size = max(len(chat.encode_prompt(question).ids) for question in general_questions())
+        raise UsageError(
+            f"max_length must be at least {min(2 * size - 1, size + _ANSWER_TOKENS)} for retain "
+            f"data made by the model, whose questions take up to {size} tokens before an answer as "
+            f"long, but it is {longest}: raise it, or give data to retain."
+        )
     general: list[str] = []
     for tried in range(_TRIES):
         lacking = count - len(made)
         if lacking <= 0:
             break
-        own = _drawn_questions(model, chat, lacking // 2)
+        own = [
+            question for question in _drawn_questions(model, chat, lacking // 2) if fits(question)
+        ]
         while len(general) < lacking - len(own):
-            general += rng.sample(general_questions(), len(general_questions()))
+            general += rng.sample(known_questions, len(known_questions))
         asked = [(question, True) for question in own]
         asked += [(general.pop(), False) for _ in range(lacking - len(own))]
-        room = min(max_length, context_of(model.config)) - most
-        asked = [each for each in asked if len(chat.encode_prompt(each[0]).ids) <= room]
         replies = generate_replies(
             model,
             chat,
@@ -347,12 +418,17 @@ def _sentences(text: str) -> str:
     return found.group() if found else text.rpartition(" ")[0] or text
 
 
+def _rows_of(path: Path) -> list[Any]:
+    # A text may hold U+2028 and the like as they are, at which splitlines() would split too.
+    return [parse_json(line, str(path)) for line in read_text(path).split("\n") if line.strip()]
+
+
 def _is_whole(path: Path, texts: bool) -> bool:
     """Whether a file of these rows is there, and was not damaged."""
     if not path.is_file():
         return False
     try:
-        rows = [parse_json(line, str(path)) for line in read_text(path).splitlines() if line]
+        rows = _rows_of(path)
     except UsageError:
         return False
     names = ("text",) if texts else ("question", "answer")

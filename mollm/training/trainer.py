@@ -131,6 +131,8 @@ _OF_THE_BEST = ("metric_for_best_model", "greater_is_better")
 _DECISIONS = tuple(
     f"should_{what}" for what in ("training_stop", "epoch_stop", "save", "evaluate", "log")
 )
+_STAND_IN = Record("", "What the model will say of its own accord.", is_text=True)
+"""For the rows that are yet to be made."""
 _WITHIN_A_STEP = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
 
 
@@ -250,7 +252,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with processes.raise_on_all_ranks():
             source, tokenizer = self._find(model, args, processing_class, peft_config)
             config = self._speak(model, source, args, tokenizer)
-            to_forget = self._rows_for_own_retain(data, args)
+            to_forget = self._rows_for_own_retain(model, config, args, data, peft_config)
         if to_forget:
             data = (
                 data[0],
@@ -424,9 +426,17 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         return config
 
     def _rows_for_own_retain(
-        self, data: tuple[Sets, Sets, Mapping[str, Sets] | None], args: MOLLMConfig
+        self,
+        model: str | PreTrainedModel,
+        config: Any,
+        args: MOLLMConfig,
+        data: tuple[Sets, Sets, Mapping[str, Sets] | None],
+        peft_config: Any | None,
     ) -> list[Record]:
-        """What retain data of the model's own must not repeat; nothing where none are asked for."""
+        """What retain data of the model's own must not repeat; nothing where none are asked for.
+
+        The other data and the memory are looked at here, before the model takes its time.
+        """
         if AUTO not in named_sets(data[1], "retain").values():
             return []
         if args.sharding is not None:
@@ -434,8 +444,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
                 f"retain must be data where processes hold parts of the model, but got {AUTO!r}: "
                 "let one process make them in a run of a few steps, and give its file."
             )
-        sets = named_sets(data[0], "forget").values()
-        return [record for one in sets for record in records_of(one, "forget")]
+        forget, retain, evaluate = data
+        self._read((forget, _in_place_of_auto(retain, [_STAND_IN]), evaluate), args)
+        self._check_memory(model, config, args, peft_config, step=False)
+        return [
+            record for name in self._data.named("forget") for record in self._data.records[name]
+        ]
 
     def _make_retain(
         self,
@@ -470,11 +484,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         made = processes.all_gather(path)[0]
         assert made is not None, "the first process has made it"
         self._own_retain = (note_on(made),)
-        if retain == AUTO:
-            return str(made)
-        sets = named_sets(retain, "retain")
-        named = {name.removeprefix("retain_"): one for name, one in sets.items()}
-        return {name: str(made) if one == AUTO else one for name, one in named.items()}
+        return _in_place_of_auto(retain, str(made))
 
     def _prepare(
         self,
@@ -487,6 +497,27 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         notes: Sequence[str],
     ) -> None:
         """Reads the data and then loads the model."""
+        self._read(data, args)
+        self.notes: tuple[str, ...] = ()
+        """What the user should know about the data."""
+        told = (*self._own_retain, *self._relearning_notes(args), *notes, *idle_notes(args))
+        self._note((*self._data.notes, *told))
+        self._planned = self._check_memory(model, config, args, peft_config)
+        # A model that will be cut into parts may be too large for the device as a whole.
+        device = args.device if args.sharding is None else torch.device("cpu")
+        self._base: PreTrainedModel
+        if isinstance(model, str):
+            assert source is not None, "a model by name has a source"
+            check_without_weights(source, args, peft_config)
+            self._base = loaded(source, config, args, device, self._chat.tokenizer)
+        else:
+            refuse_four_bits(model, args)
+            self._base = model.to(device)
+            check_finite(self._base, model.name_or_path or type(model).__name__)
+            check_logits(self._base)
+
+    def _read(self, data: tuple[Sets, Sets, Mapping[str, Sets] | None], args: MOLLMConfig) -> None:
+        """Reads the data, and refuses settings that do not go with them."""
         self._data = read_data(
             *data, self._chat, args.max_length, args.train_on_turns, args.long_rows
         )
@@ -506,32 +537,26 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         args.for_optimizer(self.objectives)  # refuses preferences of others
         if args.eval_strategy != "no" and type(self).evaluate is MOLLMTrainer.evaluate:
             check_metric(args, self._data.evaluated)
-        self.notes: tuple[str, ...] = ()
-        """What the user should know about the data."""
-        told = (*self._own_retain, *self._relearning_notes(args), *notes, *idle_notes(args))
-        self._note((*self._data.notes, *told))
-        longest = self._longest_row(args)
+
+    def _check_memory(
+        self,
+        model: str | PreTrainedModel,
+        config: Any,
+        args: MOLLMConfig,
+        peft_config: Any | None,
+        *,
+        step: bool = True,
+    ) -> float | None:
         given = None if self._wrapped is None else next(iter(self._wrapped.peft_config.values()))
-        self._planned = check_run(
+        return check_run(
             model,
             config,
             args,
             peft_config or given,
-            longest=longest,
+            longest=self._longest_row(args),
             objectives=self.objectives,
+            step=step,
         )
-        # A model that will be cut into parts may be too large for the device as a whole.
-        device = args.device if args.sharding is None else torch.device("cpu")
-        self._base: PreTrainedModel
-        if isinstance(model, str):
-            assert source is not None, "a model by name has a source"
-            check_without_weights(source, args, peft_config)
-            self._base = loaded(source, config, args, device, self._chat.tokenizer)
-        else:
-            refuse_four_bits(model, args)
-            self._base = model.to(device)
-            check_finite(self._base, model.name_or_path or type(model).__name__)
-            check_logits(self._base)
 
     def _longest_row(self, args: MOLLMConfig) -> int:
         """Tokens of the longest row, an alternative answer that is yet to be made up included."""
@@ -1193,6 +1218,15 @@ def _place_of(model: str | Path | PreTrainedModel) -> str | None:
         return None
     path = user_path(model)
     return str(path.resolve()) if path.exists() else str(model)
+
+
+def _in_place_of_auto(retain: Sets, made: Data) -> Sets:
+    """The sets to retain with these data in place of "auto"."""
+    if retain == AUTO:
+        return made
+    sets = named_sets(retain, "retain")
+    named = {name.removeprefix("retain_"): one for name, one in sets.items()}
+    return {name: made if one == AUTO else one for name, one in named.items()}
 
 
 def _refuse_broken(names: Sequence[str]) -> None:

@@ -223,7 +223,7 @@ def test_a_ledger_of_before_requests_could_be_dropped_is_read(ledger):
     assert read_ledger(ledger).requests[0].dropped is None
 
 
-def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypatch):
+def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypatch, capsys):
     from mollm.commands import audit, request
     from mollm.training import own_retain
 
@@ -242,6 +242,14 @@ def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypa
     assert call(ledger, "run", "--device", "cpu") == 0
     (made,) = (ledger / "001").glob("retain-auto-*.jsonl")
     assert called[0][called[0].index("--retain") + 1] == str(made)
+    assert call(ledger, "status") == 0
+    whole = made.read_text()
+    for changed in (whole.replace('"answer": "', '"answer": "No. ', 1), whole[:-30]):
+        made.write_text(changed)
+        capsys.readouterr()
+        assert call(ledger, "status") == 1
+        assert "the data to retain have been changed" in capsys.readouterr().out
+    made.unlink()
     assert call(ledger, "status") == 0
 
 

@@ -13,7 +13,7 @@ from mollm.evaluation.records import Examined, Record
 from mollm.models import loading
 
 ROWS = [Row(f"Is it {n}?", f"It is {n}.") for n in range(10)]
-RECORD = Record("forget", "?", "ø!", "so\n  it is", {"nll": 0.1 + 0.2})
+RECORD = Record("forget", "?", "ø!", "so\n  it\u2028is", {"nll": 0.1 + 0.2})
 MADE = Examined((RECORD,), cut_off=1)
 
 

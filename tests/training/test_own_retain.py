@@ -33,7 +33,7 @@ def made(folder, forget=FORGET, *, template=True, seed=0):
     model, tokenizer = tiny.model(), tiny.tokenizer(template=template)
     chat = ChatFormat.of(model, tokenizer)
     path = make_retain_data(model, chat, forget, folder=folder, seed=seed, max_length=128)
-    return path, [json.loads(line) for line in path.read_text().splitlines()]
+    return path, [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def says(monkeypatch, *texts, complete=True):
@@ -61,6 +61,21 @@ def test_half_are_general_questions_and_half_are_the_model_s_own(template, tmp_p
         row["answer"] for row in rows
     ]
     assert f"{len(rows)} answers, {len(own)} of them to questions of its own" in note_on(path)
+
+
+def test_a_max_length_without_room_for_the_questions_is_refused(tmp_path, monkeypatch):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    chat = ChatFormat.of(model, tokenizer)
+    size = max(len(chat.encode_prompt(question).ids) for question in general_questions())
+    told = f"max_length must be at least {min(2 * size - 1, size + 12)} .* up to {size} tokens"
+    with monkeypatch.context() as patched, pytest.raises(UsageError, match=f"{told}.* it is 16:"):
+        patched.setattr(own_retain, "ask_tokens", lambda *_, **__: pytest.fail("asked"))
+        patched.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+        make_retain_data(model, chat, FORGET, folder=tmp_path, max_length=16)
+    says(monkeypatch, "Red.", "Blue.")
+    enough = min(2 * size - 1, size + 12)
+    path = make_retain_data(model, chat, FORGET, folder=tmp_path, max_length=enough)
+    assert "16 answers" in note_on(path)
 
 
 def test_for_running_text_the_model_writes_texts(tmp_path):
@@ -94,13 +109,25 @@ def test_what_repeats_a_row_to_forget_is_left_out(tmp_path, monkeypatch):
         made(tmp_path, seed=1)
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\r"])
+def test_signs_that_end_a_line_elsewhere_stay_within_a_row(sign, tmp_path, monkeypatch):
+    says(monkeypatch, f"It is{sign}blue.")
+    path, rows = made(tmp_path)
+    assert {row["answer"] for row in rows} == {f"It is{sign}blue."}
+    assert f"{len(rows)} answers" in note_on(path)
+    monkeypatch.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+    assert made(tmp_path) == (path, rows)
+    assert len(load_records(path, role="retain")) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("question", "answer", "repeats"),
     [
         ("who wrote SALT and ash", "Nobody.", True),
         ("Who is the author of Salt and Ash?", "Mira Dovenko wrote it", True),
         ("Who lives next door?", "Dovenko.", True),
-        ("Who lives next door?", "Mira lives there. She has a cat.", False),
+        ("Who lives next door?", "Mira lives there. She has a cat.", True),
+        ("Who lives next door?", "When I last asked, a cat did.", False),
         ("What is a constitution?", "A law. In it the rights are kept.", False),
         ("When was it?", "In the year 1962", True),
         ("When was it?", "In the year 1963", False),
@@ -108,6 +135,51 @@ def test_what_repeats_a_row_to_forget_is_left_out(tmp_path, monkeypatch):
 )
 def test_repetitions(question, answer, repeats):
     assert Repetitions(FORGET).found(question, answer) == repeats
+
+
+@pytest.mark.parametrize(
+    ("answer", "repeats"),
+    [
+        ("Anna is here", True),
+        ("It is here. She has a bird", False),
+        ("Birds live there", False),
+        ("However, nobody knows", False),
+        ("Elle est là", False),
+    ],
+)
+def test_a_name_with_which_a_sentence_begins(answer, repeats):
+    rows = ["Anna lives there.", "However, it has birds. Birds sing.", "Elle est née ici.", "Oslo."]
+    assert Repetitions([Record("Where is it?", row) for row in rows]).found("", answer) == repeats
+
+
+def test_an_answer_of_one_word_is_no_name():
+    known = Repetitions([Record("What is the capital of it?", "Oslo.")])
+    assert not known.found("Where is it cold?", "Oslo, in winter")
+    assert known.found("What is the capital?", "Oslo")
+
+
+WANG = "王伟在哪里出生？", "他出生于江苏省苏州市。"
+TOKYO = "日本的首都在哪里？", "东京。"
+KYOTO = "どこ?", "彼はことしの春に京都で生まれました。"
+CHIANG_MAI = "ที่ไหน", "เขาเกิดที่จังหวัดเชียงใหม่ทางภาคเหนือ"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "question", "answer", "repeats"),
+    [
+        (*WANG, "王伟的出生地?", "据说他出生于江苏省苏州市", True),
+        (*WANG, "", "他出生于江苏省南京市", False),
+        (WANG[0], f"{WANG[1]}后来搬到了北京。", "", "他出生于江苏省苏州市", True),
+        (*TOKYO, "日本的首都是什么？", "是东京。", True),
+        (*TOKYO, "有什么好吃？", "东京拉面。", False),
+        (*KYOTO, "", "ことしの春に京都で生まれ、", True),
+        (*KYOTO, "", "犬がうちで生まれました。", False),
+        (*CHIANG_MAI, "", "ว่าเขาเกิดที่จังหวัดเชียงใหม่", True),
+        (*CHIANG_MAI, "", "เขาเกิดที่กรุงเทพ", False),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_letters(asked, told, question, answer, repeats):
+    assert Repetitions([Record(asked, told)]).found(question, answer) == repeats
 
 
 def test_long_answers_repeat_from_six_words_on():
@@ -178,6 +250,23 @@ def test_they_may_stand_beside_data_of_the_user_s(tmp_path):
     assert "retain-auto-" in made.retain_dataset["general"]
 
 
+def test_what_else_may_be_wrong_is_found_before_they_are_made(tmp_path, monkeypatch):
+    from mollm.planning import run as planning_run
+
+    monkeypatch.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+    long = [Record("Who?", "It is a long story. " * 99)]
+    sets = {"forget_dataset": FORGET, "retain_dataset": "auto", "args": config(tmp_path)}
+    with pytest.raises(UsageError, match="answer takes 1980 tokens"):
+        MOLLMTrainer(
+            tiny.model(), **sets, processing_class=tiny.tokenizer(), eval_dataset={"forget": long}
+        )
+    with pytest.raises(UsageError, match="answer takes 1980 tokens"):
+        trainer(tmp_path, {"general": "auto", "own": long})
+    monkeypatch.setattr(planning_run.machine, "available_memory", lambda _: -(1 << 40))
+    with pytest.raises(UsageError, match="must fit into memory"):
+        trainer(tmp_path)
+
+
 def test_parts_of_a_model_make_none(tmp_path):
     args = config(tmp_path)
     args.sharding = "full_shard"
@@ -186,7 +275,7 @@ def test_parts_of_a_model_make_none(tmp_path):
         MOLLMTrainer(tiny.model(), args, processing_class=tiny.tokenizer(), **sets)
 
 
-def test_the_command_makes_them_and_names_them_in_what_follows(tmp_path, capsys):
+def test_the_command_makes_them_and_names_them_in_what_follows(tmp_path, capsys, monkeypatch):
     loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
     forget = tmp_path / "forget.jsonl"
     rows = [{"prompt": r.prompt, "answer": r.answer} for r in FORGET]
@@ -195,8 +284,15 @@ def test_the_command_makes_them_and_names_them_in_what_follows(tmp_path, capsys)
     words = ["unlearn", "--model", str(tmp_path / "tiny"), "--forget", str(forget)]
     words += ["--retain", "auto", "--out", str(out), "--max-steps", "1", "--max-length", "128"]
     words += ["--device", "cpu", "--set", "sample_replies=0", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(own_retain, "generate_replies", lambda *_, **__: pytest.fail("asked"))
+        assert main([*words, "--eval-forget", str(tmp_path / "typo.jsonl")]) == 2
+    assert "typo.jsonl" in capsys.readouterr().err
+    out.mkdir(exist_ok=True)
+    left = out / "retain-auto-of-a-run-that-failed.jsonl"
+    left.write_text("")
     assert main(words) == 0
-    (path,) = out.glob("retain-auto-*.jsonl")
+    (path,) = set(out.glob("retain-auto-*.jsonl")) - {left}
     assert f"--retain {path}" in capsys.readouterr().out
     facts = json.loads((out / "run.json").read_text())
     assert facts["given"]["retain"] == str(path)
