@@ -129,7 +129,7 @@ def _retain_only(logs: Path, given: Mapping[str, Any], *, auc: bool) -> Evaluati
     if not auc or is_file(folder / METRICS_FILE):
         return Evaluation.read(folder)
     print(
-        f"No relative figures: they need {METRICS_FILE} beside {logs}, which is for privleak alone.",
+        f"No relative figures: they need {METRICS_FILE} beside {logs}, which serves privleak.",
         file=sys.stderr,
     )
     return None

@@ -91,6 +91,33 @@ def test_a_short_audit_says_what_it_leaves_out(run, tmp_path):
     assert "taught 9 examples again" in names
     assert not [name for name in names if "sampled" in name or "rounded" in name]
     assert "A short audit: no replies were sampled" in said
+    assert "Verdict: FAIL (short)" in said
+    assert "FAIL (short)</span>" in (tmp_path / "audit.html").read_text()
+    assert read(tmp_path)["settings"]["short"] is True
+
+
+def test_a_short_audit_takes_the_place_of_no_full_one_and_takes_no_holdout(
+    run, folder, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("nothing is to be loaded"))
+    where = reported_runs.run(folder / "b-run", finished="2026-01-01T00:00:00+00:00")
+    shutil.copytree(folder / "original", where / "model")
+    reported_runs.audited(where, verdict="PASS")
+    before = (where / "audit" / "audit.json").read_text()
+    for out in ((), ("--out", "b-run")):  # the card shows one of the two
+        status, _, error = run("b-run", "--short", *out)
+        assert status == 2
+        assert "without a full audit beside --short" in error
+        assert "choose another folder with --out" in error
+    assert (where / "audit" / "audit.json").read_text() == before
+    status, _, error = run("b-run", "--short", "--holdout", "retain.jsonl", "--out", str(tmp_path))
+    assert status == 2
+    assert "holdout must be left out with --short" in error
+    # One that is short itself is in nobody's way.
+    for told in ({"settings": {"short": True}}, {"verdict": None}):
+        reported_runs.audited(where, **told)
+        with pytest.raises(pytest.fail.Exception):
+            run("b-run", "--short")
 
 
 def test_an_adapter_folder_is_put_on_the_original(run, folder, tmp_path):

@@ -481,7 +481,7 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     [
         (
             {"suite": "muse-books"},
-            "the same suite, but that is 'muse-news' now and was 'muse-books'",
+            "suite, but that is 'muse-news' now and was 'muse-books'",
         ),
         ({"suite": "muse-news", "limit": 2}, "the same limit, but that is None now and was 2"),
         ({"forget": "f.jsonl"}, "the same suite, but that is 'muse-news' now and was None"),
