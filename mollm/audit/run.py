@@ -34,6 +34,7 @@ from mollm.evaluation.metrics import mean
 from mollm.evaluation.suite import Row, Suite
 from mollm.models.four_bits import in_four_bits
 from mollm.models.logits import check_logits
+from mollm.report.audit_file import shown_verdict
 from mollm.system.precision import computing_in
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class Audit:
     seconds: float = 0.0
     complete: bool = True
     """Whether all attacks are done."""
+
+    @property
+    def verdict_shown(self) -> str:
+        """The verdict; of a short audit it says so, such as "PASS (short)"."""
+        return shown_verdict(self.verdict, short=bool(self.settings.get("short")))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in audit.json; without a verdict while it is not complete."""
@@ -175,7 +181,12 @@ def audit(
     course = _Course(
         made,
         subjects,
-        {"learning_rates": list(learning_rates), "batch_size": batch_size, "chat": chat.identity},
+        {
+            "learning_rates": list(learning_rates),
+            "batch_size": batch_size,
+            "chat": chat.identity,
+            "short": short,
+        },
         resamples,
         seed,
         _counts(suite),

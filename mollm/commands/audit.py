@@ -83,7 +83,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--short",
         action="store_true",
         default=False,
-        help="only the questions, as they are and in other prompts, and one relearning",
+        help="only the questions, as they are and in other prompts, and one relearning; never in "
+        "place of a full audit",
     )
     parser.add_argument(
         "--json", action="store_true", default=False, help="print audit.json, all else to stderr"
@@ -95,7 +96,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _audit(arguments: argparse.Namespace) -> int:
     from mollm.audit.report import JSON_FILE
-    from mollm.report.audit_file import AUDIT
+    from mollm.report.audit_file import AUDIT, refuse_to_replace_full
     from mollm.report.run_file import model_of, run_of
     from mollm.system.folders import locked
 
@@ -103,7 +104,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     if "out" not in arguments:
         arguments.out = Path("runs/audit") if run is None else Path(run["folder"]) / AUDIT
     arguments.model = model_of(arguments.model)
+    if arguments.short and "holdout" in arguments:
+        raise UsageError(
+            "holdout must be left out with --short, which infers no membership, but got "
+            f"{arguments.holdout}: leave out one of the two."
+        )
     with locked(arguments.out):
+        if arguments.short:
+            refuse_to_replace_full(arguments.out, run)
         if not arguments.json:
             return _audit_and_tell(arguments, run)
         with contextlib.redirect_stdout(sys.stderr):
@@ -186,19 +194,17 @@ def _fitting(line: str) -> str:
 
 def _tell_run(run: Mapping[str, Any] | None, out: Path) -> None:
     """Has report and cards of the run show the verdict, if the audit lies in its folder."""
-    from mollm.report.audit_file import AUDIT, write_audited_cards
+    from mollm.report.audit_file import is_shown, write_audited_cards
     from mollm.report.page import REPORT_FILE, write_report
 
-    if run is None:
-        return
-    folder = Path(run["folder"])
-    if out.resolve() in (folder.resolve(), (folder / AUDIT).resolve()):
+    if run is not None and is_shown(out, run):
+        folder = Path(run["folder"])
         write_audited_cards(run)
         write_report([folder], folder / REPORT_FILE)
 
 
 def _print_verdict(found: Audit, given: Mapping[str, Any], chat: Mapping[str, Any]) -> None:
-    print(f"\nVerdict: {found.verdict}")
+    print(f"\nVerdict: {found.verdict_shown}")
     for note in found.notes:
         print(note)
     if "retain_only" not in given:

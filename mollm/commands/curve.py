@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mollm.commands import evaluate, unlearn
-from mollm.commands.arguments import data_of, device_of
-from mollm.commands.settings_file import OWN_SETTINGS, read_settings
+from mollm.commands.arguments import chat_words, data_of, device_of
+from mollm.commands.evaluation_options import SAFETY, TOFU
+from mollm.commands.series import call, hash_of_data, shared_settings
 from mollm.errors import UsageError
 from mollm.system.folders import locked, replace_text
 from mollm.system.parsing import is_file, parse_json, read_text, user_path
@@ -71,6 +72,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _curve(arguments: argparse.Namespace) -> int:
+    if arguments.suite == SAFETY:
+        raise UsageError(
+            f"suite must be one that needs no judge for a curve, but got {SAFETY!r}: choose "
+            f"another one, or evaluate each run by `mollm evaluate --suite {SAFETY} --judge …`."
+        )
     settings = _settings(arguments)
     device_of(arguments.device)  # refuses what there is not
     out: Path = arguments.out
@@ -80,7 +86,9 @@ def _curve(arguments: argparse.Namespace) -> int:
         "suite": arguments.suite,
         **{name: getattr(arguments, name) for name in ("data", "metrics", "retain_logs", "limit")},
         "settings": settings,
-        "forget": [_about(one) for one in sets],
+        "model": _about_model(settings["model"]),
+        "retain": _about_retain(settings),
+        "forget": [_about(one, "forget") for one in sets],
     }
     with locked(out):
         _refuse_another(out / CURVE_FILE, about)
@@ -96,7 +104,8 @@ def _curve(arguments: argparse.Namespace) -> int:
                     model = str(folder / "model")
             point = {"run": folder.name, "forget": None if forget is None else number - 1}
             made = settings["model"] if forget is None else str(folder / "model")
-            points.append({**point, "figures": _measured(made, folder / "suite", arguments)})
+            figures = _measured(made, folder / "suite", arguments, settings)
+            points.append({**point, "figures": figures})
             _write(out, {**about, "points": points})
     print("\n".join(_table(points)))
     print(f"Curve: {out / CURVE_FILE}   Page: {out / PAGE_FILE}")
@@ -105,18 +114,10 @@ def _curve(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those of every run, but for what it forgets and where it goes."""
-    names = [name for name in ("config", "model", "retain") if getattr(arguments, name) is not None]
-    read = read_settings({name: getattr(arguments, name) for name in names})
-    for name in ("model", "retain"):
-        if not read.get(name):
-            raise UsageError(
-                f"{name} must be given for a curve, but it is not: add it to the settings file, or "
-                f"--{name}."
-            )
+    read, kept = shared_settings(arguments, "a curve")
     stray = [name for name in ("forget", "eval_forget", "out") if read.get(name) is not None]
     if stray:
         print(f"Not used: {', '.join(stray)}, since each run of a curve has its own.")
-    kept = {n: v for n, v in read.items() if n not in OWN_SETTINGS or n in ("lora", "device")}
     if arguments.device is not None:
         kept["device"] = arguments.device
     for name in ("model", "retain", "eval_retain"):
@@ -125,13 +126,38 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return kept
 
 
-def _about(forget: Any) -> dict[str, Any]:
-    """Where a set is, its rows and their hash."""
-    from mollm.data.records import content_hash
-    from mollm.data.sets import records_of
+def _about(data: Any, role: str) -> dict[str, Any]:
+    """Where a set is, its rows and their hash; none of what each run makes itself."""
+    from mollm.data.sets import AUTO
 
-    records = records_of(forget, "forget")
-    return {"source": forget, "rows": len(records), "sha256": content_hash(records)}
+    if data == AUTO:
+        return {"source": data}
+    sha256, rows = hash_of_data(data, role)
+    return {"source": data, "rows": rows, "sha256": sha256}
+
+
+def _about_retain(settings: dict[str, Any]) -> dict[str, Any]:
+    """That of each set that the runs retain or evaluate on."""
+    from mollm.data.sets import named_sets, sets_to_evaluate
+
+    sets = named_sets(settings["retain"], "retain")
+    if "eval_retain" in settings:
+        evaluated = sets_to_evaluate("retain", settings["eval_retain"])
+        sets |= {f"eval {name}": data for name, data in evaluated.items()}
+    return {name: _about(data, "retain") for name, data in sets.items()}
+
+
+def _about_model(name: str) -> dict[str, Any]:
+    """Where the model is, and the hash of its weights if they are on this machine."""
+    from mollm.models.loading import find_model
+    from mollm.report.ledger import hash_of_model
+
+    source = find_model(name)
+    if not source.is_local:
+        return {"source": name}
+    file = source.gguf_file
+    sha256 = hash_of_model(Path(source.location), *([] if file is None else [file]))
+    return {"source": name, "sha256": sha256}
 
 
 def _refuse_another(path: Path, about: dict[str, Any]) -> None:
@@ -153,10 +179,12 @@ def _trained(folder: Path, settings: dict[str, Any]) -> bool:
     replace_text(config, json.dumps({**settings, "out": str(folder)}, indent=1) + "\n")
     if (folder / "model").is_dir():
         return True
-    return _call(unlearn, ["unlearn", "--config", str(config), "--resume"]) == 0
+    return call(unlearn, ["unlearn", "--config", str(config), "--resume"]) == 0
 
 
-def _measured(model: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _measured(
+    model: str, folder: Path, arguments: argparse.Namespace, settings: dict[str, Any]
+) -> dict[str, Any]:
     """The suite's figures of a model, measured unless they are there."""
     from mollm.evaluation.summary import METRICS_FILE
 
@@ -165,17 +193,13 @@ def _measured(model: str, folder: Path, arguments: argparse.Namespace) -> dict[s
         for name in ("data", "metrics", "retain_logs", "limit", "batch_size", "device"):
             value = getattr(arguments, name)
             words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-        _call(evaluate, [*words, "--out", str(folder), "--quiet"])
+        if arguments.suite == TOFU:  # other suites fix their prompts
+            words += chat_words(settings)
+            words += ["--long-rows", settings["long_rows"]] if "long_rows" in settings else []
+        call(evaluate, [*words, "--out", str(folder), "--quiet"])
     path = folder / METRICS_FILE
     found: dict[str, Any] = parse_json(read_text(path), str(path))["metrics"]
     return {name: {n: one[n] for n in ("value", "low", "high")} for name, one in found.items()}
-
-
-def _call(command: Any, words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mollm")
-    command.add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(words)
-    return int(arguments.run(arguments))
 
 
 def _table(points: list[dict[str, Any]]) -> list[str]:
@@ -205,7 +229,7 @@ def _write(out: Path, told: dict[str, Any]) -> None:
     charts = {}
     for name in names:
         values = [point["figures"].get(name, {}).get("value") for point in points]
-        charts[name] = line_chart(name, [Series(name, values, COLOURS[0])], least=0.0)
+        charts[name] = line_chart(name, [Series(name, values, COLOURS[0])], least=0.0, first=0)
     page = environment().get_template("curve.html.jinja")
     replace_text(
         out / PAGE_FILE,

@@ -67,7 +67,8 @@ _OPTIONS = (
     Option(
         "data",
         (TOFU, SAFETY, FIXED),
-        "locuslab/TOFU, or a folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
+        "of the suite: a folder laid out as on the hub, or a hub name; without --suite those of "
+        "TOFU: locuslab/TOFU, or a folder with forget10_perturbed.jsonl, retain_perturbed.jsonl, "
         "real_authors_perturbed.jsonl, world_facts_perturbed.jsonl, and perhaps holdout10.jsonl",
         how={"metavar": "FOLDER_OR_HUB_NAME"},
         instead_of="sets",
@@ -95,8 +96,9 @@ _OPTIONS = (
     Option(
         "retain_logs",
         _ALL,
-        "examples.jsonl of a retain-only model, or open-unlearning's TOFU_EVAL.json of one, for "
-        "forget_quality and privleak",
+        "evaluation of a retain-only model, for forget_quality and privleak: its examples.jsonl, "
+        "or open-unlearning's TOFU_EVAL.json; with muse, wmdp, rwku or lume its folder with "
+        "metrics.json, for figures relative to that model's as well",
         how={"type": user_path, "metavar": "PATH"},
     ),
     Option(
@@ -165,7 +167,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "sets": parser.add_mutually_exclusive_group(),
     }
     for one in _OPTIONS:
-        told = one.help if not one.default else f"{one.help} (default: {one.default})"
+        silent = one.default is None or one.default is False
+        told = one.help if silent else f"{one.help} (default: {one.default})"
         where = parser if one.instead_of is None else groups[one.instead_of]
         where.add_argument(one.flag, default=argparse.SUPPRESS, help=told, **one.how)
     add_long_rows(parser)

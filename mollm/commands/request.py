@@ -9,12 +9,11 @@ import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mollm.commands import audit, evaluate, unlearn
 from mollm.commands.arguments import data_of, device_of
-from mollm.commands.settings_file import OWN_SETTINGS, read_settings
+from mollm.commands.series import call, hash_of_data, shared_settings
 from mollm.errors import UsageError
 from mollm.system.folders import locked
 from mollm.system.parsing import parse_json, read_text, user_path
@@ -97,7 +96,7 @@ def _add(arguments: argparse.Namespace) -> int:
         else:
             ledger = Ledger(folder, *_first(arguments))
         forget = _by_place(data_of(arguments.forget), "forget")
-        sha256, rows = _hash_of(forget, "forget")
+        sha256, rows = hash_of_data(forget, "forget")
         for known in ledger.requests:
             if known.sha256 == sha256 and known.status not in (FAILED, DROPPED):
                 raise UsageError(
@@ -120,17 +119,7 @@ def _add(arguments: argparse.Namespace) -> int:
 
 def _first(arguments: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
     """Model, retain data and settings of a new ledger."""
-    given = {"config": arguments.config} if arguments.config is not None else {}
-    given |= {
-        name: getattr(arguments, name) for name in ("model", "retain") if getattr(arguments, name)
-    }
-    settings = read_settings(given)
-    for name in ("model", "retain"):
-        if not settings.get(name):
-            raise UsageError(
-                f"{name} must be given for the first request of a ledger, but it is not: add it to "
-                f"the settings file, or --{name}."
-            )
+    settings, kept = shared_settings(arguments, "the first request of a ledger")
     if settings.get("eval_forget") is not None:
         raise UsageError(
             "eval_forget must be left out of the settings of a ledger, since each request is "
@@ -138,11 +127,6 @@ def _first(arguments: argparse.Namespace) -> tuple[str, Any, dict[str, Any]]:
         )
     if settings.get("out") is not None:
         print(f"Not used: out, {settings['out']}. The runs go to folders in {arguments.ledger}.")
-    kept = {
-        name: value
-        for name, value in settings.items()
-        if name not in OWN_SETTINGS or name in ("lora", "device")
-    }
     if settings.get("eval_retain") is not None:
         kept["eval_retain"] = _by_place(settings["eval_retain"], "eval_retain")
     return unlearn.resolved(settings["model"]), _by_place(settings["retain"], "retain"), kept
@@ -239,7 +223,7 @@ def _train(ledger: Ledger, request: Request) -> bool:
     # Of a run that was interrupted the checkpoints are there; of one that was not, nothing is. One
     # that was killed between its model and the ledger has finished, and is not to be resumed.
     words = ["unlearn", "--config", str(config), "--resume"]
-    if not (run / "model").is_dir() and _call(unlearn, words) != 0:
+    if not (run / "model").is_dir() and call(unlearn, words) != 0:
         request.status, request.reason = FAILED, f"see {run / 'README.md'}"
         ledger.write()
         return False
@@ -263,7 +247,7 @@ def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> No
         words += ["--out", str(out), "--quiet", *_common(arguments)]
         try:
             _check_data(request)
-            _call(evaluate, words)
+            call(evaluate, words)
         except UsageError as error:
             print(f"Request {request.name} was not tested: {error}")
             request.tests.append({"run": new.run, "skipped": str(error)})
@@ -286,7 +270,7 @@ def _audited(
     words += ["--out", str(run / "audit"), *_common(arguments)]
     try:
         _check_data(request)
-        _call(audit, words)
+        call(audit, words)
     except UsageError as error:
         return None, f"not audited: {error}"
     path = run / "audit" / "audit.json"
@@ -382,7 +366,7 @@ def _changed(ledger: Ledger, request: Request, retained: Mapping[str, str]) -> s
     if any(retained.get(name, sha256) != sha256 for name, sha256 in before.items()):
         return "the data to retain have been changed"
     with contextlib.suppress(UsageError):
-        if _hash_of(request.forget, "forget")[0] != request.sha256:
+        if hash_of_data(request.forget, "forget")[0] != request.sha256:
             return "its data have been changed"
     return None
 
@@ -398,7 +382,7 @@ def _retained(ledger: Ledger) -> dict[str, str]:
     found = {}
     for name, data in sets.items():
         with contextlib.suppress(UsageError):
-            found[name], _ = _hash_of(data, "retain")
+            found[name], _ = hash_of_data(data, "retain")
     return found
 
 
@@ -427,21 +411,13 @@ def _made(ledger: Ledger, request: Request) -> dict[str, str]:
 
 
 def _check_data(request: Request) -> None:
-    sha256, _ = _hash_of(request.forget, "forget")
+    sha256, _ = hash_of_data(request.forget, "forget")
     if sha256 != request.sha256:
         raise UsageError(
             f"the data of request {request.name} must be what they were when it was added, but "
             f"have another hash now: put them back, or take the request out with `mollm request "
             f"drop {request.number} --reason TEXT`, and add a new one."
         )
-
-
-def _hash_of(data: Any, role: Any) -> tuple[str, int]:
-    from mollm.data.records import content_hash
-    from mollm.data.sets import records_of
-
-    records = records_of(data, role)
-    return content_hash(records), len(records)
 
 
 def _hash_or_none(model: Path) -> str | None:
@@ -451,13 +427,6 @@ def _hash_or_none(model: Path) -> str | None:
         return hash_of_model(model)
     except UsageError:
         return None
-
-
-def _call(command: ModuleType, words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mollm")
-    command.add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(words)
-    return int(arguments.run(arguments))
 
 
 def _common(arguments: argparse.Namespace) -> list[str]:

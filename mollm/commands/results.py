@@ -187,12 +187,38 @@ def refuse_other_logs(logs: Path | None, chat: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_other_suite(logs: Path, suite: str, limit: int | None) -> None:
+    """Refuses logs of another suite or of other examples of it, as far as they say so.
+
+    Raises:
+        UsageError: They are.
+    """
+    about = _about_of(logs)
+    if about is None or not isinstance(about.get("settings"), dict):
+        return
+    for name, value in (("suite", suite), ("limit", limit)):
+        known = about["settings"].get(name)
+        if known != value:
+            raise UsageError(
+                f"the retain logs must be of the same {name}, but that is {value!r} now and was "
+                f"{known!r} for {logs}: evaluate both models alike."
+            )
+
+
 def chat_of(results: Path) -> dict[str, Any] | None:
     """How a model was asked, by what stands beside its results; None where that does not say."""
     try:
-        path = (results if results.is_dir() else results.parent) / _ABOUT_FILE
-        return dict(parse_json(read_text(path, _ABOUT_BYTES), str(path))["chat"])
+        return dict((_about_of(results) or {})["chat"])
     except (ValueError, TypeError, LookupError):
+        return None
+
+
+def _about_of(results: Path) -> dict[str, Any] | None:
+    """What about.json beside results says; None where there is none that can be read."""
+    try:
+        path = (results if results.is_dir() else results.parent) / _ABOUT_FILE
+        return dict(parse_json(read_text(path, _ABOUT_BYTES), str(path)))
+    except (ValueError, TypeError):
         return None
 
 

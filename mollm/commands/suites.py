@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mollm.commands.arguments import NO_ORIGINAL
 from mollm.commands.evaluation_options import SAFETY, TOFU
-from mollm.commands.results import Measured, Place, default_out, keep_logs, keep_results
+from mollm.commands.results import (
+    Measured,
+    Place,
+    default_out,
+    keep_logs,
+    keep_results,
+    refuse_other_suite,
+)
 from mollm.errors import UsageError
+from mollm.system.parsing import is_file
 from mollm.system.terminal import progress
+
+if TYPE_CHECKING:
+    from mollm.evaluation.summary import Evaluation
 
 _SAFE_ROWS = "PKU-Alignment/PKU-SafeRLHF"
 
@@ -51,7 +63,6 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
         measure_benchmark,
     )
     from mollm.evaluation.relative import with_relative
-    from mollm.evaluation.summary import Evaluation
     from mollm.models import loading
     from mollm.report.run_file import original_of, run_of
 
@@ -69,12 +80,13 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
         resamples=arguments.resamples,
     )
     logs: Path | None = given.get("retain_logs")
-    retain_only = None if logs is None else Evaluation.read(logs.parent if logs.is_file() else logs)
-    retrained = _retrained_auc(logs) if name in RETRAINED_AUC and "privleak" in wanted else None
+    retrained = name in RETRAINED_AUC and "privleak" in wanted
+    retain_only = None if logs is None else _retain_only(logs, given, auc=retrained)
+    auc = _retrained_auc(logs) if logs is not None and retrained else None
     sets = load_benchmark(name, given.get("data"), names=names, limit=given.get("limit"))
     run = run_of(given["model"])
     out = given.get("out", default_out(run))
-    keep_logs(given.get("retain_logs"), out)
+    keep_logs(logs, out)
 
     def measure(place: Place) -> Measured:
         models = {
@@ -93,7 +105,7 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
                     sets,
                     names=names,
                     original=reference,
-                    retrained_auc=retrained,
+                    retrained_auc=auc,
                     batch_size=arguments.batch_size,
                     resamples=arguments.resamples,
                     seed=arguments.seed,
@@ -108,10 +120,23 @@ def evaluate_suite(given: Mapping[str, Any], arguments: argparse.Namespace) -> i
     return 0
 
 
-def _retrained_auc(logs: Path | None) -> float | None:
+def _retain_only(logs: Path, given: Mapping[str, Any], *, auc: bool) -> Evaluation | None:
+    """The evaluation of the retain-only model; None of examples.jsonl alone, which gives an AUC."""
+    from mollm.evaluation.summary import METRICS_FILE, Evaluation
+
+    refuse_other_suite(logs, given["suite"], given.get("limit"))
+    folder = logs.parent if logs.is_file() else logs
+    if not auc or is_file(folder / METRICS_FILE):
+        return Evaluation.read(folder)
+    print(
+        f"No relative figures: they need {METRICS_FILE} beside {logs}, which serves privleak.",
+        file=sys.stderr,
+    )
+    return None
+
+
+def _retrained_auc(logs: Path) -> float:
     """That of Min-40% in the evaluation of a retrained model by the same suite."""
-    if logs is None:
-        return None
     from mollm.evaluation.metrics import membership_auc
     from mollm.evaluation.records import read_records
 

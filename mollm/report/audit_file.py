@@ -31,9 +31,7 @@ def audit_of(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         UsageError: It is damaged.
     """
-    root = Path(facts["folder"])
-    places = (root / AUDIT / AUDIT_FILE, root / AUDIT_FILE)
-    path = next((place for place in places if is_file(place)), None)
+    path = next((place for place in _places(Path(facts["folder"])) if is_file(place)), None)
     if path is None:
         return None
     found = parse_json(read_text(path), str(path))
@@ -52,6 +50,7 @@ def audit_of(facts: Mapping[str, Any]) -> dict[str, Any] | None:
         ]
         told = {
             "verdict": found["verdict"],
+            "short": bool(found.get("settings", {}).get("short")),
             "findings": rows,
             "notes": [str(note) for note in found["notes"]],
             "missing": {str(name): str(why) for name, why in found["missing"].items()},
@@ -68,6 +67,53 @@ def audit_of(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     return told
 
 
+def shown_verdict(verdict: str, *, short: bool) -> str:
+    """A verdict that says so where it is that of a short audit.
+
+    Example:
+        >>> shown_verdict("PASS", short=True)
+        'PASS (short)'
+    """
+    return f"{verdict} (short)" if short else verdict
+
+
+def refuse_to_replace_full(out: Path, run: Mapping[str, Any] | None) -> None:
+    """Refuses a folder where a short audit would take the place of a full one.
+
+    Args:
+        out: Where the short audit goes.
+        run: The facts of the run that made the model, of whose audits one is shown.
+
+    Raises:
+        UsageError: It would.
+    """
+    places: tuple[Path, ...] = (out / AUDIT_FILE,)
+    if run is not None and is_shown(out, run):
+        places = _places(Path(run["folder"]))
+    for path in places:
+        if not is_file(path):
+            continue
+        found = parse_json(read_text(path), str(path))
+        known = found if isinstance(found, Mapping) else {}
+        settings = known.get("settings")
+        short = isinstance(settings, Mapping) and settings.get("short") is True
+        if known.get("verdict") is not None and not short:
+            raise UsageError(
+                f"out must be a folder without a full audit beside --short, but {path} is one: "
+                "choose another folder with --out."
+            )
+
+
+def is_shown(out: Path, run: Mapping[str, Any]) -> bool:
+    """Whether report and cards of a run show the audit in `out`."""
+    return (out / AUDIT_FILE).resolve() in [p.resolve() for p in _places(Path(run["folder"]))]
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where the audit of a run may be, the first one first."""
+    return folder / AUDIT / AUDIT_FILE, folder / AUDIT_FILE
+
+
 def with_audit(card: str, audit: Mapping[str, Any] | None) -> str:
     """A model card with the verdict of an audit, in place of one that it had."""
     kept = re.sub(rf"^{_HEADING}\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
@@ -78,11 +124,12 @@ def with_audit(card: str, audit: Mapping[str, Any] | None) -> str:
         f"{each['low']:.1%} to {each['high']:.1%} | {each['limit']:.1%} |"
         for each in audit["findings"]
     ]
+    shown = shown_verdict(audit["verdict"], short=audit["short"])
     part = "\n".join(
         [
             _HEADING,
             "",
-            f"Verdict: **{_plain(audit['verdict'])}**. What attacks brought back of what the "
+            f"Verdict: **{_plain(shown)}**. What attacks brought back of what the "
             "original knows, with 95 % intervals.",
             "",
             "| attack | verdict | brought back | interval | passes to |",

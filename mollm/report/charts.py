@@ -34,6 +34,7 @@ def line_chart(
     least: float | None = None,
     most: float | None = None,
     short: bool = False,
+    first: int = 1,
 ) -> Markup:
     """Curves over the steps of a run; of a long run the means of as many steps as need be.
 
@@ -43,6 +44,7 @@ def line_chart(
         least: A value that the axis reaches at least down to.
         most: A value that it reaches at least up to.
         short: Whether it is half as high, and its steps are those of the chart below it.
+        first: The number of the first step.
     """
     height = _HEIGHT // 2 if short else _HEIGHT
     bottom = _TOP if short else _BOTTOM
@@ -72,7 +74,7 @@ def line_chart(
             f'text-anchor="end">{tick:g}</text>'
         )
     for step in [] if short else _steps(last):
-        parts.append(_step_label(x(step), height, step, last))
+        parts.append(_step_label(x(step), height, step, last, first))
     for each, curve in zip(series, curves, strict=True):
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
         if len(curve) == 1:
@@ -113,10 +115,10 @@ def raster_chart(title: str, rows: Sequence[Series]) -> Markup:
     return _svg(title, parts, height)
 
 
-def _step_label(x: float, height: int, step: int, last: int) -> str:
+def _step_label(x: float, height: int, step: int, last: int, first: int = 1) -> str:
     """The last one ends where the axis does: its middle there would be cut off."""
     anchor = "end" if step == last else "middle"
-    return f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">{step}</text>'
+    return f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">{step - 1 + first}</text>'
 
 
 @dataclass(frozen=True)

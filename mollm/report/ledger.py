@@ -127,16 +127,16 @@ def read_ledger(folder: Path) -> Ledger:
         ) from error
 
 
-def hash_of_model(folder: Path) -> str:
-    """SHA-256 of a model's weights: of its safetensors files, in the order of their names.
+def hash_of_model(folder: Path, names: str = "*.safetensors") -> str:
+    """SHA-256 of a model's weights: of its files of these names, in their order.
 
     Raises:
         UsageError: There is none.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob(names))
     if not files:
         raise UsageError(
-            f"a model must be a folder with .safetensors files, but {folder} has none: has it been "
+            f"a model must be a folder with {names} in it, but {folder} has none: has it been "
             "moved?"
         )
     digest = hashlib.sha256()

@@ -353,7 +353,7 @@ def _of_several(runs: Sequence[ReportedRun]) -> dict[str, Any]:
         ],
         "unlike": {name: [each.get(name) for each in settings] for name in unlike},
         "alike": {name: settings[0].get(name) for name in known if name not in unlike},
-        "verdicts": [run.audit["verdict"] if run.audit else None for run in runs],
+        "audits": [run.audit for run in runs],
         "tables": {
             theme: [(name, [run.metrics.get("result", {}).get(name) for run in runs])
                     for name in some]

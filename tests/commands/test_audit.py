@@ -91,6 +91,31 @@ def test_a_short_audit_says_what_it_leaves_out(run, tmp_path):
     assert "taught 9 examples again" in names
     assert not [name for name in names if "sampled" in name or "rounded" in name]
     assert "A short audit: no replies were sampled" in said
+    assert "Verdict: FAIL (short)" in said
+    assert "FAIL (short)</span>" in (tmp_path / "audit.html").read_text()
+    assert read(tmp_path)["settings"]["short"] is True
+
+
+def test_a_short_audit_takes_the_place_of_no_full_one_and_takes_no_holdout(tmp_path, capsys):
+    where = reported_runs.run(tmp_path / "run", finished="2026-01-01T00:00:00+00:00")
+    reported_runs.audited(where, verdict="PASS")
+    before = (where / "audit" / "audit.json").read_text()
+    words = ["audit", "--model", str(where), "--original", "o", "--forget", "no-such.jsonl"]
+
+    def refused(*more):
+        assert main([*words, "--short", *more]) == 2
+        return capsys.readouterr().err
+
+    for out in ([], ["--out", str(where)]):  # report and card show one of the two
+        assert "without a full audit beside --short" in refused(*out)
+    assert (where / "audit" / "audit.json").read_text() == before
+    error = refused("--holdout", "h.jsonl", "--out", str(tmp_path / "out"))
+    assert "holdout must be left out with --short" in error
+    assert "no-such.jsonl" in refused("--out", str(tmp_path / "out"))
+    # One that is short itself, or that did not end, is in nobody's way.
+    for told in ({"settings": {"short": True}}, {"verdict": None}):
+        reported_runs.audited(where, **told)
+        assert "no-such.jsonl" in refused()
 
 
 def test_an_adapter_folder_is_put_on_the_original(run, folder, tmp_path):

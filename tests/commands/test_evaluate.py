@@ -154,3 +154,11 @@ def test_what_is_typed_goes_before_what_the_run_says(run, tmp_path):
     assert main([*words, "--retain", str(other)]) == 0
     asked = {r.group: r.question for r in Evaluation.read(run / "evaluation").records}
     assert asked == {"forget": "Is it forget 2?", "retain": "Is it other 2?"}
+
+
+def test_help_shows_defaults_of_zero_but_not_those_of_switches(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "seed of the resampling (default: 0)" in told
+    assert "(default: False)" not in told

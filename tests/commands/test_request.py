@@ -126,10 +126,8 @@ def test_the_audit_of_a_request_is_in_the_ledger(ledger, monkeypatch):
 
     from mollm.commands import audit, request
 
-    before = request._call
-    monkeypatch.setattr(
-        request, "_call", lambda c, w: audited(c, w) if c is audit else before(c, w)
-    )
+    before = request.call
+    monkeypatch.setattr(request, "call", lambda c, w: audited(c, w) if c is audit else before(c, w))
     first(ledger)
     assert call(ledger, "run", "--device", "cpu") == 0
     assert read_ledger(ledger).requests[0].verdict == "FAIL"
@@ -229,7 +227,7 @@ def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypa
 
     for name, few in (("_LEAST", 12), ("_ANSWER_TOKENS", 8), ("_QUESTION_TOKENS", 8)):
         monkeypatch.setattr(own_retain, name, few)
-    called, before = [], request._call
+    called, before = [], request.call
 
     def call_or_note(command, words):
         if command is not audit:
@@ -237,7 +235,7 @@ def test_retain_data_that_the_model_makes_are_those_of_each_run(ledger, monkeypa
         called.append(words)
         raise UsageError("not now.")
 
-    monkeypatch.setattr(request, "_call", call_or_note)
+    monkeypatch.setattr(request, "call", call_or_note)
     assert add(ledger, "ada", "--config", str(ledger.parent / "run.yaml"), "--retain", "auto") == 0
     assert call(ledger, "run", "--device", "cpu") == 0
     (made,) = (ledger / "001").glob("retain-auto-*.jsonl")
@@ -257,7 +255,7 @@ def interrupt(monkeypatch, module, error):
     """Has a command raise in place of what it does; gives the words of its calls."""
     from mollm.commands import request
 
-    called, before = [], request._call
+    called, before = [], request.call
 
     def call_or_raise(command, words):
         called.append(words[0])
@@ -265,7 +263,7 @@ def interrupt(monkeypatch, module, error):
             raise error
         return before(command, words)
 
-    monkeypatch.setattr(request, "_call", call_or_raise)
+    monkeypatch.setattr(request, "call", call_or_raise)
     return called
 
 

@@ -467,6 +467,35 @@ def test_a_retrained_model_gives_the_reference_of_privleak(folder, tmp_path, cap
     assert main([*command, "--out", str(tmp_path / "a"), *logs]) == 2
     assert "another folder than that of the replies or the retain logs" in capsys.readouterr().err
 
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "a" / "examples.jsonl", tmp_path / "alone" / "examples.jsonl")
+    logs = ["--retain-logs", str(tmp_path / "alone" / "examples.jsonl"), "--json"]
+    assert main([*command, "--resamples", "3", "--out", str(tmp_path / "b"), *logs]) == 0
+    told, said = capsys.readouterr()
+    assert json.loads(told)["result"]["privleak"]["value"] == pytest.approx(0, abs=1e-6)
+    assert "No relative figures: they need metrics.json" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"suite": "muse-books"},
+            "suite, but that is 'muse-news' now and was 'muse-books'",
+        ),
+        ({"suite": "muse-news", "limit": 2}, "the same limit, but that is None now and was 2"),
+        ({"forget": "f.jsonl"}, "the same suite, but that is 'muse-news' now and was None"),
+    ],
+)
+def test_logs_of_another_suite_or_limit_are_refused(settings, message, folder, tmp_path, capsys):
+    write_retain_only(tmp_path / "logs", {"verbmem_f": 50.0})
+    (tmp_path / "logs" / "about.json").write_text(json.dumps({"settings": settings}))
+    flags = ["--suite", "muse-news", "--data", str(sample_path("muse")), "--metrics", "verbmem_f"]
+    for logs in (tmp_path / "logs", tmp_path / "logs" / "examples.jsonl"):
+        words = ["evaluate", "--model", folder, *flags, "--retain-logs", str(logs)]
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
 
 def test_figures_stand_relative_to_those_of_a_retain_only_model(folder, tmp_path, capsys):
     flags = ["--suite", "wmdp", "--data", str(sample_path("wmdp")), "--device", "cpu", "--quiet"]

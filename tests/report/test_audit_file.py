@@ -73,6 +73,19 @@ def test_runs_are_compared_by_their_verdicts(run, tmp_path):
     assert '<tr><td>audit</td><td class="number PASS">PASS</td>' in page
 
 
+def test_the_verdict_of_a_short_audit_is_marked_wherever_it_is_shown(run, tmp_path):
+    (run / "README.md").write_text(CARD)
+    other = reported_runs.run(tmp_path / "other", finished=ENDED)
+    reported_runs.audited(run, verdict="PASS", settings={"short": True})
+    reported_runs.audited(other, verdict="PASS", settings={"short": False})
+    assert '<b class="PASS">PASS (short)</b>' in render([read_reported(run)])
+    assert '<b class="PASS">PASS</b>' in render([read_reported(other)])
+    page = render([read_reported(run), read_reported(other)])
+    assert '<td class="number PASS">PASS (short)</td><td class="number PASS">PASS</td>' in page
+    write_audited_cards(read_run(run))
+    assert "Verdict: **PASS (short)**" in (run / "README.md").read_text()
+
+
 def test_the_command_prints_json_and_leaves_the_page_alone(run, tmp_path, capsys):
     reported_runs.audited(run)
     reported_runs.evaluated(run / "evaluation")
