@@ -198,14 +198,7 @@ def _reference(shape: Shape, settings: PlanSettings) -> int:
 
 
 def _state(shape: Shape, settings: PlanSettings) -> int:
-    if settings.optimizer == "sgd":
-        return 0
-    return round(_moments_kept(settings) * trainable(shape, settings) * _state_bytes(settings))
-
-
-def _moments_kept(settings: PlanSettings) -> int:
-    first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
-    return first + (settings.adam_beta2 > 0)
+    return round(settings.moments_kept * trainable(shape, settings) * _state_bytes(settings))
 
 
 def _state_bytes(settings: PlanSettings) -> float:
@@ -226,8 +219,8 @@ def _passing_state(parameters: int, largest: int, settings: PlanSettings) -> int
         parameters = min(parameters, max(largest, _BUCKET_BYTES // 4))
     wide = 4 if eight else _state_bytes(settings)
     passing = (not settings.adam_beta2) * wide
-    if eight and _moments_kept(settings):
-        passing += 4 * _moments_kept(settings) + STATE_BYTES[EIGHT_BITS]
+    if eight:
+        passing += 4 * settings.moments_kept + STATE_BYTES[EIGHT_BITS]
     return round(parameters * passing)
 
 
@@ -401,7 +394,7 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
 def _largest(shape: Shape, settings: PlanSettings) -> int:
     """Parameters of the largest tensor that trains."""
     if settings.lora_rank:
-        return settings.lora_rank * (shape.hidden + shape.intermediate)
+        return settings.lora_rank * max(shape.hidden, shape.intermediate)
     return shape.embedding if settings.trains_head else shape.largest
 
 

@@ -206,6 +206,11 @@ class PlanSettings:
             raise UsageError(f"adam_beta2 must be in [0, 1), but got {self.adam_beta2}.")
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
+        if self.state_dtype and self.optimizer == "adamw" and not self.moments_kept:
+            raise UsageError(
+                "state_dtype must be left out with adam_beta2 0 and no first moment, where AdamW "
+                f"keeps no state, but got {self.state_dtype!r}: leave it out."
+            )
         for name, option in OPTIONS.items():
             value, known = getattr(self, name), option.metadata.get("choices")
             if known and value not in known and value != option.default:
@@ -252,6 +257,14 @@ class PlanSettings:
                 f"shards must be 1 with {what}, but got {self.shards}: let each process hold a "
                 "copy."
             )
+
+    @property
+    def moments_kept(self) -> int:
+        """Of a parameter, from one step to the next."""
+        if self.optimizer != "adamw":
+            return 0
+        first = self.metric == "euclidean" and self.momentum != PER_OBJECTIVE
+        return first + (self.adam_beta2 > 0)
 
     @property
     def further_sets(self) -> int:
