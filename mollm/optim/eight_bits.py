@@ -2,10 +2,12 @@
 
     256 elements share a scale:   x_i ≈ max_j |x_j| · code[q_i]
 
-The 256 codes are closer to each other towards zero: half of them are off by less than half a
-percent, and all but the smallest by a few. A step reads them widened to float32, and computes with
+The 256 codes are closer to each other towards zero. Half the gap between two, relative to the
+larger of them, has a median of 1.1 % without a sign and 2.3 % with one; it is under 5 % for 89 %
+and 76 % of them, and at most 32 % and 42 %. A step reads them widened to float32, and computes with
 that what it applies; only what is kept for the next step is rounded. So the metric of a step is the
-same in its Gram matrix and in its update, and a step of zeros leaves the bytes as they are.
+same in its Gram matrix and in its update. Rounding again what was rounded without a sign changes
+nothing; with one, a largest element that is negative is no code and shrinks a little.
 """
 
 from __future__ import annotations

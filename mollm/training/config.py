@@ -9,8 +9,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
@@ -807,8 +809,9 @@ def _as_declared(name: str, kind: Any, value: Any) -> Any:
     if found[1] == "bool":
         return _switch(name, value)
     number = _number_in(value) if isinstance(value, str) else value
-    if not isinstance(number, int | float) or isinstance(number, bool):
+    if not isinstance(number, Real) or isinstance(number, bool):
         raise UsageError(f"{name} must be a number, but got {value!r}.")
+    number = int(number) if isinstance(number, Integral) else float(number)
     if found[1] == "float":
         return number
     if not float(number).is_integer():
@@ -827,6 +830,8 @@ def _switch(name: str, value: Any) -> Any:
     """A text that says yes or no as what it says: as a text either would be true."""
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Integral | np.bool_) and value in (0, 1):
+        return bool(value)
     word = value.strip().lower() if isinstance(value, str) else ""
     if word not in _WORDS:
         raise UsageError(f"{name} must be true or false, but got {value!r}.")
