@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from mollm.distributed.sharding import common_seed, is_sharded, local, sharding_of
 from mollm.errors import UsageError
-from mollm.optim.eight_bits import EIGHT_BITS, count_scales, narrowed, scales_name, widened
+from mollm.optim.constants import EIGHT_BITS
+from mollm.optim.eight_bits import count_scales, narrowed, scales_name, widened
 from mollm.optim.groups import columns_of, columns_of_means
 from mollm.optim.saved_state import (
     check_entry,

@@ -17,10 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-EIGHT_BITS = "8bit"
-"""As a state_dtype."""
-BLOCK = 256
-"""Elements that share a scale."""
+from mollm.optim.constants import ELEMENTS_PER_SCALE
 
 
 def scales_name(name: str) -> str:
@@ -30,7 +27,7 @@ def scales_name(name: str) -> str:
 
 def count_scales(elements: int) -> int:
     """How many scales so many elements have."""
-    return -(-elements // BLOCK)
+    return -(-elements // ELEMENTS_PER_SCALE)
 
 
 @lru_cache
@@ -54,7 +51,9 @@ def narrowed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_blockwise
 
     wide = values.detach().float().contiguous()
-    codes, state = quantize_blockwise(wide, code=_codes(signed, wide.device), blocksize=BLOCK)
+    codes, state = quantize_blockwise(
+        wide, code=_codes(signed, wide.device), blocksize=ELEMENTS_PER_SCALE
+    )
     return codes, state.absmax
 
 
@@ -63,5 +62,7 @@ def widened(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     table = _codes(signed, codes.device)
-    wide: Tensor = dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK)
+    wide: Tensor = dequantize_blockwise(
+        codes, absmax=scales, code=table, blocksize=ELEMENTS_PER_SCALE
+    )
     return wide

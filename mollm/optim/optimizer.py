@@ -30,8 +30,8 @@ from mollm.distributed.sharding import (
 )
 from mollm.errors import UsageError
 from mollm.optim.bases import SGD, AdamW, FusedBase
+from mollm.optim.constants import BLOCKS, MODEL, PER_OBJECTIVE, STREAMED
 from mollm.optim.directions import make_rule
-from mollm.optim.gradients import STREAMED
 from mollm.optim.groups import alike, columns_of, columns_of_means, slices_of
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import (
@@ -46,9 +46,6 @@ from mollm.optim.streamed import StreamedGradients, make_store
 from mollm_ops import Solution, Status, combine, dots, gram
 from mollm_ops.gram import gram_moved
 from mollm_ops.operands import RunningMeans, largest_moment
-
-PER_OBJECTIVE = "per-objective"
-MODEL, BLOCKS = "model", "blocks"
 
 _Piece = tuple[Sharding, list[Tensor], Lists]
 """Parameters that are sharded alike, with their K lists of gradients."""

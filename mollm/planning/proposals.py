@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mollm.models.four_bits import NF4
+from mollm.optim.constants import EIGHT_BITS, MODEL, STREAMED
 from mollm.planning.memory import MemoryPlan, plan
-from mollm.planning.settings import EIGHT_BITS, STREAMED, PlanSettings, flag_of
+from mollm.planning.settings import PlanSettings, flag_of
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
     if settings.streams:
         words = f"{words} --gradient-memory as-produced --gradient-checkpointing"
         settings = replace(
-            settings, gradient_memory="as-produced", gram="model", gradient_checkpointing=True
+            settings, gradient_memory="as-produced", gram=MODEL, gradient_checkpointing=True
         )
     yield words, replace(settings, lora_rank=16, reference="adapter")
 

@@ -6,25 +6,25 @@ from dataclasses import dataclass, field, fields, replace
 
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
+from mollm.optim.constants import (
+    BLOCKS,
+    EIGHT_BITS,
+    ELEMENTS_PER_SCALE,
+    MEMORIES,
+    MODEL,
+    PER_OBJECTIVE,
+    STREAMED,
+)
 from mollm.system import options
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-EIGHT_BITS = "8bit"
-
-
-STATE_BYTES = BYTES | {EIGHT_BITS: 1 + 4 / 256}
-"""Of an element of the optimizer's state; in 8 bits, 256 share a scale."""
+STATE_BYTES = BYTES | {EIGHT_BITS: 1 + 4 / ELEMENTS_PER_SCALE}
+"""Of an element of the optimizer's state; in 8 bits with its part of a scale in float32."""
 
 
 DEVICES = ("cpu", "cuda")
-
-
-STREAMED = "streamed"
-
-
-GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
 
 
 REFERENCES = ("copy", "adapter", "cache")
@@ -36,13 +36,7 @@ OPTIMIZERS = ("adamw", "sgd")
 METRICS = ("base", "euclidean")
 
 
-BLOCKS = "blocks"
-
-
-GRAMS = ("model", BLOCKS)
-
-
-PER_OBJECTIVE = "per-objective"
+GRAMS = (MODEL, BLOCKS)
 
 
 OBJECTIVES = 3
@@ -117,12 +111,12 @@ class PlanSettings:
     gradient_memory: str = field(
         default="as-produced",
         metadata={
-            "choices": GRADIENT_MEMORIES,
+            "choices": MEMORIES,
             "help": "how the objectives' gradients are kept until the step",
         },
     )
     gram: str = field(
-        default="model",
+        default=MODEL,
         metadata={
             "choices": GRAMS,
             "help": "one Gram matrix for the model, or with streamed gradients one for each block, "

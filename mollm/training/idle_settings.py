@@ -18,8 +18,8 @@ from transformers.trainer_utils import SaveStrategy
 from mollm.errors import UsageError
 from mollm.methods import unlearning_cross_entropy
 from mollm.optim.bases import AdamW, FusedBase
+from mollm.optim.constants import PER_OBJECTIVE
 from mollm.optim.directions import uses_length, uses_normalize
-from mollm.optim.optimizer import PER_OBJECTIVE
 from mollm.training.setting_roles import plain
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from torch import nn
 
 from mollm import MOLLMOptimizer, UsageError
 from mollm.optim import gradients
-from mollm.optim.eight_bits import BLOCK, narrowed, scales_name, widened
+from mollm.optim.constants import ELEMENTS_PER_SCALE
+from mollm.optim.eight_bits import narrowed, scales_name, widened
 
 pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 EIGHT = {"state_dtype": "8bit"}
@@ -35,7 +36,9 @@ def test_an_element_is_off_by_little_of_itself_and_of_the_largest(signed):
     x = torch.randn(40, 100, generator=generator())
     x = x if signed else x.square()
     found = widened(*narrowed(x, signed=signed), signed=signed)
-    largest = torch.cat([b.abs().max().expand(len(b)) for b in x.flatten().split(BLOCK)])
+    largest = torch.cat(
+        [b.abs().max().expand(len(b)) for b in x.flatten().split(ELEMENTS_PER_SCALE)]
+    )
     off = (found - x).abs().flatten()
     assert (off <= (0.05 * x.abs().flatten()).maximum(1e-2 * largest)).all()
     assert off.max() > 0
@@ -109,7 +112,7 @@ def test_streamed_steps_are_the_same(options):
 @pytest.mark.parametrize("options", [{}, {"betas": (0.9, 0.0)}], ids=str)
 def test_state_is_wide_a_few_parameters_at_a_time(monkeypatch, options):
     whole = trained(made(), streamed=False, steps=3, **options, **EIGHT)
-    monkeypatch.setattr(gradients, "_BUCKET_BYTES", 4 * 800)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4 * 800)
     seen = []
 
     class Watched(MOLLMOptimizer):
