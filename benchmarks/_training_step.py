@@ -41,9 +41,10 @@ from mollm.data.chat import IGNORE_INDEX, Batch, Tokens, collate
 from mollm.methods import METHODS, method
 from mollm.models import forward, tape
 from mollm.optim import optimizer
+from mollm.optim.constants import BLOCKS, STREAMED
 from mollm.planning import memory, shapes
 from mollm.planning.memory import MemoryPlan
-from mollm.planning.settings import BLOCKS, STREAMED, PlanSettings
+from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import Shape
 from mollm.system import precision
 from mollm.system.units import GIB

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from mollm.distributed.sharding import common_seed, is_sharded, local, sharding_of
 from mollm.errors import UsageError
-from mollm.optim.eight_bits import EIGHT_BITS, count_scales, narrowed, scales_name, widened
+from mollm.optim.constants import EIGHT_BITS
+from mollm.optim.eight_bits import count_scales, narrowed, scales_name, widened
 from mollm.optim.groups import columns_of, columns_of_means
 from mollm.optim.saved_state import (
     check_entry,
@@ -216,10 +217,11 @@ class FusedBase(Optimizer, ABC):
                 kept.copy_(new if proceed is None else torch.where(proceed, new, kept))
 
     @property
-    def keeps_eight_bits(self) -> bool:
-        """Whether some state is in 8 bits, and takes more memory while a step works on it."""
+    def widens_state(self) -> bool:
+        """Whether a step works on some state in float32 that is in 8 bits, or kept nowhere."""
         return any(
-            group["state_dtype"] == EIGHT_BITS and bool(self._slots(group))
+            group["state_dtype"] == EIGHT_BITS
+            and (self.second_name is not None or bool(self._slots(group)))
             for group in self.param_groups
         )
 
@@ -377,8 +379,8 @@ class FusedBase(Optimizer, ABC):
     def fitted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state as this optimizer can load it; also that of Torch's own AdamW or SGD.
 
-        Options that it lacks are taken from this optimizer's groups, state that is of no use here
-        is left out.
+        Options that it lacks are taken from this optimizer's groups, and so is state_dtype, to
+        which saved state is rounded or widened. State that is of no use here is left out.
 
         Raises:
             UsageError: it is of another algorithm or of other parameters.
@@ -393,7 +395,9 @@ class FusedBase(Optimizer, ABC):
         numbers = {p: n for n, p in enumerate(q for g in self.param_groups for q in g["params"])}
         for saved, mine in zip(saved_groups, self.param_groups, strict=True):
             self._check_same_kind(saved)
-            group = {**{k: v for k, v in mine.items() if k != "params"}, **saved, "fused": True}
+            options = {k: v for k, v in mine.items() if k != "params"}
+            kept = {"fused": True, "state_dtype": mine["state_dtype"]}
+            group = {**options, **saved, **kept}
             self.check_group(group)
             groups.append(group)
             for key, p in zip(saved["params"], mine["params"], strict=True):
@@ -428,6 +432,9 @@ class FusedBase(Optimizer, ABC):
             if group["state_dtype"] == EIGHT_BITS:
                 fitted |= self._fitted_eight_bits(entry, name, n, p)
                 continue
+            if self._is_eight_bits(entry, name, n, p):
+                signed = name != self.second_name
+                value = widened(value, entry[scales_name(name)], signed=signed)
             check_entry(name, value, n, p)
             check_narrowing(name, value, n, group["state_dtype"] or p.dtype)
             fitted[name] = value
@@ -441,14 +448,22 @@ class FusedBase(Optimizer, ABC):
         self, entry: dict[str, Any], name: str, n: int, p: Tensor
     ) -> dict[str, Any]:
         """A saved state and its scales; one that was saved in another dtype is rounded."""
-        value, scales = entry[name], entry.get(scales_name(name))
-        if isinstance(value, Tensor) and value.dtype == torch.uint8:
-            check_scales(name, value, scales, count_scales(p.numel()), n, p)
-            return {name: value, scales_name(name): scales}
+        value = entry[name]
+        if self._is_eight_bits(entry, name, n, p):
+            return {name: value, scales_name(name): entry[scales_name(name)]}
         check_entry(name, value, n, p)
         check_narrowing(name, value, n, torch.float32)
         codes, scales = narrowed(value, signed=name != self.second_name)
         return {name: codes, scales_name(name): scales}
+
+    @staticmethod
+    def _is_eight_bits(entry: dict[str, Any], name: str, n: int, p: Tensor) -> bool:
+        """Whether a saved state is in 8 bits; one that is, but not of p, is refused."""
+        value = entry[name]
+        if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+            return False
+        check_scales(name, value, entry.get(scales_name(name)), count_scales(p.numel()), n, p)
+        return True
 
     def restore_dtypes(self, fitted: dict[str, Any]) -> None:
         """Undoes the cast to the parameters' dtype with which Torch loads a state."""

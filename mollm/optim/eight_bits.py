@@ -2,10 +2,12 @@
 
     256 elements share a scale:   x_i ≈ max_j |x_j| · code[q_i]
 
-The 256 codes are closer to each other towards zero: half of them are off by less than half a
-percent, and all but the smallest by a few. A step reads them widened to float32, and computes with
+The 256 codes are closer to each other towards zero. Half the gap between two, relative to the
+larger of them, has a median of 1.1 % without a sign and 2.3 % with one; it is under 5 % for 89 %
+and 76 % of them, and at most 32 % and 42 %. A step reads them widened to float32, and computes with
 that what it applies; only what is kept for the next step is rounded. So the metric of a step is the
-same in its Gram matrix and in its update, and a step of zeros leaves the bytes as they are.
+same in its Gram matrix and in its update. Rounding again what was rounded without a sign changes
+nothing; with one, a largest element that is negative is no code and shrinks a little.
 """
 
 from __future__ import annotations
@@ -15,10 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-EIGHT_BITS = "8bit"
-"""As a state_dtype."""
-BLOCK = 256
-"""Elements that share a scale."""
+from mollm.optim.constants import ELEMENTS_PER_SCALE
 
 
 def scales_name(name: str) -> str:
@@ -28,7 +27,7 @@ def scales_name(name: str) -> str:
 
 def count_scales(elements: int) -> int:
     """How many scales so many elements have."""
-    return -(-elements // BLOCK)
+    return -(-elements // ELEMENTS_PER_SCALE)
 
 
 @lru_cache
@@ -52,7 +51,9 @@ def narrowed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_blockwise
 
     wide = values.detach().float().contiguous()
-    codes, state = quantize_blockwise(wide, code=_codes(signed, wide.device), blocksize=BLOCK)
+    codes, state = quantize_blockwise(
+        wide, code=_codes(signed, wide.device), blocksize=ELEMENTS_PER_SCALE
+    )
     return codes, state.absmax
 
 
@@ -61,5 +62,7 @@ def widened(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     table = _codes(signed, codes.device)
-    wide: Tensor = dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK)
+    wide: Tensor = dequantize_blockwise(
+        codes, absmax=scales, code=table, blocksize=ELEMENTS_PER_SCALE
+    )
     return wide

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from mollm.distributed.sharding import Lists, local, local_gradient, placed_like
-
-STREAMED = "streamed"
-MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
-_BUCKET_BYTES = 1 << 28
+from mollm.optim.constants import BUCKET_BYTES, MEMORIES
 
 
 class _Staging:
@@ -80,7 +77,7 @@ class GradientStore:
             )
         self.objectives = tuple(objectives)
         self.memory = memory
-        self.bucket_bytes = _BUCKET_BYTES
+        self.bucket_bytes = BUCKET_BYTES
         self._held: dict[str, dict[Tensor, Tensor]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 

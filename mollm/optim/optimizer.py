@@ -30,8 +30,8 @@ from mollm.distributed.sharding import (
 )
 from mollm.errors import UsageError
 from mollm.optim.bases import SGD, AdamW, FusedBase
+from mollm.optim.constants import BLOCKS, MODEL, PER_OBJECTIVE, STREAMED
 from mollm.optim.directions import make_rule
-from mollm.optim.gradients import STREAMED
 from mollm.optim.groups import alike, columns_of, columns_of_means, slices_of
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import (
@@ -41,14 +41,11 @@ from mollm.optim.saved_state import (
     check_structure,
 )
 from mollm.optim.scaling import Watched
-from mollm.optim.step_report import SkipCounter, StepReport
+from mollm.optim.step_report import SkipCounter, StepReport, level_outside
 from mollm.optim.streamed import StreamedGradients, make_store
 from mollm_ops import Solution, Status, combine, dots, gram
 from mollm_ops.gram import gram_moved
 from mollm_ops.operands import RunningMeans, largest_moment
-
-PER_OBJECTIVE = "per-objective"
-MODEL, BLOCKS = "model", "blocks"
 
 _Piece = tuple[Sharding, list[Tensor], Lists]
 """Parameters that are sharded alike, with their K lists of gradients."""
@@ -625,7 +622,7 @@ class MOLLMOptimizer(Optimizer):
         """Parameters that are sharded alike; those with state in 8 bits, which is wide while a
         piece of it is worked on, a few at a time."""
         for sharding, mine, rows in by_sharding(params, lists):
-            if not isinstance(self.base, FusedBase) or not self.base.keeps_eight_bits:
+            if not isinstance(self.base, FusedBase) or not self.base.widens_state:
                 yield sharding, mine, rows
                 continue
             for columns in slices_of(mine, self._store.bucket_bytes // 4):
@@ -1066,7 +1063,7 @@ class MOLLMOptimizer(Optimizer):
                 warnings.warn(
                     "an optimizer step was interrupted while it wrote: weights and optimizer state "
                     "are void, load both from a checkpoint.",
-                    stacklevel=5,
+                    stacklevel=level_outside(),
                 )
             raise
 
@@ -1211,7 +1208,9 @@ class MOLLMOptimizer(Optimizer):
 
         "adamw" reads the state of `torch.optim.AdamW`, and "sgd" that of `torch.optim.SGD`, if
         they were made with options that the bases have; in AdamW's metric the first moment is left
-        out, since the algorithm has none. Everything is checked before anything is changed.
+        out, since the algorithm has none. Saved options win over this optimizer's, but for
+        state_dtype: saved state is rounded or widened to that. Everything is checked before
+        anything is changed.
 
         Raises:
             UsageError: the state is of another algorithm, other objectives or other parameters.

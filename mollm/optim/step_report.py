@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -11,6 +12,19 @@ from torch import Tensor
 from mollm.system.tables import html_table
 from mollm_ops import Solution, Status
 from mollm_ops.dual_space import active_objectives
+
+_INSIDE = ("mollm", "mollm_ops", "torch", "contextlib")
+
+
+def level_outside() -> int:
+    """The stacklevel with which a warning names the line that called into us or Torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in _INSIDE:
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class SkipCounter:
@@ -31,7 +45,7 @@ class SkipCounter:
     def count(self, what: str) -> None:
         """A step that the host knows to be skipped, and why."""
         self._known += 1
-        self._warn(what, 7)
+        self._warn(what)
 
     def add(self, finite: Tensor) -> None:
         """A step on a GPU, skipped where `finite` is not; does not wait for it."""
@@ -58,12 +72,12 @@ class SkipCounter:
         known = {"_known": self.total(), "_on_device": None, "_seen": None}
         return {**self.__dict__, **known}
 
-    def _warn(self, what: str, stacklevel: int = 6) -> None:
+    def _warn(self, what: str) -> None:
         if not self._warned:
             warnings.warn(
                 f"{what} is not finite: {self._outcome}. Further such steps are counted in "
                 "`skipped_steps` without a warning.",
-                stacklevel=stacklevel,
+                stacklevel=level_outside(),
             )
         self._warned = True
 

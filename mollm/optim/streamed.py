@@ -21,7 +21,8 @@ from mollm.distributed.processes import add_up_lists, all_reduce_sum
 from mollm.distributed.sharding import Lists, is_sharded, world_size
 from mollm.errors import UsageError
 from mollm.models.tape import Tape
-from mollm.optim.gradients import STREAMED, GradientStore
+from mollm.optim.constants import STREAMED
+from mollm.optim.gradients import GradientStore
 from mollm.optim.groups import columns_of
 
 

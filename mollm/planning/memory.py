@@ -53,11 +53,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from mollm.optim.constants import BUCKET_BYTES, EIGHT_BITS, PER_OBJECTIVE
 from mollm.planning.settings import (
-    EIGHT_BITS,
     LORA_BYTES,
     OBJECTIVES,
-    PER_OBJECTIVE,
     STATE_BYTES,
     PlanSettings,
 )
@@ -66,7 +65,6 @@ from mollm_ops import _chunks
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 """An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""
-_BUCKET_BYTES = 256 << 20
 _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """4 bits, a scale of 8 bits for 64 weights, and one in float32 for 256 of these."""
 
@@ -198,14 +196,7 @@ def _reference(shape: Shape, settings: PlanSettings) -> int:
 
 
 def _state(shape: Shape, settings: PlanSettings) -> int:
-    if settings.optimizer == "sgd":
-        return 0
-    return round(_moments_kept(settings) * trainable(shape, settings) * _state_bytes(settings))
-
-
-def _moments_kept(settings: PlanSettings) -> int:
-    first = settings.metric == "euclidean" and settings.momentum != PER_OBJECTIVE
-    return first + (settings.adam_beta2 > 0)
+    return round(settings.moments_kept * trainable(shape, settings) * _state_bytes(settings))
 
 
 def _state_bytes(settings: PlanSettings) -> float:
@@ -223,11 +214,11 @@ def _passing_state(parameters: int, largest: int, settings: PlanSettings) -> int
         return 0
     eight = settings.state_dtype == EIGHT_BITS
     if eight:
-        parameters = min(parameters, max(largest, _BUCKET_BYTES // 4))
+        parameters = min(parameters, max(largest, BUCKET_BYTES // 4))
     wide = 4 if eight else _state_bytes(settings)
     passing = (not settings.adam_beta2) * wide
-    if eight and _moments_kept(settings):
-        passing += 4 * _moments_kept(settings) + STATE_BYTES[EIGHT_BITS]
+    if eight:
+        passing += 4 * settings.moments_kept + STATE_BYTES[EIGHT_BITS]
     return round(parameters * passing)
 
 
@@ -401,7 +392,7 @@ def _stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
 def _largest(shape: Shape, settings: PlanSettings) -> int:
     """Parameters of the largest tensor that trains."""
     if settings.lora_rank:
-        return settings.lora_rank * (shape.hidden + shape.intermediate)
+        return settings.lora_rank * max(shape.hidden, shape.intermediate)
     return shape.embedding if settings.trains_head else shape.largest
 
 
@@ -442,7 +433,7 @@ def _update(shape: Shape, settings: PlanSettings) -> int:
     elif settings.trains_head:
         largest = shape.embedding
     everything = settings.objectives * trainable(shape, settings) * size
-    return min(2 * (_BUCKET_BYTES + settings.objectives * largest * size), everything)
+    return min(2 * (BUCKET_BYTES + settings.objectives * largest * size), everything)
 
 
 def _backward(shape: Shape, settings: PlanSettings, *, keep: bool) -> dict[str, int]:

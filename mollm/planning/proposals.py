@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mollm.models.four_bits import NF4
+from mollm.optim.constants import EIGHT_BITS, MODEL, STREAMED
 from mollm.planning.memory import MemoryPlan, plan
-from mollm.planning.settings import EIGHT_BITS, STREAMED, PlanSettings, flag_of
+from mollm.planning.settings import PlanSettings, flag_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _smaller_batch(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSe
 
 
 def _narrow_state(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    yield "--state-dtype bfloat16", replace(now.settings, state_dtype="bfloat16")
+    if now.settings.moments_kept:
+        yield "--state-dtype bfloat16", replace(now.settings, state_dtype="bfloat16")
 
 
 def _small_gradients(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
@@ -121,13 +123,21 @@ def _narrow_weights(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanS
 
 def _small_second_moment(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
     """State in 8 bits if that fits, and else none."""
-    if now.settings.lora_rank or now.settings.optimizer != "adamw":
+    settings = now.settings
+    if settings.lora_rank or not settings.moments_kept:
         return
-    tried = [replace(now.settings, adam_beta2=0.0)]
-    if now.settings.shards == 1:
-        tried.insert(0, replace(now.settings, state_dtype=EIGHT_BITS))
-    best = _first_that_fits(now, tried, memory)
-    yield f"--state-dtype {EIGHT_BITS}" if best.adam_beta2 else "--adam-beta2 0", best
+    tried = {}
+    if settings.shards == 1:
+        eight = replace(settings, state_dtype=EIGHT_BITS)
+        tried[eight] = f"--state-dtype {EIGHT_BITS}"
+    if settings.adam_beta2:
+        words, dtype = "--adam-beta2 0", settings.state_dtype
+        if dtype and settings.moments_kept == 1:  # the second, whose dtype would do nothing
+            words, dtype = f"{words}, no state dtype", None
+        tried[replace(settings, adam_beta2=0.0, state_dtype=dtype)] = words
+    if tried:
+        best = _first_that_fits(now, list(tried), memory)
+        yield tried[best], best
 
 
 def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
@@ -137,7 +147,7 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
     if settings.streams:
         words = f"{words} --gradient-memory as-produced --gradient-checkpointing"
         settings = replace(
-            settings, gradient_memory="as-produced", gram="model", gradient_checkpointing=True
+            settings, gradient_memory="as-produced", gram=MODEL, gradient_checkpointing=True
         )
     yield words, replace(settings, lora_rank=16, reference="adapter")
 

@@ -6,25 +6,25 @@ from dataclasses import dataclass, field, fields, replace
 
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
+from mollm.optim.constants import (
+    BLOCKS,
+    EIGHT_BITS,
+    ELEMENTS_PER_SCALE,
+    MEMORIES,
+    MODEL,
+    PER_OBJECTIVE,
+    STREAMED,
+)
 from mollm.system import options
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-EIGHT_BITS = "8bit"
-
-
-STATE_BYTES = BYTES | {EIGHT_BITS: 1 + 4 / 256}
-"""Of an element of the optimizer's state; in 8 bits, 256 share a scale."""
+STATE_BYTES = BYTES | {EIGHT_BITS: 1 + 4 / ELEMENTS_PER_SCALE}
+"""Of an element of the optimizer's state; in 8 bits with its part of a scale in float32."""
 
 
 DEVICES = ("cpu", "cuda")
-
-
-STREAMED = "streamed"
-
-
-GRADIENT_MEMORIES = ("as-produced", "bfloat16", "host", STREAMED)
 
 
 REFERENCES = ("copy", "adapter", "cache")
@@ -36,13 +36,7 @@ OPTIMIZERS = ("adamw", "sgd")
 METRICS = ("base", "euclidean")
 
 
-BLOCKS = "blocks"
-
-
-GRAMS = ("model", BLOCKS)
-
-
-PER_OBJECTIVE = "per-objective"
+GRAMS = (MODEL, BLOCKS)
 
 
 OBJECTIVES = 3
@@ -117,12 +111,12 @@ class PlanSettings:
     gradient_memory: str = field(
         default="as-produced",
         metadata={
-            "choices": GRADIENT_MEMORIES,
+            "choices": MEMORIES,
             "help": "how the objectives' gradients are kept until the step",
         },
     )
     gram: str = field(
-        default="model",
+        default=MODEL,
         metadata={
             "choices": GRAMS,
             "help": "one Gram matrix for the model, or with streamed gradients one for each block, "
@@ -206,6 +200,11 @@ class PlanSettings:
             raise UsageError(f"adam_beta2 must be in [0, 1), but got {self.adam_beta2}.")
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank must not be negative, but got {self.lora_rank}.")
+        if self.state_dtype and self.optimizer == "adamw" and not self.moments_kept:
+            raise UsageError(
+                "state_dtype must be left out with adam_beta2 0 and no first moment, where AdamW "
+                f"keeps no state, but got {self.state_dtype!r}: leave it out."
+            )
         for name, option in OPTIONS.items():
             value, known = getattr(self, name), option.metadata.get("choices")
             if known and value not in known and value != option.default:
@@ -252,6 +251,14 @@ class PlanSettings:
                 f"shards must be 1 with {what}, but got {self.shards}: let each process hold a "
                 "copy."
             )
+
+    @property
+    def moments_kept(self) -> int:
+        """Of a parameter, from one step to the next."""
+        if self.optimizer != "adamw":
+            return 0
+        first = self.metric == "euclidean" and self.momentum != PER_OBJECTIVE
+        return first + (self.adam_beta2 > 0)
 
     @property
     def further_sets(self) -> int:

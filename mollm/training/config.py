@@ -9,8 +9,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
@@ -24,9 +26,8 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
+from mollm.optim.constants import EIGHT_BITS, STREAMED
 from mollm.optim.directions import uses_preferences
-from mollm.optim.eight_bits import EIGHT_BITS
-from mollm.optim.gradients import STREAMED
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
@@ -807,8 +808,9 @@ def _as_declared(name: str, kind: Any, value: Any) -> Any:
     if found[1] == "bool":
         return _switch(name, value)
     number = _number_in(value) if isinstance(value, str) else value
-    if not isinstance(number, int | float) or isinstance(number, bool):
+    if not isinstance(number, Real) or isinstance(number, bool):
         raise UsageError(f"{name} must be a number, but got {value!r}.")
+    number = int(number) if isinstance(number, Integral) else float(number)
     if found[1] == "float":
         return number
     if not float(number).is_integer():
@@ -827,6 +829,8 @@ def _switch(name: str, value: Any) -> Any:
     """A text that says yes or no as what it says: as a text either would be true."""
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Integral | np.bool_) and value in (0, 1):
+        return bool(value)
     word = value.strip().lower() if isinstance(value, str) else ""
     if word not in _WORDS:
         raise UsageError(f"{name} must be true or false, but got {value!r}.")

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import IntervalStrategy, SchedulerType
 from transformers.trainer_utils import SaveStrategy
 
 from mollm.errors import UsageError
 from mollm.methods import unlearning_cross_entropy
 from mollm.optim.bases import AdamW, FusedBase
+from mollm.optim.constants import PER_OBJECTIVE
 from mollm.optim.directions import uses_length, uses_normalize
-from mollm.optim.optimizer import PER_OBJECTIVE
 from mollm.training.setting_roles import plain
 
 if TYPE_CHECKING:
@@ -109,10 +110,11 @@ def refuse_idle_options(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> None:
     """
     options = args.optimizer_options
     for name, beside, instead in _idle_options(args, optimizer):
-        if options.get(name):
+        value = options.get(name)
+        if value is not None and value is not False:
             raise UsageError(
                 f"{name} must be left out of optimizer_options {beside}, but got "
-                f"{options[name]!r}: {instead}."
+                f"{value!r}: {instead}."
             )
     usual = type(args).adam_beta1
     first = options["betas"][0] if "betas" in options else args.adam_beta1
@@ -138,9 +140,32 @@ def _idle_options(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> Iterator[tupl
         other = ", or add normalize=True" if uses_length(direction, True) else ""
         beside = f"with the direction {told}, where it changes nothing"
         yield "length", beside, f"leave it out{other}"
+    if args.base == "sgd":
+        yield "metric", "with the base sgd, whose metric is euclidean anyway", "leave it out"
     fused = optimizer.base if isinstance(args.base, str) else None
     if isinstance(fused, FusedBase) and not fused.keeps_state:
         yield "state_dtype", "where the base keeps no state", "leave it out"
+
+
+def refuse_idle_rounding(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> None:
+    """Refuses stochastic rounding where nothing that a step writes is in bfloat16.
+
+    Raises:
+        UsageError: It is so.
+    """
+    options, base = args.optimizer_options, optimizer.base
+    if not options.get("stochastic_rounding") or not isinstance(base, FusedBase):
+        return
+    written = base.kept_dtypes() | {p.dtype for g in base.param_groups for p in g["params"]}
+    narrow_means = (
+        options.get("momentum") == PER_OBJECTIVE and options.get("gradient_memory") == "bfloat16"
+    )
+    if torch.bfloat16 not in written and not narrow_means:
+        raise UsageError(
+            "stochastic_rounding must be left out of optimizer_options where neither weights nor "
+            f"state are in bfloat16, but got {options['stochastic_rounding']}: leave it out, or "
+            "load the model in bfloat16."
+        )
 
 
 def refuse_idle_of_model(args: MOLLMConfig, *, adapter: bool, as_module: bool) -> None:

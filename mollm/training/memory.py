@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES
 from mollm.models.four_bits import NF4, in_four_bits
+from mollm.optim.constants import PER_OBJECTIVE
 from mollm.planning.run import check_memory
-from mollm.planning.settings import PER_OBJECTIVE, PlanSettings
+from mollm.planning.settings import PlanSettings
 from mollm.system.precision import compute_dtype, computing_in
 
 if TYPE_CHECKING:

@@ -198,6 +198,7 @@ FREE_OPTIMIZER_OPTIONS = frozenset(
         "direction",
         "eps",
         "gradient_memory",
+        "gram",
         "length",
         "lr",
         "normalize",

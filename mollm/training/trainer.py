@@ -106,7 +106,11 @@ from mollm.training.history import (
     write_history,
 )
 from mollm.training.hub import upload
-from mollm.training.idle_settings import idle_notes, refuse_idle_of_model
+from mollm.training.idle_settings import (
+    idle_notes,
+    refuse_idle_of_model,
+    refuse_idle_rounding,
+)
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives
@@ -685,6 +689,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             ],
             **self.args.for_optimizer(self.objectives),
         )
+        refuse_idle_rounding(self.args, optimizer)
         return optimizer
 
     @property

@@ -142,8 +142,10 @@ def test_a_loss_that_is_not_finite_changes_nothing(options):
     opt = MOLLMOptimizer(model.parameters(), **BLOCKS, **options)
     stepped(model, opt)
     before = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()["state"])
-    with pytest.warns(UserWarning, match="the gradient of kl is not finite: the step ended there"):
+    words = "the gradient of kl is not finite: the step ended there"
+    with pytest.warns(UserWarning, match=words) as said:
         stepped(model, opt, kl=float("nan"))
+    assert [warning.filename for warning in said] == [__file__]
     after = model.state_dict(), opt.state_dict()["state"]
     torch.testing.assert_close(before, after, rtol=0, atol=0)
     assert opt.skipped_steps == 1

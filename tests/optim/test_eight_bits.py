@@ -11,7 +11,8 @@ from torch import nn
 
 from mollm import MOLLMOptimizer, UsageError
 from mollm.optim import gradients
-from mollm.optim.eight_bits import BLOCK, narrowed, scales_name, widened
+from mollm.optim.constants import ELEMENTS_PER_SCALE
+from mollm.optim.eight_bits import narrowed, scales_name, widened
 
 pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 EIGHT = {"state_dtype": "8bit"}
@@ -35,7 +36,9 @@ def test_an_element_is_off_by_little_of_itself_and_of_the_largest(signed):
     x = torch.randn(40, 100, generator=generator())
     x = x if signed else x.square()
     found = widened(*narrowed(x, signed=signed), signed=signed)
-    largest = torch.cat([b.abs().max().expand(len(b)) for b in x.flatten().split(BLOCK)])
+    largest = torch.cat(
+        [b.abs().max().expand(len(b)) for b in x.flatten().split(ELEMENTS_PER_SCALE)]
+    )
     off = (found - x).abs().flatten()
     assert (off <= (0.05 * x.abs().flatten()).maximum(1e-2 * largest)).all()
     assert off.max() > 0
@@ -49,6 +52,21 @@ def test_rounding_once_more_changes_nothing():
     again = narrowed(widened(codes, scales, signed=False), signed=False)
     assert torch.equal(codes, again[0])
     assert torch.equal(scales, again[1])
+
+
+@pytest.mark.parametrize(
+    ("signed", "median", "under", "most"),
+    [(False, 0.011, 0.89, 0.32), (True, 0.023, 0.76, 0.42)],
+)
+def test_codes_lie_as_close_as_it_is_said(signed, median, under, most):
+    from bitsandbytes.functional import create_dynamic_map
+
+    codes = create_dynamic_map(signed=signed).double().sort().values
+    codes = codes[codes > 0]
+    gaps = codes.diff() / 2 / codes[1:]
+    assert float(gaps.median()) == pytest.approx(median, abs=5e-4)
+    assert float((gaps < 0.05).double().mean()) == pytest.approx(under, abs=5e-3)
+    assert float(gaps.max()) == pytest.approx(most, abs=5e-3)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(300), torch.tensor([]), torch.full((2, 2), 1e30)])
@@ -91,9 +109,10 @@ def test_streamed_steps_are_the_same(options):
     assert_same(*ways)
 
 
-def test_state_is_wide_a_few_parameters_at_a_time(monkeypatch):
-    whole = trained(made(), streamed=False, steps=3, **EIGHT)
-    monkeypatch.setattr(gradients, "_BUCKET_BYTES", 4 * 800)
+@pytest.mark.parametrize("options", [{}, {"betas": (0.9, 0.0)}], ids=str)
+def test_state_is_wide_a_few_parameters_at_a_time(monkeypatch, options):
+    whole = trained(made(), streamed=False, steps=3, **options, **EIGHT)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4 * 800)
     seen = []
 
     class Watched(MOLLMOptimizer):
@@ -103,7 +122,7 @@ def test_state_is_wide_a_few_parameters_at_a_time(monkeypatch):
                 yield piece
 
     monkeypatch.setattr("streamed_steps.MOLLMOptimizer", Watched)
-    assert_same(whole, trained(made(), streamed=False, steps=3, **EIGHT))
+    assert_same(whole, trained(made(), streamed=False, steps=3, **options, **EIGHT))
     assert max(seen) <= 800
 
 
@@ -167,6 +186,42 @@ def test_a_state_of_torchs_own_is_rounded():
         assert torch.equal(opt.state[x][scales_name(name)], scales)
 
 
+DTYPES = ["8bit", torch.bfloat16, torch.float32, None]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("loads", DTYPES, ids=str)
+@pytest.mark.parametrize("saved", DTYPES, ids=str)
+def test_a_loaded_state_has_the_dtype_of_the_optimizer_that_loads_it(saved, loads, options):
+    model = made("tied", torch.float32)
+    kept = {**options, "state_dtype": saved}
+    model, opt, _ = trained(model, streamed=False, steps=2, **kept)
+    other = copy.deepcopy(model)
+    kept["state_dtype"] = loads
+    loading = MOLLMOptimizer(other.parameters(), objectives=NAMES, **kept)
+    loading.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert {group["state_dtype"] for group in loading.param_groups} == {loads}
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        mine, theirs = loading.state[q], opt.state[p]
+        for name in set(theirs) & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
+            signed, scales = name != "exp_avg_sq", scales_name(name)
+            wide = theirs[name]
+            if saved == "8bit":
+                wide = widened(wide, theirs[scales], signed=signed)
+            if loads == "8bit":
+                kept_codes = theirs[name], theirs.get(scales)
+                expected = kept_codes if saved == "8bit" else narrowed(wide, signed=signed)
+                assert torch.equal(mine[name], expected[0])
+                assert torch.equal(mine[scales], expected[1])
+            else:
+                assert mine[name].dtype == (loads or torch.float32)
+                assert torch.equal(mine[name], wide.to(loads or torch.float32))
+                assert scales not in mine
+    hold(loading, losses_of(other, *next(batches(1, 9))))
+    loading.step()
+
+
+@pytest.mark.parametrize("dtype", ["8bit", None])
 @pytest.mark.parametrize(
     "change",
     [
@@ -177,13 +232,14 @@ def test_a_state_of_torchs_own_is_rounded():
     ],
     ids=["no scales", "nan", "negative", "shape"],
 )
-def test_a_damaged_state_is_refused(change):
+def test_a_damaged_state_is_refused(change, dtype):
     x = nn.Parameter(torch.ones(300))
     opt = MOLLMOptimizer([x], objectives=("a",), **EIGHT)
     opt.backward({"a": x.sum()})
     opt.step()
     state = copy.deepcopy(opt.state_dict())
     change(state["state"][0])
+    opt = MOLLMOptimizer([x], objectives=("a",), state_dtype=dtype)
     with pytest.raises(UsageError, match=r"exp_avg_sq of parameter 0 must be \(300,\) codes and 2"):
         opt.load_state_dict(state)
 

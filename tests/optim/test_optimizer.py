@@ -569,11 +569,13 @@ def test_a_non_finite_gradient_is_skipped_counted_and_warned_of_once():
     train(model, opt, data[:2])
     weights = [p.detach().clone() for p in model.parameters()]
     state = copy.deepcopy(opt.base.state_dict())
-    with pytest.warns(UserWarning, match="the gradient of kl is not finite: the step was skipped"):
+    words = "the gradient of kl is not finite: the step was skipped"
+    with pytest.warns(UserWarning, match=words) as said:
         bad = losses(model, data[2])
         opt.zero_grad()
         opt.backward({**bad, "kl": bad["kl"] * float("nan")})
         opt.step()
+    assert [warning.filename for warning in said] == [__file__]
     assert equal([p.detach() for p in model.parameters()], weights)
     assert str(opt.base.state_dict()) == str(state)
     assert opt.last_step.status is Status.NON_FINITE

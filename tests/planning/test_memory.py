@@ -25,6 +25,7 @@ from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import shape_named, shape_of
 from mollm.system import precision
 from mollm.system.units import GIB
+from mollm.training.config import MOLLMConfig
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import AdapterReference, CopyReference
 from mollm.training.step import accumulate
@@ -437,6 +438,52 @@ def test_two_batches_are_split_into_as_many_parts():
     assert not any("accumulation" in proposal.words for proposal in without_a_divisor)
 
 
+def config_of(settings, folder):
+    """The settings of the optimizer of a plan as those of a run."""
+    names = ("gradient_memory", "gram", "metric", "momentum", "state_dtype")
+    options = {n: getattr(settings, n) for n in names if getattr(settings, n) is not None}
+    return MOLLMConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        adam_beta2=settings.adam_beta2,
+        optimizer_options=options,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        max_grad_norm=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adam_beta2": 0.0},
+        {"metric": "euclidean"},
+        {"metric": "euclidean", "adam_beta2": 0.0},
+        {"momentum": "per-objective", "metric": "euclidean"},
+    ],
+)
+@pytest.mark.parametrize("memory", [8, 16, 24, 40])
+def test_a_run_takes_the_settings_of_every_proposal(llama, options, memory, tmp_path):
+    found = proposals(plan(llama, PlanSettings(device="cuda", **options)), memory * GIB)
+    assert found
+    for proposal in found:
+        config_of(proposal.plan.settings, tmp_path)
+
+
+def test_no_second_moment_is_proposed_once_and_without_a_state_dtype(llama):
+    first = plan(llama, PlanSettings(device="cuda"))
+    words = [proposal.words for proposal in proposals(first, 16 * GIB)]
+    assert words.count("--adam-beta2 0, no state dtype") == 1
+    without = plan(llama, PlanSettings(device="cuda", adam_beta2=0.0))
+    assert not [p for p in proposals(without, 16 * GIB) if "adam-beta2" in p.words]
+
+
+def test_the_largest_tensor_of_an_adapter_is_one_of_its_two(llama):
+    settings = PlanSettings(lora_rank=16, reference="adapter")
+    assert planning._largest(llama, settings) == 16 * 14336
+
+
 def test_where_nothing_fits_the_last_proposal_does_not(llama):
     found = proposals(plan(llama, PlanSettings()), GIB)
     assert [p.words for p in found[-2:]] == [
@@ -496,6 +543,10 @@ def test_streamed_gradients_are_those_of_one_block(llama):
             "momentum must be left out with gram 'blocks'",
         ),
         ({"state_dtype": "8bit", "shards": 2}, "state_dtype must not be 8bit in shards"),
+        (
+            {"state_dtype": "8bit", "adam_beta2": 0.0},
+            "state_dtype must be left out with adam_beta2 0 and no first moment",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, but got 0"),
         ({"lora_rank": -1}, "lora_rank must not be negative, but got -1"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, but got 'int8'"),

@@ -1,6 +1,7 @@
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,7 +47,9 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
         ({"max_steps": 3.5}, "max_steps must be a whole number, but got 3.5"),
         ({"max_steps": True}, "max_steps must be a number, but got True"),
         ({"eval_steps": "often"}, "eval_steps must be a number, but got 'often'"),
-        ({"disable_tqdm": 1}, "disable_tqdm must be true or false, but got 1"),
+        ({"disable_tqdm": 2}, "disable_tqdm must be true or false, but got 2"),
+        ({"disable_tqdm": 1.0}, "disable_tqdm must be true or false, but got 1.0"),
+        ({"seed": np.bool_(True)}, "seed must be a number, but got"),
         ({"max_loss_rise": float("nan")}, "max_loss_rise must be a finite number"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be left out"),
         ({"optim": "sgd"}, "name the base in optimizer_options"),
@@ -106,6 +109,30 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
 def test_values_that_do_not_go_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
         config(**options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"seed": np.int64(3)}, 3),
+        ({"max_steps": np.float32(3.0)}, 3),
+        ({"learning_rate": np.float32(0.5)}, 0.5),
+        ({"max_loss_rise": np.int32(2)}, 2),
+        ({"disable_tqdm": np.bool_(False)}, False),
+        ({"disable_tqdm": 1}, True),
+        ({"disable_tqdm": np.int64(0)}, False),
+    ],
+)
+def test_numbers_and_switches_of_numpy_are_taken_as_pythons(setting, expected):
+    ((name, _),) = setting.items()
+    found = getattr(config(**setting), name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_a_switch_of_the_optimizer_may_be_a_number():
+    made = config(optimizer_options={"normalize": 1}).for_optimizer()
+    assert made["normalize"] is True
 
 
 def test_what_parts_do_not_go_with_is_refused(monkeypatch):

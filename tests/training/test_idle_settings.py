@@ -63,11 +63,13 @@ def test_a_setting_of_the_training_that_would_do_nothing_is_refused(setting, bes
 
 OPTIONS = [
     ({"mean_beta": 0.5}, {}, {"momentum": "per-objective"}),
+    ({"mean_beta": 0}, {}, {"momentum": "per-objective"}),
     ({"normalize": True}, {"direction": "dual"}, {"direction": "mgda"}),
     ({"normalize": True}, {"direction": "dual"}, {"direction": "sum"}),
     ({"length": "first"}, {}, {"normalize": True}),
     ({"length": "first"}, {"direction": "sum", "normalize": True}, {"direction": "dual"}),
     ({"length": "first"}, {"direction": lambda gram: gram[0]}, {"normalize": True}),
+    ({"metric": "euclidean"}, {"base": "sgd"}, {}),
     ({"state_dtype": "bfloat16"}, {"base": "sgd"}, {"base": "sgd", "momentum": 0.5}),
     (
         {"state_dtype": "bfloat16"},
@@ -82,7 +84,7 @@ def test_an_option_of_the_optimizer_that_would_do_nothing_is_refused(option, bes
     (name,) = option
     with pytest.raises(UsageError, match=f"{name} must be left out of optimizer_options"):
         config(**options(**option, **beside))
-    assert config(**options(**option, **other)).for_optimizer()[name]
+    assert config(**options(**option, **other)).for_optimizer()[name] is not None
     config(**options(**beside))
 
 
@@ -172,3 +174,14 @@ def test_an_adapter_trains_no_embeddings(tmp_path):
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with pytest.raises(UsageError, match="freeze_embeddings must be left out with an adapter"):
         trainer(tmp_path, adapter, freeze_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"state_dtype": "bfloat16"}, {"momentum": "per-objective", "gradient_memory": "bfloat16"}],
+)
+def test_rounding_at_random_needs_something_in_bfloat16(tmp_path, beside):
+    plain = trainer(tmp_path, **options(stochastic_rounding=True))
+    with pytest.raises(UsageError, match=r"stochastic_rounding must be left out .* but got True"):
+        plain.create_optimizer()
+    trainer(tmp_path, **options(stochastic_rounding=True, **beside)).create_optimizer()

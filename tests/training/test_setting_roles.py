@@ -75,6 +75,7 @@ def test_what_decides_the_optimizers_state_is_fixed():
         return setting_roles.fixed_settings(made.all_settings(), made.for_optimizer())
 
     assert fixed() == fixed(base="adamw", gradient_memory="bfloat16", weight_decay=0.1)
+    assert fixed() == fixed(gradient_memory="streamed", gram="blocks")
     for changed in (
         {"base": "sgd"},
         {"base": "sgd", "momentum": 0.9},
