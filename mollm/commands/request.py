@@ -404,7 +404,7 @@ def _made(ledger: Ledger, request: Request) -> dict[str, str]:
         path = run / Path(str(given[name])).name  # the ledger may have moved since
         if path.exists():
             try:
-                found[name], _ = _hash_of(str(path), "retain")
+                found[name], _ = hash_of_data(str(path), "retain")
             except UsageError:
                 found[name] = ""
     return found
