@@ -96,6 +96,18 @@ def trained(
     return model, opt, reports
 
 
+def watched(seen):
+    """An optimizer that notes how many parameters it works on at a time."""
+
+    class Watched(MOLLMOptimizer):
+        def _pieces(self, params):
+            for piece in super()._pieces(params):
+                seen.append(sum(p.numel() for p in piece[1]))
+                yield piece
+
+    return Watched
+
+
 def assert_same(one, other, limit=1e-12):
     (a, opt_a, reports_a), (b, opt_b, reports_b) = one, other
     for p, q in zip(a.parameters(), b.parameters(), strict=True):

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from mollm.optim.directions import uses_preferences
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
-from mollm.training.idle_settings import refuse_idle, refuse_idle_options
+from mollm.training.idle_settings import chosen, refuse_idle, refuse_idle_options
 from mollm.training.reference_model import REFERENCES
 from mollm.training.setting_roles import UNSUPPORTED, plain
 
@@ -87,7 +87,6 @@ _WORDS = dict.fromkeys(("true", "yes", "on", "1"), True)
 _WORDS |= dict.fromkeys(("false", "no", "off", "0"), False)
 _SWITCHES = ("normalize", "track_conflicts", "stochastic_rounding", "nesterov")
 """Of optimizer_options."""
-_OFF: tuple[Any, ...] = (None, False, 0, "", "no", [], {})
 _BY_NAME = ("method_options", "chat_template_kwargs", "optimizer_options", "stop_when")
 if TYPE_CHECKING:
     Options = dict[str, Any]
@@ -542,16 +541,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 )
 
     def _refuse_other_options(self) -> None:
-        defaults = {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory()
-            for f in fields(self)
-        }
+        mine = chosen(self)
         for name, instead in UNSUPPORTED.items():
-            value, default = getattr(self, name, None), defaults.get(name)
-            # None and False say what the default says, where that is no more than these or "no".
-            if name in defaults and value != default and (value or default not in _OFF):
+            if name in mine:
                 raise UsageError(
-                    f"{name} must be left out of a MOLLMConfig, but got {value}: {instead}."
+                    f"{name} must be left out of a MOLLMConfig, but got {mine[name]}: {instead}."
                 )
 
     def _check_schedule(self) -> None:

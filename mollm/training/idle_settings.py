@@ -36,6 +36,7 @@ _SAME_IN_OPTIONS = {
 }
 """Settings of which optimizer_options may say the same."""
 _OF_THE_RUN = ("params", "objectives")
+_OFF: tuple[Any, ...] = (None, False, 0, "", "no", [], {})
 _OF_A_REPORT = (
     "run_name",
     "project",
@@ -46,13 +47,14 @@ _OF_A_REPORT = (
 
 
 def chosen(args: MOLLMConfig) -> dict[str, Any]:
-    """The settings that are not what they are by default."""
+    """The settings that are not what they are by default, None and False taken for it where it is
+    no more than these or "no"."""
     defaults = {
         f.name: f.default_factory() if f.default_factory is not MISSING else f.default
         for f in fields(args)
     }
     values = {name: getattr(args, name) for name in defaults}
-    return {n: v for n, v in values.items() if v != defaults[n] and (v or defaults[n])}
+    return {n: v for n, v in values.items() if v != defaults[n] and (v or defaults[n] not in _OFF)}
 
 
 def refuse_idle(args: MOLLMConfig) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from streamed_steps import NAMES, assert_same, batches, hold, losses_of, made, trained
+from streamed_steps import NAMES, assert_same, batches, hold, losses_of, made, trained, watched
 from torch import nn
 
 from mollm import MOLLMOptimizer, UsageError
@@ -115,13 +115,7 @@ def test_state_is_wide_a_few_parameters_at_a_time(monkeypatch, options):
     monkeypatch.setattr(gradients, "BUCKET_BYTES", 4 * 800)
     seen = []
 
-    class Watched(MOLLMOptimizer):
-        def _pieces(self, params):
-            for piece in super()._pieces(params):
-                seen.append(sum(p.numel() for p in piece[1]))
-                yield piece
-
-    monkeypatch.setattr("streamed_steps.MOLLMOptimizer", Watched)
+    monkeypatch.setattr("streamed_steps.MOLLMOptimizer", watched(seen))
     assert_same(whole, trained(made(), streamed=False, steps=3, **options, **EIGHT))
     assert max(seen) <= 800
 

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.fsdp
-from streamed_steps import KINDS, assert_same, batches, losses_of, made, moved, trained
+from streamed_steps import KINDS, assert_same, batches, losses_of, made, moved, trained, watched
 from torch import nn
 from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
@@ -137,13 +137,7 @@ def test_no_more_than_one_block_of_gradients_is_alive():
     model = made(num_hidden_layers=6)
     seen = []
 
-    class Watched(MOLLMOptimizer):
-        def _pieces(self, params):
-            for piece in super()._pieces(params):
-                seen.append(sum(p.numel() for p in piece[1]))
-                yield piece
-
-    opt = Watched(model.parameters(), gradient_memory="streamed")
+    opt = watched(seen)(model.parameters(), gradient_memory="streamed")
     with opt.streamed(find_blocks(model)):
         opt.backward(losses_of(model, *next(batches(1, 0))))
     opt.step()
