@@ -20,37 +20,99 @@ constexpr double kFaint = 0x1p-86;
 
 MOLLM_INLINE int triangle(int i, int j) { return i * (i + 1) / 2 + j; }
 
+// ---- Adam's metric at one position: P = 1 / (root sqrt(v') + eps), v' the second moment after the
+// step; NaN where the step could not compute or store v'. V is a vector, or S itself.
+
+static bool any_in_double(const GramChunk& chunk) {
+  return any_double(chunk.rows, chunk.dtypes) ||
+         (chunk.means && any_double(chunk.rows, chunk.mean_dtypes)) ||
+         (chunk.second && chunk.second_dtype == DType::kFloat64);
+}
+
+template <class S>
+struct Metric {
+  S beta2, fresh, root, eps, largest, largest_square;
+
+  explicit Metric(const GramChunk& chunk)
+      : beta2(static_cast<S>(chunk.beta2)),
+        fresh(static_cast<S>(1 - chunk.beta2)),
+        root(static_cast<S>(1 / sqrt(chunk.correction))),
+        eps(static_cast<S>(chunk.eps)) {
+    // Of the step, which computes in float also where this does in double for its range.
+    const DType computed = any_in_double(chunk) ? DType::kFloat64 : DType::kFloat32;
+    const DType kept = chunk.second ? chunk.second_dtype : computed;
+    largest = static_cast<S>(fmin(largest_moment(kept), largest_moment(computed)));
+    largest_square = static_cast<S>(largest_moment(computed));
+  }
+
+  template <class V>
+  inline __attribute__((always_inline)) V at(V second, V square) const {
+    const V v = beta2 * second + fresh * square;
+    const auto fits = (square <= largest_square) & (v <= largest);
+    return fits ? 1 / (square_root(v) * root + eps) : V{} + static_cast<S>(NAN);
+  }
+};
+
 // ---- Gram, few rows of one dtype: everything in registers.
 
-template <int K, class T>
-static void gram_direct(const void* const* data, int64_t count, double* partial) {
+template <class T>
+MOLLM_INLINE f32x16 as_stored(f32x16 x) {
+  T stored[kLanes];
+  store(stored, x);
+  return load(stored);
+}
+
+// Of T are also the running means and the second moment, where there are such.
+template <int K, class T, bool kMeans, bool kMetric>
+static void gram_direct(const GramChunk& chunk, double* partial) {
   constexpr int kPairs = K * (K + 1) / 2;
-  const T* rows[K];
-  for (int k = 0; k < K; ++k) rows[k] = static_cast<const T*>(data[k]);
+  const T *rows[K], *means[K];
+  f32x16 weights[K];
+  for (int k = 0; k < K; ++k) {
+    rows[k] = static_cast<const T*>(chunk.data[k]);
+    if constexpr (kMeans) means[k] = static_cast<const T*>(chunk.means[k]);
+    if constexpr (kMetric) weights[k] = f32x16{} + static_cast<float>(chunk.second_weights[k]);
+  }
+  const T* const second = static_cast<const T*>(chunk.second);
+  const Metric<float> metric(chunk);
+  const float beta = static_cast<float>(chunk.beta), fresh = static_cast<float>(1 - chunk.beta);
   f64x8 total[kPairs] = {};
-  for (int64_t begin = 0; begin < count; begin += kFlush) {
-    const int64_t end = min64(begin + kFlush, count);
+  for (int64_t begin = 0; begin < chunk.count; begin += kFlush) {
+    const int64_t end = min64(begin + kFlush, chunk.count);
     f32x16 products[kPairs] = {};
-    const auto add = [&](const f32x16* x) __attribute__((always_inline)) {
+    const auto add = [&](const f32x16* x, const f32x16* y) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < K; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j <= i; ++j) products[triangle(i, j)] += x[i] * x[j];
+        for (int j = 0; j <= i; ++j) products[triangle(i, j)] += x[i] * y[j];
     };
     const auto accumulate = [&](auto read) __attribute__((always_inline)) {
       f32x16 x[K];
 #pragma GCC unroll 4
-      for (int i = 0; i < K; ++i) x[i] = read(rows[i]);
-      add(x);
+      for (int i = 0; i < K; ++i) {
+        x[i] = read(rows[i]);
+        if constexpr (kMeans) x[i] = as_stored<T>(beta * read(means[i]) + fresh * x[i]);
+      }
+      if constexpr (kMetric) {
+        f32x16 square = {}, scaled[K];
+#pragma GCC unroll 4
+        for (int i = 0; i < K; ++i) square += weights[i] * x[i] * x[i];
+        const f32x16 scale = metric.at(second ? read(second) : f32x16{}, square);
+#pragma GCC unroll 4
+        for (int i = 0; i < K; ++i) scaled[i] = scale * x[i];
+        add(scaled, x);
+      } else {
+        add(x, x);
+      }
     };
     int64_t n = begin;
-    if constexpr (std::is_same_v<T, bf16>)
+    if constexpr (std::is_same_v<T, bf16> && !kMeans && !kMetric)
       for (; n + 2 * kLanes <= end; n += 2 * kLanes) {
         f32x16 even[K], odd[K];
 #pragma GCC unroll 4
         for (int i = 0; i < K; ++i) load_pairs(rows[i] + n, &even[i], &odd[i]);
-        add(even);
-        add(odd);
+        add(even, even);
+        add(odd, odd);
       }
     for (; n + kLanes <= end; n += kLanes)
       accumulate([n](const T* row) __attribute__((always_inline)) { return load(row + n); });
@@ -62,15 +124,22 @@ static void gram_direct(const void* const* data, int64_t count, double* partial)
   for (int p = 0; p < kPairs; ++p) partial[p] = sum(total[p]);
 }
 
-template <class T>
-static bool gram_direct(int rows, const void* const* data, int64_t count, double* partial) {
-  switch (rows) {
-    case 1: gram_direct<1, T>(data, count, partial); return true;
-    case 2: gram_direct<2, T>(data, count, partial); return true;
-    case 3: gram_direct<3, T>(data, count, partial); return true;
-    case 4: gram_direct<4, T>(data, count, partial); return true;
-    default: return false;
+template <class T, bool kMeans, bool kMetric>
+static void gram_direct(const GramChunk& chunk, double* partial) {
+  switch (chunk.rows) {
+    case 1: return gram_direct<1, T, kMeans, kMetric>(chunk, partial);
+    case 2: return gram_direct<2, T, kMeans, kMetric>(chunk, partial);
+    case 3: return gram_direct<3, T, kMeans, kMetric>(chunk, partial);
+    case 4: return gram_direct<4, T, kMeans, kMetric>(chunk, partial);
   }
+}
+
+template <class T>
+static void gram_direct(const GramChunk& chunk, double* partial) {
+  if (chunk.means && chunk.second_weights) return gram_direct<T, true, true>(chunk, partial);
+  if (chunk.means) return gram_direct<T, true, false>(chunk, partial);
+  if (chunk.second_weights) return gram_direct<T, false, true>(chunk, partial);
+  gram_direct<T, false, false>(chunk, partial);
 }
 
 // ---- Gram, any number of rows of any dtypes: rows converted into scratch, products in tiles.
@@ -130,37 +199,28 @@ static void move_mean(const GramChunk& chunk, int k, int64_t begin, int64_t coun
   convert(stored, chunk.mean_dtypes[k], 0, count, g);
 }
 
-static bool in_double(const GramChunk& chunk) {
-  return any_double(chunk.rows, chunk.dtypes) ||
-         (chunk.means && any_double(chunk.rows, chunk.mean_dtypes)) ||
-         (chunk.second && chunk.second_dtype == DType::kFloat64);
-}
-
-// Scales every row by sqrt(P), P the metric of Adam; by NaN where the step could not
-// compute or store v'.
+// Scales every row by sqrt(P).
 template <class S>
 static void scale_by_metric(const GramChunk& chunk, int64_t begin, int64_t count,
                             S (*row)[kScratch]) {
-  alignas(64) S sum[kScratch] = {}, second[kScratch] = {};
-  const S beta2 = static_cast<S>(chunk.beta2), fresh = static_cast<S>(1 - chunk.beta2);
-  const S root = static_cast<S>(1 / sqrt(chunk.correction)), eps = static_cast<S>(chunk.eps);
-  // Of the step, which computes in float also where this does in double for its range.
-  const DType computed = in_double(chunk) ? DType::kFloat64 : DType::kFloat32;
-  const DType kept = chunk.second ? chunk.second_dtype : computed;
-  const S largest = static_cast<S>(fmin(largest_moment(kept), largest_moment(computed)));
-  const S largest_square = static_cast<S>(largest_moment(computed));
+  alignas(64) S scale[kScratch] = {}, second[kScratch] = {};
+  const Metric<S> metric(chunk);
   if (chunk.second) convert(chunk.second, chunk.second_dtype, begin, count, second);
   for (int k = 0; k < chunk.rows; ++k) {
     const S weight = static_cast<S>(chunk.second_weights[k]);
-    for (int64_t n = 0; n < count; ++n) sum[n] += weight * row[k][n] * row[k][n];
+    for (int64_t n = 0; n < count; ++n) scale[n] += weight * row[k][n] * row[k][n];
   }
-  for (int64_t n = 0; n < count; ++n) {
-    const S v = beta2 * second[n] + fresh * sum[n];
-    const bool fits = sum[n] <= largest_square && v <= largest;
-    sum[n] = fits ? 1 / sqrt(sqrt(v) * root + eps) : static_cast<S>(NAN);
-  }
+  for (int64_t n = 0; n < count; ++n)
+    scale[n] = square_root(metric.template at<S>(second[n], scale[n]));
   for (int k = 0; k < chunk.rows; ++k)
-    for (int64_t n = 0; n < count; ++n) row[k][n] *= sum[n];
+    for (int64_t n = 0; n < count; ++n) row[k][n] *= scale[n];
+}
+
+// Asks for what is converted next, so that memory works while the products are taken.
+MOLLM_INLINE void fetch(const void* row, DType dtype, int64_t begin, int64_t count) {
+  const char* const p = static_cast<const char*>(row);
+  const int64_t end = min64(begin + kScratch, count) * bytes_of(dtype);
+  for (int64_t n = begin * bytes_of(dtype); n < end; n += 64) __builtin_prefetch(p + n);
 }
 
 template <class S>
@@ -180,6 +240,8 @@ static void gram_scratch(const GramChunk& chunk, double* partial) {
         convert(chunk.data[k], chunk.dtypes[k], begin, length, row[k]);
         if (chunk.means) move_mean(chunk, k, begin, length, row[k]);
       }
+      for (int k = 0; k < rows; ++k)
+        fetch(chunk.data[k], chunk.dtypes[k], begin + length, chunk.count);
       if (chunk.second_weights) scale_by_metric(chunk, begin, length, row);
       for (int k = 0; k < rows; ++k) padded = pad(row[k], length);
       for (int i = 0; i < rows; i += kTile) switch (rows - i) {
@@ -193,31 +255,27 @@ static void gram_scratch(const GramChunk& chunk, double* partial) {
   }
 }
 
-static bool uniform(int rows, const DType* dtypes) {
-  for (int k = 1; k < rows; ++k)
-    if (dtypes[k] != dtypes[0]) return false;
-  return true;
+// The one dtype of all that is read, or float64 where there are several.
+static DType common_dtype(const GramChunk& chunk) {
+  const DType first = chunk.dtypes[0];
+  bool alike = !chunk.second_weights || !chunk.second || chunk.second_dtype == first;
+  for (int k = 0; k < chunk.rows; ++k)
+    alike = alike && chunk.dtypes[k] == first && (!chunk.means || chunk.mean_dtypes[k] == first);
+  return alike ? first : DType::kFloat64;
 }
 
 static void gram_in_float(const GramChunk& chunk, double* partial) {
-  const bool plain = !chunk.means && !chunk.second_weights;
-  if (plain && chunk.rows <= kDirectRows && uniform(chunk.rows, chunk.dtypes)) {
-    switch (chunk.dtypes[0]) {
-      case DType::kBFloat16:
-        if (gram_direct<bf16>(chunk.rows, chunk.data, chunk.count, partial)) return;
-        break;
-      case DType::kFloat16:
-        if (gram_direct<fp16>(chunk.rows, chunk.data, chunk.count, partial)) return;
-        break;
-      default:
-        if (gram_direct<float>(chunk.rows, chunk.data, chunk.count, partial)) return;
+  if (chunk.rows <= kDirectRows) switch (common_dtype(chunk)) {
+      case DType::kFloat32: return gram_direct<float>(chunk, partial);
+      case DType::kBFloat16: return gram_direct<bf16>(chunk, partial);
+      case DType::kFloat16: return gram_direct<fp16>(chunk, partial);
+      case DType::kFloat64: break;
     }
-  }
   gram_scratch<float>(chunk, partial);
 }
 
 static bool is_zero(const void* row, DType dtype, int64_t count) {
-  const int64_t bytes = count * (dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t bytes = count * bytes_of(dtype);
   const char* const p = static_cast<const char*>(row);
   int64_t n = 0;
   for (; n + 64 <= bytes; n += 64) {
@@ -244,7 +302,7 @@ static bool out_of_range(const GramChunk& chunk, const double* partial) {
 }
 
 static void gram(const GramChunk& chunk, double* partial) {
-  const bool wide = in_double(chunk);
+  const bool wide = any_in_double(chunk);
   if (!wide) gram_in_float(chunk, partial);
   if (wide || out_of_range(chunk, partial)) gram_scratch<double>(chunk, partial);
 }

@@ -12,6 +12,11 @@ constexpr int64_t kScratch = 512;  // elements of a row converted at a time
 
 MOLLM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// As size_of of lists.h, whose functions are not to be compiled with an instruction set of its own.
+MOLLM_INLINE int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // The last, partial vector: the missing lanes are zero and add nothing.
 template <class T>
 MOLLM_INLINE f32x16 load_tail(const T* p, int64_t count) {

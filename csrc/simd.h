@@ -3,8 +3,11 @@
 // set: everything is static and always inlined, so no copy leaks into another set's code.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -134,6 +137,19 @@ MOLLM_INLINE f32x16 exp_negative(f32x16 x) {
   const f32x16 power = (f32x16)(((u32x16)rounded + (127u - 0x4b400000u)) << 23);
   return select(vanishes, f32x16{}, p * power);
 }
+
+// Of every lane.
+template <class V>
+MOLLM_INLINE V square_root(V x) {
+  using S = std::remove_reference_t<decltype(x[0])>;
+  S lanes[sizeof(V) / sizeof(S)];
+  std::memcpy(lanes, &x, sizeof(x));
+  for (S& lane : lanes) lane = sqrt(lane);
+  std::memcpy(&x, lanes, sizeof(x));
+  return x;
+}
+MOLLM_INLINE float square_root(float x) { return sqrtf(x); }
+MOLLM_INLINE double square_root(double x) { return sqrt(x); }
 
 MOLLM_INLINE double sum(f64x8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));

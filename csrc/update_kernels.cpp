@@ -119,15 +119,6 @@ MOLLM_INLINE f64x8 rounded_stochastically(f64x8 x, uint32_t key, int64_t element
   return widen_low(rounded_stochastically(narrow, key, element));
 }
 
-template <class V>
-MOLLM_INLINE V root(V x) {
-  ScalarOf<V> lanes[Lanes<V>::count];
-  std::memcpy(lanes, &x, sizeof(x));
-  for (ScalarOf<V>& lane : lanes) lane = sqrt(lane);
-  std::memcpy(&x, lanes, sizeof(x));
-  return x;
-}
-
 // ---- the step
 //
 // T is the dtype of all rows where they share one, so that nothing is left to decide in the loop,
@@ -209,7 +200,7 @@ MOLLM_INLINE V stepped(const UpdateChunk& chunk, const Weighed<V>& g, int64_t at
     const V v = static_cast<S>(s.beta2) * get<V, T>(chunk.second, at, valid) +
                 static_cast<S>(1 - s.beta2) * g.square;
     set<T>(chunk, chunk.second, 2, at, valid, v);
-    d /= root(v) * static_cast<S>(s.root) + static_cast<S>(s.eps);
+    d /= square_root(v) * static_cast<S>(s.root) + static_cast<S>(s.eps);
   }
   return static_cast<S>(s.keep) * param - static_cast<S>(s.lr) * d;
 }
