@@ -4,13 +4,15 @@
     python benchmarks/lasting.py --data FOLDER --seeds 0 --settings "mollm, relearning"
     python benchmarks/lasting.py --data FOLDER --settings "mollm, 20 steps, own retain data"
     python benchmarks/lasting.py --task knowledge          thirty things that SmolLM2 knows
+    python benchmarks/lasting.py --task facts-4            synthetic facts, an objective a domain
 
-Every run is one of MOLLMTrainer. Shares are of the original's likelihood: `forget` of the rows to
-forget, `kept` of authors or facts that training never touched, `outside` of other kinds of
-question; and `others` of the forgotten rows after ten steps of AdamW on ten of them, at either
-learning rate. Beside them stands the model that never learnt the rows; of what SmolLM2 knows there
-is none, but shares of questions that are answered, `general` those about other things. A run that
-is in the results folder is not run again, so that the script can be stopped and taken up.
+Every run is one of MOLLMTrainer, but for the synthetic facts, which no language model reads. Shares
+are of the original's likelihood: `forget` of the rows to forget, `kept` of authors or facts that
+training never touched, `outside` of other kinds of question; and `others` of the forgotten rows
+after ten steps of AdamW on ten of them, at either learning rate. Beside them stands the model that
+never learnt the rows; of what SmolLM2 knows there is none, but shares of questions that are
+answered, `general` those about other things. A run that is in the results folder is not run again,
+so that the script can be stopped and taken up.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from unittest import mock
 
 import torch
 from _common import ROOT, Row, print_table, provenance, results_folder, save_json
-from quality import ideas, knowledge, tofu
+from quality import facts, ideas, knowledge, lasting_facts, tofu
 from quality.case import TrainerCase, likelihood, measure, share
 from quality.endings import learn_ten
 from quality.summary import interval
@@ -74,6 +76,10 @@ class Task:
     """Models that stand beside those of the runs."""
     common: Mapping[str, Any] = field(default_factory=dict)
     """Settings of every run."""
+    run: Callable[[TrainerCase, dict[str, Any], int], tuple[Any, Row]] = field(
+        default=lambda *given: unlearned(*given)
+    )
+    """A copy of the case's model after a run, and what the run says of itself."""
 
 
 def _tofu(options: argparse.Namespace, seed: int) -> TrainerCase:
@@ -91,7 +97,35 @@ def _knowledge(options: argparse.Namespace, seed: int) -> TrainerCase:
     return knowledge.make_case(seed, torch.device("cpu"), ROOT / "build" / "models")
 
 
+def _facts(objectives: int, seed: int) -> TrainerCase:
+    case = facts.make_case(objectives, seed)
+    return TrainerCase(case, {}, None, lambda: facts.never_learnt(objectives, seed))
+
+
+_FACTS = Task(
+    "Synthetic facts",
+    lambda options, seed: _facts(int(options.task.removeprefix("facts-")), seed),
+    {
+        f"{method}{name}": {"method": method, **settings}
+        for method in ("mollm", "sum")
+        for name, settings in {
+            ", 60 steps": {"max_steps": 60, "learning_rate": 1e-3},
+            "": {"max_steps": 240, "learning_rate": 1e-3},
+            ", relearning": {
+                "max_steps": 240,
+                "learning_rate": 1e-3,
+                "relearn_steps": 3,
+                "relearn_lr": 3e-3,
+            },
+        }.items()
+    },
+    (1e-3, 3e-3),
+    ("forget", "kept", "outside", "others", "conflicts"),
+    run=lambda started, settings, seed: lasting_facts.unlearned(started.case, settings, seed),
+)
+
 TASKS = {
+    **{f"facts-{count}": _FACTS for count in (2, 4, 8)},
     "tofu": Task(
         "TOFU on a small Llama",
         _tofu,
@@ -149,9 +183,8 @@ TASKS = {
 }
 
 
-def unlearned(task: Task, started: TrainerCase, seed: int, name: str) -> tuple[Any, Row]:
+def unlearned(started: TrainerCase, settings: dict[str, Any], seed: int) -> tuple[Any, Row]:
     """A copy of the case's model after a run of the trainer, and what the run says of itself."""
-    settings = {**task.common, **task.settings[name]}
     forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
     retain = settings.pop("retain", started.records["retain"])
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = started.never()
         else:
             with mock.patch.dict(METHODS, ideas.IDEAS):
-                model, run = unlearned(task, started, seed, name)
+                settings = {**task.common, **task.settings[name]}
+                model, run = task.run(started, settings, seed)
         keep({"seed": seed, "settings": name, **judged(task, started, model), **run})
     print_table(table(task, rows), f"{task.title}, {', '.join(map(str, options.seeds))}")
     return 0

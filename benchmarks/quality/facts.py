@@ -41,6 +41,11 @@ class Facts:
         """Some of them."""
         return Facts(self.subject[rows], self.relation[rows], self.object[rows])
 
+    def about(self, subjects: range) -> Facts:
+        """Those of some subjects."""
+        wanted = (self.subject >= subjects.start) & (self.subject < subjects.stop)
+        return self.of(wanted.nonzero()[:, 0])
+
 
 class FactModel(nn.Module):
     """h = blocks(E[subject] + R[relation]), logits = head(h)."""
@@ -78,14 +83,10 @@ def make_case(objectives: int, seed: int) -> Case:
     torch.manual_seed(seed)
     domains = objectives  # K − 1 with an objective to retain, and one outside
     facts = _invent(domains)
-    model = FactModel(domains * _SUBJECTS)
-    _learn(model, facts)
-    for part in (model.subjects, model.relations, model.head):
-        part.requires_grad_(False)
+    model = _taught(facts, domains)
 
     def of(subjects: range) -> Facts:
-        wanted = (facts.subject >= subjects.start) & (facts.subject < subjects.stop)
-        return facts.of(wanted.nonzero()[:, 0])
+        return facts.about(subjects)
 
     parts: dict[str, Facts] = {"forget": of(range(_FORGOTTEN))}
     heldout = []
@@ -111,6 +112,21 @@ def make_case(objectives: int, seed: int) -> Case:
     return Case(model, names, draw, answers, groups, ten, [others], {"parameters": size})
 
 
+def never_learnt(objectives: int, seed: int) -> FactModel:
+    """The model of the case that learnt all facts but those to forget."""
+    torch.manual_seed(seed)
+    facts = _invent(objectives)
+    return _taught(facts.about(range(_FORGOTTEN, objectives * _SUBJECTS)), objectives)
+
+
+def relearning_apart(batches: Batches, rng: random.Random) -> tuple[Batches, Facts]:
+    """Batches whose rows to forget are half of them, and the other half, for `relearnt`."""
+    forget = batches["forget"]
+    order = torch.tensor(rng.sample(range(len(forget.object)), len(forget.object)))
+    seen, others = order.chunk(2)
+    return {**batches, "forget": forget.of(seen)}, forget.of(others)
+
+
 def _sample(facts: Facts, rng: random.Random) -> Facts:
     count = len(facts.object)
     return facts.of(torch.tensor(rng.sample(range(count), min(count, _BATCH))))
@@ -126,10 +142,15 @@ def _invent(domains: int) -> Facts:
     return Facts(subject, relation, torch.where(torch.rand(rule.shape) < 0.5, rule, chance))
 
 
-def _learn(model: FactModel, facts: Facts) -> None:
+def _taught(facts: Facts, domains: int) -> FactModel:
+    """A model that knows the facts, of whose parameters only the blocks are trained later."""
+    model = FactModel(domains * _SUBJECTS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(_LEARNING_STEPS):
         optimizer.zero_grad()
         loss = cross_entropy(model.head(model(facts)), facts.object)
         torch.autograd.backward(loss)
         optimizer.step()
+    for part in (model.subjects, model.relations, model.head):
+        part.requires_grad_(False)
+    return model
