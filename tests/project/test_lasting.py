@@ -20,7 +20,8 @@ from mollm.models import loading
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import lasting
-from quality import ideas, knowledge
+from quality import facts, ideas, knowledge, lasting_facts
+from quality.case import measure
 from quality.knowledge import KINDS, Fact, divide, read_facts
 
 
@@ -141,3 +142,40 @@ def test_an_unknown_setting_is_refused(capsys):
     with pytest.raises(SystemExit):
         lasting.main(["--task", "knowledge", "--settings", "nothing"])
     assert "nothing" in capsys.readouterr().err
+
+
+def test_synthetic_facts_are_relearnt_on_rows_that_the_forget_loss_does_not_see():
+    rng = random.Random(0)
+    case = facts.make_case(4, seed=0)
+    batches = case.draw(rng)
+    seen, taught = facts.relearning_apart(batches, rng)
+    pairs = [
+        {(int(s), int(r)) for s, r in zip(some.subject, some.relation, strict=True)}
+        for some in (seen["forget"], taught, batches["forget"])
+    ]
+    assert not pairs[0] & pairs[1]
+    assert pairs[0] | pairs[1] == pairs[2]
+    assert all(seen[name] is batches[name] for name in case.objectives[1:])
+
+
+def test_a_network_that_never_learnt_the_facts_knows_all_others():
+    case = facts.make_case(2, seed=0)
+    left = measure(case, facts.never_learnt(2, seed=0), case.groups)
+    assert left["forget"] < 0.5
+    assert left["heldout"] > 0.99
+
+
+@pytest.mark.parametrize("relearn_steps", [0, 2])
+def test_synthetic_facts_are_forgotten_without_a_conflict(relearn_steps):
+    case = facts.make_case(3, seed=0)
+    settings = {
+        "method": "mollm",
+        "learning_rate": 3e-3,
+        "max_steps": 12,
+        "relearn_steps": relearn_steps,
+        "relearn_lr": 1e-3,
+    }
+    model, run = lasting_facts.unlearned(case, settings, 0)
+    left = measure(case, model, case.groups)
+    assert left["forget"] < 0.5 < left["heldout"]
+    assert run["conflicts"] == 0
