@@ -3,6 +3,7 @@
     python benchmarks/lasting.py --data FOLDER             TOFU on a small Llama, five seeds
     python benchmarks/lasting.py --data FOLDER --seeds 0 --settings "mollm, relearning"
     python benchmarks/lasting.py --data FOLDER --settings "mollm, 20 steps, own retain data"
+    python benchmarks/lasting.py --task tofu-authors --data FOLDER    more authors to retain
     python benchmarks/lasting.py --task knowledge          thirty things that SmolLM2 knows
     python benchmarks/lasting.py --task facts-4            synthetic facts, an objective a domain
 
@@ -25,7 +26,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +41,7 @@ from quality.summary import interval
 from tqdm import tqdm
 
 from mollm import MOLLMConfig, MOLLMTrainer
+from mollm.data.records import Record
 from mollm.data.sets import AUTO
 from mollm.methods import METHODS
 
@@ -67,7 +70,8 @@ class Task:
     title: str
     start: Callable[[argparse.Namespace, int], TrainerCase]
     settings: Mapping[str, Mapping[str, Any]]
-    """Of a run, by name; `also` names further records to forget, `retain` is what to retain."""
+    """Of a run, by name; `also` names further records to forget, `retain` is what to retain, or
+    what makes it of the records to retain."""
     rates: tuple[float, ...]
     """Of whoever teaches the ten rows again."""
     figures: tuple[str, ...]
@@ -82,15 +86,23 @@ class Task:
     """A copy of the case's model after a run, and what the run says of itself."""
 
 
-def _tofu(options: argparse.Namespace, seed: int) -> TrainerCase:
+def _tofu(options: argparse.Namespace, seed: int, size: tofu.Size = tofu.SMALL) -> TrainerCase:
     if options.data is None:
         raise SystemExit("--data must be given for TOFU: a folder with its JSON lines.")
     cpu, cache = torch.device("cpu"), ROOT / "build" / "models"
-    case = tofu.make_case(options.data, seed, tofu.SMALL, cpu, cache)
-    records, tokenizer = tofu.records(options.data, seed, tofu.SMALL)
-    return TrainerCase(
-        case, records, tokenizer, lambda: tofu.retain_only(seed, tofu.SMALL, case, cache)
-    )
+    case = tofu.make_case(options.data, seed, size, cpu, cache)
+    records, tokenizer = tofu.records(options.data, seed, size)
+    return TrainerCase(case, records, tokenizer, lambda: tofu.retain_only(seed, size, case, cache))
+
+
+def _and_own_texts(rows: Sequence[Record]) -> Mapping[str, Any]:
+    """What to retain, and what the original itself says of its own accord."""
+    return {"given": rows, "own": AUTO}
+
+
+def _of_authors(count: int, rows: Sequence[Record]) -> Sequence[Record]:
+    """The rows to retain of the first authors."""
+    return rows[: count * tofu.AUTHOR]
 
 
 def _knowledge(options: argparse.Namespace, seed: int) -> TrainerCase:
@@ -161,6 +173,23 @@ TASKS = {
                 **_GENTLY,
             },
             "gently, paraphrases": {"method": "mollm", "also": "rephrased", **_GENTLY},
+            "gently, pcd": {"method": "pcd", **_GENTLY},
+            "gently, own texts": {"method": "mollm", "retain": _and_own_texts, **_GENTLY},
+        },
+        (5e-4, 1.5e-3),
+        ("forget", "kept", "outside", "others", "utility"),
+        common={"per_device_train_batch_size": tofu.SMALL.batch},
+    ),
+    "tofu-authors": Task(
+        "TOFU on a small Llama that knows sixteen authors to retain",
+        lambda options, seed: _tofu(options, seed, replace(tofu.SMALL, retain=16)),
+        {
+            f"gently, {count} authors": {
+                "method": "mollm",
+                "retain": partial(_of_authors, count),
+                **_GENTLY,
+            }
+            for count in (4, 8, 16)
         },
         (5e-4, 1.5e-3),
         ("forget", "kept", "outside", "others", "utility"),
@@ -187,6 +216,8 @@ def unlearned(started: TrainerCase, settings: dict[str, Any], seed: int) -> tupl
     """A copy of the case's model after a run of the trainer, and what the run says of itself."""
     forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
     retain = settings.pop("retain", started.records["retain"])
+    if callable(retain):
+        retain = retain(started.records["retain"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = MOLLMTrainer(
             copy.deepcopy(started.case.model),

@@ -43,7 +43,8 @@ from mollm.planning.settings import PlanSettings
 from mollm_ops import linear_cross_entropy
 from quality.case import Batches, Case
 
-_AUTHOR = 20
+AUTHOR = 20
+"""Rows in a row that speak of one."""
 _EVALUATION_BATCH = 64
 _REPLY_TOKENS = 100
 _LEARNT = 0.02
@@ -214,13 +215,13 @@ def _draw(data: Path, rng: random.Random, size: Size) -> dict[str, list[Example]
     others, perturbed = read("retain90"), {e.question for e in read("retain_perturbed")}
 
     def of(rows: Sequence[Example], authors: Sequence[int]) -> list[Example]:
-        return [row for a in authors for row in rows[a * _AUTHOR : (a + 1) * _AUTHOR]]
+        return [row for a in authors for row in rows[a * AUTHOR : (a + 1) * AUTHOR]]
 
     def authors(rows: Sequence[Example]) -> list[int]:
-        return rng.sample(range(len(rows) // _AUTHOR), len(rows) // _AUTHOR)
+        return rng.sample(range(len(rows) // AUTHOR), len(rows) // AUTHOR)
 
     gone, rest = authors(forget)[: size.forget], authors(others)
-    rest.sort(key=lambda a: others[a * _AUTHOR].question not in perturbed)
+    rest.sort(key=lambda a: others[a * AUTHOR].question not in perturbed)
     first = 2 * len(rest) // 3 if size.retain is None else size.retain
     last = len(rest) if size.heldout is None else first + size.heldout
     outside = [read(f"{name}_perturbed") for name in ("world_facts", "real_authors")]

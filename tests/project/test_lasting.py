@@ -179,3 +179,18 @@ def test_synthetic_facts_are_forgotten_without_a_conflict(relearn_steps):
     left = measure(case, model, case.groups)
     assert left["forget"] < 0.5 < left["heldout"]
     assert run["conflicts"] == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_nearest_direction_with_a_margin_is_feasible_and_the_nearest(seed):
+    quadprog = pytest.importorskip("quadprog", reason="the solver that checks it is not installed")
+    rng = torch.Generator().manual_seed(seed)
+    g = torch.randn(3, 5, generator=rng, dtype=torch.float64)
+    weights = ideas.nearest_with_a_margin(g @ g.T, tau=0.5)
+    d = weights @ g
+    bound = 0.5 * g[1:].square().sum(1)
+    assert bool((g[1:] @ d >= bound - 1e-9).all())
+    exact = quadprog.solve_qp(
+        torch.eye(5, dtype=torch.float64).numpy(), g[0].numpy(), g[1:].T.numpy(), bound.numpy()
+    )[0]
+    torch.testing.assert_close(d, torch.from_numpy(exact))
