@@ -203,6 +203,11 @@ TASKS = {
             "mollm, 20 steps, relearning": {**_FEW_STEPS, **_RELEARN_KNOWLEDGE},
             "mollm": _KNOWLEDGE,
             "mollm, relearning": {**_KNOWLEDGE, **_RELEARN_KNOWLEDGE},
+            "mollm, relearning, own texts": {
+                **_KNOWLEDGE,
+                **_RELEARN_KNOWLEDGE,
+                "retain": _and_own_texts,
+            },
         },
         (5e-5,),
         ("forget", "kept", "outside", "forget answered", "general answered", "others answered"),

@@ -1,3 +1,6 @@
+#include <cstdlib>
+#include <string>
+
 #include "gram.h"
 #include "gram_kernels.h"
 #include "lists.h"
@@ -10,12 +13,18 @@ struct Isa {
   const GramKernels* kernels;
 };
 
+// The best that the processor has and the variable allows that limits Torch's own kernels too.
 Isa choose_isa() {
 #ifdef MOLLM_X86
+  const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string limit = variable ? variable : "";
+  const bool up_to_avx512 = limit == "avx512", up_to_avx2 = limit == "avx2";
+  if (limit == "default") return {"baseline", &baseline::gram_kernels};
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (!up_to_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) return {"avx512bf16", &avx512bf16::gram_kernels};
+    if (!up_to_avx512 && __builtin_cpu_supports("avx512bf16"))
+      return {"avx512bf16", &avx512bf16::gram_kernels};
     return {"avx512", &avx512::gram_kernels};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))

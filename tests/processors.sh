@@ -26,7 +26,7 @@ has() { grep -qw "$1" /proc/cpuinfo; }
 
 part default ATEN_CPU_CAPABILITY=default
 has avx2 && part avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-has avx512f && part avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE
+has avx512f && part avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE
 has avx512_bf16 && part avx512-bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 for threads in 1 2 8; do
   WORKERS=1 part "threads-$threads" OMP_NUM_THREADS=$threads MOLLM_TEST_THREADS=$threads

@@ -54,8 +54,10 @@ def nearest_with_a_margin(gram: Tensor, tau: float = 0.5) -> Tensor:
     return torch.cat([torch.ones_like(missing[:1]), missing.clamp(min=0) / others.diagonal()])
 
 
+_DEFAULT = METHODS["mollm"]
 IDEAS: dict[str, Method] = {
-    name: replace(METHODS["mollm"], name=name, forget_loss=loss)
-    for name, loss in (("margin", margin_on_log_odds), ("floor", ascent_to_a_floor))
+    "margin": replace(_DEFAULT, name="margin", forget_loss=margin_on_log_odds),
+    "floor": replace(_DEFAULT, name="floor", forget_loss=ascent_to_a_floor),
+    "pcd": replace(_DEFAULT, name="pcd", direction=nearest_with_a_margin, preferences=None),  # type: ignore[arg-type]
 }
-"""As the default but for the loss."""
+"""As the default but for the loss, or for the direction."""
