@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.commands.arguments import device_of
 from mollm.errors import UsageError
+from mollm.system.folders import replace_text
 from mollm.system.parsing import parse_json, read_text
 from mollm.system.terminal import has_colour
 
@@ -243,7 +244,7 @@ def _write_about(
         "commit": machine.commit(),
     }
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
-    (folder / _ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / _ABOUT_FILE, text + "\n")
 
 
 def _tell(
