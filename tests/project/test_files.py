@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and JSON lines are read in one way: by the places that do."""
+"""Files are written whole or not at all, and JSON lines are read in one way."""
 
 from __future__ import annotations
 
