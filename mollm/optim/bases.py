@@ -39,6 +39,7 @@ from mollm_ops.operands import (
 from mollm_ops.reference import overflows
 from mollm_ops.update import update_
 
+_LEAST_EPS = torch.finfo(torch.float32).smallest_normal
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _OF_OTHER_BASES = {
@@ -517,6 +518,11 @@ class AdamW(FusedBase):
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas must be in [0, 1), but got {group['betas']}.")
         _check_number("eps", group["eps"])
+        if float(group["eps"]) < _LEAST_EPS:
+            raise ValueError(
+                f"eps must be at least {_LEAST_EPS:.2g}, the smallest normal number of float32, "
+                f"but got {group['eps']}: a weight whose gradients are 0 would become 0 / 0."
+            )
 
     def _check_same_kind(self, group: dict[str, Any]) -> None:
         if not {"betas", "eps"} <= set(group):

@@ -38,6 +38,7 @@ from mollm.optim.saved_state import (
     check_finite_state,
     check_kinds,
     check_number,
+    check_options,
     check_structure,
 )
 from mollm.optim.scaling import Watched
@@ -309,6 +310,8 @@ class MOLLMOptimizer(Optimizer):
 
         Raises:
             RuntimeError: gradients are streamed, so that none waits, or an objective has none.
+            ValueError: what the function gives is no mapping from objectives to tensors of the
+                gradients' shape; nothing has been replaced then.
 
         Example:
             >>> import torch
@@ -787,9 +790,9 @@ class MOLLMOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if isinstance(self.base, FusedBase):
-            for group in self.base.param_groups:
-                self.base.check_group(group)
+        check = self.base.check_group if isinstance(self.base, FusedBase) else check_options
+        for group in self.base.param_groups:
+            check(group)
         if self._only_prepares():
             self._make_state()
             return loss
