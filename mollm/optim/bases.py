@@ -414,7 +414,7 @@ class FusedBase(Optimizer, ABC):
         self, entry: dict[str, Any], n: int, p: Tensor, group: dict[str, Any]
     ) -> dict[str, Any]:
         names = (self.first_name, "exp_avg_sq") if self.second_name else (self.first_name,)
-        unknown = sorted(set(entry) - {"step", *names, *map(scales_name, names)})
+        unknown = sorted(map(str, set(entry) - {"step", *names, *map(scales_name, names)}))
         if unknown:
             raise UsageError(
                 f"the state to load has {', '.join(unknown)} for parameter {n}, which base "
@@ -513,7 +513,7 @@ class AdamW(FusedBase):
         )
 
     def _check_own_options(self, group: dict[str, Any]) -> None:
-        if len(group["betas"]) != 2:
+        if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
             raise ValueError(f"betas must be two numbers, but got {group['betas']}.")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas must be in [0, 1), but got {group['betas']}.")

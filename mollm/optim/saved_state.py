@@ -46,8 +46,11 @@ def check_structure(state_dict: Any) -> None:
                 f"{type(entry).__name__}."
             )
     for group in state_dict["param_groups"]:
-        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-            raise UsageError("every group in the state to load must be a dict with its params.")
+        known = isinstance(group, dict) and isinstance(group.get("params"), list)
+        if not known or not all(isinstance(n, int | str) for n in group["params"]):
+            raise UsageError(
+                "every group in the state to load must be a dict with the numbers of its params."
+            )
 
 
 def check_finite_state(state_dict: dict[str, Any]) -> None:

@@ -122,3 +122,53 @@ def test_a_state_that_lacks_a_part_is_refused(name):
     del saved[name]
     with pytest.raises(UsageError, match=f"the state to load must hold {name}"):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("metric", ["base", "euclidean"])
+def test_a_weight_that_float32_does_not_hold_makes_no_step(base, metric):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MOLLMOptimizer([p], lr=0.1, base=base, metric=metric, direction="sum")
+    optimizer.set_preferences([1e300, 1.0, 1.0])
+    lend(optimizer, [p])
+    with pytest.warns(UserWarning, match="the step was skipped"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert optimizer.skipped_steps == 1
+    optimizer.set_preferences([1.0, 1.0, 1.0])
+    lend(optimizer, [p])
+    optimizer.step()
+    assert bool((p < 1).all())
+    wide = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = MOLLMOptimizer([wide], lr=1e-300, base=base, metric=metric, weight_decay=0.0)
+    optimizer.set_preferences([1e60, 1e60, 1e60])
+    for name in NAMES:
+        with optimizer.objective(name):
+            wide.grad = torch.ones(3, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("direction", ["pcgrad", "upgrad", "mgda"])
+def test_a_gradient_of_next_to_nothing_poisons_nothing(direction):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MOLLMOptimizer([p], lr=0.1, base="sgd", direction=direction, length="min-norm",
+                               momentum=0.9)  # fmt: skip
+    for _ in range(2):
+        for name, size in zip(NAMES, (2e-45, 1.0, 1.0), strict=True):
+            with optimizer.objective(name):
+                p.grad = torch.tensor([1.0, -1.0, 0.5]) * size
+        optimizer.step()
+    assert bool(p.isfinite().all())
+
+
+@pytest.mark.parametrize("lr", [1e30, 3e38])
+def test_a_rate_with_which_a_weight_would_be_infinite_makes_no_step(lr):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MOLLMOptimizer([p], lr=lr, base="sgd")
+    for name in NAMES:
+        with optimizer.objective(name):
+            p.grad = torch.full((3,), 1e9)
+    with pytest.warns(UserWarning, match="the step was skipped"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
