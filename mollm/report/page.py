@@ -67,6 +67,17 @@ def read_reported(folder: Path | str) -> ReportedRun:
     Raises:
         UsageError: It is no folder of a run, or a file in it is damaged.
     """
+    facts, history = read_steps(folder)
+    root = Path(facts["folder"])
+    return ReportedRun(root, facts, history, _metrics(root / EVALUATION), audit_of(facts))
+
+
+def read_steps(folder: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The facts of a run and its steps.
+
+    Raises:
+        UsageError: It is no folder of a run, or one of the two files is damaged.
+    """
     facts = read_run(folder)
     root = Path(facts["folder"])
     history = []
@@ -85,7 +96,7 @@ def read_reported(folder: Path | str) -> ReportedRun:
             f"{root / HISTORY_FILE} must be as `mollm unlearn` wrote it, but in line {bad[0] + 1} "
             f"its {bad[1]} is not."
         )
-    return ReportedRun(root, facts, history, _metrics(root / EVALUATION), audit_of(facts))
+    return facts, history
 
 
 def write_report(folders: Sequence[Path | str], path: Path) -> None:

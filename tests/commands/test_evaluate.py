@@ -194,3 +194,15 @@ def test_a_run_that_is_damaged_is_refused_by_every_command(change, words, run, c
         assert main([*command]) == 2
         said = capsys.readouterr().err
         assert re.search(f"run.json must be as `mollm unlearn` wrote it, but {words}", said)
+
+
+def test_a_history_that_is_cut_is_named_before_anything_is_measured(run, capsys, monkeypatch):
+    from mollm.models import loading as models
+
+    history = (run / "history.jsonl").read_text()
+    (run / "history.jsonl").write_text(history[:-20])
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded"))
+    data = ["--original", str(run / "model"), "--forget", str(run.parent / "forget.jsonl")]
+    for command in (["evaluate", *FEW], ["audit", *data]):
+        assert main([command[0], "--model", str(run), *command[1:]]) == 2
+        assert "history.jsonl, line 12 is malformed JSON" in capsys.readouterr().err
