@@ -202,7 +202,9 @@ def test_a_history_that_is_cut_is_named_before_anything_is_measured(run, capsys,
     history = (run / "history.jsonl").read_text()
     (run / "history.jsonl").write_text(history[:-20])
     monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded"))
-    data = ["--original", str(run / "model"), "--forget", str(run.parent / "forget.jsonl")]
+    rows = [{"question": f"Is it {n}?", "answer": f"{n}."} for n in range(6)]
+    (run / "forget.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--original", str(run / "model"), "--forget", str(run / "forget.jsonl")]
     for command in (["evaluate", *FEW], ["audit", *data]):
         assert main([command[0], "--model", str(run), *command[1:]]) == 2
         assert "history.jsonl, line 12 is malformed JSON" in capsys.readouterr().err
