@@ -96,3 +96,18 @@ def memory(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) 
     if tensor.untyped_storage().nbytes() - offset < tensor.nbytes or not tensor.data_ptr():
         raise ValueError(f"{name} must have memory, but it is empty, fake, or was freed.")
     return tensor.data_ptr(), tensor.numel()
+
+
+def address(name: str, tensor: Tensor) -> int:
+    """Address of a tensor of any strides; 0 for one without elements."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if held < end or not tensor.data_ptr():
+        raise ValueError(
+            f"{name} must hold all of its elements, but its storage has {held} of {end} bytes: it "
+            "is fake, or its storage was freed."
+        )
+    return tensor.data_ptr()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mollm_ops._chunks import Loss, losses_in_chunks
 from mollm_ops._dtypes import gradient_dtype, wide_dtype
-from mollm_ops._loss_arguments import Head
+from mollm_ops._loss_arguments import Head, check_flat
 from mollm_ops.operands import LogitTransform
 from mollm_ops.rows import refuse_double_backward, row_targets
 
@@ -33,6 +33,8 @@ def _head(
 
 
 def _wanted(wants: Sequence[bool]) -> tuple[bool, bool, bool]:
+    if len(wants) != 3:
+        raise ValueError(f"wants must be three truth values, but got {list(wants)}.")
     return wants[0], wants[1], wants[2]
 
 
@@ -72,8 +74,10 @@ def linear_ce(
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], and the gradients of Σ_n scale_n losses_n that are wanted."""
+    head = _head(hidden, weight, bias, logit_scale, softcap)
+    check_flat(head, None, target, scale, chunk_rows)
     losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias, logit_scale, softcap),
+        head,
         None,
         row_targets(target, weight.shape[0], ignore_index),
         ce=Loss(scale, _wanted(wants)),
@@ -100,6 +104,7 @@ def _(
     wants: Sequence[bool],
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_flat(_head(hidden, weight, bias, 1.0, None), None, target, scale, chunk_rows)
     return _empty_result(hidden, weight, bias, wants)
 
 
@@ -126,9 +131,12 @@ def linear_kl(
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], and the gradients of Σ_n scale_n losses_n that are wanted."""
+    head = _head(hidden, weight, bias, logit_scale, softcap)
+    reference = _head(ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap)
+    check_flat(head, reference, target, scale, chunk_rows)
     losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias, logit_scale, softcap),
-        _head(ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap),
+        head,
+        reference,
         target,
         ce=None,
         kl=Loss(scale, _wanted(wants)),
@@ -156,6 +164,8 @@ def _(
     wants: Sequence[bool],
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reference = _head(ref_hidden, ref_weight, ref_bias, 1.0, None)
+    check_flat(_head(hidden, weight, bias, 1.0, None), reference, target, scale, chunk_rows)
     return _empty_result(hidden, weight, bias, wants)
 
 
@@ -184,9 +194,12 @@ def linear_ce_kl(
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What linear_ce returns, then what linear_kl returns, from one projection of hidden."""
+    head = _head(hidden, weight, bias, logit_scale, softcap)
+    reference = _head(ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap)
+    check_flat(head, reference, target, scale, chunk_rows)
     losses, gradients = losses_in_chunks(
-        _head(hidden, weight, bias, logit_scale, softcap),
-        _head(ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap),
+        head,
+        reference,
         row_targets(target, weight.shape[0], ignore_index),
         ce=Loss(scale, _wanted(wants)),
         kl=Loss(scale, _wanted(wants)),
@@ -215,6 +228,8 @@ def _(
     wants: Sequence[bool],
     chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    reference = _head(ref_hidden, ref_weight, ref_bias, 1.0, None)
+    check_flat(_head(hidden, weight, bias, 1.0, None), reference, target, scale, chunk_rows)
     ce, kl = (_empty_result(hidden, weight, bias, wants) for _ in range(2))
     return *ce, *kl
 

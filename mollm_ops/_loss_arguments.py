@@ -161,6 +161,43 @@ def mask_target(mask: Tensor | None, head: Head) -> Tensor:
     return mask.reshape(-1).ne(0).long() - 1
 
 
+def check_flat(
+    head: Head, reference: Head | None, target: Tensor, scale: Tensor, chunk_rows: int | None
+) -> None:
+    """All that the registered ops rely on, whoever calls them: shapes, dtypes and devices."""
+    hidden, weight = head.hidden, head.weight
+    if hidden.ndim != 2 or weight.ndim != 2:
+        raise ValueError(
+            f"hidden and weight must be [N, H] and [V, H], but got {_shape(hidden)} and "
+            f"{_shape(weight)}."
+        )
+    check_dtype("hidden", hidden)
+    rows, vocab, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("weight", weight, (vocab, hidden.shape[1]), dtype),
+        ("bias", head.bias, (vocab,), dtype),
+        ("target", target, (rows,), torch.int64),
+        ("scale", scale, (rows,) if scale.ndim else (), wide_dtype(dtype)),
+    ]
+    if reference is not None:
+        width = reference.hidden.shape[-1] if reference.hidden.ndim else 0
+        wanted += [
+            ("ref_hidden", reference.hidden, (rows, width), dtype),
+            ("ref_weight", reference.weight, (vocab, width), dtype),
+            ("ref_bias", reference.bias, (vocab,), dtype),
+        ]
+    for name, tensor, shape, kind in wanted:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, but got {_shape(tensor)}.")
+        if tensor.dtype != kind:
+            raise TypeError(f"{name} must be {name_of(kind)}, but got {name_of(tensor.dtype)}.")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device}, but got {tensor.device}.")
+    check_chunk_rows(chunk_rows)
+
+
 def check_transforms(*tensors: Tensor | None) -> None:
     """Refuses torch.func.grad, jvp and forward-mode duals: their derivatives would be zero."""
     if torch.compiler.is_compiling():

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops._dtypes import name_of, wide_dtype
-from mollm_ops._extension import DTYPE_CODES, extension, has_kernels_for
+from mollm_ops._extension import DTYPE_CODES, address, extension, has_kernels_for
 from mollm_ops.operands import IDENTITY, LogitTransform, RowLoss
 
 HAS_TRITON = find_spec("triton") is not None
@@ -161,11 +161,11 @@ def _cpu_rows(
         vocab=logits.shape[1],
         dtype=DTYPE_CODES[logits.dtype],
         gradient_dtype=DTYPE_CODES[gradients[0].dtype if gradients else logits.dtype],
-        logits=logits.data_ptr(),
+        logits=address("logits", logits),
         stride=logits.stride(0),
-        reference=0 if ref_logits is None else ref_logits.data_ptr(),
+        reference=0 if ref_logits is None else address("ref_logits", ref_logits),
         reference_stride=0 if ref_logits is None else ref_logits.stride(0),
-        target=target.data_ptr(),
+        target=address("target", target),
         eps=0.0 if eps is None else eps,
         ce=_addresses(ce),
         kl=_addresses(kl),
@@ -178,8 +178,10 @@ def _cpu_rows(
 def _addresses(to: RowLoss | None) -> tuple[int, int, int, int, int] | None:
     if to is None:
         return None
-    gradient = (0, 0) if to.gradient is None else (to.gradient.data_ptr(), to.gradient.stride(0))
-    return to.scale.data_ptr(), to.scale.stride(0), to.losses.data_ptr(), *gradient
+    gradient = 0, 0
+    if to.gradient is not None:
+        gradient = address("gradient", to.gradient), to.gradient.stride(0)
+    return address("scale", to.scale), to.scale.stride(0), address("losses", to.losses), *gradient
 
 
 # ---- Triton: two sweeps, one read and one write of memory

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mollm_ops._checks import check_dtype, check_tensor
-from mollm_ops._dtypes import wide_dtype
+from mollm_ops._dtypes import name_of, wide_dtype
 from mollm_ops._loss_arguments import check_eps, check_reduction, check_transforms, flat_target
 from mollm_ops.operands import LogitTransform, RowLoss
 from mollm_ops.rows import log_rows, refuse_double_backward, row_targets
@@ -24,6 +24,7 @@ def _uce_rows(
     softcap: float | None,
 ) -> Tensor:
     """Losses [N] of logits [N, V]."""
+    _check_rows(logits, target)
     losses = logits.new_empty(len(logits), dtype=wide_dtype(logits.dtype))
     target = row_targets(target, logits.shape[1], ignore_index)
     to = RowLoss(losses, torch.ones_like(losses), None)
@@ -40,6 +41,7 @@ def _(
     logit_scale: float,
     softcap: float | None,
 ) -> Tensor:
+    _check_rows(logits, target)
     return logits.new_empty(logits.shape[0], dtype=wide_dtype(logits.dtype))
 
 
@@ -54,6 +56,7 @@ def _uce_rows_backward(
     softcap: float | None,
 ) -> Tensor:
     """Gradient [N, V] of Σ_n upstream_n losses_n."""
+    _check_rows(logits, target, upstream)
     losses = torch.empty_like(upstream, memory_format=torch.contiguous_format)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     target = row_targets(target, logits.shape[1], ignore_index)
@@ -72,7 +75,22 @@ def _(
     logit_scale: float,
     softcap: float | None,
 ) -> Tensor:
+    _check_rows(logits, target, upstream)
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _check_rows(logits: Tensor, target: Tensor, *upstream: Tensor) -> None:
+    """What the ops rely on, whoever calls them; the row kernels check the dtype of upstream."""
+    check_dtype("logits", logits)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, but got {name_of(target.dtype)}.")
+    for name, tensor in zip(("target", "upstream"), (target, *upstream), strict=False):
+        if logits.ndim != 2 or tensor.shape != logits.shape[:1] or tensor.device != logits.device:
+            raise ValueError(
+                f"logits and {name} must be [N, V] and [N] on one device, but got "
+                f"{list(logits.shape)} on {logits.device} and {list(tensor.shape)} on "
+                f"{tensor.device}."
+            )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

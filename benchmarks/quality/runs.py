@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mollm import MOLLMOptimizer
 from mollm.methods import Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES
+from mollm.system.parsing import parse_json_lines
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import CopyReference
 from mollm.training.step import accumulate
@@ -197,8 +198,8 @@ class RunFile:
         self.path = path
         self.rows: list[Row] = []
         if path.exists():
-            lines = path.read_text().splitlines()
-            self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+            lines = [line for line in path.read_text().split("\n") if line.endswith("}")]
+            self.rows = [row for _, row in parse_json_lines("\n".join(lines), str(path))]
         self._done = {self._key(row) for row in self.rows}
 
     @staticmethod

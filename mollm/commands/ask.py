@@ -17,7 +17,7 @@ from mollm.commands.arguments import (
     device_of,
 )
 from mollm.errors import UsageError
-from mollm.system.parsing import read_text, user_path
+from mollm.system.parsing import lines_of, read_text, user_path
 from mollm.system.terminal import (
     has_colour,
     paint,
@@ -151,7 +151,7 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[str, str | Example]]
     if arguments.file is None:
         return None
     if arguments.file.suffix == ".txt":
-        lines = [line for line in read_text(arguments.file).splitlines() if line.strip()]
+        lines = [line for line in lines_of(read_text(arguments.file)) if line.strip()]
         if not lines:
             raise UsageError(f"{arguments.file} must hold a question a line, but it holds none.")
         return [(line, line) for line in lines]

@@ -128,6 +128,8 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
     from mollm.audit.run import LEARNING_RATES, check_options
     from mollm.evaluation.suite import load_suite
     from mollm.models import adapters, loading
+    from mollm.report.audit_file import is_shown
+    from mollm.report.page import read_steps
     from mollm.report.run_file import model_of
     from mollm.system.folders import check_writable
 
@@ -143,6 +145,8 @@ def _audit_and_tell(arguments: argparse.Namespace, run: Mapping[str, Any] | None
     sources, tokenizer = _find_models(given)
     out: Path = arguments.out
     check_writable(out)
+    if run is not None and is_shown(out, run):
+        read_steps(run["folder"])  # says now what the report could not be made of at the end
     models: dict[str, Any] = {}
     for role, source in sources.items():
         print(f"Loading {given[role]} …")

@@ -13,7 +13,7 @@ from mollm.commands.evaluation_options import SAFETY, TOFU
 from mollm.commands.series import call, hash_of_data, shared_settings
 from mollm.errors import UsageError
 from mollm.system.folders import locked, replace_text
-from mollm.system.parsing import is_file, parse_json, read_text, user_path
+from mollm.system.parsing import is_file, user_path
 from mollm.system.tables import aligned
 
 SUSTAINABILITY, SCALABILITY = "sustainability", "scalability"
@@ -164,7 +164,9 @@ def _refuse_another(path: Path, about: dict[str, Any]) -> None:
     """Refuses a folder with another curve."""
     if not is_file(path):
         return
-    known = parse_json(read_text(path), str(path))
+    from mollm.report.written import CURVE, read_written
+
+    known = read_written(path, CURVE, "mollm curve")
     for name, value in json.loads(json.dumps(about)).items():
         if known.get(name) != value:
             raise UsageError(
@@ -187,6 +189,7 @@ def _measured(
 ) -> dict[str, Any]:
     """The suite's figures of a model, measured unless they are there."""
     from mollm.evaluation.summary import METRICS_FILE
+    from mollm.report.written import METRICS, read_written
 
     if not is_file(folder / METRICS_FILE):
         words = ["evaluate", "--model", model, "--original", "none", "--suite", arguments.suite]
@@ -197,8 +200,7 @@ def _measured(
             words += chat_words(settings)
             words += ["--long-rows", settings["long_rows"]] if "long_rows" in settings else []
         call(evaluate, [*words, "--out", str(folder), "--quiet"])
-    path = folder / METRICS_FILE
-    found: dict[str, Any] = parse_json(read_text(path), str(path))["metrics"]
+    found = read_written(folder / METRICS_FILE, METRICS, "mollm evaluate")["metrics"]
     return {name: {n: one[n] for n in ("value", "low", "high")} for name, one in found.items()}
 
 

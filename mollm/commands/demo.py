@@ -10,6 +10,8 @@ from mollm.commands.arguments import add_renamed
 from mollm.demo.settings import DemoSettings
 from mollm.system.options import add_options
 
+_FAILED = 1
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the subparsers of `mollm`."""
@@ -43,8 +45,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     if "json" in arguments:
         run = run_demo(settings, say=lambda text: print(text, file=sys.stderr))
         print(json.dumps(nan_to_none(run.summary), indent=1, ensure_ascii=False))
-        return 0
-    run = run_demo(settings)
-    print(table(run))
-    print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")
-    return 0
+    else:
+        run = run_demo(settings)
+        print(table(run))
+        print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")
+    return 0 if run.summary["failure"] is None else _FAILED

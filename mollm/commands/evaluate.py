@@ -161,7 +161,8 @@ def _fill_in(given: dict[str, Any], run: Mapping[str, Any] | None) -> None:
     """Takes from the run what it knows and the command line does not say."""
     if run is not None:
         if "data" not in given and "forget" not in given:
-            given |= {n: v for n, v in run.get("given", {}).items() if n not in given}
+            known = run.get("given", {})
+            given |= {n: known[n] for n in ("forget", "retain") if n in known and n not in given}
         if "long_rows" in run["settings"]:
             given.setdefault("long_rows", run["settings"]["long_rows"])
     if "data" not in given and "forget" not in given:

@@ -15,14 +15,13 @@ from mollm.commands import audit, evaluate, unlearn
 from mollm.commands.arguments import data_of, device_of
 from mollm.commands.series import call, hash_of_data, shared_settings
 from mollm.errors import UsageError
-from mollm.system.folders import locked
-from mollm.system.parsing import parse_json, read_text, user_path
+from mollm.system.folders import locked, replace_text
+from mollm.system.parsing import user_path
 from mollm.system.tables import aligned
 
 if TYPE_CHECKING:
     from mollm.report.ledger import Ledger, Request
 
-_FIGURES = ("forget_probability", "forget_rouge_l")
 _FAILED = 1
 _FEWEST_ROWS = 2
 
@@ -164,6 +163,8 @@ def _nothing(folder: Path) -> Any:
 def _run_one(ledger: Ledger, request: Request, arguments: argparse.Namespace) -> bool:
     """Unlearns, tests again and audits; the ledger is written after each of the three."""
     from mollm.report.ledger import DONE, OPEN, write_manifest
+    from mollm.report.run_file import RUN_FILE
+    from mollm.report.written import RUN, read_written
 
     if request.status == OPEN and not _train(ledger, request):
         return False
@@ -171,7 +172,7 @@ def _run_one(ledger: Ledger, request: Request, arguments: argparse.Namespace) ->
     _test_all(ledger, request, arguments)
     if arguments.audit:
         request.verdict, request.reason = _audited(ledger, request, arguments)
-    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
+    facts = read_written(run / RUN_FILE, RUN, "mollm unlearn")
     request.manifest_sha256 = write_manifest(
         run,
         {
@@ -207,19 +208,14 @@ def _train(ledger: Ledger, request: Request) -> bool:
     request.run, request.before = request.name, ledger.last_model
     run = ledger.folder / request.run
     config = ledger.folder / f"{request.name}.yaml"
-    config.write_text(
-        json.dumps(
-            {
-                **ledger.settings,
-                "model": request.before,
-                "forget": request.forget,
-                "retain": ledger.retain,
-                "out": str(run),
-            },
-            indent=1,
-        ),
-        encoding="utf-8",
-    )
+    settings = {
+        **ledger.settings,
+        "model": request.before,
+        "forget": request.forget,
+        "retain": ledger.retain,
+        "out": str(run),
+    }
+    replace_text(config, json.dumps(settings, indent=1) + "\n")
     # Of a run that was interrupted the checkpoints are there; of one that was not, nothing is. One
     # that was killed between its model and the ledger has finished, and is not to be resumed.
     words = ["unlearn", "--config", str(config), "--resume"]
@@ -234,7 +230,8 @@ def _train(ledger: Ledger, request: Request) -> bool:
 
 def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> None:
     """Measures the new model on the rows of every request so far that did not fail."""
-    from mollm.report.ledger import FAILED
+    from mollm.report.ledger import FAILED, FIGURES
+    from mollm.report.written import METRICS, read_written
 
     run = ledger.folder / str(new.run)
     for request in ledger.requests:
@@ -243,7 +240,7 @@ def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> No
         request.tests = [test for test in request.tests if test["run"] != new.run]
         out = run / "tests" / request.name
         words = ["evaluate", "--model", str(run / "model"), "--original", "none"]
-        words += ["--forget", _as_word(request.forget), "--metrics", ",".join(_FIGURES)]
+        words += ["--forget", _as_word(request.forget), "--metrics", ",".join(FIGURES)]
         words += ["--out", str(out), "--quiet", *_common(arguments)]
         try:
             _check_data(request)
@@ -252,8 +249,8 @@ def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> No
             print(f"Request {request.name} was not tested: {error}")
             request.tests.append({"run": new.run, "skipped": str(error)})
             continue
-        found = parse_json(read_text(out / "metrics.json"), str(out / "metrics.json"))["metrics"]
-        figures = {name: found[name]["value"] for name in _FIGURES}
+        found = read_written(out / "metrics.json", METRICS, "mollm evaluate")["metrics"]
+        figures = {name: found[name]["value"] for name in FIGURES}
         request.tests.append({"run": new.run, "figures": figures})
     ledger.write()
 
@@ -262,19 +259,22 @@ def _audited(
     ledger: Ledger, request: Request, arguments: argparse.Namespace
 ) -> tuple[str, None] | tuple[None, str]:
     """The verdict, or why there is none: of fewer than four rows, for one."""
+    from mollm.report.run_file import read_run
+    from mollm.report.written import read_written
+
     run = ledger.folder / str(request.run)
     words = ["audit", "--model", str(run / "model"), "--original", str(request.before)]
     # Of data that the model made for its run, the run knows where they are.
-    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
-    words += ["--forget", _as_word(request.forget), "--retain", facts["given"]["retain"]]
+    facts = read_run(run)
+    words += ["--forget", _as_word(request.forget), "--retain", _retained_by(facts)]
     words += ["--out", str(run / "audit"), *_common(arguments)]
     try:
         _check_data(request)
         call(audit, words)
     except UsageError as error:
         return None, f"not audited: {error}"
-    path = run / "audit" / "audit.json"
-    return str(parse_json(read_text(path), str(path))["verdict"]), None
+    found = read_written(run / "audit" / "audit.json", {"verdict": str}, "mollm audit")
+    return str(found["verdict"]), None
 
 
 def _drop(arguments: argparse.Namespace) -> int:
@@ -359,9 +359,10 @@ def _status(arguments: argparse.Namespace) -> int:
 def _changed(ledger: Ledger, request: Request, retained: Mapping[str, str]) -> str | None:
     """Whether the data that still exist are other ones; to be gone is what was asked for."""
     from mollm.report.ledger import MANIFEST_FILE
+    from mollm.report.written import MANIFEST, read_written
 
     path = ledger.folder / str(request.run) / MANIFEST_FILE
-    before = parse_json(read_text(path), str(path))["data"]["retain"]
+    before = read_written(path, MANIFEST, "mollm request")["data"]["retain"]
     retained = {**retained, **_made(ledger, request)}
     if any(retained.get(name, sha256) != sha256 for name, sha256 in before.items()):
         return "the data to retain have been changed"
@@ -392,13 +393,14 @@ def _made(ledger: Ledger, request: Request) -> dict[str, str]:
     Of one that is there but cannot be read, it is that of nothing.
     """
     from mollm.data.sets import AUTO, named_sets
+    from mollm.report.run_file import read_run
 
     asked = [name for name, data in named_sets(ledger.retain, "retain").items() if data == AUTO]
     if not asked:
         return {}
     run = ledger.folder / str(request.run)
-    facts = parse_json(read_text(run / "run.json"), str(run / "run.json"))
-    given = named_sets(data_of(facts["given"]["retain"]), "retain")
+    facts = read_run(run)
+    given = named_sets(data_of(_retained_by(facts)), "retain")
     found = {}
     for name in asked:
         path = run / Path(str(given[name])).name  # the ledger may have moved since
@@ -407,6 +409,17 @@ def _made(ledger: Ledger, request: Request) -> dict[str, str]:
                 found[name], _ = hash_of_data(str(path), "retain")
             except UsageError:
                 found[name] = ""
+    return found
+
+
+def _retained_by(facts: Mapping[str, Any]) -> str:
+    """What a run retained, by its run.json."""
+    found: str | None = facts.get("given", {}).get("retain")
+    if found is None:
+        raise UsageError(
+            f"{facts['folder']} must be a run that `mollm request` made, but its run.json does not "
+            "say what it retained."
+        )
     return found
 
 

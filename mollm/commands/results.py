@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mollm.commands.arguments import device_of
 from mollm.errors import UsageError
+from mollm.system.folders import replace_text
 from mollm.system.parsing import parse_json, read_text
 from mollm.system.terminal import has_colour
 
@@ -107,10 +108,12 @@ def keep_results(
     """
     from mollm.evaluation.journal import remove_journals
     from mollm.evaluation.summary import remove_evaluation
-    from mollm.report.page import ORIGINAL
+    from mollm.report.page import ORIGINAL, read_steps
     from mollm.system.folders import staged
 
     place = place_of(arguments)
+    if _in_report(run, out):
+        read_steps(run["folder"])  # says now what the report could not be made of at the end
     if original:
         _check_original(out / ORIGINAL)
     with contextlib.ExitStack() as stages:
@@ -243,7 +246,7 @@ def _write_about(
         "commit": machine.commit(),
     }
     text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
-    (folder / _ABOUT_FILE).write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / _ABOUT_FILE, text + "\n")
 
 
 def _tell(
@@ -268,11 +271,19 @@ def _tell(
 
 def _add_to_report(run: Mapping[str, Any] | None, out: Path) -> None:
     """Adds the figures to the report of the run that they are in the folder of."""
+    from mollm.report.page import REPORT_FILE, write_report
+
+    if _in_report(run, out):
+        folder = Path(run["folder"])
+        write_report([folder], folder / REPORT_FILE)
+
+
+def _in_report(run: Mapping[str, Any] | None, out: Path) -> TypeGuard[Mapping[str, Any]]:
+    """Whether the figures go to the folder of the run whose report shows them."""
     from importlib.util import find_spec
 
-    from mollm.report.page import EVALUATION, REPORT_FILE, write_report
+    from mollm.report.page import EVALUATION
 
-    if run is not None and find_spec("jinja2") is not None:
-        folder = Path(run["folder"])
-        if out.resolve() == (folder / EVALUATION).resolve():
-            write_report([folder], folder / REPORT_FILE)
+    if run is None or find_spec("jinja2") is None:
+        return False
+    return out.resolve() == (Path(run["folder"]) / EVALUATION).resolve()

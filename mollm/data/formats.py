@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mollm.data.table import Rows, Table, shown, table
 from mollm.errors import UsageError
-from mollm.system.parsing import check_file, parse_json, read_text, reason_of
+from mollm.system.parsing import check_file, parse_json, parse_json_lines, read_text, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,14 +29,11 @@ _UNPACKED_TIMES = 100
 
 
 def _read_lines(path: Path) -> Table:
-    lines = enumerate(read_text(path, None).split("\n"), 1)
-    rows = [(number, _parse_line(path, number, line)) for number, line in lines if line.strip()]
+    rows = [
+        (number, _object(row, f"{path}, line {number}"))
+        for number, row in parse_json_lines(read_text(path, None), str(path))
+    ]
     return table(str(path), "line", rows)
-
-
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    place = f"{path}, line {number}"
-    return _object(parse_json(line, place), place)
 
 
 def _object(row: Any, place: str) -> dict[str, Any]:

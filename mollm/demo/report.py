@@ -15,6 +15,7 @@ from mollm.demo.quiz import Score
 from mollm.methods.method import OBJECTIVES
 from mollm.report.conflicts import conflict_rate
 from mollm.report.page import curves, environment
+from mollm.system.folders import replace_text
 from mollm.system.tables import aligned
 from mollm.training.history import StepRecord, nan_to_none
 
@@ -84,7 +85,7 @@ def write_run(run: DemoRun, folder: Path) -> None:
     answers = {group: [vars(row) for row in rows(run, group)] for group in GROUPS}
     _write_json(folder / "answers.json", answers)
     save_figures(run.history, folder)
-    (folder / "report.html").write_text(render(run), encoding="utf-8")
+    replace_text(folder / "report.html", render(run))
 
 
 def render(run: DemoRun) -> str:
@@ -120,6 +121,8 @@ def table(run: DemoRun) -> str:
         "memory",
         "",
     ]
+    if run.summary["failure"] is not None:
+        lines.insert(-1, f"Failed: {run.summary['failure']}")
     return "\n".join(lines)
 
 
@@ -135,4 +138,4 @@ def _audit_lines(run: DemoRun) -> list[str]:
 
 def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(nan_to_none(value), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    replace_text(path, text + "\n")

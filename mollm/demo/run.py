@@ -103,7 +103,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
 
         trainer.export(folder / "model")
-        history = trainer.history
+        history, failure = trainer.history, trainer.stop_reason
         del trainer  # the attacker's training takes as much memory
         found, why_not = audit_shortly(
             model,
@@ -115,6 +115,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
             say=say,
         )
         summary = _summary(settings, source.label, split, before, after, history)
+        summary["failure"] = failure
         summary["audit"] = _audited(found, why_not)
         summary["seconds_training"] = round(seconds, 1)
         summary["seconds"] = round(time.perf_counter() - started, 1)

@@ -16,7 +16,6 @@ uses another package, whose words are those between spaces.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from mollm.evaluation.raw_text import (
 )
 from mollm.evaluation.records import Record
 from mollm.evaluation.summary import Estimate, Evaluation
-from mollm.system.parsing import user_path
+from mollm.system.parsing import parse_json, read_text, user_path
 from mollm.system.terminal import Done, quietly
 
 if TYPE_CHECKING:
@@ -610,10 +609,7 @@ def _rows_of_folder(benchmark: Benchmark, one: Set, folder: Path) -> Rows:
             f"{benchmark.name}, but {folder} has none: take the files of {one.hub}, with `{how}`."
         )
     if found[0].suffix == ".json":  # MUSE's own script writes lists of texts
-        try:
-            read = json.loads(found[0].read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{found[0]} must be JSON, but it is not: {error}.") from error
+        read = parse_json(read_text(found[0], None), str(found[0]))
         if isinstance(read, list) and all(isinstance(text, str) for text in read):
             return [{"text": text} for text in read]
     parts = (

@@ -10,6 +10,7 @@ from pathlib import Path
 from mollm.errors import UsageError
 from mollm.evaluation.records import Examined, Record
 from mollm.system.folders import replace_text
+from mollm.system.parsing import parse_json_lines
 
 _MODELS = ("Original", "Result")
 
@@ -70,22 +71,23 @@ class Journal:
     def _read(self, key: str) -> list[str]:
         """The lines that can be used, the first with the key; none of another evaluation."""
         try:
-            lines = self._path.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError):
+            text = self._path.read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
             return []
         used: list[str] = []
-        for line in lines:
-            try:
-                found = json.loads(line)
+        try:
+            for _, found in parse_json_lines(text, str(self._path)):
+                line = _line(found)
+                line.encode()  # raises where a byte is no UTF-8
                 if not used and found != {"key": key}:
                     return []
                 if used:
                     records = tuple(Record(**each) for each in found["records"])
                     piece = Examined(records, int(found["cut_off"]))
                     self._pieces[found["group"], found["start"]] = piece
-            except (ValueError, TypeError, LookupError):
-                break
-            used.append(line)
+                used.append(line)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            pass  # a line that was not finished, or something else: what stands above it holds
         return used
 
 

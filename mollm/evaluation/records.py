@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mollm.data.files import read_table
 from mollm.errors import UsageError
+from mollm.system.folders import replace_text
 
 EXAMPLES_FILE = "examples.jsonl"
 
@@ -39,7 +40,7 @@ class Examined:
 def write_records(records: Iterable[Record], path: Path) -> None:
     """Writes one JSON object per line; numbers are kept to the last bit."""
     lines = [json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) for record in records]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    replace_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_records(path: Path | str) -> tuple[Record, ...]:

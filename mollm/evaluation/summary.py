@@ -15,6 +15,7 @@ from mollm.evaluation import metrics
 from mollm.evaluation.reading import by_theme, reading_of, verdict_of
 from mollm.evaluation.records import EXAMPLES_FILE, Record, read_records, write_records
 from mollm.evaluation.registry import Judges, choose, columns_of, missing_input
+from mollm.system.folders import replace_text
 from mollm.system.parsing import parse_json, read_text
 from mollm.system.tables import html_table
 from mollm.system.terminal import paint
@@ -149,7 +150,7 @@ class Evaluation:
             "missing": dict(self.missing),
         }
         text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
+        replace_text(folder / METRICS_FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path | str) -> Evaluation:

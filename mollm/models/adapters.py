@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from mollm.distributed import processes
 from mollm.errors import UsageError, did_you_mean
 from mollm.models import forward, four_bits
-from mollm.system.parsing import is_file, parse_json, read_text, reason_of, user_path
+from mollm.system.parsing import (
+    check_file,
+    is_file,
+    parse_json,
+    read_text,
+    reason_of,
+    user_path,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,9 +206,11 @@ def load_adapter(model: PreTrainedModel, name: str) -> Any:
     """The model in the wrapper of `peft`, with the adapter of a folder; not to be trained.
 
     Raises:
-        UsageError: The adapter cannot be read, is pickled, or was made for another model.
+        UsageError: The adapter cannot be read, is pickled, was made for another model, or its
+            weights are not, one for one, those that it says it has, or not finite.
     """
     from peft import PeftModel
+    from safetensors.torch import load_file
 
     folder = user_path(name)
     if not is_file(folder / _WEIGHTS):
@@ -210,11 +220,48 @@ def load_adapter(model: PreTrainedModel, name: str) -> Any:
         )
     parse_json(read_text(folder / _CONFIG), str(folder / _CONFIG))
     try:
-        return PeftModel.from_pretrained(model, str(folder), local_files_only=True).eval()
+        check_file(folder / _WEIGHTS)
+        saved = load_file(folder / _WEIGHTS)
+        with warnings.catch_warnings():  # peft warns of weights that are refused below
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True).eval()
+    except UsageError:
+        raise
     except Exception as error:  # readers of configurations and weights raise what they like
         raise UsageError(
             f"the adapter {name} cannot be put on {model.name_or_path}: {reason_of(error)}."
         ) from error
+    _refuse_other_weights(wrapped, saved, name)
+    return wrapped
+
+
+def _refuse_other_weights(wrapped: Any, saved: Mapping[str, Tensor], name: str) -> None:
+    """peft fills what an adapter's file lacks with its beginning, and passes over what it has no
+    place for."""
+    from peft import get_peft_model_state_dict
+
+    config = wrapped.peft_config[wrapped.active_adapter]
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UsageError(
+            f"the adapter {name} must be one that acts on every token, but its "
+            "alora_invocation_tokens let it act after some words alone."
+        )
+    own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    # Of a model with a larger vocabulary peft saves these besides.
+    known = {n for n in saved if n in own or not n.endswith(("embed_tokens.weight", "head.weight"))}
+    unlike = sorted(set(own) ^ known)
+    if unlike:
+        what = "is one too many" if unlike[0] in saved else "is missing"
+        raise UsageError(
+            f"the adapter {name} must have the weights that its {_CONFIG} asks for, but "
+            f"{unlike[0]} {what}: was it cut short, or made for another model?"
+        )
+    broken = [n for n, t in saved.items() if not t.is_floating_point()] or not_finite(saved)
+    if broken:
+        raise UsageError(
+            f"the adapter {name} must have finite weights, but {named(broken)} are not: take an "
+            "earlier one."
+        )
 
 
 def check_adapter(config: Any, *, of_given_model: bool = False) -> None:

@@ -30,6 +30,7 @@ from mollm.models.checks import (
 )
 from mollm.models.four_bits import NF4
 from mollm.models.logits import check_logits
+from mollm.system.folders import staged
 from mollm.system.parsing import (
     is_file,
     is_folder,
@@ -433,11 +434,11 @@ def _without_loading_bar() -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes weights as safetensors, config and tokenizer for `from_pretrained(folder)`."""
+    """Writes weights as safetensors, config and tokenizer for `from_pretrained(folder)`, all of it
+    or nothing; other files in the folder stay."""
     # After dequantizing, transformers still names the format that the weights came from.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    os.makedirs(folder, exist_ok=True)
-    with _without_loading_bar():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with _without_loading_bar(), staged(folder) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)

@@ -39,6 +39,7 @@ from mollm_ops.operands import (
 from mollm_ops.reference import overflows
 from mollm_ops.update import update_
 
+_LEAST_EPS = torch.finfo(torch.float32).smallest_normal
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _OF_OTHER_BASES = {
@@ -413,7 +414,7 @@ class FusedBase(Optimizer, ABC):
         self, entry: dict[str, Any], n: int, p: Tensor, group: dict[str, Any]
     ) -> dict[str, Any]:
         names = (self.first_name, "exp_avg_sq") if self.second_name else (self.first_name,)
-        unknown = sorted(set(entry) - {"step", *names, *map(scales_name, names)})
+        unknown = sorted(map(str, set(entry) - {"step", *names, *map(scales_name, names)}))
         if unknown:
             raise UsageError(
                 f"the state to load has {', '.join(unknown)} for parameter {n}, which base "
@@ -512,11 +513,16 @@ class AdamW(FusedBase):
         )
 
     def _check_own_options(self, group: dict[str, Any]) -> None:
-        if len(group["betas"]) != 2:
+        if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
             raise ValueError(f"betas must be two numbers, but got {group['betas']}.")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas must be in [0, 1), but got {group['betas']}.")
         _check_number("eps", group["eps"])
+        if float(group["eps"]) < _LEAST_EPS:
+            raise ValueError(
+                f"eps must be at least {_LEAST_EPS:.2g}, the smallest normal number of float32, "
+                f"but got {group['eps']}: a weight whose gradients are 0 would become 0 / 0."
+            )
 
     def _check_same_kind(self, group: dict[str, Any]) -> None:
         if not {"betas", "eps"} <= set(group):

@@ -50,6 +50,13 @@ class _Staging:
         self._done.append(_recorded())
 
 
+def _plain(g: Tensor) -> Tensor:
+    """A gradient in memory of its own: one that a hook or a caller has put there may be a view that
+    negates, or hold one element in several places."""
+    g = g.resolve_neg()
+    return g.clone() if torch._debug_has_internal_overlap(g) == 1 else g
+
+
 def _aligned(size: int) -> int:
     return -(-size // 256) * 256
 
@@ -122,7 +129,7 @@ class GradientStore:
                 # Those of the objective before are on the host by now, or else they would still
                 # take their place on the device.
                 stream.synchronize()
-            taken = {p: self._away(g) for p, g in found.items()}
+            taken = {p: self._away(_plain(g)) for p, g in found.items()}
             self._refuse_reused_memory(name, taken)
             self._held[name] = taken
         return len(found)
@@ -159,12 +166,28 @@ class GradientStore:
         """
         for stream in self._streams.values():
             stream.synchronize()  # a gradient may still be on its way to the host
+        changed: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self._held}
         for p in params:
             some = {name: held[p] for name, held in self._held.items() if p in held}
             like = next(iter(some.values()))
             every = {name: some.get(name, torch.zeros_like(like)) for name in self._held}
-            for name, g in function(every).items():
-                self._held[name][p] = g
+            given = function(every)
+            if not isinstance(given, Mapping):
+                raise ValueError(
+                    "gradients must be changed to a mapping of tensors by objective, but got "
+                    f"{type(given).__name__}."
+                )
+            for name, g in given.items():
+                known = name in changed and isinstance(g, Tensor)
+                if not known or g.shape != like.shape or g.device != like.device:
+                    got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+                    raise ValueError(
+                        f"gradients must be changed to tensors {tuple(like.shape)} of "
+                        f"{', '.join(changed)}, but got {got} of {name!r}."
+                    )
+                changed[name][p] = _plain(g)
+        for name, held in changed.items():
+            self._held[name].update(held)
 
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective."""

@@ -80,6 +80,11 @@ class ObjectiveMeans:
             )
         check_number("the number of steps behind the means", state["steps"])
         for name, means in state["held"].items():
+            if not isinstance(means, Mapping) or not all(str(n).isdecimal() for n in means):
+                raise UsageError(
+                    f"the means of objective {name!r} in the state to load must be tensors by the "
+                    "number of their parameter, but they are not: load an earlier checkpoint."
+                )
             if name not in objectives:
                 raise UsageError(
                     f"the state holds means of objective {name!r}, but the optimizer's objectives "

@@ -38,6 +38,7 @@ from mollm.optim.saved_state import (
     check_finite_state,
     check_kinds,
     check_number,
+    check_options,
     check_structure,
 )
 from mollm.optim.scaling import Watched
@@ -47,6 +48,8 @@ from mollm_ops import Solution, Status, combine, dots, gram
 from mollm_ops.gram import gram_moved
 from mollm_ops.operands import RunningMeans, largest_moment
 
+_ROOM = 2.0**-8
+"""What bias corrections of running means and sums over objectives may add."""
 _Piece = tuple[Sharding, list[Tensor], Lists]
 """Parameters that are sharded alike, with their K lists of gradients."""
 
@@ -309,6 +312,8 @@ class MOLLMOptimizer(Optimizer):
 
         Raises:
             RuntimeError: gradients are streamed, so that none waits, or an objective has none.
+            ValueError: what the function gives is no mapping from objectives to tensors of the
+                gradients' shape; nothing has been replaced then.
 
         Example:
             >>> import torch
@@ -686,7 +691,10 @@ class MOLLMOptimizer(Optimizer):
         total = parts.total(Sharding.total_gram)
         if self._means is not None:
             total = total / self._means.correction(total.device) ** 2
-        solved = _Solved(total, self.rule(total))
+        solution = self.rule(total)
+        # Kernels multiply by weights in float32, which for a gradient of 1e-45 would be infinite.
+        small = (solution.weights.abs() <= self._largest_number()).all()
+        solved = _Solved(total, solution.refused_unless(small))
         if self._second_weights is not None:
             return solved  # where v would overflow, the metric and so the Gram matrix is NaN
         weights, square = solved.solution.weights, total.diagonal()
@@ -705,6 +713,11 @@ class MOLLMOptimizer(Optimizer):
         dtypes = {torch.promote_types(torch.float32, p.dtype) for p in self._parameters()}
         return min(math.sqrt(largest_moment(dtype)) for dtype in dtypes)
 
+    def _largest_number(self) -> float:
+        """Up to which weights and directions are sure to be numbers in the kernels."""
+        wide = all(p.dtype == torch.float64 for p in self._parameters())
+        return torch.finfo(torch.float64 if wide else torch.float32).max * _ROOM
+
     def _holdable(self, solved: _Solved, norm: Tensor, overflow: Callable[[], Tensor]) -> _Solved:
         """Refuses a step along a d that the base's state could not hold.
 
@@ -714,13 +727,15 @@ class MOLLMOptimizer(Optimizer):
                 more, so that it is called only where the norm leaves room for doubt.
         """
         limit = self._largest_direction()
+        plain = isinstance(self.base, SGD) and not norm.is_cuda  # a rate on a GPU is not waited for
         fits = norm <= limit
         if limit < math.inf and isinstance(self.base, FusedBase):
             narrow = norm.is_cuda and torch.float16 in self.base.kept_dtypes()
             doubtful = not norm.is_cuda and bool(solved.solution.finite) and not fits
             if narrow or doubtful:
                 fits = overflow() == 0
-        fits = fits & norm.isfinite()
+        rate = max(float(group["lr"]) for group in self.base.param_groups) if plain else 1.0
+        fits = fits & (norm * max(1.0, rate) <= self._largest_number())
         solution = solved.solution.refused_unless(fits)
         known = not norm.is_cuda and bool(solved.solution.finite) and not fits
         return replace(solved, solution=solution, overflows=known)
@@ -787,9 +802,9 @@ class MOLLMOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if isinstance(self.base, FusedBase):
-            for group in self.base.param_groups:
-                self.base.check_group(group)
+        check = self.base.check_group if isinstance(self.base, FusedBase) else check_options
+        for group in self.base.param_groups:
+            check(group)
         if self._only_prepares():
             self._make_state()
             return loss

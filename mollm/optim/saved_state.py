@@ -31,9 +31,9 @@ def check_structure(state_dict: Any) -> None:
     """
     kinds = {"state": dict, "param_groups": list, "mollm": dict}
     for name, kind in kinds.items():
-        found = state_dict.get(name, {}) if isinstance(state_dict, dict) else None
-        if name == "mollm" and found == {}:
+        if name == "mollm" and isinstance(state_dict, dict) and not state_dict.get(name):
             continue
+        found = state_dict.get(name) if isinstance(state_dict, dict) else None
         if not isinstance(found, kind):
             raise UsageError(
                 f"the state to load must hold {name} as a {kind.__name__}, but it holds "
@@ -46,8 +46,11 @@ def check_structure(state_dict: Any) -> None:
                 f"{type(entry).__name__}."
             )
     for group in state_dict["param_groups"]:
-        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-            raise UsageError("every group in the state to load must be a dict with its params.")
+        known = isinstance(group, dict) and isinstance(group.get("params"), list)
+        if not known or not all(isinstance(n, int | str) for n in group["params"]):
+            raise UsageError(
+                "every group in the state to load must be a dict with the numbers of its params."
+            )
 
 
 def check_finite_state(state_dict: dict[str, Any]) -> None:
@@ -69,6 +72,20 @@ def check_finite_state(state_dict: dict[str, Any]) -> None:
                     f"{name}{whose} must be finite, but the state to load has something else: load "
                     "an earlier checkpoint."
                 )
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Refuses numbers in a group, of whatever optimizer, with which no step could be good.
+
+    Raises:
+        ValueError: an option is NaN, or lr or weight_decay is not finite.
+    """
+    for name, value in group.items():
+        some = value if isinstance(value, tuple | list) and name != "params" else (value,)
+        for number in some:
+            bad = isinstance(number, float) and not math.isfinite(number)
+            if bad and (math.isnan(number) or name in ("lr", "weight_decay")):
+                raise ValueError(f"{name} must be finite, but got {value}.")
 
 
 def check_kinds(state: dict[Any, dict[str, Any]], own: list[dict[str, Any]]) -> None:

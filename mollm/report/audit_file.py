@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mollm.errors import UsageError
-from mollm.system.folders import replace_text, without_paths
+from mollm.report.markdown import as_text
+from mollm.system.folders import replace_text
 from mollm.system.parsing import is_file, parse_json, read_text
 
 AUDIT = "audit"
@@ -120,7 +120,7 @@ def with_audit(card: str, audit: Mapping[str, Any] | None) -> str:
     if audit is None:
         return kept
     rows = [
-        f"| {_plain(each['name'])} | {_plain(each['verdict'])} | {each['value']:.1%} | "
+        f"| {as_text(each['name'])} | {as_text(each['verdict'])} | {each['value']:.1%} | "
         f"{each['low']:.1%} to {each['high']:.1%} | {each['limit']:.1%} |"
         for each in audit["findings"]
     ]
@@ -129,23 +129,18 @@ def with_audit(card: str, audit: Mapping[str, Any] | None) -> str:
         [
             _HEADING,
             "",
-            f"Verdict: **{_plain(shown)}**. What attacks brought back of what the "
+            f"Verdict: **{as_text(shown)}**. What attacks brought back of what the "
             "original knows, with 95 % intervals.",
             "",
             "| attack | verdict | brought back | interval | passes to |",
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
-            *(f"{_plain(note)}\n" for note in audit["notes"]),
+            *(f"{as_text(note)}\n" for note in audit["notes"]),
         ]
     )
     head, heading, rest = kept.partition("\n## Data\n")
     return f"{head}\n{part}{heading}{rest}" if heading else f"{kept.rstrip()}\n\n{part}"
-
-
-def _plain(text: str) -> str:
-    """On one line, without HTML and without the end of a cell."""
-    return html.escape(" ".join(without_paths(text).split()), quote=False).replace("|", "\\|")
 
 
 def write_audited_cards(facts: Mapping[str, Any]) -> None:

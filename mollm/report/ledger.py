@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from mollm.errors import UsageError
 from mollm.report.page import environment
+from mollm.report.written import LEDGER, NUMBER, REQUEST, fault_in
 from mollm.system.folders import replace_text
 from mollm.system.parsing import is_file, parse_json, read_text
 
@@ -23,6 +24,10 @@ LEDGER_FILE, PAGE_FILE, MANIFEST_FILE = "ledger.json", "ledger.html", "manifest.
 FORMAT = 1
 OPEN, TRAINED, DONE = "open", "trained", "done"
 FAILED, DROPPED = "failed", "dropped"
+FIGURES = ("forget_probability", "forget_rouge_l")
+"""What every request is tested by."""
+_STATES = (OPEN, TRAINED, DONE, FAILED, DROPPED)
+_RUN = (TRAINED, DONE)
 _BLOCK = 1 << 20
 _LEDGER_BYTES = 1 << 24
 
@@ -61,6 +66,10 @@ class Request:
     def name(self) -> str:
         """Of its run's folder: 001 for the first."""
         return f"{self.number:03d}"
+
+
+_FIELDS = {f.name for f in fields(Request)}
+_DEFAULTS = {f.name: f.default for f in fields(Request) if f.default is not MISSING}
 
 
 @dataclass
@@ -117,14 +126,34 @@ def read_ledger(folder: Path) -> Ledger:
         raise UsageError(
             f"{path} must be of format {FORMAT}, but it is not: take it from a backup."
         )
-    try:
-        requests = [Request(**request) for request in told["requests"]]
-        return Ledger(folder, told["model"], told["retain"], told["settings"], requests)
-    except (KeyError, TypeError) as error:
+    fault = fault_in(told, LEDGER)
+    requests = []
+    for number, request in enumerate([] if fault else told["requests"], 1):
+        request = {"tests": [], **_DEFAULTS, **request}  # one of before there were such fields
+        if fault_in(request, REQUEST) is not None or not _is_whole(request, number):
+            fault = f"requests[{number - 1}]"
+            break
+        requests.append(Request(**request))
+    if fault is not None:
         raise UsageError(
-            f"{path} must be a ledger of `mollm request`, but it is damaged ({error}): take it "
-            "from a backup."
-        ) from error
+            f"{path} must be a ledger of `mollm request`, but its {fault or 'whole'} is damaged: "
+            "take it from a backup."
+        )
+    return Ledger(folder, told["model"], told["retain"], told["settings"], requests)
+
+
+def _is_whole(request: Mapping[str, Any], number: int) -> bool:
+    """Whether a request of the right kinds is one that could have been written there."""
+    name = f"{number:03d}"
+    if set(request) != _FIELDS or request["number"] != number or request["status"] not in _STATES:
+        return False
+    if request["run"] not in (None, name) or (request["status"] in _RUN and not request["run"]):
+        return False
+    figures = {"figures": dict.fromkeys(FIGURES, NUMBER)}
+    return all(
+        isinstance(test.get("skipped"), str) or fault_in(test, figures) is None
+        for test in request["tests"]
+    )
 
 
 def hash_of_model(folder: Path, names: str = "*.safetensors") -> str:

@@ -21,7 +21,15 @@ from mollm.report.conflicts import conflict_rate
 from mollm.report.run_file import RUN_FILE, read_run
 from mollm.report.written import ANY, ESTIMATE, RUN, fault_in, fault_in_steps
 from mollm.system.folders import public, replace_text, without_paths
-from mollm.system.parsing import is_file, parse_json, read_text, user_path
+from mollm.system.parsing import (
+    is_file,
+    lines_of,
+    parse_json,
+    parse_json_lines,
+    read_text,
+    user_path,
+)
+from mollm.system.terminal import printable
 
 REPORT_FILE = "report.html"
 HISTORY_FILE = "history.jsonl"
@@ -59,15 +67,23 @@ def read_reported(folder: Path | str) -> ReportedRun:
     Raises:
         UsageError: It is no folder of a run, or a file in it is damaged.
     """
+    facts, history = read_steps(folder)
+    root = Path(facts["folder"])
+    return ReportedRun(root, facts, history, _metrics(root / EVALUATION), audit_of(facts))
+
+
+def read_steps(folder: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The facts of a run and its steps.
+
+    Raises:
+        UsageError: It is no folder of a run, or one of the two files is damaged.
+    """
     facts = read_run(folder)
     root = Path(facts["folder"])
     history = []
     if os.path.exists(root / HISTORY_FILE):
-        lines = read_text(root / HISTORY_FILE, None).splitlines()
-        history = [
-            parse_json(line, f"{root / HISTORY_FILE}, line {number}")
-            for number, line in enumerate(lines, 1)
-        ]
+        text = read_text(root / HISTORY_FILE, None)
+        history = [step for _, step in parse_json_lines(text, str(root / HISTORY_FILE))]
     fault = fault_in(facts, RUN)
     if fault is not None:
         raise UsageError(
@@ -80,7 +96,7 @@ def read_reported(folder: Path | str) -> ReportedRun:
             f"{root / HISTORY_FILE} must be as `mollm unlearn` wrote it, but in line {bad[0] + 1} "
             f"its {bad[1]} is not."
         )
-    return ReportedRun(root, facts, history, _metrics(root / EVALUATION), audit_of(facts))
+    return facts, history
 
 
 def write_report(folders: Sequence[Path | str], path: Path) -> None:
@@ -155,6 +171,7 @@ def environment(*packages: str) -> Any:
         loader=ChoiceLoader([PackageLoader(p, ".") for p in (*packages, "mollm.report")]),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -184,6 +201,14 @@ def environment(*packages: str) -> Any:
         without_paths=without_paths,
     )
     return made
+
+
+def _shown(value: Any) -> Any:
+    """A text of a stranger with a sign for what would turn the page around it; all else as it is.
+
+    Markup is of this package's own making, with the texts in it escaped.
+    """
+    return printable("\n".join(lines_of(value))) if type(value) is str else value
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mollm.errors import UsageError
+from mollm.report.written import RELIED_ON, SPOKEN, fault_in
 from mollm.system.folders import replace_text
 from mollm.system.parsing import is_file, parse_json, parse_yaml, read_text, user_path
 
@@ -31,7 +32,7 @@ def read_run(folder: Path | str) -> dict[str, Any]:
         folder: That of a run, or that of the model in it.
 
     Raises:
-        UsageError: It is no folder of a run, or of a later release.
+        UsageError: It is no folder of a run, of a later release, or damaged.
     """
     path = _find(user_path(folder))
     if path is None:
@@ -44,6 +45,16 @@ def read_run(folder: Path | str) -> dict[str, Any]:
         raise UsageError(
             f"{path} must be of format {FORMAT}, but it is not: read it with the release that "
             "wrote it."
+        )
+    settings = facts.get("settings")
+    known = settings if isinstance(settings, Mapping) else {}
+    fault = fault_in({"given": {}, "model": None, **facts}, RELIED_ON) or fault_in(
+        known, {name: kind for name, kind in SPOKEN.items() if name in known}, "settings"
+    )
+    if fault is not None:
+        raise UsageError(
+            f"{path} must be as `mollm unlearn` wrote it, but its {fault} is not: remove it, or "
+            "take it from a backup."
         )
     return {**facts, "folder": str(path.parent)}
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from mollm.errors import UsageError
 from mollm.methods.method import OBJECTIVES, role_of_objective
+from mollm.system.parsing import parse_json, read_text
 
 ANY = "*"
 """Every name of a mapping."""
@@ -42,7 +45,62 @@ RUN = {
     "commit": object,
     "finished": object,
 }
+RELIED_ON = {"settings": dict, "model": (str, type(None)), "given": {ANY: str}}
+"""Of run.json, what every command goes by that reads one."""
+SPOKEN = {
+    "system_prompt": (str, type(None)),
+    "chat_template_kwargs": (dict, type(None)),
+    "prompt_format": (str, dict, type(None)),
+    "long_rows": str,
+}
+"""Of its settings, those by which a model is asked."""
 ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "examples": int}
+METRICS = {"metrics": {ANY: ESTIMATE}}
+MANIFEST = {"data": {"retain": {ANY: str}}}
+REQUEST = {
+    "number": int,
+    "forget": (str, dict),
+    "sha256": str,
+    "rows": int,
+    "added": str,
+    "note": str,
+    "status": str,
+    "tests": [{"run": str}],
+    **dict.fromkeys(
+        ("run", "before", "weights_sha256", "verdict", "manifest_sha256", "reason", "dropped"),
+        (str, type(None)),
+    ),
+}
+LEDGER = {
+    "model": str,
+    "retain": (str, dict),
+    "settings": dict,
+    "requests": [dict],
+}
+CURVE = {"kind": str, "suite": str, "model": dict, "settings": dict, "retain": dict, "forget": list}
+
+_MOST_BYTES = 1 << 28
+
+
+def read_written(path: Path, kind: Any, writer: str, most_bytes: int = _MOST_BYTES) -> Any:
+    """The value of a JSON file that `mollm` has written.
+
+    Args:
+        path: The file.
+        kind: What it should hold, see `fault_in`.
+        writer: The command that wrote it, such as `mollm unlearn`.
+        most_bytes: More than it can have.
+
+    Raises:
+        UsageError: It cannot be read, or holds something else.
+    """
+    found = parse_json(read_text(path, most_bytes), str(path))
+    fault = fault_in(found, kind)
+    if fault is not None:
+        raise UsageError(
+            f"{path} must be as `{writer}` wrote it, but its {fault or 'whole'} is not."
+        )
+    return found
 
 
 def fault_in(value: Any, kind: Any, place: str = "") -> str | None:

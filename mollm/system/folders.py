@@ -19,8 +19,13 @@ from mollm.system.units import GIB
 UNFINISHED = ".unfinished-"
 """Begins the names of what is not whole yet."""
 _PROBE_BYTES = 4096
-_PATHS = re.compile(r"(?<![\w:/.<])(?:~|/[^\s/,;:'\"]+)(?:/[^\s/,;:'\"]+)+")
+_PART = r"/[^\s/,;:'\"]+"
+_PATHS = re.compile(rf"(?<![\w/.<])(?:file://)?(?:~(?:[A-Za-z_][\w.-]*)?|{_PART})(?:{_PART})+")
+_REST = re.compile(rf"(?:{_PART})*")
+_WITHIN = re.compile(r"[^\n/]{1,255}?(?=[\s/,;:'\"\])}>]|$)")
+_OF_A_USER = re.compile(r"~[^/]*|/root|/(?:home|Users)/[^/]+")
 _SHOWN = 200
+_LONGEST_PATH = 1024
 
 
 @contextlib.contextmanager
@@ -192,7 +197,9 @@ def check_space(out: Path, needed: int, what: str) -> None:
 
 def public_name(name: str) -> str:
     """A name for others to read: of a path on this machine, its last part alone."""
-    text = str(name)
+    text = str(name).removeprefix("file://")
+    if _OF_A_USER.fullmatch(text.rstrip("/")) or text.rstrip("/") == os.path.expanduser("~"):
+        return "a local folder"
     local = text.startswith(("/", "~", "./", "../", "\\")) or text[1:3] in (":\\", ":/")
     if not local and text.count("/") < 2:  # a name on the hub has one
         return text
@@ -213,7 +220,28 @@ def public(value: Any) -> Any:
 
 def without_paths(text: str) -> str:
     """Words for others to read: of each path on this machine in them, its last part alone."""
-    return _PATHS.sub(lambda found: public_name(found[0]), text)
+    pieces, end = [], 0
+    while found := _PATHS.search(text, end):
+        pieces += [text[end : found.start()]]
+        end = _end_of_path(text, found)
+        pieces += [public_name(text[found.start() : end])]
+    return "".join([*pieces, text[end:]])
+
+
+def _end_of_path(text: str, found: re.Match[str]) -> int:
+    """Where a path ends: after spaces and quotes too, if it is there on this machine with them."""
+    start, end = found.span()
+    start += len("file://") * text.startswith("file://", start)
+    at = end
+    while at < min(len(text), start + _LONGEST_PATH):
+        part = _WITHIN.match(text, at) or _WITHIN.match(text, at + 1)
+        if part is None:
+            break
+        at = part.end()
+        if os.path.lexists(os.path.expanduser(text[start:at])):
+            rest = _REST.match(text, at)
+            end = at if rest is None else rest.end()
+    return end
 
 
 def _is_prose(text: str) -> bool:

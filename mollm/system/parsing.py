@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -127,6 +128,30 @@ def parse_json(text: str, place: str) -> Any:
         raise UsageError(f"{place} is nested too deeply to be read.") from None
     except ValueError as error:  # a number of more than 4300 digits, a key that stands twice
         raise UsageError(f"{place} cannot be read as JSON: {reason_of(error)}.") from error
+
+
+def parse_json_lines(text: str, place: str) -> Iterator[tuple[int, Any]]:
+    """The values of a text with JSON on each line, with the numbers of their lines from 1.
+
+    Blank lines hold none. Only a line feed ends a line: a text within JSON may hold U+2028 and
+    other characters as they are at which `str.splitlines` splits too.
+
+    Args:
+        text: The text.
+        place: The file, for the error, which names the line besides.
+
+    Raises:
+        UsageError: A line is malformed, see `parse_json`; those before it have been given by then.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, parse_json(line, f"{place}, line {number}")
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that a person wrote, ended as in Python's text files: by a line feed, a
+    carriage return or both, and by nothing else at which `str.splitlines` splits too."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mollm.distributed import processes
 from mollm.errors import UsageError
 from mollm.evaluation.generation import MAX_NEW_TOKENS, generate_replies
 from mollm.system.folders import replace_text
-from mollm.system.parsing import parse_json, read_text
+from mollm.system.parsing import lines_of, parse_json_lines, read_text
 from mollm.training.setting_roles import plain
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def longest_generated(max_length: int) -> int:
 
 def refusal_texts() -> list[str]:
     """The texts that ship, each of which says that the answer is not known."""
-    return sample_path("refusals.txt").read_text(encoding="utf-8").splitlines()
+    return lines_of(read_text(sample_path("refusals.txt")))
 
 
 def _lacking(data: TrainingData) -> dict[str, list[Record]]:
@@ -297,9 +297,7 @@ def _kept(path: Path, records: Sequence[Record], samples: int) -> list[list[str]
     if not path.is_file():
         return None
     try:
-        rows = [
-            parse_json(line, str(path)) for line in read_text(path).removesuffix("\n").split("\n")
-        ]
+        rows = [row for _, row in parse_json_lines(read_text(path), str(path))]
     except UsageError:
         return None
     if len(rows) != len(records):

@@ -14,11 +14,11 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from mollm.distributed import processes
 from mollm.models.adapters import named
 from mollm.training.config import MOLLMConfig
-from mollm.training.history import StepRecord
-from mollm_ops import Status
+from mollm.training.history import StepRecord, skipped_in
 
 _LINES = 20
 _SKIPS = 10
+_MOST_SKIPPED = 0.5
 _WAY_OUT = "lower the learning rate, or give retaining a larger preference."
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
     It stops where a loss is not finite, in a step or an evaluation, where KL exceeds
     `max_loss_rise` nats, where a retain loss has risen by as much since the first step, or where
     ten steps in a row had to be skipped because a gradient was not finite. A run that ends fails
-    all the same where that holds of its last step, where all of its steps were skipped, and where
-    weights are not finite.
+    all the same where that holds of its last step, where half of its steps or more were skipped,
+    where all were that it made since it was resumed, and where weights are not finite.
 
     Args:
         history: The records of all steps, which the trainer adds to.
@@ -93,9 +93,14 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
             bound: `max_loss_rise` of the settings.
         """
         mine = self._history[self.first :]
-        if mine and all(r.status == Status.NON_FINITE.name for r in mine):
+        skipped, made = skipped_in(self._history), len(self._history)
+        if mine and skipped_in(mine) == len(mine):
             self._stop(
                 f"gradients must be finite, but all {len(mine)} steps were skipped: {_WAY_OUT}"
+            )
+        elif made and skipped >= _MOST_SKIPPED * made:
+            self._stop(
+                f"gradients must be finite, but {skipped} of {made} steps were skipped: {_WAY_OUT}"
             )
         elif broken:
             self.refuse_weights(broken)
@@ -138,7 +143,7 @@ class DivergenceStop(TrainerCallback):  # type: ignore[misc]
 
     def _skips_in_a_row(self) -> str | None:
         recent = self._history[-_SKIPS:]
-        if len(recent) == _SKIPS and all(r.status == Status.NON_FINITE.name for r in recent):
+        if len(recent) == skipped_in(recent) == _SKIPS:
             return (
                 f"gradients must be finite, but up to step {len(self._history)} {_SKIPS} steps "
                 f"were skipped in a row: {_WAY_OUT}"

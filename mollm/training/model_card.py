@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mollm.system.folders import public, public_name, without_paths
+from mollm.report.markdown import as_code, as_text
+from mollm.system.folders import public, public_name
 from mollm.training.history import StepRecord, skipped_in
 
 _ROWS = 20
-_ACTS = re.compile(r"[\\`*_{}\[\]#|~!]|(?<=\w)://|^[-+>=]")
-_PLAIN = re.compile(r"[^`|<>&\\]*")
 
 
 def model_card(
@@ -55,22 +52,24 @@ def model_card(
     parts = [
         f"---\nlibrary_name: transformers\nbase_model: {_header(base_model)}\n"
         "tags:\n- unlearning\n- mollm\n---",
-        f"# {_text(base_model)}, after unlearning",
+        f"# {as_text(base_model)}, after unlearning",
         "Made with mollm ([arXiv 2412.20412](https://arxiv.org/abs/2412.20412)): gradients of a "
         "loss on what is to be forgotten, of the KL divergence to the original and of the "
         "cross-entropy on what is to be retained, combined by the method named below. What the "
         "model no longer says may still be in its weights.",
-        *map(_text, sentences),
+        *map(as_text, sentences),
         "## Data",
         _table(
             ("set", "source", "rows", "SHA-256 of its contents"),
             [
-                (_text(name), _text(public(d["source"])), d["rows"], _code(d["sha256"]))
+                (as_text(name), as_text(public(d["source"])), d["rows"], as_code(d["sha256"]))
                 for name, d in data.items()
             ],
         ),
         "## Settings",
-        _table(("setting", "value"), [(_code(k), _code(public(v))) for k, v in settings.items()]),
+        _table(
+            ("setting", "value"), [(as_code(k), as_code(public(v))) for k, v in settings.items()]
+        ),
         *_changed(changes),
         "## Weights",
         f"{len(history)} steps; losses before each, and the weights of the gradients. All "
@@ -87,7 +86,7 @@ def model_card(
             ],
         ),
         "## Versions",
-        _table(("package", "version"), [(_text(k), _text(v)) for k, v in versions.items()]),
+        _table(("package", "version"), [(as_text(k), as_text(v)) for k, v in versions.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -114,9 +113,9 @@ def _changed(changes: Sequence[Mapping[str, Any]]) -> list[str]:
             [
                 (
                     c["step"] + 1,
-                    _code(c["setting"]),
-                    _code(public(c["was"])),
-                    _code(public(c["is"])),
+                    as_code(c["setting"]),
+                    as_code(public(c["was"])),
+                    as_code(public(c["is"])),
                 )
                 for c in changes
             ],
@@ -127,17 +126,3 @@ def _changed(changes: Sequence[Mapping[str, Any]]) -> list[str]:
 def _header(name: str) -> str:
     """A JSON text, which is one of YAML too, whatever stands in it, and of no HTML."""
     return json.dumps(name).replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _text(value: Any) -> str:
-    """A text in which no Markdown and no HTML acts, on one line."""
-    line = " ".join(without_paths(str(value)).split())
-    return _ACTS.sub(r"\\\g<0>", html.escape(line, quote=False))
-
-
-def _code(value: Any) -> str:
-    """The same in the type of code."""
-    line = " ".join(str(value).split())
-    if not line or not _PLAIN.fullmatch(line):
-        return f"<code>{_text(line)}</code>" if line else ""
-    return f"`{line}`"

@@ -30,7 +30,7 @@ from mollm.data.records import Record, content_hash
 from mollm.errors import UsageError
 from mollm.evaluation.generation import Reply, ask_tokens, generate_replies
 from mollm.system.folders import replace_text
-from mollm.system.parsing import parse_json, read_text
+from mollm.system.parsing import lines_of, parse_json_lines, read_text
 from mollm.system.terminal import Done, quietly
 from mollm.training.setting_roles import plain
 
@@ -153,7 +153,7 @@ def rows_to_make(forget: Sequence[Record]) -> int:
 
 def general_questions() -> list[str]:
     """The questions that ship: of everyday life, science, language and other things."""
-    return sample_path("general-questions.txt").read_text(encoding="utf-8").splitlines()
+    return lines_of(read_text(sample_path("general-questions.txt")))
 
 
 def note_on(path: Path) -> str:
@@ -419,8 +419,7 @@ def _sentences(text: str) -> str:
 
 
 def _rows_of(path: Path) -> list[Any]:
-    # A text may hold U+2028 and the like as they are, at which splitlines() would split too.
-    return [parse_json(line, str(path)) for line in read_text(path).split("\n") if line.strip()]
+    return [row for _, row in parse_json_lines(read_text(path), str(path))]
 
 
 def _is_whole(path: Path, texts: bool) -> bool:

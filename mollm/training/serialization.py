@@ -95,11 +95,13 @@ def _tensors_in(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def corrupt_checkpoint_errors(folder: Path) -> Iterator[None]:
-    """What goes wrong inside while a checkpoint is read becomes a UsageError."""
+    """What goes wrong inside while a checkpoint is read becomes a UsageError that names it."""
     try:
         yield
-    except UsageError:
-        raise
+    except UsageError as error:
+        if str(folder) in str(error):
+            raise
+        raise UsageError(f"{folder} cannot be resumed from: {error}") from error
     except _DAMAGE as error:
         raise _damaged(folder, error) from error
 

@@ -74,6 +74,7 @@ from mollm.system.folders import (
     clear_unfinished,
     complete,
     replace_text,
+    staged,
 )
 from mollm.system.parsing import user_path
 from mollm.system.precision import computing_in
@@ -1091,9 +1092,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with processes.raise_on_all_ranks():
             _refuse_broken(broken)
             if processes.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_weights(self._base, self._wrapped, weights, folder)
-                self.processing_class.save_pretrained(folder)
+                with staged(folder) as stage:
+                    checkpoint.write_weights(self._base, self._wrapped, weights, stage)
+                    self.processing_class.save_pretrained(stage)
 
     def export(self, output_dir: str | Path) -> None:
         """Writes the whole model as safetensors, an adapter merged into it, and the tokenizer.

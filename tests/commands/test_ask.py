@@ -124,3 +124,11 @@ def test_the_same_words_after_other_ones_are_another_question(run, tmp_path, cap
     assert main(["ask", str(run), "--file", str(tmp_path / "data.jsonl"), "--json", *FEW]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["question"] for each in found] == ["Who?", "Who?"]
+
+
+def test_a_question_in_a_file_may_hold_what_some_readers_end_a_line_at(run, tmp_path, capsys):
+    (tmp_path / "questions.txt").write_text("Is it\u2028so?\r\n\r\nIs it?\n")
+    words = ["ask", str(run), "--file", str(tmp_path / "questions.txt"), "--json", *FEW]
+    assert main([*words, "--original", "none"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert [each["question"] for each in told] == ["Is it\u2028so?", "Is it?"]

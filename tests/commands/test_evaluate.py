@@ -162,3 +162,49 @@ def test_help_shows_defaults_of_zero_but_not_those_of_switches(capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "seed of the resampling (default: 0)" in told
     assert "(default: False)" not in told
+
+
+def test_a_run_that_others_wrote_chooses_no_folder_to_write_to(run, tmp_path):
+    facts = json.loads((run / "run.json").read_text())
+    facts["given"] |= {"out": str(tmp_path / "elsewhere"), "judge": "x"}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert main(["evaluate", "--model", str(run), *FEW, "--original", "none"]) == 0
+    assert (run / "evaluation/metrics.json").is_file()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": 3}, "its settings is not"),
+        ({"settings": {"chat_template_kwargs": [1]}}, r"its settings\.chat_template_kwargs is not"),
+        ({"settings": {"system_prompt": 3}}, r"its settings\.system_prompt is not"),
+        ({"given": {"forget": 3}}, r"its given\.forget is not"),
+        ({"model": ["x"]}, "its model is not"),
+    ],
+)
+def test_a_run_that_is_damaged_is_refused_by_every_command(change, words, run, capsys):
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | change))
+    for command in (
+        ["evaluate", "--model", str(run)],
+        ["ask", str(run), "x"],
+        ["report", str(run)],
+    ):
+        assert main([*command]) == 2
+        said = capsys.readouterr().err
+        assert re.search(f"run.json must be as `mollm unlearn` wrote it, but {words}", said)
+
+
+def test_a_history_that_is_cut_is_named_before_anything_is_measured(run, capsys, monkeypatch):
+    from mollm.models import loading as models
+
+    history = (run / "history.jsonl").read_text()
+    (run / "history.jsonl").write_text(history[:-20])
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded"))
+    rows = [{"question": f"Is it {n}?", "answer": f"{n}."} for n in range(6)]
+    (run / "forget.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--original", str(run / "model"), "--forget", str(run / "forget.jsonl")]
+    for command in (["evaluate", *FEW], ["audit", *data]):
+        assert main([command[0], "--model", str(run), *command[1:]]) == 2
+        assert "history.jsonl, line 12 is malformed JSON" in capsys.readouterr().err

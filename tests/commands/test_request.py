@@ -434,3 +434,21 @@ def test_a_damaged_ledger_is_refused(ledger):
         (ledger / "ledger.json").write_text(text)
         with pytest.raises(UsageError, match="from a backup"):
             read_ledger(ledger)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": 2}, {"number": "x"}, {"run": "javascript:alert(1)"}, {"run": "../x"},
+        {"status": "x"}, {"status": "done", "run": None}, {"tests": [3]}, {"tests": [{"run": "1"}]},
+        {"tests": [{"run": "001", "figures": {"forget_probability": "x"}}]}, {"note": []},
+        {"forget": 3}, {"nosuch": 1}, {"rows": None},
+    ],
+)  # fmt: skip
+def test_a_request_that_is_not_as_it_was_written_is_named(change, ledger):
+    first(ledger)
+    told = json.loads((ledger / "ledger.json").read_text())
+    told["requests"][0] |= change
+    (ledger / "ledger.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match=r"its requests\[0\] is damaged: take it from a backup"):
+        read_ledger(ledger)

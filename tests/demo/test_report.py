@@ -54,7 +54,7 @@ def run():
     summary |= {
         "model": "tiny", "method": "dual", "steps": 4, "lr": 1e-5, "lr_schedule": "linear to 0",
         "optimizer": "adamw", "seed": 7, "conflict_rate": conflict_rates(history),
-        "skipped_steps": 0, "questions": dict.fromkeys(report.GROUPS, 2),
+        "skipped_steps": 0, "failure": None, "questions": dict.fromkeys(report.GROUPS, 2),
         "countries": {"forget": ["Norway"], "retain": ["Peru"], "heldout": ["Chile"]},
         "peak_memory_gib": 1.25, "device": "a CPU", "versions": {"torch": "9.9"}, "commit": None,
         "command": "mollm demo --seed 7", "finished": "now", "seconds": 12.0,

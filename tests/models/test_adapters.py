@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from mollm.errors import UsageError
 from mollm.models.adapters import (
@@ -8,6 +11,7 @@ from mollm.models.adapters import (
     adapter_tensors,
     checkpoint_activations,
     given,
+    load_adapter,
     merged,
 )
 
@@ -115,3 +119,28 @@ def test_checkpointed_activations_of_a_class_without_them_are_refused():
     model.supports_gradient_checkpointing = False
     with pytest.raises(UsageError, match="gradient_checkpointing must be left out for a LlamaFor"):
         checkpoint_activations(model, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(sorted(w)[0]), "lora_A.weight is missing"),
+        (lambda w: w.update(x=torch.ones(2)), "x is one too many"),
+        (lambda w: w.clear(), "is missing"),
+        (lambda w: w.update({n: t * math.nan for n, t in w.items()}), "must have finite weights"),
+        (lambda w: w.update({n: t.to(torch.complex64) for n, t in w.items()}), "finite weights"),
+    ],
+)
+def test_an_adapter_that_is_not_what_it_says_is_refused(change, words, tmp_path):
+    wrapped = peft.get_peft_model(
+        tiny.model(),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    wrapped.save_pretrained(tmp_path)
+    load_adapter(tiny.model(), str(tmp_path))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match=words) as refused:
+        load_adapter(tiny.model(), str(tmp_path))
+    assert str(tmp_path) in str(refused.value)

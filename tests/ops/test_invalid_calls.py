@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mollm_ops
 from mollm_ops._extension import DTYPE_CODES, extension
-from mollm_ops.operands import AdamMetric, AdamWStep, RunningMeans, Targets
+from mollm_ops.operands import AdamMetric, AdamWStep, RowLoss, RunningMeans, Targets
+from mollm_ops.rows import kl_rows, log_rows
 
 assert extension is not None, "install with a C++ compiler: `pip install .`"
 
@@ -305,6 +306,48 @@ def real_ops():
     return [Call(f, a, [*memory, w, c, gram, *rows]) for f, a in arguments.items()]
 
 
+def real_losses():
+    """Valid arguments of every loss, of the ops that they are made of, and of the row kernels."""
+    hidden, weight, logits, ref = (torch.rand(s) for s in ((4, 3), (7, 3), (4, 7), (4, 3)))
+    bias, target, losses = torch.rand(7), torch.tensor([0, 6, -100, 3]), torch.zeros(4)
+    mask, one, up = torch.tensor([True, True, False, True]), torch.ones(()), torch.ones(4)
+    head = {"hidden": hidden, "weight": weight, "bias": bias}
+    to = {**head, "logit_scale": 1.0, "softcap": None}
+    kept = {"ref_hidden": ref, "ref_weight": weight, "ref_bias": None, "ref_logit_scale": 1.0,
+            "ref_softcap": None}  # fmt: skip
+    public = {"reduction": "mean", "logit_scale": 2.0, "softcap": 5.0}
+    chunks = {"normalizer": 3.0, "chunk_rows": 2}
+    row = {"logits": logits, "target": target.clamp(min=-1), "eps": 1e-3}
+    op = torch.ops.mollm
+    flat = {"eps": 1e-3, "ignore_index": -100, "logit_scale": 1.0, "softcap": None}
+    wants = {"wants": [True] * 3, "chunk_rows": None}
+    linear = {"target": target, "scale": one, "ignore_index": -100, **wants}
+    arguments = [
+        (mollm_ops.uce_loss, {"logits": logits, "target": target, "eps": 1e-3, **public}),
+        (mollm_ops.linear_cross_entropy, {**head, "target": target, **public, **chunks}),
+        (mollm_ops.linear_uce_loss, {**head, "target": target, "eps": 1e-3, **public, **chunks}),
+        (mollm_ops.linear_kl_div,
+         {**head, "ref_hidden": ref, "ref_weight": weight, "mask": mask, **public, **chunks}),
+        (mollm_ops.linear_ce_kl,
+         {**head, "target": target, "ref_hidden": ref, "ref_weight": weight, **public, **chunks}),
+        (op.uce_rows, {"logits": logits, "target": target, **flat}),
+        (op.uce_rows_backward, {"logits": logits, "target": target, "upstream": up, **flat}),
+        (op.linear_ce, {**to, **linear, "eps": None, "wide_logits": False}),
+        (op.linear_kl, {**to, **kept, "target": target.clamp(max=0), "scale": one, **wants}),
+        (op.linear_ce_kl, {**to, **kept, **linear}),
+        (log_rows, {**row, "ce": RowLoss(losses, up, torch.zeros(4, 7))}),
+        (kl_rows, {"logits": logits, "ref_logits": logits.flip(1), "target": row["target"],
+                   "kl": RowLoss(losses, up, torch.zeros(4, 7)),
+                   "ce": RowLoss(up.clone(), up, None)}),
+    ]  # fmt: skip
+    touched = [hidden, weight, logits, ref, bias, target, losses, mask, up]
+    return [Call(f, a, touched) for f, a in arguments]
+
+
+PUBLIC_LOSSES = 5
+"""How many of them users call; the others take numbers as those have checked them."""
+
+
 def fake(t):
     with FakeTensorMode() as mode:
         return mode.from_tensor(t)
@@ -330,6 +373,62 @@ BAD_TENSORS = [
 ]
 
 
+BAD_ROWS = [
+    lambda t: t.to(torch.complex64),
+    lambda t: t.to("meta") if t.ndim else t.tolist(),
+    lambda t: torch.zeros(*t.shape, 2, dtype=t.dtype),
+    lambda t: torch.zeros(0, dtype=t.dtype),
+    lambda t: t[:-1] if t.ndim else torch.zeros(3),
+    lambda t: torch.cat([t, t]) if t.ndim else torch.zeros(5),
+    lambda t: t.tolist() if t.ndim else None,
+    lambda t: "text",
+]
+IN_PLACE_OF_A_TENSOR = BAD_ROWS[-2:]
+"""What no loss takes in the place of one tensor of several."""
+
+
+def loss_spoils(n, name, value):
+    """Functions that make an invalid argument of a loss's valid one."""
+    by_users, kernels = n < PUBLIC_LOSSES, real_losses()[n].function in (log_rows, kl_rows)
+    if isinstance(value, torch.Tensor):
+        spoils = [*BAD_ROWS, fake] if value.ndim else BAD_ROWS[-1:]
+        if kernels:
+            spoils = [spoil for spoil in spoils if spoil not in IN_PLACE_OF_A_TENSOR]
+        if value.dtype == torch.int64:
+            spoils = [*spoils, lambda t: t.float(), lambda t: t.bool()]
+            if by_users:
+                spoils.append(lambda t: t + 7)
+        elif value.dtype == torch.bool:
+            spoils = [*spoils, lambda t: t.float()]
+        else:
+            spoils = [*spoils, lambda t: t.long(), lambda t: t.bool()]
+            if name != "logits":
+                spoils.append(lambda t: t.double())
+        return spoils
+    if isinstance(value, RowLoss):
+        fields = {"losses": [lambda t: torch.zeros(8)[::2]], "scale": [],
+                  "gradient": [lambda t: torch.zeros(7, 4).T]}  # fmt: skip
+        return [
+            lambda x, field=field, spoil=spoil: replaced(x, field, spoil(getattr(x, field)))
+            for field, more in fields.items()
+            if getattr(value, field) is not None
+            for spoil in [*more, freed, *BAD_ROWS[:6], lambda t: t.double()]
+        ]
+    values = OUT_OF_RANGE_OF_LOSSES.get(name, ()) if by_users else ()
+    return [lambda x, value=value: value for value in values]
+
+
+OUT_OF_RANGE_OF_LOSSES = {
+    "eps": (0.0, 1.0, -1.0, float("nan"), float("inf"), 1e-40),
+    "softcap": (0.0, -1.0, float("nan"), "text"),
+    "logit_scale": (0.0, -1.0, float("nan"), float("inf"), 1e-40, "text"),
+    "normalizer": (0.0, -1.0, float("nan"), float("inf"), torch.ones(2), "text"),
+    "reduction": ("x", "", None),
+    "chunk_rows": (0, -1, "text"),
+}
+"""Of the public losses, and of what they hand on."""
+
+
 def last_of(spoil):
     """The last tensor of a list, or of a list of lists, spoiled."""
 
@@ -343,6 +442,19 @@ def last_of(spoil):
 
 def is_list_of_tensors(x):
     return isinstance(x, list) and (isinstance(x[-1], torch.Tensor) or is_list_of_tensors(x[-1]))
+
+
+def repeated(t):
+    """A tensor whose elements all lie in one place."""
+    return torch.rand(()).expand(t.shape)
+
+
+def of_one_memory(tensors):
+    """The tensors, the last one in the memory of the first."""
+    return [*tensors[:-1], tensors[0].flatten()[: tensors[-1].numel()].view(tensors[-1].shape)]
+
+
+WRITTEN = ("out", "params", "first", "second")
 
 
 def replaced(x, field, value):
@@ -378,6 +490,8 @@ def public_spoils(name, value):
             spoils += [last_of(lambda t: torch.tensor(-1.0)), last_of(lambda t: t.double())]
         if name in ("exp_avg_sqs", "flat"):
             return spoils  # None is zeros there
+        if name in WRITTEN and value[0].numel() >= value[-1].numel() > 1:
+            spoils += [last_of(repeated), of_one_memory] if len(value) > 1 else [last_of(repeated)]
         return [*spoils, last_of(lambda t: None)]
     if isinstance(value, torch.Tensor):
         spoils = [lambda t: t.tolist(), lambda t: torch.zeros(3), lambda t: t.to(torch.complex64)]
@@ -411,6 +525,39 @@ def test_the_ops_work_before_they_are_spoiled():
         call.function(**call.arguments)
 
 
+LOSS_CASES = [
+    (n, name, spoil)
+    for n, call in enumerate(real_losses())
+    for name, value in call.arguments.items()
+    for spoil in loss_spoils(n, name, value)
+]
+
+
+def call_loss(n, name, spoil):
+    call = real_losses()[n]
+    arguments = {**call.arguments, name: spoil(call.arguments[name])}
+    return assert_refused(call, arguments)
+
+
+def test_every_registered_op_is_tried():
+    tried = {str(call.function) for call in [*real_ops(), *real_losses()]}
+    known = torch._C._dispatch_get_all_op_names()
+    names = {name.removeprefix("mollm::") for name in known if name.startswith("mollm::")}
+    names = {name.partition(".")[0] for name in names}
+    joined = {"join_gradients", "join_ce", "join_kl"}  # copies of a loss, which take no pointer
+    assert names - joined == {n for n in names if f"mollm.{n}" in tried}
+
+
+def test_the_losses_work_before_they_are_spoiled():
+    for call in real_losses():
+        call.function(**call.arguments)
+
+
+def test_the_losses_refuse_each_invalid_argument():
+    for n, name, spoil in LOSS_CASES:
+        assert call_loss(n, name, spoil), "an error without a sentence"
+
+
 def test_the_ops_refuse_each_invalid_argument():
     for n, name, spoil in PUBLIC_CASES:
         message = call_public(n, name, spoil)
@@ -421,6 +568,7 @@ public_calls = st.sampled_from(PUBLIC_CASES)
 either = st.one_of(
     spoiled_extension_calls().map(lambda c: (call_extension, c)),
     public_calls.map(lambda c: (call_public, c)),
+    st.sampled_from(LOSS_CASES).map(lambda c: (call_loss, c)),
 )
 
 
@@ -457,17 +605,16 @@ def test_under_address_sanitizer(tmp_path):
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", str(tmp_path / "build"), "--parallel"], check=True)
     tests = (
-        "invalid_calls",
-        "gram",
-        "update",
-        "rows",
-        "edges",
-        "dual_space",
-        "linear_losses",
-        "uce",
+        *("ops/test_invalid_calls", "ops/test_plain", "ops/test_gram", "ops/test_update"),
+        *("ops/test_rows", "ops/test_edges", "ops/test_dual_space", "ops/test_linear_losses"),
+        *("ops/test_uce", "optim/test_saved_state", "optim/test_overflow"),
     )
-    done = run_sanitized(tmp_path / name, *(f"tests/ops/test_{test}.py" for test in tests))
-    assert done.returncode == 0, done.stdout + done.stderr
+    for what in (
+        [f"tests/{test}.py" for test in tests],
+        [str(ROOT / "tests" / "fuzzed_calls.py"), "0", "--calls", "2000"],
+    ):
+        done = run_sanitized(tmp_path / name, *what)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run_sanitized(built, *tests):

@@ -241,3 +241,32 @@ def test_steps_that_were_skipped_are_in_no_rate(tmp_path):
 )
 def test_a_time_is_shown_for_people(said, shown):
     assert moment(said) == shown
+
+
+def test_a_name_may_hold_what_some_readers_end_a_line_at(tmp_path):
+    name = "forget_a\u2028b\x85c"
+    renamed = [
+        replace(step, **{
+            part: {name if key == "forget" else key: value for key, value in each.items()}
+            for part, each in vars(step).items()
+            if part in ("losses", "norms", "weights", "changes", "conflicts")
+        })
+        for step in map(runs.step, range(3))
+    ]  # fmt: skip
+    folder = runs.run(tmp_path / "one", history=renamed, steps=3)
+    assert len(read_reported(folder).history) == 3
+    assert name.split("\u2028")[0] in render([read_reported(folder)])
+
+
+def test_what_turns_a_line_around_shows_as_a_sign(tmp_path):
+    folder = runs.run(tmp_path / "one", notes=["a\u202eb", "c\x1bd"])
+    page = render([read_reported(folder)])
+    assert "\u202e" not in page
+    assert "a\\x202eb" in page
+    assert "c\\x1bd" in page
+
+
+def test_skipped_steps_stand_beside_each_other_too(tmp_path):
+    folders = [runs.run(tmp_path / n, skipped_steps=k) for n, k in (("a", 0), ("b", 3))]
+    page = render([read_reported(folder) for folder in folders])
+    assert page.count("(3 skipped)") == 1

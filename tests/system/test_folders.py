@@ -13,6 +13,7 @@ from mollm.system.folders import (
     public_name,
     replace_text,
     staged,
+    without_paths,
 )
 
 
@@ -221,3 +222,27 @@ def test_files_have_the_permissions_that_the_user_gives_to_others(tmp_path):
         os.umask(before)
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "new").rglob("*")}
     assert modes == {"a": 0o640, "inner": 0o750, "b": 0o640}
+
+
+def test_of_a_path_in_words_nothing_but_its_last_part_is_left(tmp_path):
+    deep = tmp_path / "ada lovelace's" / "my data, 2"
+    deep.mkdir(parents=True)
+    (deep / "rows (1).jsonl").write_text("")
+    for text, left in (
+        (f"Rows of {deep}/rows (1).jsonl are read.", "Rows of rows (1).jsonl are read."),
+        (f"{deep}/new.jsonl must be there.", "new.jsonl must be there."),
+        (f"file://{deep}, and more", "my data, 2, and more"),
+        ("at:/home/ada/x.jsonl", "at:x.jsonl"),
+        ("see file:///home/ada/x.jsonl.", "see x.jsonl."),
+        ("~ada/deep/x.jsonl", "x.jsonl"),
+        ("--out=/home/ada --x", "--out=a local folder --x"),
+        ("http://a.example/b/c stays, and yes/no/maybe", None),
+        ("a / b / c", None),
+    ):
+        assert without_paths(text) == (text if left is None else left)
+
+
+@pytest.mark.parametrize("name", ["/home/ada", "/home/ada/", "/Users/ada", "/root", "~", "~ada"])
+def test_a_home_is_not_named_after_its_user(name):
+    assert public_name(name) == "a local folder"
+    assert public_name("/home/ada/model") == public_name("~ada/model") == "model"

@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 from mollm.errors import UsageError
-from mollm.system.parsing import is_file, is_folder, parse_yaml, read_text, user_path
+from mollm.system.parsing import (
+    is_file,
+    is_folder,
+    lines_of,
+    parse_json_lines,
+    parse_yaml,
+    read_text,
+    user_path,
+)
 
 
 def test_yaml_gives_plain_values():
@@ -99,3 +107,22 @@ def test_the_byte_that_is_no_utf_8_is_named(tmp_path):
     path.write_bytes(b"x" * (1 << 20) + b"\xff")
     with pytest.raises(UsageError, match="its byte 1048576 is not"):
         read_text(path)
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone():
+    odd = "a\u2028b\u2029c\x85d"
+    text = f'{{"a": "{odd}"}}\r\n\n  \n[1]'
+    assert list(parse_json_lines(text, "rows.jsonl")) == [(1, {"a": odd}), (4, [1])]
+    assert list(parse_json_lines("", "rows.jsonl")) == []
+
+
+def test_a_line_that_is_cut_is_named_and_those_above_it_are_given():
+    rows = parse_json_lines('{"a": 1}\n\n{"a": ', "rows.jsonl")
+    assert next(rows) == (1, {"a": 1})
+    with pytest.raises(UsageError, match=r"rows\.jsonl, line 3 is malformed JSON at column"):
+        next(rows)
+
+
+def test_the_lines_of_a_person_s_text():
+    assert lines_of("a\u2028b\r\nc\rd\x0ce\n") == ["a\u2028b", "c", "d\x0ce"]
+    assert lines_of("") == [""]

@@ -32,6 +32,26 @@ def test_a_run_of_skipped_steps_alone_is_stopped(skipped, made):
         assert reason is None
 
 
+@pytest.mark.parametrize(
+    ("statuses", "first", "words"),
+    [
+        ("oxx", 0, "2 of 3 steps were skipped"),
+        ("ox", 0, "1 of 2 steps were skipped"),
+        ("oxo", 0, None),
+        ("oooox", 0, None),
+        ("oooox", 4, "all 1 steps were skipped"),
+        ("xx", 0, "all 2 steps were skipped"),
+        ("", 0, None),
+    ],
+)
+def test_a_run_that_skipped_half_of_its_steps_is_no_success(statuses, first, words):
+    kinds = {"o": Status.SOLVED, "x": Status.NON_FINITE}
+    callback = DivergenceStop([record((0.1, 0.0, 4.0), kinds[s]) for s in statuses], ["retain"])
+    callback.first = first
+    callback.at_the_end(None, [], 5.0)
+    assert (words is None) if callback.reason is None else (words in callback.reason)
+
+
 def record(losses, status=Status.SOLVED):
     named = dict(zip(("forget", "kl", "retain"), losses, strict=True))
     return SimpleNamespace(losses=named, status=status.name)
