@@ -793,6 +793,29 @@ def test_the_first_step_has_no_kl_whatever_dropout_a_model_has(tmp_path, named, 
     assert abs(made.history[0].losses["kl"]) < 1e-6
 
 
+@pytest.mark.parametrize("checkpoints", [{}, {"gradient_checkpointing": True}])
+def test_the_dropout_of_an_adapter_is_on_in_steps_and_off_in_evaluations(
+    tmp_path, in_float32, checkpoints
+):
+    lora = {"target_modules": "all-linear", "init_lora_weights": False}
+    evaluated, trained_on = [], []
+    for rate in (0.0, 0.5, 0.5):
+        made = trainer(
+            tmp_path / str(len(evaluated)),
+            lora=lora | {"lora_dropout": rate},
+            max_steps=1,
+            **checkpoints,
+        )
+        evaluated.append(made.evaluate({"retain": RETAIN}))
+        made.train()
+        trained_on.append(made.history[0])
+    without, once, again = trained_on
+    assert evaluated[1]["eval_retain_loss"] == evaluated[0]["eval_retain_loss"]
+    assert abs(once.losses["retain"] / without.losses["retain"] - 1) > 1e-4
+    assert once.losses == again.losses  # what is dropped is decided by the seed
+    assert once.norms == again.norms
+
+
 # ---- the end of a run
 
 
