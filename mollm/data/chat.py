@@ -231,8 +231,16 @@ class ChatFormat:
             on_turns: "last", or "all" for a loss on the assistant's earlier turns too.
 
         Raises:
-            UsageError: The template cannot write the conversation, or leaves out the answer.
+            UsageError: The template cannot write the conversation, or leaves out the answer; or
+                earlier answers are to carry a loss where all is one plain text.
         """
+        answered = any(turn.role == ASSISTANT for turn in example.history)
+        if on_turns != "last" and answered and self.is_plain(example):
+            raise UsageError(
+                f"train_on_turns must be last where a conversation is plain text, in which earlier "
+                f"answers have no place of their own, but got {on_turns!r}: leave it out, or choose "
+                "another prompt_format."
+            )
         if not self.format.like or example.is_text:
             return self._encode(example, on_turns)
         if on_turns != "last":

@@ -225,9 +225,13 @@ def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
     """
     from peft import LoraConfig
 
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"peft_config must be a LoraConfig, but got {type(config).__name__}.")
+    if not of_given_model and config.init_lora_weights not in _BEGINNINGS:
         raise UsageError(
-            f"peft_config must be a LoraConfig without DoRA, but got {type(config).__name__}."
+            f"init_lora_weights must be one of {', '.join(map(str, _BEGINNINGS))}, for others "
+            "change the weights that the original is made of, or need data, but got "
+            f"{config.init_lora_weights!r}."
         )
     for f in fields(config):
         default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -242,12 +246,6 @@ def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
         return
     if config.inference_mode:
         raise UsageError("inference_mode must be False for an adapter that trains, but got True.")
-    if config.init_lora_weights not in _BEGINNINGS:
-        raise UsageError(
-            f"init_lora_weights must be one of {', '.join(map(str, _BEGINNINGS))}, for others "
-            "change the weights that the original is made of, or need data, but got "
-            f"{config.init_lora_weights!r}."
-        )
     for names, rule, holds in _RULES:
         for name in names:
             value = getattr(config, name)

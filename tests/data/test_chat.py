@@ -9,6 +9,7 @@ from tokenizers import AddedToken, processors
 from transformers import GenerationConfig
 
 from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate, ends_of
+from mollm.data.conversations import Turn
 from mollm.errors import UsageError
 from mollm.models.forward import answer_hidden_states, head, hidden_states
 
@@ -63,6 +64,16 @@ def test_a_tokenizer_without_template_gets_the_plain_format():
     assert text_with_loss(chat, tokens) == " " + SENTENCE.answer + "<|end|>"
     prompt = chat.encode_prompt(SENTENCE.question)
     assert tokens.ids[: len(prompt.ids)] == prompt.ids
+
+
+def test_earlier_answers_of_a_plain_text_carry_no_loss_and_that_is_said():
+    chat = ChatFormat(tiny.tokenizer(), prompt_format="none")
+    said = (Turn("user", "Who?"), Turn("assistant", "Ann."))
+    example = Example("Where?", "Here.", history=said)
+    assert "Ann." in chat.tokenizer.decode(chat.encode(example).ids)
+    with pytest.raises(UsageError, match="train_on_turns must be last where a conversation is pl"):
+        chat.encode(example, on_turns="all")
+    assert chat.encode(Example("Where?", "Here."), on_turns="all")
 
 
 def test_the_prompt_begins_every_example(chat):

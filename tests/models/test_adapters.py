@@ -38,7 +38,7 @@ def test_a_merged_model_says_what_the_adapted_one_says_and_leaves_it_alone():
     [
         (False, {"target_modules": ["lm_head"], "lora_dropout": 0.1}, "lora_dropout must be 0"),
         (True, {"target_modules": ["lm_head"]}, "must leave the head alone"),
-        (False, {"use_dora": True}, "without DoRA"),
+        (False, {"use_dora": True}, "use_dora is not supported in a LoraConfig, but got True"),
     ],
 )
 def test_adapters_that_the_losses_cannot_follow_are_refused(tied, options, words):
@@ -70,6 +70,7 @@ def test_checkpointed_activations_let_gradients_reach_an_adapter():
         ),
         ({"target_modules": ["norm"]}, "the adapter does not suit LlamaForCausalLM"),
         ({"use_qalora": True}, "use_qalora is not supported"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of True, .* got 'eva'"),
         ({"target_modules": 3}, "target_modules of an adapter must be a pattern or a list of"),
         ({"modules_to_save": 3}, "modules_to_save of an adapter must be a list of names"),
         ({"lora_alpha": -5}, "lora_alpha of an adapter must be a positive number, but got -5"),

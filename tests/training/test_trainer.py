@@ -389,7 +389,7 @@ def test_mistakes_are_told_before_a_step(tmp_path):
     refused("eval_dataset must be given", eval_strategy="steps")
     refused("lora_dropout must be 0", lora={"target_modules": ["lm_head"], "lora_dropout": 0.1})
     refused("must leave the head alone", model=tiny.model(), lora={"target_modules": ["lm_head"]})
-    refused("without DoRA", lora={"use_dora": True})
+    refused("use_dora is not supported", lora={"use_dora": True})
     refused("init_lora_weights must be one of True", lora={"init_lora_weights": "pissa"})
     refused("left out for a model that is given as a module", lora={}, quantization="nf4")
     refused("no adapter to switch off", reference="adapter")
