@@ -66,6 +66,16 @@ def test_a_tokenizer_without_template_gets_the_plain_format():
     assert tokens.ids[: len(prompt.ids)] == prompt.ids
 
 
+@pytest.mark.parametrize("question", ["Where?", "Où, à Genève, ça?"])
+@pytest.mark.parametrize("answer", ["The inn", "é The inn", "The ô inn", "The innß"])
+def test_letters_that_the_tokenizer_drops_move_no_label(question, answer):
+    tokenizer = chat_templates.make("no generation prompt", "marks")  # knows ASCII alone
+    tokens = ChatFormat(tokenizer).encode(Example(question, answer))
+    said = tokenizer.decode([i for i in tokens.labels if i != IGNORE_INDEX])
+    bare = "".join(letter for letter in answer if letter.isascii())
+    assert said.replace(" ", "") == bare.replace(" ", "") + "<|end|>"
+
+
 def test_earlier_answers_of_a_plain_text_carry_no_loss_and_that_is_said():
     chat = ChatFormat(tiny.tokenizer(), prompt_format="none")
     said = (Turn("user", "Who?"), Turn("assistant", "Ann."))

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+import zoo
 
 from mollm.errors import UsageError
 from mollm.models.adapters import (
@@ -116,3 +117,19 @@ def test_checkpointed_activations_of_a_class_without_them_are_refused():
     model.supports_gradient_checkpointing = False
     with pytest.raises(UsageError, match="gradient_checkpointing must be left out for a LlamaFor"):
         checkpoint_activations(model, None)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+def test_what_mamba_reads_past_an_adapter_has_none(kind):
+    model = zoo.model(kind)
+    wrapped = adapted(model, config(target_modules="all-linear", init_lora_weights=False))
+    model(IDS % zoo.VOCABULARY).logits.square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in trained.values())
+    expected = model.eval()(IDS % zoo.VOCABULARY).logits
+    plain = merged(model, wrapped, parts=False).eval()
+    torch.testing.assert_close(plain(IDS % zoo.VOCABULARY).logits, expected, rtol=1e-3, atol=1e-4)
+    for names in (["x_proj", "dt_proj"], r".*\.dt_proj"):
+        with pytest.raises(UsageError, match="target_modules must leave out 'dt_proj', whose matr"):
+            adapted(zoo.model(kind), config(target_modules=names))

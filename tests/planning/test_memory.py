@@ -268,6 +268,8 @@ FEW = ("gpt2", "mixtral")
         pytest.param(ON_CPU, id="float32"),
         pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), id="lora"),
         pytest.param(CAST, id="autocast"),
+        pytest.param(replace(CAST, lora_rank=8, reference="adapter"), id="autocast-lora"),
+        pytest.param(replace(NARROW, lora_rank=8, reference="adapter"), id="bfloat16-lora"),
         pytest.param(replace(CAST, gradient_checkpointing=True), id="autocast-checkpointing"),
     ],
 )
