@@ -262,6 +262,12 @@ FEW = ("gpt2", "mixtral")
 """For an ordinary run of the tests."""
 
 
+@pytest.mark.parametrize("settings", [ON_CPU, CAST], ids=["float32", "autocast"])
+def test_a_layer_of_mamba_that_is_computed_again_scans_once_more(settings):
+    settings = replace(settings, gradient_checkpointing=True, lora_rank=8, reference="adapter")
+    compare(settings, *measured(settings, OTHERS["mamba"], "mamba"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
