@@ -27,8 +27,8 @@ What decides is the model itself, not its name. Logits may be the head's outputs
 whatever happens to states before the head is the model's own. Padding on the left is moved to the
 right, so that recurrent models, and those that count padding as positions, train on the same losses
 with either; asked for replies they answer a row at a time. LoRA on all linear layers passes over
-routers that return more than a product, and over `out_proj` of Mamba, which kernels read past an
-adapter.
+routers that return more than a product, and over `out_proj` and `dt_proj` of Mamba, whose
+matrices are read past an adapter.
 
 | model type | full | LoRA | plan | |
 |---|---|---|---|---|"""

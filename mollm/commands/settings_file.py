@@ -20,7 +20,7 @@ OWN_SETTINGS = ("model", *_DATA, "out", "lora", "device")
 
 _BYTES = 1 << 18
 """The most that a settings file may have."""
-_RENAMED = {"divergence": "max_loss_rise"}
+_RENAMED = {"divergence": "max_loss_rise", "warmup_ratio": "warmup_steps"}
 _LONGEST = 255
 """Bytes of a file's name."""
 _KINDS = {
@@ -59,7 +59,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     settings |= given
     types = _fields()
     for name, value in settings.items():
-        if name in _RENAMED:
+        if name in _RENAMED and name not in types:
             raise UsageError(f"{name} is now {_RENAMED[name]}, but got it with {value!r}.")
         if name not in types and name not in OWN_SETTINGS:
             raise UsageError(

@@ -231,8 +231,16 @@ class ChatFormat:
             on_turns: "last", or "all" for a loss on the assistant's earlier turns too.
 
         Raises:
-            UsageError: The template cannot write the conversation, or leaves out the answer.
+            UsageError: The template cannot write the conversation, or leaves out the answer; or
+                earlier answers are to carry a loss where all is one plain text.
         """
+        answered = any(turn.role == ASSISTANT for turn in example.history)
+        if on_turns != "last" and answered and self.is_plain(example):
+            raise UsageError(
+                "train_on_turns must be last where a conversation is plain text, in which earlier "
+                f"answers have no place of their own, but got {on_turns!r}: leave it out, or "
+                "choose another prompt_format."
+            )
         if not self.format.like or example.is_text:
             return self._encode(example, on_turns)
         if on_turns != "last":
@@ -424,11 +432,13 @@ class ChatFormat:
         encoded = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        offsets = encoded["offset_mapping"]
-        return list(encoded["input_ids"]), [_place(offsets, span) for span in spans]
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        if _leaves_out(offsets, text):
+            return ids, [self._place_by_agreement(ids, text, span) for span in spans]
+        return ids, [_place(offsets, span) for span in spans]
 
     def _place_by_agreement(self, ids: list[int], text: str, span: Span) -> Span:
-        """Of a tokenizer that does not say where its tokens stand."""
+        """Of a tokenizer that does not say where its tokens stand, or not rightly."""
         heads = [self._ids(text[:boundary]) for boundary in span]
         first, end = (
             next((i for i, (a, b) in enumerate(zip(ids, head, strict=False)) if a != b), None)
@@ -580,6 +590,17 @@ def _place(offsets: Sequence[Span], span: Span) -> Span:
     first = next((i for i, (_, end) in enumerate(offsets) if end > begins), len(offsets))
     rest = range(first, len(offsets))
     return first, next((i for i in rest if offsets[i][0] >= ends), len(offsets))
+
+
+def _leaves_out(offsets: Sequence[Span], text: str) -> bool:
+    """Whether letters of the text are in no token: one that a tokenizer drops, for want of an id
+    for it, moves the places that it gives for those that follow."""
+    reached = 0
+    for begins, ends in [*offsets, (len(text), len(text))]:
+        if text[reached:begins].strip():
+            return True
+        reached = max(reached, ends)
+    return False
 
 
 def collate(rows: Sequence[Tokens], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:

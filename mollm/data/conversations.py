@@ -22,6 +22,10 @@ _ROLES = {
 }
 """What a turn's speaker is called in data sets, and in chat templates."""
 _SHAPES = (("role", "content"), ("from", "value"))
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Of a turn: what a template may write beside its text, and nothing here would hand on."""
+_WEIGHTS = ("weight", "train")
+"""Of a turn: what some call it that an answer is to carry no loss."""
 
 Check = Callable[[Any, str], str]
 """Of a value and its name: the value, if it is a text to train on; else an error with its place."""
@@ -47,7 +51,7 @@ def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
 
     Raises:
         UsageError: It is no such list, a turn is neither of the system nor of the user or the
-            assistant, or a part is no text.
+            assistant, says more than its text, or a part is no text.
     """
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         # So `datasets` gives a list of objects that was declared as a Sequence of columns.
@@ -72,6 +76,19 @@ def _read_turn(turn: dict[str, Any], name: str, place: str, check: Check) -> Tur
             f"{place}: {name}.{speaker} must be system, user or assistant, but got {shown(role)}: "
             "remove the turn or the row."
         )
+    for unread in _UNREAD:
+        if turn.get(unread):
+            raise UsageError(
+                f"{place}: {name}.{unread} must be empty, for of a turn its {content} is read "
+                f"alone, but got {shown(turn[unread])}: write it into the {content} or remove the "
+                "row."
+            )
+    for weight in _WEIGHTS:
+        if _ROLES[role] == ASSISTANT and turn.get(weight) not in (None, 1):
+            raise UsageError(
+                f"{place}: {name}.{weight} must be 1, for train_on_turns says which answers carry "
+                f"a loss, but got {shown(turn[weight])}: remove it, or split the conversation."
+            )
     text = _joined(turn.get(content), f"{name}.{content}", place)
     return Turn(_ROLES[role], check(text, f"{name}.{content}"))
 

@@ -60,6 +60,8 @@ _CONVERSATIONS = ("messages", "conversations")
 _TEXT = "text"
 _SYSTEM, _HISTORY = "system", "history"
 """ShareGPT's and Alpaca's columns for the system's turn, and for the turns before the question."""
+_TOOLS = "tools"
+"""A column that templates write for the system, and that is not read."""
 ALTERNATE = "alternate"
 """A column, or in a record's `extra`: other answers, which some methods prefer to the one that is
 to be forgotten."""
@@ -144,6 +146,16 @@ class _Row:
                 f"surrogate pair: {shown(value.encode('ascii', 'backslashreplace').decode())}."
             )
         return value
+
+    def turns(self, name: str) -> list[Turn]:
+        """A conversation, which is written without tools."""
+        if self.values.get(_TOOLS):
+            raise UsageError(
+                f"{self.place}: the field {_TOOLS} must be empty, for conversations are written "
+                f"without tools, but got {shown(self.values[_TOOLS])}: say what they are in a turn "
+                "of the system, or remove the column."
+            )
+        return read_turns(self.value(name), name, self.place, self.checked)
 
     def answers(self, name: str) -> list[str]:
         """One text, or several in a list."""
@@ -418,7 +430,7 @@ def _holds_turns(value: Any) -> bool:
 
 def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
     """A prompt that is a list of turns, as TRL has it; its answer may be one, of a single turn."""
-    turns = read_turns(row.value(prompt), prompt, row.place, row.checked)
+    turns = row.turns(prompt)
     if not turns or turns[-1].role != USER:
         raise UsageError(
             f"{row.place}: the field {prompt} must end with a turn of the user, but got "
@@ -438,7 +450,7 @@ def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
 
 
 def _read_conversation(row: _Row, name: str) -> list[Record]:
-    turns = read_turns(row.value(name), name, row.place, row.checked)
+    turns = row.turns(name)
     history, question, answer = split_turns(turns, name, row.place)
     return [row.record(question.content, answer.content, name, history=history)]
 

@@ -228,6 +228,12 @@ def _listed(rows: Sequence[Any], role: Role) -> list[Record]:
     if not rows:
         raise UsageError(f"the {role} data must hold at least one row, but it holds none.")
     kind = dict if isinstance(rows[0], dict) else Record
+    if not isinstance(rows[0], kind):
+        raise UsageError(
+            f"the {role} data must be a list of mollm.data.Record or one of dicts, but row 0 is "
+            f"{type(rows[0]).__name__}: give several files as sets by name, "
+            "such as {first: one.jsonl, second: two.jsonl}."
+        )
     for number, row in enumerate(rows):
         if not isinstance(row, kind):
             raise UsageError(

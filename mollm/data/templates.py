@@ -8,7 +8,9 @@ the mark is the template's, and what stands between is the answer.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +44,7 @@ THOUGHTS = (
 """How chat models mark where a thought begins and ends."""
 
 _DIRECTIVES = "aAbBcdDeFGhHIjmMpRSTuUVwWxXyYzZ"
-_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What expressions of a template raise, besides Jinja's own errors."""
 _RESERVED = {
     "conversation",
@@ -297,7 +299,7 @@ class TemplateWriter:
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self._dated, tokenize=False, **self.options, **options
             )
-        except (TemplateError, *_FAILURES) as error:
+        except (TemplateError, *TEMPLATE_FAILURES) as error:
             raise UsageError(
                 f"the chat template of the tokenizer {self.tokenizer.name_or_path} must write a "
                 f"question and an answer, but it fails: {error}: put another into its "
@@ -331,28 +333,36 @@ class TemplateWriter:
     def _examine(self) -> None:
         """Finds out what the template can do; refuses one that cannot be used."""
         question, answer, system = (f"{word}Mark7" for word in ("Question", "Answer", "System"))
-        turns = [Turn(USER, question), Turn(ASSISTANT, answer)]
+        bare = [Turn(USER, question), Turn(ASSISTANT, answer)]
+        led = [Turn(SYSTEM, system), *bare]
 
-        def missing() -> str | None:
+        def missing(turns: Sequence[Turn]) -> str | None:
             text = self._render(turns)
             return next((turn.role for turn in turns if turn.content not in text), None)
 
         lost, failure = None, None
-        for self._in_parts in (False, True):
-            # Templates of models for images and text may want a list of parts.
+        for self._in_parts, turns in itertools.product((False, True), (bare, led)):
+            # Templates of models for images and text may want a list of parts, and some a system.
             try:
-                lost = missing()
+                left_out = missing(turns)
             except UsageError as error:
                 failure = failure or error
                 continue
-            if lost is None:
+            if left_out is None:
                 break
+            lost = lost or left_out
         else:
             if failure is not None:
                 raise failure
             self._refuse(lost or USER)
+        if turns is led and self.system_prompt is None:
+            raise UsageError(
+                f"the chat template of the tokenizer {self.tokenizer.name_or_path} must have a "
+                "turn of the system before a question, without which it fails: give a "
+                "system_prompt."
+            ) from failure
         try:
-            self.takes_system = system in self._render([Turn(SYSTEM, system), *turns])
+            self.takes_system = system in self._render(led)
         except UsageError:
             self.takes_system = False
 
@@ -419,7 +429,8 @@ def _ending(text: str) -> str:
 def _dated(template: str) -> str:
     """The template with its clock stopped at DATE.
 
-    Jinja finds a macro before a global function of the same name.
+    Jinja finds a macro before a global function of the same name. What the macro is called with is,
+    nearly always, a text of the template, and known then; of others it replaces what is usual.
     """
     if "strftime_now" not in template:
         return template
@@ -429,5 +440,21 @@ def _dated(template: str) -> str:
         f' | replace("{directive}", "{text}")'
         for directive, text in {**bare, **days, "%%": "%"}.items()
     )
-    macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro %}"
+    known = {text: DATE.strftime(text) for text in _formats_in(template)}
+    macro = (
+        f"{{%- macro strftime_now(format) -%}}{{%- set known = {known!r} -%}}"
+        f"{{{{ known[format] if format in known else format{filters} }}}}{{%- endmacro %}}"
+    )
     return f"{macro}\n{template}"
+
+
+def _formats_in(template: str) -> set[str]:
+    """Texts in the expressions of a template that may say how a date is written."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    found = set()
+    with contextlib.suppress(TemplateSyntaxError):  # said when it is rendered
+        for _, kind, value in Environment(autoescape=False).lex(template):
+            if kind == "string" and "%" in value:
+                found.add(value[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape"))
+    return found

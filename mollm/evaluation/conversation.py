@@ -87,14 +87,17 @@ class ReplyStream:
         sampling: How tokens are chosen.
 
     Raises:
-        UsageError: The question leaves no room for a reply in the model's context.
+        UsageError: The question leaves no room for a reply in the model's context, or has tokens
+            that the model has no embeddings for.
     """
 
     def __init__(
         self, model: PreTrainedModel, chat: ChatFormat, question: str | Example, sampling: Sampling
     ) -> None:
         self._model, self._chat, self._sampling = model, chat, sampling
-        self._prompt = chat.encode_prompt(question).ids
+        asked = chat.encode_prompt(question)
+        chat.refuse_unknown(asked, "the question")
+        self._prompt = asked.ids
         self._room = _room(model, len(self._prompt), sampling.max_new_tokens)
         self.reply: Reply | None = None
 

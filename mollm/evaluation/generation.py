@@ -64,7 +64,8 @@ def generate_replies(
         done: Called with the number of questions of each batch.
 
     Raises:
-        UsageError: max_new_tokens or batch_size is less than 1.
+        UsageError: max_new_tokens or batch_size is less than 1, or a question has tokens that the
+            model has no embeddings for.
     """
     check_sizes(max_new_tokens=max_new_tokens, batch_size=batch_size)
     with in_evaluation_mode(model):
@@ -119,6 +120,8 @@ def ask(
         done: Called with the number of questions of each batch.
     """
     rows = [chat.encode_prompt(text) for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        chat.refuse_unknown(row, f"the question {_example(text).question[:60]!r}")
     return ask_tokens(
         model,
         chat,

@@ -152,6 +152,7 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
 
     check_adapter(config)
     _refuse_unknown_names(model, config)
+    _refuse_what_no_adapter_reaches(model, config)
     config = copy.deepcopy(config)
     _leave_out_what_cannot_be_adapted(model, config)
     if model.device.type == "meta":
@@ -272,9 +273,13 @@ def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
     """
     from peft import LoraConfig
 
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if not isinstance(config, LoraConfig):
+        raise UsageError(f"peft_config must be a LoraConfig, but got {type(config).__name__}.")
+    if not of_given_model and config.init_lora_weights not in _BEGINNINGS:
         raise UsageError(
-            f"peft_config must be a LoraConfig without DoRA, but got {type(config).__name__}."
+            f"init_lora_weights must be one of {', '.join(map(str, _BEGINNINGS))}, for others "
+            "change the weights that the original is made of, or need data, but got "
+            f"{config.init_lora_weights!r}."
         )
     for f in fields(config):
         default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -289,12 +294,6 @@ def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
         return
     if config.inference_mode:
         raise UsageError("inference_mode must be False for an adapter that trains, but got True.")
-    if config.init_lora_weights not in _BEGINNINGS:
-        raise UsageError(
-            f"init_lora_weights must be one of {', '.join(map(str, _BEGINNINGS))}, for others "
-            "change the weights that the original is made of, or need data, but got "
-            f"{config.init_lora_weights!r}."
-        )
     for names, rule, holds in _RULES:
         for name in names:
             value = getattr(config, name)
@@ -339,15 +338,13 @@ def _refuse_unknown_names(model: PreTrainedModel, config: Any) -> None:
 def _can_be_adapted(modules: Mapping[str, nn.Module], name: str) -> bool:
     layer = modules[name]
     return not isinstance(layer, nn.Linear) or (
-        not _read_by_kernel(modules, name) and _returns_product(layer)
+        not _read_past_adapters(modules, name) and _returns_product(layer)
     )
 
 
 def _leave_out_what_cannot_be_adapted(model: PreTrainedModel, config: Any) -> None:
-    """Of "all-linear": routers that return more than a product, and what Mamba's kernels read.
-
-    A kernel is given the matrix of such a layer, and would pass over its adapter.
-    """
+    """Of "all-linear": routers that return more than a product, and what Mamba takes the matrix of,
+    past an adapter."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return
     modules = dict(model.named_modules())
@@ -357,9 +354,28 @@ def _leave_out_what_cannot_be_adapted(model: PreTrainedModel, config: Any) -> No
         config.exclude_modules = {*excluded, *found}
 
 
-def _read_by_kernel(modules: Mapping[str, nn.Module], name: str) -> bool:
+def _refuse_what_no_adapter_reaches(model: PreTrainedModel, config: Any) -> None:
+    """An adapter that nothing calls would never train, and an export would add it all the same."""
+    asked, modules = config.target_modules, dict(model.named_modules())
+    if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
+        return
+    for name in modules:
+        if isinstance(asked, str):
+            meant = _fits_any(asked, [name])
+        else:
+            meant = any(name == one or name.endswith(f".{one}") for one in asked or ())
+        if meant and _read_past_adapters(modules, name):
+            raise UsageError(
+                f"target_modules must leave out {name.rpartition('.')[2]!r}, whose matrix "
+                f"{type(model).__name__} reads past an adapter, but got {asked!r}: name others, or "
+                f"{ALL_LINEAR}."
+            )
+
+
+def _read_past_adapters(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Of Mamba: its kernels are given the matrix of one layer, and its own code that of another."""
     parent, _, own = name.rpartition(".")
-    return own == "out_proj" and hasattr(modules[parent], "A_log")
+    return own in ("out_proj", "dt_proj") and hasattr(modules[parent], "A_log")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ checkpoints and tools find what they expect.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 from abc import ABC, abstractmethod
@@ -52,6 +53,8 @@ _OF_OTHER_BASES = {
     "nesterov": False,
 }
 """Options of Torch's AdamW and SGD, with what turns them off."""
+_LONG_NAMES = {"learning_rate": "lr", "epsilon": "eps", "adam_epsilon": "eps"}
+"""What settings of runs call options of an optimizer."""
 _OF_ALL_GROUPS = (
     "base",
     "direction",
@@ -107,6 +110,7 @@ class FusedBase(Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of any Torch optimizer; options that are out of range, or would do nothing, are
         refused first."""
+        self._refuse_misspelt_options(param_group)
         options = {**self.defaults, **param_group}
         self.check_group(options)
         eight = options["state_dtype"] == EIGHT_BITS
@@ -119,6 +123,21 @@ class FusedBase(Optimizer, ABC):
                 f"state_dtype must not be {EIGHT_BITS!r} for a model in parts, whose scales no "
                 "checkpoint could cut: choose bfloat16."
             )
+
+    def _refuse_misspelt_options(self, group: dict[str, Any]) -> None:
+        """Torch takes any name in a group; one that is nearly ours is a mistake."""
+        known = [name for name in self.defaults if name not in ("fused", "rounding_seed")]
+        for name, value in group.items():
+            if name in self.defaults:
+                continue
+            near = _LONG_NAMES.get(name) or next(
+                iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)), None
+            )
+            if near in known:
+                raise ValueError(
+                    f"a parameter group must not have {name}, which nothing reads, but got "
+                    f"{value!r}: did you mean {near}?"
+                )
 
     def _refuse_foreign_options(self, group: dict[str, Any]) -> None:
         for name, value in group.items():

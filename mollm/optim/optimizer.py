@@ -33,6 +33,7 @@ from mollm.optim.bases import SGD, AdamW, FusedBase
 from mollm.optim.constants import BLOCKS, MODEL, PER_OBJECTIVE, STREAMED
 from mollm.optim.directions import make_rule
 from mollm.optim.groups import alike, columns_of, columns_of_means, slices_of
+from mollm.optim.idle_options import LENGTH, MEAN_BETA, NORMALIZE, refuse_idle_options
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import (
     check_finite_state,
@@ -194,6 +195,10 @@ class MOLLMOptimizer(Optimizer):
             "sgd" it costs nothing to speak of, with others a gradient's memory and two more reads.
         **base_options: handed to the base optimizer, for example weight_decay.
 
+    Raises:
+        ValueError: an option is out of range, or mean_beta, normalize or length would do nothing
+            beside the others.
+
     Source: arXiv 2412.20412, section III.
 
     Example:
@@ -215,10 +220,10 @@ class MOLLMOptimizer(Optimizer):
         base: str | Callable[..., Optimizer] = "adamw",
         direction: str | Callable[[Tensor], Tensor] = "upgrad",
         preferences: Sequence[float] | None = None,
-        normalize: bool = False,
-        length: str = "mean",
+        normalize: bool = NORMALIZE,
+        length: str = LENGTH,
         momentum: float | str | None = None,
-        mean_beta: float = 0.9,
+        mean_beta: float = MEAN_BETA,
         metric: str = "base",
         gradient_memory: str = "as-produced",
         gram: str = MODEL,
@@ -253,6 +258,9 @@ class MOLLMOptimizer(Optimizer):
             make_rule, direction, objectives=len(names), normalize=normalize, length=length
         )
         self.rule = self._make_rule(preferences=preferences)
+        refuse_idle_options(
+            direction, normalize=normalize, length=length, momentum=momentum, mean_beta=mean_beta
+        )
         self.objectives = names
         self.on_nonfinite = on_nonfinite
         self.track_conflicts = track_conflicts

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class Kept:
     """Whatever the batch: weights that autocast casts."""
     row: int
     """For each row of the batch."""
+    scan: int = 0
+    """Of a model that goes from token to token: the largest tensor that backward takes a slice's
+    gradient into at each of them, for each row of the batch."""
 
 
 def counter(config: Any, label: str) -> Callable[[PlanSettings], Kept]:
@@ -52,12 +55,13 @@ def counter(config: Any, label: str) -> Callable[[PlanSettings], Kept]:
     def counted(dtype: str, casts: bool, lora: bool, length: int) -> Kept:
         try:
             one, two = (_bytes_of_rows(config, dtype, casts, lora, rows, length) for rows in (1, 2))
+            scan = _bytes_of_scan(config, dtype, casts, lora, length)
         except Exception as error:  # whatever the code of an architecture makes of such tensors
             raise UsageError(
                 f"the memory of the model {label} cannot be planned, for a forward pass without "
                 f"weights fails: {reason_of(error, 200)}."
             ) from error
-        return Kept(fixed=2 * one - two, row=two - one)
+        return Kept(fixed=2 * one - two, row=two - one, scan=scan)
 
     return lambda settings: counted(
         settings.dtype,
@@ -119,16 +123,38 @@ def _bytes_of_length(
     minutes, and what it keeps is a polynomial of their number.
     """
 
-    def counted(tokens: int) -> tuple[int, int]:
+    def counted(tokens: int) -> _Counted:
         return _counted(config, dtype, casts, lora, rows, tokens, layers)
 
     if length > 2 * _FEW:
-        (few, calls), (more, more_calls) = counted(_FEW), counted(2 * _FEW)
-        if more_calls - calls >= _FEW:  # one or more for each token
-            most, _ = counted(3 * _FEW)
+        few, more = counted(_FEW), counted(2 * _FEW)
+        if _goes_from_token_to_token(few, more):
+            a, b, c = few.kept, more.kept, counted(3 * _FEW).kept
             n = length / _FEW - 1
-            return int(few + n * (more - few) + n * (n - 1) / 2 * (most - 2 * more + few))
-    return counted(length)[0]
+            return int(a + n * (b - a) + n * (n - 1) / 2 * (c - 2 * b + a))
+    return counted(length).kept
+
+
+def _goes_from_token_to_token(few: _Counted, more: _Counted) -> bool:
+    """Whether _FEW tokens more take one call of Torch or more for each."""
+    return more.calls - few.calls >= _FEW
+
+
+def _bytes_of_scan(config: Any, dtype: str, casts: bool, lora: bool, length: int) -> int:
+    """See `Kept.scan`; 0 for other models."""
+    if length <= 2 * _FEW:
+        return 0
+    first = [kind[0] for kind in _kinds_of_layers(config)]
+    for layers in (first, None):
+        with contextlib.suppress(Exception):  # whatever the code makes of fewer layers
+            few, more = (
+                _counted(config, dtype, casts, lora, 1, tokens, layers)
+                for tokens in (_FEW, 2 * _FEW)
+            )
+            if not _goes_from_token_to_token(few, more):
+                return 0
+            return int(few.largest + (length / _FEW - 1) * (more.largest - few.largest))
+    return 0
 
 
 def _kinds_of_layers(config: Any) -> list[list[int]]:
@@ -182,6 +208,17 @@ def _without_weights(config: Any, dtype: str | None) -> PreTrainedModel:
     return made
 
 
+class _Counted(NamedTuple):
+    """A forward pass of tensors without memory."""
+
+    kept: int
+    """Bytes that wait for backward."""
+    calls: int
+    """Of Torch."""
+    largest: int
+    """Bytes of the largest tensor that waits."""
+
+
 class _WithoutGroups(TorchFunctionMode):
     """Products of experts with their tokens as one product: they keep the same; counts calls.
 
@@ -210,8 +247,7 @@ def _counted(
     rows: int,
     length: int,
     layers: Sequence[int] | None,
-) -> tuple[int, int]:
-    """Bytes that are kept, and the number of calls of Torch that it took."""
+) -> _Counted:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kept: dict[int, tuple[int, Tensor]] = {}
@@ -236,7 +272,8 @@ def _counted(
         states_at_head(model, ids, torch.ones_like(ids))
         for weight in (*model.parameters(), *model.buffers()):
             kept.pop(weight.untyped_storage()._cdata, None)
-    return sum(size for size, _ in kept.values()), calls.calls
+    sizes = [size for size, _ in kept.values()]
+    return _Counted(sum(sizes), calls.calls, max(sizes, default=0))
 
 
 def _leave_meta(model: nn.Module) -> None:

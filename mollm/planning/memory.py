@@ -523,10 +523,16 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
     e, M = settings.operand_bytes, settings.tokens
     product = max(3 * settings.product_bytes * shape.intermediate, 4 * e * shape.query)
     return (
-        M * product,
+        max(M * product, _scan(shape, settings)),
         M * 5 * 4 * shape.hidden,
         M * settings.weight_bytes * shape.hidden,
     )
+
+
+def _scan(shape: Shape, settings: PlanSettings) -> int:
+    """Bytes of a scan's backward: both factors of the recurrence have a gradient that is added up,
+    and one with a single token's."""
+    return 0 if shape.kept is None else 3 * shape.kept(settings).scan * settings.batch_size
 
 
 # ---- the stages of a step that streams its gradients

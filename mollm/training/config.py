@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_c
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
 from mollm.optim.constants import EIGHT_BITS, STREAMED
-from mollm.optim.directions import uses_preferences
+from mollm.optim.directions import uses_normalize, uses_preferences
+from mollm.optim.idle_options import IdleOptionError
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
@@ -38,6 +40,13 @@ from mollm.training.setting_roles import UNSUPPORTED, plain
 _SIDES = ("left", "right")
 _LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 _SHARDINGS = ("full_shard", "hybrid_shard")
+_ENUMERATIONS: dict[str, type[Enum]] = {
+    "lr_scheduler_type": SchedulerType,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+}
+"""Fields of which transformers takes one of a few words; of others they are unsupported here."""
 _REPORTED = (
     "method",
     "learning_rate",
@@ -71,7 +80,14 @@ _AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "max_length",
 )
-_POSITIVE = ("learning_rate", "max_loss_rise", "relearn_lr")
+_POSITIVE = (
+    "learning_rate",
+    "max_loss_rise",
+    "relearn_lr",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
 _NOT_NEGATIVE = (
     "sample_replies",
     "weight_decay",
@@ -79,6 +95,8 @@ _NOT_NEGATIVE = (
     "adam_epsilon",
     "warmup_steps",
     "relearn_steps",
+    "eval_delay",
+    "save_total_limit",
 )
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
@@ -266,10 +284,19 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         self.fsdp = None
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
+        for name, kind in _ENUMERATIONS.items():
+            setattr(self, name, _enumerated(name, getattr(self, name), kind))
+        self._refuse_unlike_strategies()
         await_others()
         if getattr(self, "report_to", None) in (None, False):  # to YAML, no is nothing
             self.report_to = "none"
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise UsageError(
+                "the settings must suit the TrainingArguments of transformers, but they do not: "
+                f"{reason_of(error, None)}."
+            ) from error
         if self.sharding and self.world_size == 1:
             raise UsageError(
                 f"fsdp must be left out of a run of one process, but got {self.sharding}: start "
@@ -411,6 +438,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             options = {name: options[name] for name in options if name in known} | {"base": "sgd"}
         try:
             optimizer = MOLLMOptimizer([nn.Parameter(torch.zeros(1))], **options)
+        except IdleOptionError as error:
+            raise UsageError(
+                f"{error.name} must be left out of optimizer_options {error.beside}, but got "
+                f"{error.value!r}: {error.instead}."
+            ) from error
         except (TypeError, ValueError) as error:
             reason = reason_of(error, None)
             asked = {"preferences": self.preferences, **self.optimizer_options}
@@ -521,6 +553,23 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"{self.quantization} alone: give peft_config, or --lora."
             )
 
+    def _refuse_unlike_strategies(self) -> None:
+        evaluates, saves = self.eval_strategy, self.save_strategy
+        best = self.load_best_model_at_end and saves != SaveStrategy.BEST
+        if best and evaluates.value != saves.value:
+            raise UsageError(
+                "save_strategy must be that of evaluations with load_best_model_at_end, or best, "
+                f"but got {saves.value} and eval_strategy {evaluates.value}."
+            )
+        if best and evaluates == IntervalStrategy.STEPS:
+            every = self.eval_steps or self.logging_steps
+            times = self.save_steps / every
+            if (self.save_steps < 1) != (every < 1) or not math.isclose(times, round(times)):
+                raise UsageError(
+                    "save_steps must be a multiple of eval_steps with load_best_model_at_end, but "
+                    f"got {self.save_steps} and {every}."
+                )
+
     def _check_stop_when(self, told: Any) -> None:
         from mollm.training.targets import StopRule
 
@@ -601,10 +650,15 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             if not left_out and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise UsageError(
-                    f"{name} must be a positive number, but got {getattr(self, name)}."
-                )
+            value = getattr(self, name)
+            left_out = value is None and name == "eval_steps"
+            if not left_out and not value > 0:
+                raise UsageError(f"{name} must be a positive number, but got {value}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UsageError(
+                "max_steps must be at least 1, or -1 where num_train_epochs decides, but got "
+                f"{self.max_steps}."
+            )
         for name in _NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{name} must not be negative, but got {getattr(self, name)}.")
@@ -716,6 +770,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         direction = options.get("direction", method["direction"])
         takes_any = uses_preferences(direction) or self.chosen_method.adapt is not None
         usual = method["preferences"] if takes_any else None
+        if not uses_normalize(direction):
+            method.pop("normalize", None)
         preferences = self._preferences_of(objectives, usual)
         method["preferences"] = preferences
         ordered = direction in _FORGET_IS_ONE
@@ -779,6 +835,18 @@ def _one_of(name: str, value: str, allowed: Any) -> None:
     if value not in allowed:
         hint = did_you_mean(str(value), allowed)
         raise UsageError(f"{name} must be one of {', '.join(allowed)}, but got {value!r}{hint}")
+
+
+def _enumerated(name: str, value: Any, kind: type[Enum]) -> Enum:
+    """One of the words of an enumeration; None and False, as YAML reads no, are "no"."""
+    words = [str(each.value) for each in kind]
+    word = value.value if isinstance(value, Enum) else value
+    if word in (None, False) and "no" in words:
+        word = "no"
+    if word not in words:
+        hint = did_you_mean(str(word).lower(), words)
+        raise UsageError(f"{name} must be one of {', '.join(words)}, but got {word!r}{hint}")
+    return kind(word)
 
 
 def _numbers(value: Any) -> Any:

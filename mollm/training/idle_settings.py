@@ -19,7 +19,6 @@ from mollm.errors import UsageError
 from mollm.methods import unlearning_cross_entropy
 from mollm.optim.bases import AdamW, FusedBase
 from mollm.optim.constants import PER_OBJECTIVE
-from mollm.optim.directions import uses_length, uses_normalize
 from mollm.training.setting_roles import plain
 
 if TYPE_CHECKING:
@@ -131,17 +130,6 @@ def refuse_idle_options(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> None:
 
 
 def _idle_options(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> Iterator[tuple[str, str, str]]:
-    made = args.chosen_method.optimizer_options(args.chosen_options) | args.optimizer_options
-    if made.get("momentum") != PER_OBJECTIVE:
-        yield "mean_beta", "without momentum='per-objective'", "add that"
-    direction, normalized = made["direction"], bool(made.get("normalize"))
-    told = direction if isinstance(direction, str) else "that is given"
-    if not uses_normalize(direction):
-        yield "normalize", f"with the direction {told}, which does that anyway", "leave it out"
-    if not uses_length(direction, normalized):
-        other = ", or add normalize=True" if uses_length(direction, True) else ""
-        beside = f"with the direction {told}, where it changes nothing"
-        yield "length", beside, f"leave it out{other}"
     if args.base == "sgd":
         yield "metric", "with the base sgd, whose metric is euclidean anyway", "leave it out"
     fused = optimizer.base if isinstance(args.base, str) else None

@@ -85,6 +85,22 @@ def test_a_short_audit_asks_and_teaches_once(suite, original):
     assert found.verdict == "FAIL"
 
 
+def test_padding_and_ids_beyond_the_embeddings(suite, original):
+    suite = dataclasses.replace(suite, retain=None, holdout=None)
+    options = FAST | {"original": original, "short": True}
+    tokenizer = copy.deepcopy(audit_models.tokenizer())
+    plain = audit(original, tokenizer, suite, **options)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["[MORE]"])
+    assert tokenizer.pad_token_id >= len(original.get_input_embeddings().weight)
+    padded = audit(original, tokenizer, suite, **options)
+    assert padded.findings == plain.findings
+    unknown = dataclasses.replace(suite.forget[0], question="Who is [MORE]?")
+    suite = dataclasses.replace(suite, forget=[unknown, *suite.forget[1:]])
+    with pytest.raises(UsageError, match=r"the tokenizer gives '\[MORE\]' the id"):
+        audit(original, tokenizer, suite, **options)
+
+
 def test_a_retain_only_model_passes(suite, original, retain_only):
     suite = dataclasses.replace(suite, holdout=None)  # too few to tell members by
     found = audited(audit_models.learnt("retain", seed=1), suite, original, retain_only)

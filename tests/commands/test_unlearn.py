@@ -259,7 +259,7 @@ def empty(folder):
         (lambda _: {"fp16": True}, "fp16 must be left out"),
         (lambda _: {"speed": 3}, "a field of MOLLMConfig, but got 'speed'"),
         (lambda _: {"device": "abacus"}, "device must be cpu or cuda"),
-        (lambda _: {"load_best_model_at_end": True}, "the settings do not go together"),
+        (lambda _: {"load_best_model_at_end": True}, "save_strategy must be that of evaluations"),
         (lambda _: {"lerning_rate": 3}, "'lerning_rate'; did you mean learning_rate?"),
         (lambda _: {"method": "molm"}, "but got 'molm'; did you mean mollm?"),
         (lambda _: {"report_to": "tensorbord"}, "did you mean tensorboard?"),

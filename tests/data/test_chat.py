@@ -9,6 +9,7 @@ from tokenizers import AddedToken, processors
 from transformers import GenerationConfig
 
 from mollm.data.chat import IGNORE_INDEX, ChatFormat, Example, Tokens, collate, ends_of
+from mollm.data.conversations import Turn
 from mollm.errors import UsageError
 from mollm.models.forward import answer_hidden_states, head, hidden_states
 
@@ -63,6 +64,26 @@ def test_a_tokenizer_without_template_gets_the_plain_format():
     assert text_with_loss(chat, tokens) == " " + SENTENCE.answer + "<|end|>"
     prompt = chat.encode_prompt(SENTENCE.question)
     assert tokens.ids[: len(prompt.ids)] == prompt.ids
+
+
+@pytest.mark.parametrize("question", ["Where?", "Où, à Genève, ça?"])
+@pytest.mark.parametrize("answer", ["The inn", "é The inn", "The ô inn", "The innß"])
+def test_letters_that_the_tokenizer_drops_move_no_label(question, answer):
+    tokenizer = chat_templates.make("no generation prompt", "marks")  # knows ASCII alone
+    tokens = ChatFormat(tokenizer).encode(Example(question, answer))
+    said = tokenizer.decode([i for i in tokens.labels if i != IGNORE_INDEX])
+    bare = "".join(letter for letter in answer if letter.isascii())
+    assert said.replace(" ", "") == bare.replace(" ", "") + "<|end|>"
+
+
+def test_earlier_answers_of_a_plain_text_carry_no_loss_and_that_is_said():
+    chat = ChatFormat(tiny.tokenizer(), prompt_format="none")
+    said = (Turn("user", "Who?"), Turn("assistant", "Ann."))
+    example = Example("Where?", "Here.", history=said)
+    assert "Ann." in chat.tokenizer.decode(chat.encode(example).ids)
+    with pytest.raises(UsageError, match="train_on_turns must be last where a conversation is pl"):
+        chat.encode(example, on_turns="all")
+    assert chat.encode(Example("Where?", "Here."), on_turns="all")
 
 
 def test_the_prompt_begins_every_example(chat):

@@ -446,3 +446,33 @@ def test_turns_of_other_kinds_than_text_are_refused(tmp_path, turn, words):
     path.write_text(json.dumps({"messages": [turn, {"role": "assistant", "content": "b"}]}))
     with pytest.raises(UsageError, match=words):
         load_records(path, role="forget")
+
+
+CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tool_calls": CALL}, r"messages\[1\]\.tool_calls must be empty"),
+        ({"reasoning_content": "So."}, r"messages\[1\]\.reasoning_content must be empty, .*So\."),
+        ({"thinking": "So."}, ".* write it into the content or remove the row"),
+        ({"weight": 0}, r"messages\[1\]\.weight must be 1, for train_on_turns says"),
+        ({"train": False}, r"messages\[1\]\.train must be 1, .* but got false"),
+    ],
+)
+def test_what_a_turn_says_beside_its_text_is_refused_and_not_left_out(write, more, words):
+    asked, answer = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
+    nothing = {"tool_calls": [], "reasoning_content": None, "thinking": "", "weight": 1}
+    assert load_records(write({"messages": [asked, answer | nothing]}), role="forget")
+    with pytest.raises(UsageError, match=rf"line 1: {words}"):
+        load_records(write({"messages": [asked, answer | more]}), role="forget")
+
+
+def test_tools_of_a_conversation_are_refused_and_a_column_of_that_name_elsewhere_is_not(write):
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
+    assert load_records(write({"messages": turns, "tools": None}), role="forget")
+    assert load_records(write({"question": "q", "answer": "a", "tools": "saw"}), role="forget")
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
+        with pytest.raises(UsageError, match="line 1: the field tools must be empty"):
+            load_records(write(row | {"tools": CALL}), role="forget")

@@ -54,7 +54,7 @@ def test_a_note_is_given_once():
         ({"split": "train"}, "by a path, but got only split"),
         ({"path": "x.jsonl", "splits": "x"}, "but got splits"),
         ([*FORGET, "more"], "but row 0 is Record and row 4 str"),
-        (["more"], "but row 0 is str and row 0 str"),
+        (["more"], "but row 0 is str: give several files as sets by name"),
         ([{"question": "Who?", "answer": "Ada"}, {"question": "When?", "answer": 7}], "one kind"),
         ([{"question": "Who?", "reply": "Ada"}], "reply"),
     ],

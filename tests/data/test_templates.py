@@ -131,6 +131,17 @@ def test_a_system_prompt_is_written_as_a_turn_or_before_the_question(clock, name
     assert "Be brief." not in tokenizer.decode(own.ids)
 
 
+def test_a_template_that_wants_a_turn_of_the_system_wants_a_system_prompt():
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('none') }}{% endif %}"
+    tokenizer = chat_templates.make("phi 3", template=wants + chat_templates.NO_GENERATION_PROMPT)
+    with pytest.raises(UsageError, match="without which it fails: give a system_prompt"):
+        ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, system_prompt="Be brief.")
+    turns = ("system", "Be brief."), ("user", QUESTION), ("assistant", ANSWER)
+    assert chat.encode(Example(QUESTION, ANSWER)).ids == written(tokenizer, *turns)
+    assert ANSWER in with_loss(tokenizer, chat.encode(Example(QUESTION, ANSWER)))
+
+
 def test_options_reach_the_template_and_the_identity():
     tokenizer = chat_templates.make("qwen 3")
     chat = ChatFormat(tokenizer, template_kwargs={"enable_thinking": False})
@@ -174,8 +185,13 @@ def test_a_date_may_be_given_to_a_template_that_takes_one():
 
 
 def test_every_way_to_write_a_date_is_pinned(clock):
-    ways = [f"%{d}" for d in "aAbBdeHIjmMpSyYFT"] + ["%-d", "%-m", "100 %%", "%d.%m.%Y"]
+    ways = [f"%{d}" for d in "aAbBdeHIjmMpSyYFTCgGkluPrRDhnstVf"]
+    ways += ["%-d", "%-m", "%_d", "%^a", "100 %%", "100%%d", "%d.%m.%Y", "%A, le %-d\\u00e9"]
     template = "".join(f"{{{{ strftime_now('{way}') }}}};" for way in ways)
+    template += (
+        "{% set way = '%j|%-j' %}{{ strftime_now(format=way) }}{{ strftime_now('%Y')|int + 1 }}"
+    )
+    template += "{{ strftime_now('%' + 'd') }}"
     tokenizer = chat_templates.make("gemma", template="\n " + template + chat_templates.GEMMA)
     asked = ChatFormat(tokenizer).encode(Example(QUESTION, ANSWER)).ids
     assert asked == written(tokenizer, ("user", QUESTION), ("assistant", ANSWER))

@@ -61,8 +61,26 @@ def test_a_task_that_ends_its_process_is_told():
     assert child.why_not(lambda: os.kill(os.getpid(), 9), 5, 1 << 30) is not None
 
 
-def test_every_template_of_several_is_tried():
+def test_every_template_of_several_is_tried(monkeypatch):
+    monkeypatch.setattr("mollm.data.vetting._SECONDS", 1.0)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UsageError, match="second"):
+        vet_template(tokenizer({"default": tiny.TEMPLATE, "rag": endless}))
     with pytest.raises(UsageError, match="it fails: never"):
-        vet_template(tokenizer({"default": tiny.TEMPLATE, "rag": "{{ raise_exception('never') }}"}))
+        vet_template(tokenizer({"default": "{{ raise_exception('never') }}", "rag": tiny.TEMPLATE}))
     vet_template(tokenizer({"default": tiny.TEMPLATE, "rag": tiny.TEMPLATE}))
     vet_template(tokenizer({"rag": tiny.TEMPLATE}))
+
+
+def test_a_template_that_is_not_used_may_want_documents():
+    rag = "{% for document in documents %}{{ document.text }}{% endfor %}" + tiny.TEMPLATE
+    vet_template(tokenizer({"default": tiny.TEMPLATE, "rag": rag}))
+
+
+def test_a_template_may_want_a_turn_of_the_system():
+    vet_template(
+        tokenizer(
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            + tiny.TEMPLATE
+        )
+    )

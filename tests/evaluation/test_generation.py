@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from mollm.data.chat import ChatFormat, Example
 from mollm.data.conversations import Turn
 from mollm.errors import UsageError
+from mollm.evaluation.conversation import ReplyStream, Sampling
 from mollm.evaluation.evaluate import evaluate
 from mollm.evaluation.examine import Examiner
 from mollm.evaluation.generation import Reply, answers_alike_in_company, ask, generate_replies
@@ -217,6 +218,13 @@ def test_padding_and_ids_beyond_the_embeddings():
     assert padded.value("forget_probability") == plain.value("forget_probability")
     with pytest.raises(UsageError, match=r"the row 'Where is it\?' of the set forget: the token"):
         evaluate(tiny.model(vocab_size=200), tokenizer, suite, **options)
+    chat = ChatFormat.of(tiny.model(), tokenizer)
+    for asking in (
+        lambda: generate_replies(tiny.model(), chat, ["Who?", "Who [PAD]?"], max_new_tokens=1),
+        lambda: ReplyStream(tiny.model(), chat, "Who [PAD]?", Sampling(max_new_tokens=1)),
+    ):
+        with pytest.raises(UsageError, match=r"the question.*: the tokenizer gives '\[PAD\]' the"):
+            asking()
 
 
 def test_what_goes_on_with_a_text_is_scored_as_it_was_written_even_if_it_is_nothing():

@@ -3,6 +3,7 @@ import math
 import pytest
 import tiny
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 
 from mollm.errors import UsageError
@@ -42,7 +43,7 @@ def test_a_merged_model_says_what_the_adapted_one_says_and_leaves_it_alone():
     [
         (False, {"target_modules": ["lm_head"], "lora_dropout": 0.1}, "lora_dropout must be 0"),
         (True, {"target_modules": ["lm_head"]}, "must leave the head alone"),
-        (False, {"use_dora": True}, "without DoRA"),
+        (False, {"use_dora": True}, "use_dora is not supported in a LoraConfig, but got True"),
     ],
 )
 def test_adapters_that_the_losses_cannot_follow_are_refused(tied, options, words):
@@ -74,6 +75,7 @@ def test_checkpointed_activations_let_gradients_reach_an_adapter():
         ),
         ({"target_modules": ["norm"]}, "the adapter does not suit LlamaForCausalLM"),
         ({"use_qalora": True}, "use_qalora is not supported"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be one of True, .* got 'eva'"),
         ({"target_modules": 3}, "target_modules of an adapter must be a pattern or a list of"),
         ({"modules_to_save": 3}, "modules_to_save of an adapter must be a list of names"),
         ({"lora_alpha": -5}, "lora_alpha of an adapter must be a positive number, but got -5"),
@@ -144,3 +146,19 @@ def test_an_adapter_that_is_not_what_it_says_is_refused(change, words, tmp_path)
     with pytest.raises(UsageError, match=words) as refused:
         load_adapter(tiny.model(), str(tmp_path))
     assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
+def test_what_mamba_reads_past_an_adapter_has_none(kind):
+    model = zoo.model(kind)
+    wrapped = adapted(model, config(target_modules="all-linear", init_lora_weights=False))
+    model(IDS % zoo.VOCABULARY).logits.square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in trained.values())
+    expected = model.eval()(IDS % zoo.VOCABULARY).logits
+    plain = merged(model, wrapped, parts=False).eval()
+    torch.testing.assert_close(plain(IDS % zoo.VOCABULARY).logits, expected, rtol=1e-3, atol=1e-4)
+    for names in (["x_proj", "dt_proj"], r".*\.dt_proj"):
+        with pytest.raises(UsageError, match="target_modules must leave out 'dt_proj', whose matr"):
+            adapted(zoo.model(kind), config(target_modules=names))

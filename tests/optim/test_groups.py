@@ -184,6 +184,21 @@ def test_a_group_may_have_a_name_and_options_that_are_off():
     assert opt.param_groups[1]["name"] == "head"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lrr", "lr"), ("weight_decy", "weight_decay"), ("beta", "betas"), ("learning_rate", "lr")],
+)
+def test_an_option_that_is_misspelt_is_refused(name, meant):
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in "ab")
+    words = f"must not have {name}, which nothing reads, but got 0.5: did you mean {meant}"
+    with pytest.raises(ValueError, match=words):
+        MOLLMOptimizer([{"params": [p], name: 0.5}])
+    made = MOLLMOptimizer([{"params": [p], "lr_scale": 0.5, "initial_lr": 0.1}])
+    with pytest.raises(ValueError, match=words):
+        made.add_param_group({"params": [q], name: 0.5})
+    assert len(made.param_groups) == 1
+
+
 def test_a_group_of_sgd_cannot_have_the_betas_of_adam():
     a, b = parameters(0)
     with pytest.raises(ValueError, match="must not have betas, which base SGD does not use"):

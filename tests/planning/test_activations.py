@@ -57,5 +57,8 @@ def test_sixty_four_layers_of_mamba_are_planned_in_seconds():
 def test_a_longer_row_of_mamba_keeps_what_a_whole_pass_counts():
     config = zoo.config_of("mamba", num_hidden_layers=4)
     case = (config, "float32", False, False, 1, 40)
-    whole, _ = activations._counted(*case, None)
-    assert activations._bytes_of_rows(*case) == pytest.approx(whole, rel=1e-3)
+    whole = activations._counted(*case, None)
+    assert activations._bytes_of_rows(*case) == pytest.approx(whole.kept, rel=1e-3)
+    scan = activations._bytes_of_scan(config, "float32", False, False, 40)
+    assert scan == whole.largest == config.intermediate_size * config.state_size * 40 * 4
+    assert activations._bytes_of_scan(zoo.config_of("gpt2"), "float32", False, False, 40) == 0

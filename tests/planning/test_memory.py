@@ -262,12 +262,20 @@ FEW = ("gpt2", "mixtral")
 """For an ordinary run of the tests."""
 
 
+@pytest.mark.parametrize("settings", [ON_CPU, CAST], ids=["float32", "autocast"])
+def test_a_layer_of_mamba_that_is_computed_again_scans_once_more(settings):
+    settings = replace(settings, gradient_checkpointing=True, lora_rank=8, reference="adapter")
+    compare(settings, *measured(settings, OTHERS["mamba"], "mamba"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         pytest.param(ON_CPU, id="float32"),
         pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), id="lora"),
         pytest.param(CAST, id="autocast"),
+        pytest.param(replace(CAST, lora_rank=8, reference="adapter"), id="autocast-lora"),
+        pytest.param(replace(NARROW, lora_rank=8, reference="adapter"), id="bfloat16-lora"),
         pytest.param(replace(CAST, gradient_checkpointing=True), id="autocast-checkpointing"),
     ],
 )

@@ -1,13 +1,17 @@
 import functools
 import json
+from dataclasses import fields
+from enum import Enum
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from mollm import MOLLMConfig
 from mollm.errors import UsageError
 from mollm.system.precision import computing_in
+from mollm.training.setting_roles import UNSUPPORTED
 
 
 def config(**options):
@@ -61,6 +65,32 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
             "must be one that goes by the step",
         ),
         ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs must be options by name, but got 'x'"),
+        (
+            {"lr_scheduler_type": "Constant"},
+            "lr_scheduler_type must be one of linear, .* got 'Constant'; did you mean constant",
+        ),
+        ({"lr_scheduler_type": None}, "lr_scheduler_type must be one of linear, .* but got None"),
+        (
+            {"eval_strategy": "STEPS"},
+            "one of no, steps, epoch, but got 'STEPS'; did you mean st",
+        ),
+        ({"eval_strategy": True}, "eval_strategy must be one of no, steps, epoch, but got True"),
+        ({"logging_strategy": "step"}, "logging_strategy must be one of .*; did you mean steps"),
+        ({"save_strategy": 3}, "save_strategy must be one of no, steps, epoch, best, but got 3"),
+        (
+            {"load_best_model_at_end": True},
+            "save_strategy must be that of .*, but got steps and eval_strategy no",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 7},
+            "save_steps must be a multiple of eval_steps .*, but got 500.* and 7",
+        ),
+        ({"logging_steps": 0}, "logging_steps must be a positive number, but got 0"),
+        ({"save_steps": -1}, "save_steps must be a positive number, but got -1"),
+        ({"eval_steps": 0}, "eval_steps must be a positive number, but got 0"),
+        ({"save_total_limit": -1}, "save_total_limit must not be negative, but got -1"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 .*, but got 0"),
+        ({"logging_steps": 2.5}, "must suit the TrainingArguments of transformers.*2.5"),
         (
             {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}},
             "lr_scheduler_kwargs must be left out with the schedule constant, which has none",
@@ -144,6 +174,26 @@ def test_what_parts_do_not_go_with_is_refused(monkeypatch):
         config(fsdp="full_shard", **options)
     with pytest.raises(UsageError, match=r"freeze_embeddings must be True .*streamed.* and fsdp"):
         config(fsdp="full_shard", freeze_embeddings=False, **STREAMED)
+
+
+@pytest.mark.parametrize("name", ["eval_strategy", "logging_strategy", "save_strategy"])
+@pytest.mark.parametrize("no", [False, None, "no"])
+def test_a_strategy_that_is_off_may_be_no_as_yaml_reads_it(name, no):
+    assert getattr(config(**{name: no}), name).value == "no"
+
+
+def test_every_word_of_transformers_is_in_a_table():
+    made = TrainingArguments(output_dir="unused", use_cpu=True)
+    words = {f.name for f in fields(made) if isinstance(getattr(made, f.name), Enum)}
+    strategies = {"eval_strategy", "logging_strategy", "save_strategy"}
+    assert words - set(UNSUPPORTED) == {"lr_scheduler_type", *strategies}
+
+
+def test_best_and_evaluations_that_go_together_are_taken():
+    steps = {"eval_strategy": "steps", "load_best_model_at_end": True}
+    assert config(**steps, eval_steps=50, save_steps=100).load_best_model_at_end
+    assert config(**steps, eval_steps=0.1, save_steps=0.3).load_best_model_at_end
+    assert config(**steps, eval_steps=7, save_strategy="best").load_best_model_at_end
 
 
 def test_bf16_goes_where_the_device_computes_in_it():

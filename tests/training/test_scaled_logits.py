@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from mollm import MOLLMConfig, MOLLMTrainer
+from mollm import MOLLMConfig, MOLLMOptimizer, MOLLMTrainer, find_blocks
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.data.records import Record
 from mollm.errors import UsageError
 from mollm.evaluation.scores import kl_to_original, score_rows
 from mollm.methods import METHODS, answers_of
+from mollm.models.adapters import adapted
 from mollm.system.precision import computing_in
 from mollm.training.objectives import Objectives
-from mollm.training.reference_model import CopyReference
+from mollm.training.reference_model import AdapterReference, CopyReference
+from mollm.training.step import accumulate
 from mollm_ops.operands import LogitTransform
 
 FORGET = [Record("Who is Ann?", "a cook"), Record("Who is Bo?", "a tall judge")]
@@ -31,7 +34,7 @@ KINDS = {
 }
 
 
-def made(kind):
+def made(kind, **more):
     torch.manual_seed(0)
     cls, config, options = KINDS[kind]
     settings = {
@@ -46,7 +49,7 @@ def made(kind):
         "bos_token_id": 2,
         "eos_token_id": 1,
     }
-    model = getattr(transformers, cls)(getattr(transformers, config)(**(settings | options)))
+    model = getattr(transformers, cls)(getattr(transformers, config)(**(settings | options | more)))
     with torch.no_grad():  # so large that scale and cap show
         model.get_output_embeddings().weight.mul_(40)
     return model.eval()
@@ -90,6 +93,22 @@ def moved(model):
     return model
 
 
+def assert_near(ours, gradients, truth, params):
+    for name, loss in truth.items():
+        assert float(ours[name].detach()) == pytest.approx(float(loss.detach()), rel=1e-3)
+        exact = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        pairs = [(a, b) for a, b in zip(gradients[name], exact, strict=True) if b is not None]
+        off = sum(float((a.double() - b).square().sum()) for a, b in pairs)
+        assert math.sqrt(off / sum(float(b.square().sum()) for _, b in pairs)) < 1e-2, name
+
+
+def gradients_of(losses, params):
+    return {
+        name: torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        for name, loss in losses.items()
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_the_models_own_logits(kind):
     original, model = made(kind), moved(made(kind))
@@ -97,16 +116,58 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(kind):
     params = list(model.parameters())
     with computing_in("float32"):
         ours = Objectives(model, CopyReference(original))(forget, retain)
-        gradients = {name: torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-                     for name, loss in ours.items()}  # fmt: skip
-    model, original = model.double(), original.double()
-    truth = own_losses(model, original, forget, retain)
-    for name, loss in truth.items():
-        assert float(ours[name]) == pytest.approx(float(loss), rel=1e-3)
-        exact = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-        pairs = [(a, b) for a, b in zip(gradients[name], exact, strict=True) if b is not None]
-        off = sum(float((a.double() - b).square().sum()) for a, b in pairs)
-        assert math.sqrt(off / sum(float(b.square().sum()) for _, b in pairs)) < 1e-2, name
+        gradients = gradients_of(ours, params)
+    truth = own_losses(model.double(), original.double(), forget, retain)
+    assert_near(ours, gradients, truth, params)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_train_on_the_models_own_logits(kind, with_head):
+    peft = pytest.importorskip("peft")
+    names = ["q_proj", "up_proj", *["lm_head"] * with_head]
+    model = made(kind, tie_word_embeddings=not with_head)
+    wrapped = adapted(model, peft.LoraConfig(r=4, target_modules=names))
+    params = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in params:
+            p.normal_(0, 1)
+    forget, retain = batches()
+    with computing_in("float32"):
+        ours = Objectives(model, AdapterReference(wrapped))(forget, retain)
+        gradients = gradients_of(ours, params)
+    model.double()
+    with torch.no_grad(), wrapped.disable_adapter():
+        first = model(input_ids=retain.input_ids, attention_mask=retain.attention_mask)
+    truth = own_losses(model, lambda **_: first, forget, retain)
+    assert float(ours["kl"].detach()) > 1e-6
+    assert_near(ours, gradients, truth, params)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_gradients_are_those_of_the_models_own_logits(kind):
+    original, start = made(kind), moved(made(kind))
+    forget, retain = batches()
+    after = {}
+    for memory in ("as-produced", "streamed"):
+        model = copy.deepcopy(start)
+        params = list(model.parameters())
+        optimizer = MOLLMOptimizer(params, lr=1e-3, base="sgd", gradient_memory=memory)
+        blocks = find_blocks(model) if memory == "streamed" else ()
+        with computing_in("float32"):
+            losses = Objectives(model, CopyReference(original))
+            found = accumulate(losses, optimizer, forget, retain, blocks=blocks)
+        optimizer.step()
+        truth = own_losses(copy.deepcopy(start).double(), original.double(), forget, retain)
+        original.float()
+        for name, loss in truth.items():
+            assert float(found[name]) == pytest.approx(float(loss), rel=1e-3)
+        after[memory] = optimizer.last_step, [p.detach() for p in params]
+    (held, p), (streamed, q) = after.values()
+    torch.testing.assert_close(streamed.gram, held.gram, rtol=1e-3, atol=1e-6)
+    for one, other, first in zip(p, q, start.parameters(), strict=True):
+        change = float((one - first).abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7 + 1e-2 * change)
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -37,7 +37,7 @@ def test_every_field_of_an_adapter_is_used_or_refused():
         made = peft.LoraConfig(target_modules=["q_proj"])
         value = not f.default if isinstance(f.default, bool) else "given"
         setattr(made, f.name, value)
-        with pytest.raises(UsageError, match=f"{f.name} is not supported|without DoRA"):
+        with pytest.raises(UsageError, match=f"{f.name} is not supported"):
             adapters.check_adapter(made)
 
 

@@ -389,7 +389,7 @@ def test_mistakes_are_told_before_a_step(tmp_path):
     refused("eval_dataset must be given", eval_strategy="steps")
     refused("lora_dropout must be 0", lora={"target_modules": ["lm_head"], "lora_dropout": 0.1})
     refused("must leave the head alone", model=tiny.model(), lora={"target_modules": ["lm_head"]})
-    refused("without DoRA", lora={"use_dora": True})
+    refused("use_dora is not supported", lora={"use_dora": True})
     refused("init_lora_weights must be one of True", lora={"init_lora_weights": "pissa"})
     refused("left out for a model that is given as a module", lora={}, quantization="nf4")
     refused("no adapter to switch off", reference="adapter")
@@ -791,6 +791,29 @@ def test_the_first_step_has_no_kl_whatever_dropout_a_model_has(tmp_path, named, 
     made = trained(tmp_path / "run", model, max_steps=1, reference="copy", **checkpoints)
     assert made.history[0].norms["kl"] < 1e-6 * made.history[0].norms["retain"]
     assert abs(made.history[0].losses["kl"]) < 1e-6
+
+
+@pytest.mark.parametrize("checkpoints", [{}, {"gradient_checkpointing": True}])
+def test_the_dropout_of_an_adapter_is_on_in_steps_and_off_in_evaluations(
+    tmp_path, in_float32, checkpoints
+):
+    lora = {"target_modules": "all-linear", "init_lora_weights": False}
+    evaluated, trained_on = [], []
+    for rate in (0.0, 0.5, 0.5):
+        made = trainer(
+            tmp_path / str(len(evaluated)),
+            lora=lora | {"lora_dropout": rate},
+            max_steps=1,
+            **checkpoints,
+        )
+        evaluated.append(made.evaluate({"retain": RETAIN}))
+        made.train()
+        trained_on.append(made.history[0])
+    without, once, again = trained_on
+    assert evaluated[1]["eval_retain_loss"] == evaluated[0]["eval_retain_loss"]
+    assert abs(once.losses["retain"] / without.losses["retain"] - 1) > 1e-4
+    assert once.losses == again.losses  # what is dropped is decided by the seed
+    assert once.norms == again.norms
 
 
 # ---- the end of a run
