@@ -563,7 +563,9 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
         everything = lasting | {
             "block inputs": earlier * (sum(sides) + more) + sum(sides[:done]) + more,
             "states at the head": earlier * sum(states) + sum(states[: (cotangents + 1) // 2]),
-            "cotangents": earlier * sum(objectives) + sum((2 * objectives)[:cotangents]),
+            # Those of the losses, and in a sweep those at the block that it has come to.
+            "cotangents": earlier * sum(objectives) * (2 if cotangents > len(objectives) else 1)
+            + sum((2 * objectives)[:cotangents]),
             "embeddings, head and norm": ends,
             **parts,
         }
