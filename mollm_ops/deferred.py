@@ -121,7 +121,7 @@ class DeferredWeight:
         kept = self._kept
         head = _part(replace(self.head, hidden=kept.hidden), begin, end)
         reference = None
-        if self._reference is not None:
+        if self._reference is not None and kept.ref_hidden is not None:
             reference = _part(replace(self._reference, hidden=kept.ref_hidden), begin, end)
         size = self._chunk_rows(end - begin)
         chunks = -(-len(kept.hidden) // size)

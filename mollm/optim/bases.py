@@ -209,7 +209,9 @@ class FusedBase(Optimizer, ABC):
         if span is None:
             return state
         found = dict(state)
-        for name in {self.first_name, self.second_name} & set(state):
+        for name in (self.first_name, self.second_name):
+            if name is None or name not in state:
+                continue
             found[name] = same_rows(state[name], p)
             scales = scales_name(name)
             if scales in state:

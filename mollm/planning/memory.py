@@ -550,6 +550,8 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     earlier = settings.accumulation - 1
     size = outside.gradient_bytes
     gathered = {"gathered": _gathered(shape, outside)}
+    layers = 2 * shape.largest_layer * settings.weight_bytes if outside.shards > 1 else 0
+    at_losses = {"gathered": gathered["gathered"] - layers}  # the one that FSDP2 gathers in advance
     sliced = matrices_in_slices(shape, settings)
     ends = _shard((trainable(shape, settings) - shape.layers - sliced) * size, outside)
     dW = shape.embedding * size if settings.trains_head and not sliced else 0
@@ -582,10 +584,12 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
         return replace(side, freeze_embeddings=True) if sliced else side
 
     def loss(side: PlanSettings, losses: int) -> dict[str, int]:
-        return gathered | {"activations": _final(shape, side)} | _loss(shape, at_head(side), losses)
+        return (
+            at_losses | {"activations": _final(shape, side)} | _loss(shape, at_head(side), losses)
+        )
 
     def backward(side: PlanSettings, losses: int) -> dict[str, int]:
-        return gathered | {
+        return at_losses | {
             "activations": _final(shape, side),
             "head gradients of the losses": _loss_gradients(shape, at_head(side), losses),
             "working set": _working_sets(shape, side)[1] + (dW if earlier else 0),

