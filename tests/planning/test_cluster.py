@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mollm import MOLLMConfig, find_blocks
+from mollm import MOLLMConfig
 from mollm.cli import main
 from mollm.commands.settings_file import read_settings
 from mollm.data.chat import Batch
@@ -107,13 +107,6 @@ def test_named_shapes_have_the_published_numbers_of_parameters(name, parameters,
         pytest.param(replace(ON_CPU, freeze_embeddings=True), id="frozen embeddings"),
         pytest.param(replace(ON_CPU, gradient_checkpointing=True), id="checkpointed"),
         pytest.param(replace(ON_CPU, lora_rank=8, reference="adapter"), id="lora"),
-        pytest.param(
-            replace(ON_CPU, freeze_embeddings=True, gradient_memory="streamed"), id="streamed"
-        ),
-        pytest.param(
-            replace(ON_CPU, freeze_embeddings=True, gradient_memory="streamed", gram="blocks"),
-            id="streamed by blocks",
-        ),
     ],
 )
 def test_the_flops_are_those_that_torch_counts(settings):
@@ -132,16 +125,9 @@ def test_the_flops_are_those_that_torch_counts(settings):
             reference = CopyReference(model)
         if settings.freeze_embeddings:
             forward.freeze_embeddings(model)
-        optimizer = MOLLMOptimizer(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=1e-3,
-            gradient_memory=settings.gradient_memory,
-            gram=settings.gram,
-        )
-        blocks = find_blocks(model) if settings.streams else ()
+        optimizer = MOLLMOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         with FlopCounterMode(display=False) as counter:
-            accumulate(Objectives(model, reference), optimizer, batch, batch, blocks=blocks)
-            optimizer.step()
+            accumulate(Objectives(model, reference), optimizer, batch, batch)
     predicted = step_flops(shape_of(tiny.model(**SMALL).config, "small"), settings)
     print(f"{predicted / counter.get_total_flops() - 1:+.1%}")
     assert predicted == pytest.approx(counter.get_total_flops(), rel=0.1)
@@ -296,7 +282,7 @@ def test_streamed_gradients_say_why_shards_are_left_out(capsys):
     main(["plan", "--shape", "llama-3-8b", "--gpus", "8", "--gradient-memory", "streamed"])
     assert "full_shard: freeze_embeddings must be True with" in capsys.readouterr().out
     main(["plan", "--shape", "llama-3-8b", "--gpus", "8", "--freeze-embeddings"])
-    assert re.search(r"^full_shard, streamed .* (yes|no) ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^full_shard, streamed .* fits ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_one_gpu_has_nothing_to_share(capsys):
