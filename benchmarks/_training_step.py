@@ -211,7 +211,10 @@ def flops(case: Case, name: str) -> float:
     if sweeps:
         original, backward = original + sweeps * 2, 2  # each sweep runs both batches once more
     answers = settings.batch_size * settings.sequence_length // 2
-    head = answers * shape.embedding * (9 if settings.trains_head else 6)
+    passes = 9 if settings.trains_head else 6
+    if sweeps and settings.trains_head:
+        passes = 6 + 12  # in slices: each projection and gradient of the weight is made twice more
+    head = answers * shape.embedding * passes
     return layers * (2 + original + backwards * backward) + head
 
 

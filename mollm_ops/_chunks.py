@@ -11,6 +11,7 @@ from torch import Tensor
 from mollm_ops._dtypes import gradient_dtype, wide_dtype
 from mollm_ops._loss_arguments import Head
 from mollm_ops.operands import RowLoss
+from mollm_ops.row_slices import row_sums
 from mollm_ops.rows import kl_rows, log_rows
 
 WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
@@ -37,6 +38,19 @@ class Loss:
 
     scale: Tensor
     wants: tuple[bool, bool, bool]
+
+
+class Kept:
+    """Of the rows that count, what it takes to find some columns of their gradients later."""
+
+    index: Tensor | None
+    """Which rows they are, None for all."""
+    hidden: Tensor
+    ref_hidden: Tensor | None
+    target: Tensor
+    sums: Tensor
+    """Of their logits, see `mollm_ops.row_slices.row_sums`."""
+    ref_sums: Tensor
 
 
 @dataclass(frozen=True)
@@ -210,8 +224,9 @@ def losses_in_chunks(
     chunk_rows: int | None,
     *,
     wide_logits: bool,
+    kept: Kept | None = None,
 ) -> tuple[list[Tensor], list[Gradients]]:
-    """Losses [N] and gradients of ce and kl, those that are given, in this order.
+    """Losses [N] and gradients of ce and kl, those that are given, in this order; `kept` is filled.
 
     Gradients are of `gradient_dtype`. With `wide_logits` the head's outputs are not rounded to 16
     bits: a KL, the difference of two projections, needs that.
@@ -238,6 +253,7 @@ def losses_in_chunks(
         for loss, scale in zip(asked, scales, strict=True)
     ]
     losses = [torch.empty(rows, dtype=s.dtype, device=s.device) for s in wanted]
+    row, ref_row = [scales[0].rows.new_empty(0, 3)], [scales[0].rows.new_empty(0, 3)]
     for begin in range(0, rows, size):
         part = slice(begin, begin + size)
         h, t = hidden[part], target[part]
@@ -245,6 +261,10 @@ def losses_in_chunks(
         project_rows(head, h, out=z)
         if reference is not None and ref_hidden is not None:
             project_rows(reference, ref_hidden[part], out=buffers[1][: len(h)])
+        if kept is not None:  # before gradients take the logits' place
+            row.append(row_sums(z, t, head.transform))
+            if reference is not None:
+                ref_row.append(row_sums(buffers[1][: len(h)], t, reference.transform))
         to = [
             RowLoss(
                 losses[k][part],
@@ -269,6 +289,9 @@ def losses_in_chunks(
             gradient = to[k].gradient
             if gradient is not None:
                 total.add(gradient, h, begin)
+    if kept is not None:
+        kept.index, kept.target, kept.hidden, kept.ref_hidden = index, target, hidden, ref_hidden
+        kept.sums, kept.ref_sums = torch.cat(row), torch.cat(ref_row)
     if index is not None:
         losses = [
             total.new_zeros(len(head.hidden)).index_copy_(0, index, total) for total in losses

@@ -9,9 +9,12 @@ and project once more there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from mollm_ops import _linear_ops as ops
+from mollm_ops._chunks import Loss
 from mollm_ops._loss_arguments import (
     Head,
     check_chunk_rows,
@@ -23,12 +26,14 @@ from mollm_ops._loss_arguments import (
     reference_head_of,
     scale_of,
 )
+from mollm_ops.deferred import DeferredWeight, deferred
 from mollm_ops.operands import LogitTransform
+from mollm_ops.rows import row_targets
 
 
-def _forward_wants(reduction: str, head: Head) -> list[bool]:
+def _forward_wants(reduction: str, head: Head) -> tuple[bool, bool, bool]:
     """Gradients to compute in the forward pass: none where upstream gradients differ by token."""
-    return [False] * 3 if reduction == "none" else list(head.wants())
+    return (False, False, False) if reduction == "none" else head.wants()
 
 
 def _ce(
@@ -47,19 +52,38 @@ def _ce(
     check_reduction(reduction, normalizer)
     check_chunk_rows(chunk_rows)
     head = head_of(hidden, weight, bias, transform)
+    later = deferred(weight, head)
+    head = head if later is None else replace(head, weight=head.weight.detach())
     target = flat_target(target, head.lead, hidden.device)
     scale = scale_of(reduction, normalizer, target != ignore_index, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
-    losses, *gradients = ops.linear_ce(
-        *head.detach().operands, target, scale, eps, ignore_index, False, wants, chunk_rows
-    )
+    if later is None:
+        losses, *gradients = ops.linear_ce(
+            *head.detach().operands,
+            target,
+            scale,
+            eps,
+            ignore_index,
+            False,
+            list(wants),
+            chunk_rows,
+        )
+    else:
+        rows = row_targets(target, len(weight), ignore_index)
+        losses, *gradients = later.compute(None, rows, Loss(scale, wants), None, eps, chunk_rows)
     if reduction == "none":
         joined: Tensor = ops.join_ce(
             losses, *head.operands, target, eps, ignore_index, False, chunk_rows
         )
-        return joined.reshape(head.lead)
+        return _watched(later, joined, scale).reshape(head.lead)
     loss: Tensor = ops.join_gradients(losses.sum() * scale, *head.tensors, *gradients)
-    return loss
+    return _watched(later, loss, scale)
+
+
+def _watched(
+    later: DeferredWeight | None, loss: Tensor, scale: Tensor, *, kl: bool = False
+) -> Tensor:
+    return loss if later is None else later.watched(loss, scale, kl=kl)
 
 
 def linear_cross_entropy(
@@ -237,19 +261,25 @@ def linear_kl_div(
     reference = reference_head_of(
         head, ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap
     )
+    later = deferred(weight, head)
+    head = head if later is None else replace(head, weight=head.weight.detach())
     target = mask_target(mask, head)
     scale = scale_of(reduction, normalizer, target >= 0, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
-    losses, *gradients = ops.linear_kl(
-        *head.detach().operands, *reference.operands, target, scale, wants, chunk_rows
-    )
+    if later is None:
+        losses, *gradients = ops.linear_kl(
+            *head.detach().operands, *reference.operands, target, scale, list(wants), chunk_rows
+        )
+    else:
+        kl = Loss(scale, wants)
+        losses, *gradients = later.compute(reference, target, None, kl, None, chunk_rows)
     if reduction == "none":
         joined: Tensor = ops.join_kl(
             losses, *head.operands, *reference.operands, target, chunk_rows
         )
-        return joined.reshape(head.lead)
+        return _watched(later, joined, scale, kl=True).reshape(head.lead)
     loss: Tensor = ops.join_gradients(losses.sum() * scale, *head.tensors, *gradients)
-    return loss
+    return _watched(later, loss, scale, kl=True)
 
 
 def linear_ce_kl(
@@ -295,21 +325,33 @@ def linear_ce_kl(
     reference = reference_head_of(
         head, ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap
     )
+    later = deferred(weight, head)
+    head = head if later is None else replace(head, weight=head.weight.detach())
     target = flat_target(target, head.lead, hidden.device)
     counted = target != ignore_index
     scale = scale_of(reduction, normalizer, counted, head.hidden.dtype)
     wants = _forward_wants(reduction, head)
-    results = ops.linear_ce_kl(
-        *head.detach().operands, *reference.operands, target, scale, ignore_index, wants, chunk_rows
-    )
+    if later is None:
+        results = ops.linear_ce_kl(
+            *head.detach().operands,
+            *reference.operands,
+            target,
+            scale,
+            ignore_index,
+            list(wants),
+            chunk_rows,
+        )
+    else:
+        rows, each = row_targets(target, len(weight), ignore_index), Loss(scale, wants)
+        results = later.compute(reference, rows, each, each, None, chunk_rows)
     ce, *ce_gradients = results[:4]
     kl, *kl_gradients = results[4:]
     if reduction == "none":
         ce = ops.join_ce(ce, *head.operands, target, None, ignore_index, True, chunk_rows)
         mask = counted.long() - 1
         kl = ops.join_kl(kl, *head.operands, *reference.operands, mask, chunk_rows)
-        return ce.reshape(head.lead), kl.reshape(head.lead)
-    return (
-        ops.join_gradients(ce.sum() * scale, *head.tensors, *ce_gradients),
-        ops.join_gradients(kl.sum() * scale, *head.tensors, *kl_gradients),
-    )
+    else:
+        ce = ops.join_gradients(ce.sum() * scale, *head.tensors, *ce_gradients)
+        kl = ops.join_gradients(kl.sum() * scale, *head.tensors, *kl_gradients)
+    ce, kl = _watched(later, ce, scale), _watched(later, kl, scale, kl=True)
+    return (ce.reshape(head.lead), kl.reshape(head.lead)) if reduction == "none" else (ce, kl)

@@ -228,15 +228,13 @@ def _torch_rows(
     wide = (kl or ce).losses.dtype  # type: ignore[union-attr]
     counted, known = target >= 0, target < logits.shape[1]
     at = target.clamp(0, logits.shape[1] - 1)[:, None]
-    z, slope = _transformed(logits.to(wide), transform)
+    z, slope = transformed(logits.to(wide), transform)
     z, e, e_t, S = _sums(z, at)
     results = []
     if kl is not None:
         assert ref_logits is not None, "KL needs the reference's logits"
         # Both rows are summed alike: KL and its gradient are exactly 0 where they are equal.
-        z_ref, e_ref, e_ref_t, S_ref = _sums(
-            _transformed(ref_logits.to(wide), ref_transform)[0], at
-        )
+        z_ref, e_ref, e_ref_t, S_ref = _sums(transformed(ref_logits.to(wide), ref_transform)[0], at)
         Z, Z_ref = S + e_t, S_ref + e_ref_t
         p, p_ref = e / Z, e_ref / Z_ref
         d = (z_ref - z) - (Z_ref.log() - Z.log())
@@ -253,8 +251,8 @@ def _torch_rows(
             to.gradient.copy_(torch.where(uses, gradient * slope * to.scale[:, None], 0))
 
 
-def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
-    """Logits, and their derivative by z."""
+def transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
+    """Logits, in memory of their own, and their derivative by z."""
     z, c = transform.scale * z, transform.softcap
     if c is None:
         return z, transform.scale

@@ -27,7 +27,7 @@ from mollm.system import precision
 from mollm.training.memory import plan_settings
 
 SIZES = {
-    "vocab_size": 512,
+    "vocab_size": 1024,
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,

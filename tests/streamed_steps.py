@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mollm import MOLLMOptimizer, find_blocks
+from mollm.models.forward import states_at_head
+from mollm_ops import linear_ce_kl, linear_cross_entropy, linear_uce_loss
 
 NAMES = ("forget", "kl", "retain")
 VOCAB = 48
@@ -57,6 +59,25 @@ def losses_of(model, forget, retain):
     }
 
 
+def linear_losses_of(model, forget, retain):
+    """The same roles, of losses that read the head's weight and make no logits; each objective
+    meets it twice."""
+    weight = model.get_output_embeddings().weight
+
+    def states(ids):
+        return states_at_head(model, ids, torch.ones_like(ids))[:, :-1]
+
+    h, r = states(forget), states(retain)
+    seen, kept = forget[:, 1:], retain[:, 1:].clone()
+    kept[0, :2] = -100
+    ramp = torch.linspace(-1, 1, r.numel(), dtype=r.dtype).reshape(r.shape)
+    fixed = torch.linspace(-1, 1, weight.numel(), dtype=r.dtype).reshape(weight.shape).sin()
+    ce, kl = linear_ce_kl(r, weight, kept, ramp, fixed, softcap=3.0, ref_softcap=9.0)
+    each = linear_cross_entropy(h, weight, seen, reduction="none", logit_scale=0.5)
+    forgotten = linear_uce_loss(h, weight, seen, normalizer=30.0, chunk_rows=5)
+    return {"forget": forgotten - each.square().mean(), "kl": kl + 0.1 * ce, "retain": ce}
+
+
 def hold(opt, losses):
     """The plain way, loss by loss."""
     for n, (name, loss) in enumerate(losses.items()):
@@ -65,7 +86,16 @@ def hold(opt, losses):
 
 
 def trained(
-    model, *, streamed, steps=10, micro=1, names=NAMES, at_once=True, everything=False, **options
+    model,
+    *,
+    streamed,
+    steps=10,
+    micro=1,
+    names=NAMES,
+    at_once=True,
+    everything=False,
+    losses=losses_of,
+    **options,
 ):
     """The model and its reports after some steps."""
     model = copy.deepcopy(model)
@@ -82,7 +112,7 @@ def trained(
         opt.zero_grad()
         for forget, retain in batches(micro, step):
             with opt.streamed(blocks) if streamed else contextlib.nullcontext():
-                found = losses_of(model, forget, retain)
+                found = losses(model, forget, retain)
                 found = {name: found[name] for name in names}
                 if not streamed:
                     hold(opt, found)

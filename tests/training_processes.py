@@ -196,6 +196,15 @@ def left(out, layout, key):
     return found(made)
 
 
+def continued(out, layout, key):
+    """A run, and the same from its checkpoint after two steps, in as many processes."""
+    whole = trainer(out / "whole", layout, **(OPTIONS[key] | SAVING))
+    whole.train()
+    again = trainer(out / "again", layout, **(OPTIONS[key] | SAVING))
+    again.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-2"))
+    return {"whole": found(whole), "again": found(again)}
+
+
 def stopped(out, layout, key):
     """The last process alone asks for the end after its second step."""
     made = trainer(out, layout, steps=5)
@@ -256,6 +265,7 @@ KINDS = {
     "exported": exported,
     "resumed": resumed,
     "left": left,
+    "continued": continued,
     "stopped": stopped,
     "mistaken": mistaken,
     "unlike": unlike,
@@ -264,7 +274,7 @@ KINDS = {
 _PLAIN = ("adamw", "in micro-batches", "clipped", "cached", "lora")
 COPIES = (*_PLAIN, "streamed", "streamed by blocks", "several sets", "relearning")
 PARTS = tuple(key for key in OPTIONS if key != "streamed")
-RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"))
+RESUMED = (("copies", "lora"), ("fsdp", "means"), ("fsdp", "lora"), ("fsdp", "streamed body"))
 
 
 def cases_for(world):
@@ -277,6 +287,8 @@ def cases_for(world):
             ("train", "hsdp", "adamw"),
             ("train", "hsdp", "relearning"),
             ("train", "hsdp", "streamed by blocks"),
+            ("train", "fsdp", "streamed body"),
+            ("continued", "fsdp", "streamed body"),
             ("read", "hsdp", "adamw"),
             ("stopped", "copies", "adamw"),
         ]
@@ -286,6 +298,9 @@ def cases_for(world):
         *(("read", "fsdp", key) for key in ("tied head", "cached", "lora", "streamed body")),
         *(("exported", "fsdp", key) for key in ("tied head", "lora")),
         *((kind, *case) for kind in ("resumed", "left") for case in RESUMED),
+        ("continued", "copies", "streamed"),
+        ("continued", "fsdp", "streamed body"),
+        ("continued", "fsdp", "streamed by blocks"),
         ("stopped", "copies", "adamw"),
         ("mistaken", "copies", "adamw"),
         ("unlike", "copies", "adamw"),

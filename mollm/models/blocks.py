@@ -160,7 +160,9 @@ def _refuse_side_paths(model: PreTrainedModel, blocks: tuple[nn.Module, ...]) ->
             tape = Tape(blocks, embedded, 1)
             with tape.recording():
                 tape.record(0, loss(), keep_graph=False)
-            streamed = next((rows[0][0] for _, rows in tape.sweep()), None)
+            for _ in tape.sweep():
+                pass
+            streamed = next((rows[0][0] for _, rows in tape.ends()), None)
     except UsageError as error:
         _refuse(model, f"cannot be cut at its blocks ({reason_of(error, 200)})")
     finally:

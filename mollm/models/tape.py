@@ -9,6 +9,9 @@ So K gradients of one block are alive at a time. A sweep can be repeated, and wh
 change a block's parameters as soon as the sweep has come past it: nothing reads them any more. The
 gradients of the lowest block, to which a sweep comes last, stay for the next sweep, which begins
 with them and has a block less to compute.
+
+Outside of the blocks, gradients of small parameters stay as well, and those of embeddings and head
+are made a few rows at a time, see `mollm.models.matrices`.
 """
 
 from __future__ import annotations
@@ -25,9 +28,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mollm.distributed.sharding import is_sharded, local_gradient
 from mollm.errors import UsageError
+from mollm.models.matrices import SLICES_OF_A_BLOCK, Matrices
+from mollm.models.slices import rows_of
 
 Rows = list[list[Tensor | None]]
 """Of K objectives, a gradient or None for each parameter."""
+
+Complete = Callable[[list[Tensor], Rows], None]
 
 
 def _drop(_: Tensor) -> None:
@@ -173,9 +180,19 @@ class Tape:
                 "of mollm.find_blocks(model)."
             )
         within = set(own)
-        self.outside = [p for p in train if p not in within]
-        self._ends: Rows = [[None] * len(self.outside) for _ in range(objectives)]
-        """Gradients outside of the blocks: those of the losses, after a sweep all of them."""
+        slices = max((sum(p.numel() for p in params) for params in self.inside), default=0)
+        slices //= SLICES_OF_A_BLOCK
+        large = [
+            p
+            for p in train
+            if p not in within and p.ndim == 2 and p.numel() > slices > 0 and not is_sharded(p)
+        ]
+        self._matrices = Matrices(large, slices, objectives)
+        matrices = set(large)
+        self.outside = [p for p in train if p not in within and p not in matrices]
+        self._ends: Rows = [[None] * (len(self.outside) + len(large)) for _ in range(objectives)]
+        """Gradients outside of the blocks, of `outside` and, as far as they are whole, of matrices:
+        those of the losses, after a sweep all of them."""
         self._cotangents: list[dict[int, Tensor]] = [{} for _ in range(objectives)]
         """∂L_k/∂ every output of a block that a loss reads, by the output's id."""
         self._calls: list[_Call] = []
@@ -211,7 +228,8 @@ class Tape:
         try:
             for number, block in enumerate(self.blocks):
                 handles += self._watched(number, block)
-            yield
+            with self._matrices.recording():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -281,8 +299,9 @@ class Tape:
             Whether there were any.
         """
         # What leads to a block's input may lead to the loss as well, and is needed in a sweep.
-        glue = any(id(t) not in self._of for call in self._calls for t in call.inputs)
-        if glue and self._sharded:
+        before = [t for call in self._calls for t in call.inputs if id(t) not in self._of]
+        glue = any(t.grad_fn is not None for t in before)
+        if before and self._sharded:
             raise UsageError(
                 "what comes before the blocks must be frozen where gradients are streamed through "
                 "a model in parts, but embeddings train: freeze them, or choose another "
@@ -302,9 +321,11 @@ class Tape:
         *,
         outside: bool,
     ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Tensor | None]]:
-        """Gradients of `roots` at blocks' outputs and, on demand, outside of blocks."""
+        """Gradients of `roots` at blocks' outputs and, on demand, outside of blocks: of parameters,
+        and at the probes of matrices."""
         leaves = [leaf for call in self._calls for leaf in call.outputs]
-        ends = self.outside if outside else []
+        matrices = self._matrices
+        ends = [*self.outside, *matrices.matrices, *matrices.probes] if outside else []
         inside = [p for params in self.inside for p in params]
         found = self._gradients(roots, [*leaves, *ends, *inside], grads, keep_graph)
         if any(g is not None for g in found[len(leaves) + len(ends) :]):
@@ -339,7 +360,8 @@ class Tape:
 
     def _end(self, objective: int, found: Sequence[Tensor | None]) -> None:
         row = self._ends[objective]
-        for n, g in enumerate(found):
+        self._matrices.arrive(objective, found[len(row) :])
+        for n, g in enumerate(found[: len(row)]):
             if g is None:
                 continue
             if g.is_sparse:
@@ -348,33 +370,32 @@ class Tape:
                     "dense ones can be combined: make the embedding with sparse=False."
                 )
             known = row[n]
-            # In place, for a tied head has a gradient as large as a model has parameters.
             row[n] = self._own(g) if known is None else known.add_(g)
 
     def _own(self, g: Tensor) -> Tensor:
         """A gradient that nothing else reads."""
         kept = [t for row in self._ends for t in row if t is not None]
         kept += [t for known in self._cotangents for t in known.values()]
+        kept += [t for arrived in self._matrices.arrived for t in arrived]
         shared = any(t.data_ptr() == g.data_ptr() for t in kept)
         return g if g.is_contiguous() and not shared else g.clone()
 
     def non_finite_elements(self) -> Tensor:
         """Of each objective, how many the losses have left in their gradients, [K]."""
         counts = []
-        for known, ends in zip(self._cotangents, self._ends, strict=True):
-            tensors = [*known.values(), *(g for g in ends if g is not None)]
+        everything = zip(self._cotangents, self._ends, self._matrices.arrived, strict=True)
+        for known, ends, arrived in everything:
+            tensors = [*known.values(), *arrived, *(g for g in ends if g is not None)]
             each = [(~t.isfinite()).sum() for t in tensors]
             counts.append(torch.stack([n.to(each[0].device) for n in each]).sum())
         return torch.stack(counts).double()
 
     # ---- backward
 
-    def sweep(
-        self, complete: Callable[[list[Tensor], Rows], None] | None = None
-    ) -> Iterator[tuple[list[Tensor], Rows]]:
-        """Parameters that some objective reaches with their K lists of gradients: those of the
-        last block first, those outside of all blocks at the end. The first block to train comes
-        before all others where the sweep before has left its gradients.
+    def sweep(self, complete: Complete | None = None) -> Iterator[tuple[list[Tensor], Rows]]:
+        """Parameters that some objective reaches with their K lists of gradients, block by block:
+        those of the last block first. The first block to train comes before all others where the
+        sweep before has left its gradients.
 
         Args:
             complete: Adds to the K lists of these parameters what others have found.
@@ -407,13 +428,37 @@ class Tape:
             yield from self._touched(params, rows)
             if number == self._lowest:
                 self._held = rows
-        if first:
-            if any(pending):
-                self._refuse_order()
-            if complete is not None:
-                complete(self.outside, self._ends)
+        if first and any(pending):
+            self._refuse_order()
+        if first and complete is not None:
+            small = [row[: len(self.outside)] for row in self._ends]
+            complete(self.outside, small)
+            for row, own in zip(self._ends, small, strict=True):
+                row[: len(own)] = own
         self._complete = True
+
+    def ends(self, complete: Complete | None = None) -> Iterator[tuple[list[Tensor], Rows]]:
+        """The same for what is outside of all blocks, after a sweep and as often as is asked for:
+        of a large matrix some rows at a time, see `mollm.models.slices`.
+
+        Args:
+            complete: As for `sweep`.
+        """
         yield from self._touched(self.outside, self._ends)
+        for n, matrix in enumerate(self._matrices.matrices, len(self.outside)):
+            for begin, end in self._matrices.slices(matrix):
+                made = self._matrices.rows(matrix, begin, end)
+                for k, row in enumerate(self._ends):
+                    g, whole = made[k], row[n]
+                    if whole is not None:
+                        mine = whole[begin:end]
+                        made[k] = mine.clone() if g is None else g.add_(mine)
+                part, rows = rows_of(matrix, begin, end), [[g] for g in made]
+                del made, g
+                if complete is not None:
+                    complete([part], rows)
+                yield from self._touched([part], rows)
+                del rows  # before the next ones are made
 
     def _back(
         self,

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from mollm.distributed.sharding import common_seed, is_sharded, local, sharding_of
 from mollm.errors import UsageError
+from mollm.models.slices import same_rows, span_of_rows, whole_of
 from mollm.optim.constants import EIGHT_BITS
 from mollm.optim.eight_bits import count_scales, narrowed, scales_name, widened
 from mollm.optim.groups import columns_of, columns_of_means
@@ -69,6 +70,8 @@ _OF_ALL_GROUPS = (
     "track_conflicts",
 )
 """Arguments of `MOLLMOptimizer` that no single group can have."""
+_SEEDS_APART = 0x9E3779B97F4A7C15
+"""Of rows of a parameter, so that none meets the numbers of another parameter's."""
 
 
 def _check_number(name: str, value: Any, what: str = "") -> None:
@@ -204,32 +207,52 @@ class FusedBase(Optimizer, ABC):
         """The group's options as the kernels take them."""
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[p]
+        whole = whole_of(p)
+        state: dict[str, Any] = self.state[whole]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in self._slots(group):
             if state.get(name) is not None:
                 continue
             if group["state_dtype"] == EIGHT_BITS:
-                state[name] = torch.zeros_like(p, dtype=torch.uint8)
-                state[scales_name(name)] = p.new_zeros(count_scales(p.numel()), dtype=torch.float32)
+                state[name] = torch.zeros_like(whole, dtype=torch.uint8)
+                scales = count_scales(whole.numel())
+                state[scales_name(name)] = whole.new_zeros(scales, dtype=torch.float32)
             else:
-                state[name] = torch.zeros_like(p, dtype=group["state_dtype"] or p.dtype)
-        return state
+                state[name] = torch.zeros_like(whole, dtype=group["state_dtype"] or p.dtype)
+        return self._entry(p)
+
+    def _entry(self, p: Tensor) -> dict[str, Any]:
+        """The state of a parameter, or that of some of its rows, in the same memory."""
+        state: dict[str, Any] = self.state[whole_of(p)]
+        span = span_of_rows(p)
+        if span is None:
+            return state
+        found = dict(state)
+        for name in (self.first_name, self.second_name):
+            if name is None or name not in state:
+                continue
+            found[name] = same_rows(state[name], p)
+            scales = scales_name(name)
+            if scales in state:
+                begin, end = (count_scales(row * p.shape[1]) for row in span)
+                found[scales] = state[scales][begin:end]
+        return found
 
     def _read(self, p: Tensor, name: str) -> Tensor:
         """This process's part of a state, in place, but in 8 bits a copy in float32."""
-        kept = local(self.state[p][name])
+        state = self._entry(p)
+        kept = local(state[name])
         if kept.dtype != torch.uint8:
             return kept
-        return widened(kept, self.state[p][scales_name(name)], signed=name != self.second_name)
+        return widened(kept, state[scales_name(name)], signed=name != self.second_name)
 
     def _keep(
         self, params: Sequence[Tensor], name: str, values: Sequence[Tensor], proceed: Tensor | None
     ) -> None:
         """Rounds to 8 bits what `_read` gave in a copy and a step has changed."""
         for p, wide in zip(params, values, strict=True):
-            state = self.state[p]
+            state = self._entry(p)
             if state[name].dtype != torch.uint8:
                 continue
             rounded = narrowed(wide, signed=name != self.second_name)
@@ -253,7 +276,7 @@ class FusedBase(Optimizer, ABC):
 
     def make_state(self, params: Sequence[Tensor] | None = None) -> None:
         """The state of these parameters, or of all, if they have none yet."""
-        some = None if params is None else set(params)
+        some = None if params is None else {whole_of(p) for p in params}
         for group in self.param_groups:
             for p in group["params"]:
                 if some is None or p in some:
@@ -264,7 +287,7 @@ class FusedBase(Optimizer, ABC):
     ) -> AdamMetric:
         """Adam's metric at the coming step, for parameters of one group, or of several that have
         the same β₂ and ε; for bases that keep a second moment."""
-        states = [self.state[p] for p in params]
+        states = [self._entry(p) for p in params]
         return AdamMetric(
             self._second_of(params, group),
             [state["step"] for state in states],
@@ -328,12 +351,13 @@ class FusedBase(Optimizer, ABC):
         self, params: Sequence[Tensor]
     ) -> list[tuple[int, dict[str, Any], list[int], Targets]]:
         """Number, options, columns and targets of every group that has some of the parameters."""
-        at = {p: n for n, p in enumerate(params)}
+        at = {whole_of(p): n for n, p in enumerate(params)}
         found = []
         for number, group in enumerate(self.param_groups):
-            mine = [p for p in group["params"] if p in at]
-            if not mine:
+            columns = [at[p] for p in group["params"] if p in at]
+            if not columns:
                 continue
+            mine = [params[n] for n in columns]
             states = [self._state_of(p, group) for p in mine]
             first = None
             if self.first_name in self._slots(group):
@@ -341,7 +365,7 @@ class FusedBase(Optimizer, ABC):
             second = None if self.second_name is None else self._second_of(mine, group)
             steps = [state["step"] for state in states]
             targets = Targets([local(p) for p in mine], first, second, steps)
-            found.append((number, group, [at[p] for p in mine], targets))
+            found.append((number, group, columns, targets))
         return found
 
     @torch.no_grad()
@@ -369,12 +393,19 @@ class FusedBase(Optimizer, ABC):
         """
         changes: Tensor | None = None
         for number, group, columns, targets in self._targets(params):
-            torch._foreach_add_(list(targets.steps), 1.0 if proceed is None else proceed.float())
+            spans = [span_of_rows(params[n]) for n in columns]
+            # Of a parameter that comes some rows at a time, the first ones count the step.
+            counted = [
+                t for t, span in zip(targets.steps, spans, strict=True) if not span or not span[0]
+            ]
+            if counted:
+                torch._foreach_add_(counted, 1.0 if proceed is None else proceed.float())
             seed = None
             if group["stochastic_rounding"]:  # another one for every group, bucket and shard
-                first = params[columns[0]]
+                first = whole_of(params[columns[0]])
                 column = next(n for n, p in enumerate(group["params"]) if p is first)
                 place = (sharding_of(first).part << 48) + (number << 32) + column
+                place += (spans[0] or (0, 0))[0] * _SEEDS_APART
                 seed = (group["rounding_seed"] + place) % (1 << 63)
             part = update_(
                 columns_of(gradients, columns),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mollm.models.slices import whole_of
 from mollm_ops.operands import RunningMeans
 
 
@@ -69,11 +70,11 @@ def alike(
     Returns:
         For each set of columns their relative learning rate and a group with their options.
     """
-    of = {p: n for n, group in enumerate(groups) for p in group["params"]}
+    of = {whole_of(p): n for n, group in enumerate(groups) for p in group["params"]}
     rates = relative_rates(groups)
     found: dict[tuple[Any, ...], tuple[float | Tensor, dict[str, Any], list[int]]] = {}
     for column, p in enumerate(params):
-        group, rate = groups[of[p]], rates[of[p]]
+        group, rate = groups[of[whole_of(p)]], rates[of[whole_of(p)]]
         key = (id(rate) if isinstance(rate, Tensor) else rate, *options(group))
         found.setdefault(key, (rate, group, []))[2].append(column)
     return list(found.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mollm.distributed.sharding import Lists, local
 from mollm.errors import UsageError
+from mollm.models.slices import same_rows, whole_of
 from mollm.optim.saved_state import check_entry, check_number
 from mollm_ops.operands import RunningMeans
 
@@ -36,15 +37,18 @@ class ObjectiveMeans:
         rows: list[list[Tensor | None]] = []
         for name, tensors in zip(objectives, lists, strict=True):
             held = self._held.setdefault(name, {})
+            row: list[Tensor | None] = []
             for n, p in enumerate(params):
-                g = tensors[n]
-                if g is None and p in held:
-                    tensors[n] = torch.zeros_like(local(held[p]))
-                elif g is not None and p not in held:
-                    held[p] = torch.zeros_like(
-                        p.detach(), dtype=g.dtype, memory_format=torch.contiguous_format
+                g, whole = tensors[n], whole_of(p)
+                if g is not None and whole not in held:
+                    held[whole] = torch.zeros_like(
+                        whole.detach(), dtype=g.dtype, memory_format=torch.contiguous_format
                     )
-            rows.append([local(held[p]) if p in held else None for p in params])
+                mean = same_rows(local(held[whole]), p) if whole in held else None
+                if g is None and mean is not None:
+                    tensors[n] = torch.zeros_like(mean)
+                row.append(mean)
+            rows.append(row)
         return RunningMeans(rows, self.beta)
 
     def correction(self, device: torch.device) -> Tensor:

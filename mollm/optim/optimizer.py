@@ -445,8 +445,9 @@ class MOLLMOptimizer(Optimizer):
         twice, from the last to the first. It computes each block once more and takes its K
         gradients: the first time for the Gram matrix, the second time to change the block on the
         spot. The step is that of the other gradient memories. Beside weights and state it takes the
-        blocks' inputs and K gradients of the largest block. Parameters outside of the blocks, such
-        as embeddings and head if they train, are a block of their own.
+        blocks' inputs and K gradients of the largest block. Parameters outside of the blocks are a
+        block of their own; of embeddings and head, if they train, some rows at a time, see
+        `mollm.models.matrices` for what has to be held as a whole.
 
         Args:
             blocks: modules that run one after the other, such as `mollm.find_blocks(model)`.
@@ -625,7 +626,12 @@ class MOLLMOptimizer(Optimizer):
         return c if self._means is None else c / self._means.correction(device) ** 2
 
     def _pieces(self, params: Sequence[Tensor]) -> Iterator[_Piece]:
-        for some, lists in self._store.buckets(params):
+        return self._pieces_of(lambda: self._store.buckets(params))
+
+    def _pieces_of(
+        self, buckets: Callable[[], Iterable[tuple[list[Tensor], Lists]]]
+    ) -> Iterator[_Piece]:
+        for some, lists in buckets():
             for sharding, mine, rows in self._cut(some, lists):
                 yield sharding, mine, rows
                 for row in rows:
@@ -886,20 +892,16 @@ class MOLLMOptimizer(Optimizer):
         solved = _Solved(matrix, self.rule(matrix))
         parts, weights = _Parts(), []
         with self._writing():
-            for some, lists in store.buckets(params) if not waits or going else ():
-                pieces = list(self._cut(some, lists))
-                solved = self._solve_for(lambda pieces=pieces: pieces)  # type: ignore[misc]
+            for buckets in store.blocks() if not waits or going else ():
+                pieces = functools.partial(self._pieces_of, buckets)
+                solved = self._solve_for(pieces)
                 matrix = matrix + solved.matrix
                 going = going & solved.solution.finite
                 if waits and not going:
-                    counts = self._non_finite_elements(pieces)
+                    counts = self._non_finite_elements(pieces())
                     break
                 weights.append(solved.solution.weights)
-                base.make_state(some)
-                self._move(pieces, solved.solution.weights, None if waits else going, parts)
-                for _, _, rows in pieces:
-                    for row in rows:
-                        row.clear()  # before those of the next block are made
+                self._move(pieces(), solved.solution.weights, None if waits else going, parts)
         if not waits:
             self._skips.add(going)
         elif not going:

@@ -12,7 +12,7 @@ The numbers are those of the plain step. See `mollm.models.tape` for how a sweep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from mollm.distributed.processes import add_up_lists, all_reduce_sum
 from mollm.distributed.sharding import Lists, is_sharded, world_size
 from mollm.errors import UsageError
+from mollm.models.slices import whole_of
 from mollm.models.tape import Tape
 from mollm.optim.constants import STREAMED
 from mollm.optim.gradients import GradientStore
 from mollm.optim.groups import columns_of
+
+Bucket = tuple[list[Tensor], Lists]
+"""Parameters, or some rows of one, with their K lists of gradients."""
 
 
 class StreamedGradients(GradientStore):
@@ -113,12 +117,27 @@ class StreamedGradients(GradientStore):
         counts = self._tape.non_finite_elements()
         return all_reduce_sum(counts)
 
-    def buckets(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Lists]]:
-        """All parameters block by block, whatever `params` are."""
+    def buckets(self, params: Sequence[Tensor]) -> Iterator[Bucket]:
+        """All parameters block by block, whatever `params` are; at the end those outside of the
+        blocks, of which large matrices come some rows at a time."""
+        for buckets in self.blocks():
+            yield from buckets()
+
+    def blocks(self) -> Iterator[Callable[[], Iterable[Bucket]]]:
+        """The same by blocks: of each what gives its buckets as often as it is called, until the
+        next one is asked for. What is outside of all blocks is one block more."""
         assert self._tape is not None, "a step has losses"
-        for some, rows in self._tape.sweep(_add_up_copies if self._add_up else None):
-            self._seen.update(dict.fromkeys(some))
-            yield some, rows
+        tape, complete = self._tape, _add_up_copies if self._add_up else None
+
+        def ends() -> Iterator[Bucket]:
+            for some, rows in tape.ends(complete):
+                self._seen.update((whole_of(p), None) for p in some)
+                yield some, rows
+
+        for bucket in tape.sweep(complete):
+            self._seen.update(dict.fromkeys(bucket[0]))
+            yield lambda bucket=bucket: [bucket]  # type: ignore[misc]
+        yield ends
 
 
 def _add_up_copies(params: list[Tensor], rows: Lists) -> None:

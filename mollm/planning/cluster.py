@@ -127,7 +127,8 @@ class ClusterPlan:
     def nodes_that_fit(self) -> int | None:
         """How many of these nodes have room for the shards as they are; None where too many do
         not, one has, or the settings do not go with shards."""
-        if self.fits or self.settings.streams or self.settings.quantization:
+        streams = self.settings.streams and not self.settings.freeze_embeddings
+        if self.fits or streams or self.settings.quantization:
             return None
         shape, gpus = self.chosen.memory.shape, self.cluster.gpus
         return next(
@@ -155,7 +156,8 @@ def plan_cluster(
         settings: How each GPU trains.
         cluster: Where.
         memory: Bytes of a GPU.
-        layout: One of `cluster.layouts`; None for all of them, and streamed gradients of copies.
+        layout: One of `cluster.layouts`; None for all of them, with gradients as they are and,
+            where that goes with the layout, streamed.
 
     Raises:
         UsageError: The layout is none of the cluster's, or does not go with the settings.
@@ -174,6 +176,8 @@ def plan_cluster(
             found.append(predict(shape, settings, cluster, each))
         except UsageError as error:
             refused.append(f"{each}: {error}")
-    if not settings.streams and settings.streamed is not None:
-        found.insert(1, predict(shape, settings.streamed, cluster, COPIES))
+            continue
+        streamed = found[-1].memory.settings.streamed
+        if not settings.streams and streamed is not None:
+            found.append(predict(shape, streamed, cluster, each))
     return ClusterPlan(settings, cluster, memory, found, refused)

@@ -4,11 +4,13 @@
 
 A step runs forward once per side, backward once per objective at twice that (once under LoRA, which
 takes no gradient of the weights), the original's forward, and what checkpointing and streaming
-compute again. The head meets answer tokens alone. Updates and elementwise work are left out.
+compute again. The head meets answer tokens alone; where its streamed gradients are made in slices,
+it projects once more for each of two passes over these. Updates and elementwise work are left out.
 """
 
 from __future__ import annotations
 
+from mollm.planning.memory import matrices_in_slices
 from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import Shape
 
@@ -29,9 +31,13 @@ def step_flops(shape: Shape, settings: PlanSettings) -> float:
     of_forget += settings.relearning_passes * (1 + backward + again)
     of_retain += settings.reference != "cache"
     layers = of_forget * _layers_pass(shape, forget) + of_retain * _layers_pass(shape, retain)
-    at_head = 1 + settings.trains_head
+    if matrices_in_slices(shape, settings):
+        at_head, again_at_head = 1, 2 * 2  # projection and gradient, for Gram matrix and update
+    else:
+        at_head, again_at_head = 1 + settings.trains_head, 0
     losses = sides + settings.relearning_passes
-    head = losses * (1 + at_head) * forget.answers + (2 + 2 * at_head) * retain.answers
+    each = 1 + at_head + again_at_head
+    head = losses * each * forget.answers + 2 * each * retain.answers
     return float(settings.accumulation * (layers + head * 2 * shape.embedding))
 
 

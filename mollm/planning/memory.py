@@ -34,7 +34,8 @@ Where processes hold shards (FSDP2), a process has its share of weights, copied 
 and state, all of the embeddings, head and norm of model and reference from the first forward to the
 last backward, and up to three layers: the one that runs, and the next twice while it is unpacked.
 Layers compute in the dtype of matrix products, and so do their activations and gradients, of which
-one layer's are whole, and once more in the dtype in which they are added up.
+one layer's are whole, and once more in the dtype in which they are added up. A sweep that streams
+gradients holds one layer, and embeddings and head only as shards.
 
 That is the formula for decoders like Llama whose layers are all alike. Of any other kind, what is
 kept is counted in a forward pass of tensors without memory, see `mollm.planning.activations`; the
@@ -51,8 +52,9 @@ On a GPU it has not been measured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mollm.models.matrices import SLICES_OF_A_BLOCK
 from mollm.optim.constants import BUCKET_BYTES, EIGHT_BITS, PER_OBJECTIVE
 from mollm.planning.settings import (
     LORA_BYTES,
@@ -61,7 +63,7 @@ from mollm.planning.settings import (
     PlanSettings,
 )
 from mollm.planning.shapes import Shape
-from mollm_ops import _chunks
+from mollm_ops import _chunks, deferred
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
 """An allowance: Python with Torch and transformers, or a CUDA context with cuBLAS workspaces."""
@@ -544,6 +546,7 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     Micro-batches wait for the sweeps with all of their block inputs.
     """
     lasting = _lasting(shape, settings)
+    outside, settings = settings, settings.gathered
     retain = settings.of_retain_batch
     streams = [s.tokens * s.weight_bytes * shape.hidden for s in (settings, retain)]
     # What blocks are given, and what the last one returns; retain and KL share theirs.
@@ -551,15 +554,26 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     more = (settings.objectives - OBJECTIVES) * sides[0]  # of further sets
     objectives = [streams[0], *[streams[1]] * (settings.objectives - 1)]
     earlier = settings.accumulation - 1
-    size = settings.gradient_bytes
-    ends = (trainable(shape, settings) - shape.layers) * size
-    dW = shape.embedding * size if settings.trains_head else 0
+    size = outside.gradient_bytes
+    gathered = {"gathered": _gathered(shape, outside)}
+    layers = 2 * shape.largest_layer * settings.weight_bytes if outside.shards > 1 else 0
+    at_losses = {"gathered": gathered["gathered"] - layers}  # the one that FSDP2 gathers in advance
+    sliced = matrices_in_slices(shape, settings)
+    ends = _shard((trainable(shape, settings) - shape.layers - sliced) * size, outside)
+    dW = shape.embedding * size if settings.trains_head and not sliced else 0
     late = 0 if shape.tied else dW  # embeddings of their own have no gradient before the sweeps
+    # Of a head in slices no loss makes a gradient: the states that met it are kept.
+    states = [s.answers * s.weight_bytes * shape.hidden * bool(sliced) for s in (settings, retain)]
+    if sliced:
+        states[1] *= 2  # those of the original too
 
     def stage(name: str, done: int, cotangents: int, ends: int, parts: Mapping[str, int]) -> Stage:
         everything = lasting | {
             "block inputs": earlier * (sum(sides) + more) + sum(sides[:done]) + more,
-            "cotangents": earlier * sum(objectives) + sum((2 * objectives)[:cotangents]),
+            "states at the head": earlier * sum(states) + sum(states[: (cotangents + 1) // 2]),
+            # Those of the losses, and in a sweep those at the block that it has come to.
+            "cotangents": earlier * sum(objectives) * (2 if cotangents > len(objectives) else 1)
+            + sum((2 * objectives)[:cotangents]),
             "embeddings, head and norm": ends,
             **parts,
         }
@@ -570,15 +584,20 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
         return (settings.objectives if earlier else found) * (ends - late)
 
     def forward(side: PlanSettings) -> dict[str, int]:
-        return {"working set": _forward_pass(shape, side)}
+        return gathered | {"working set": _forward_pass(shape, side)}
+
+    def at_head(side: PlanSettings) -> PlanSettings:
+        return replace(side, freeze_embeddings=True) if sliced else side
 
     def loss(side: PlanSettings, losses: int) -> dict[str, int]:
-        return {"activations": _final(shape, side)} | _loss(shape, side, losses)
+        return (
+            at_losses | {"activations": _final(shape, side)} | _loss(shape, at_head(side), losses)
+        )
 
     def backward(side: PlanSettings, losses: int) -> dict[str, int]:
-        return {
+        return at_losses | {
             "activations": _final(shape, side),
-            "head gradients of the losses": _loss_gradients(shape, side, losses),
+            "head gradients of the losses": _loss_gradients(shape, at_head(side), losses),
             "working set": _working_sets(shape, side)[1] + (dW if earlier else 0),
         }
 
@@ -587,36 +606,75 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     yield stage("forget loss", 1, 0, top(0), loss(settings, 1))
     yield stage("forget backward, head", 1, 1, top(1), backward(settings, 1))
     yield stage("retain forward", 2, 1, top(1), forward(retain))
-    yield stage("reference", 2, 1, top(1), {"working set": _reference_pass(shape, retain)})
+    first = gathered | {"working set": _reference_pass(shape, retain)}
+    yield stage("reference", 2, 1, top(1), first)
     yield stage("retain loss", 2, 1, top(1), original | loss(retain, 2))
     yield stage("retain backward, head", 2, 3, top(3), original | backward(retain, 2))
     whole = settings.objectives * ends
     larger = max(settings, retain, key=lambda side: side.tokens)
-    block = max(_block_moments(shape, larger), key=lambda parts: sum(parts.values()))
+    block = max(_block_moments(shape, outside, larger), key=lambda parts: sum(parts.values()))
     # The second sweep is made beside all gradients of the embeddings; the first one finds them in
     # its last block, where those of the last objective come once its activations are gone.
-    outside = whole if settings.sweeps > 1 else whole - late
-    yield stage("blocks", 2, 2 * settings.objectives, outside, block)
+    at_ends = whole if settings.sweeps > 1 else whole - late
+    looked_up = (earlier + 1) * sum(objectives) if sliced else 0  # cotangents at the embeddings
+    if settings.sweeps > 1:
+        block = block | {"cotangents at the embeddings": looked_up}
+    yield stage("blocks", 2, 2 * settings.objectives, at_ends, block)
+    slices = min(sliced, shape.largest_layer // SLICES_OF_A_BLOCK)
+    passing = max(ends // size, slices)
+    largest = min(_largest(shape, settings), passing) if sliced else _largest(shape, settings)
     made = {
         "gradient in the making": dW - late,  # on top of those of a tied head
         # Of the lowest block, which the second sweep begins with.
-        "gradients of a block": settings.objectives * shape.largest_layer * size,
-        "state in passing": _passing_state(ends // size, _largest(shape, settings), settings),
+        "gradients of a block": _shard(settings.objectives * shape.largest_layer * size, outside),
+        # Those of KL and cross-entropy on their way to the sum.
+        "gradients of a slice": (settings.objectives + 2) * slices * size,
+        "logits": _slice_of_logits(shape, settings, slices),
+        "state in passing": _passing_state(passing, largest, settings),
     }
     yield stage("embeddings, head and norm", 2, 2 * settings.objectives, whole, made)
 
 
-def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, int]]:
-    """The fullest moments of a block's K backwards: KL, whose activations stay, and retain."""
-    layer = shape.largest_layer * settings.gradient_bytes
-    down = shape.hidden * shape.intermediate * settings.gradient_bytes
+def matrices_in_slices(shape: Shape, settings: PlanSettings) -> int:
+    """Parameters of embeddings and head whose streamed gradients are made some rows at a time."""
+    large = shape.embedding > shape.largest_layer // SLICES_OF_A_BLOCK
+    if not (settings.streams and settings.trains_head and large):
+        return 0
+    return shape.embedding * (1 if shape.tied else 2)
+
+
+def _slice_of_logits(shape: Shape, settings: PlanSettings, elements: int) -> int:
+    """Bytes of the columns of logits that a slice of the head's gradients is made from."""
+    if not elements:
+        return 0
+    size = deferred.ROWS_ALIVE * 4 * -(-elements // shape.hidden)
+    most = max(deferred.MIN_ROWS, deferred.WORKSPACE_BYTES[settings.device] // size)
+    answers = max(side.answers for side in (settings, settings.of_retain_batch))
+    return min(answers, most) * size
+
+
+def _block_moments(
+    shape: Shape, outside: PlanSettings, settings: PlanSettings
+) -> Iterator[dict[str, int]]:
+    """The fullest moments of a block's K backwards: KL, whose activations stay, and retain.
+
+    Args:
+        shape: The model.
+        outside: How it trains.
+        settings: The same as a layer meets them, with the larger batch.
+    """
+    whole = _whole_gradients(shape.largest_layer, outside)
+    layer = _shard(shape.largest_layer * outside.gradient_bytes, outside)
+    down = 0 if whole else shape.hidden * shape.intermediate * settings.gradient_bytes
+    gathered = 2 * shape.largest_layer * settings.weight_bytes if whole else 0
     mlp, norm, residual = _working_sets(shape, settings)
     freed = settings.tokens * settings.product_bytes * shape.intermediate
     again = settings.accumulation > 1  # then all objectives' are there from the last micro-batch
 
     def moment(gradients: int, working: int, kept: bool = True) -> dict[str, int]:
         return {
-            "gradients of a block": gradients,
+            "gathered": gathered,
+            "gradients of a block": gradients + whole,
             "activations": kept * _layer(shape, settings),
             "working set": working,
         }
@@ -625,7 +683,7 @@ def _block_moments(shape: Shape, settings: PlanSettings) -> Iterator[dict[str, i
     yield moment(before + again * layer, norm + residual)
     yield moment(before + down, mlp + residual - freed)
     yield moment(before + layer, norm + residual, kept=False)
-    passing = _passing_state(shape.largest_layer, shape.largest, settings)
+    passing = _shard(_passing_state(shape.largest_layer, shape.largest, outside), outside)
     yield moment(before + layer, passing, kept=False)
 
 

@@ -243,13 +243,15 @@ class PlanSettings:
                 f"state_dtype must not be {EIGHT_BITS} in shards, whose scales no checkpoint could "
                 f"cut, but got {self.shards} shards: choose bfloat16."
             )
-        if self.shards > 1 and (self.streams or self.quantization):
-            what = f"{STREAMED}, which is planned for copies alone"
-            if self.quantization:
-                what = f"{self.quantization}, which needs each layer as a whole"
+        if self.shards > 1 and self.quantization:
             raise UsageError(
-                f"shards must be 1 with {what}, but got {self.shards}: let each process hold a "
-                "copy."
+                f"shards must be 1 with {self.quantization}, which needs each layer as a whole, "
+                f"but got {self.shards}: let each process hold a copy."
+            )
+        if self.shards > 1 and self.streams and not self.freeze_embeddings:
+            raise UsageError(
+                f"freeze_embeddings must be True with gradient_memory {STREAMED!r} in shards, but "
+                f"got {self.freeze_embeddings}: freeze them, or let each process hold a copy."
             )
 
     @property
@@ -341,7 +343,8 @@ class PlanSettings:
     @property
     def streamed(self) -> PlanSettings | None:
         """The same with streamed gradients, where something comes of that."""
-        if self.lora_rank or self.shards > 1 or self.relearn_steps:
+        in_shards = self.shards > 1 and not self.freeze_embeddings
+        if self.lora_rank or in_shards or self.relearn_steps:
             return None
         return replace(self, gradient_memory=STREAMED, gradient_checkpointing=False)
 

@@ -13,9 +13,14 @@ the first layer of the KL term's backward, FSDP2 prefetches the layer that ran b
 original's, for nothing. Simulated relearning gathers twice and reduces once more a step of it, and
 so does each further set, which counts as one to forget.
 
+With streamed gradients each forward gathers a layer once and a sweep five times, and what a sweep
+goes over it reduces; the second one leaves out one layer. The forget loss and KL prefetch a layer
+each, for nothing.
+
 Copies all-reduce K (P' + E') once a step, and with streamed gradients K P' of all layers but one
-once more, in the second sweep if there is one. A few hundred bytes of sums of the step come on top,
-and in the first two steps what checks that copies agree.
+once more, in the second sweep if there is one, and K E' of embeddings and head in slices. A few
+hundred bytes of sums of the step come on top, and in the first two steps what checks that copies
+agree.
 
 Collectives are rings: of S bytes over n GPUs each sends (n - 1) / n S, and twice that where it
 reduces for all. A ring over nodes leaves each node once, with as many bytes.
@@ -29,7 +34,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mollm.planning.hardware import COPIES, FULL_SHARD, HYBRID_SHARD, Cluster
-from mollm.planning.memory import ends, trainable
+from mollm.planning.memory import ends, matrices_in_slices, trainable
 from mollm.planning.settings import PlanSettings
 from mollm.planning.shapes import Shape
 
@@ -85,23 +90,38 @@ def _gathered(shape: Shape, settings: PlanSettings) -> int:
     """Parameters that are gathered in a step."""
     adapter = settings.lora_rank * shape.sides
     layers = shape.layers + adapter
+    further = settings.further_sets + settings.relearning_passes
     first, copied = settings.reference != "cache", settings.reference == "copy"
-    passes = 5 + 2 * (settings.further_sets + settings.relearning_passes)
+    passes = 5 + 2 * further
     original = first * (shape.layers + (0 if copied else adapter))
     prefetched = first * (shape.largest_layer + adapter // shape.num_layers)
     outside = passes * ends(shape) * (1 + copied)
-    return settings.accumulation * (passes * layers + original + prefetched + outside)
+    inside = passes * layers
+    if settings.streams:
+        inside = (2 + further) * layers + passes * _swept(shape, settings)
+        prefetched = (2 + further) * shape.largest_layer
+    return settings.accumulation * (inside + original + prefetched + outside)
+
+
+def _swept(shape: Shape, settings: PlanSettings) -> int:
+    """Parameters of the layers that the sweeps of a streamed step go over."""
+    return settings.sweeps * shape.layers - (settings.sweeps - 1) * shape.largest_layer
 
 
 def _reduced(shape: Shape, settings: PlanSettings) -> int:
     """Parameters whose gradients are added up in a step of shards."""
     backwards = settings.objectives + settings.relearning_passes
-    return settings.accumulation * backwards * trainable(shape, settings)
+    reduced = trainable(shape, settings)
+    if settings.streams:
+        reduced += _swept(shape, settings) - shape.layers
+    return settings.accumulation * backwards * reduced
 
 
 def _of_copies(shape: Shape, settings: PlanSettings) -> int:
     """Bytes of the gradients that copies add up."""
     everything = trainable(shape, settings)
-    again = shape.layers - shape.largest_layer if settings.streams and settings.sweeps > 1 else 0
+    again = matrices_in_slices(shape, settings)
+    if settings.streams:
+        again += _swept(shape, settings) - shape.layers
     sums = settings.objectives * (everything + again)
     return (sums + settings.relearn_steps * everything) * settings.gradient_bytes

@@ -129,6 +129,20 @@ def test_a_run_of_one_process_goes_on_with_several(world, case, found, alone):
     assert_alike(found(world, case), alone("left", case[2]))
 
 
+@only("continued")
+def test_a_streamed_run_goes_on_bit_for_bit(world, case, found):
+    for mine in found(world, case):
+        whole, again = mine["whole"], mine["again"]
+        close(again["weights"], whole["weights"], rtol=0, atol=0)
+        assert len(again["history"]) == len(whole["history"]) == 4
+        for a, b in zip(again["history"], whole["history"], strict=True):
+            assert (a["losses"], a["norms"], a["weights"]) == (
+                b["losses"],
+                b["norms"],
+                b["weights"],
+            )
+
+
 @only("left")
 def test_a_run_of_several_processes_goes_on_with_one(world, case, found, alone, folder):
     _, layout, key = case

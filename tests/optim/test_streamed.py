@@ -8,9 +8,20 @@ import copy
 import pytest
 import torch
 import torch.distributed.fsdp
-from streamed_steps import KINDS, assert_same, batches, losses_of, made, moved, trained, watched
+from streamed_steps import (
+    KINDS,
+    assert_same,
+    batches,
+    linear_losses_of,
+    losses_of,
+    made,
+    moved,
+    trained,
+    watched,
+)
 from torch import nn
 from torch.nn.functional import dropout
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mollm import MOLLMOptimizer, UsageError, find_blocks
@@ -142,8 +153,65 @@ def test_no_more_than_one_block_of_gradients_is_alive():
         opt.backward(losses_of(model, *next(batches(1, 0))))
     opt.step()
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    rest = sum(p.numel() for p in model.parameters()) - 6 * block
-    assert seen == 2 * [*[block] * 6, rest]
+    norm = model.model.norm.weight.numel()
+    slices = [256] * (2 * model.lm_head.weight.numel() // 256)  # no more than a fourth of a block
+    assert seen == 2 * [*[block] * 6, norm, *slices]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metric": "euclidean", "weight_decay": 0.1},
+        {"momentum": "per-objective"},
+        {"base": "sgd", "momentum": 0.9},
+        {"micro": 3},
+        {"micro": 2, "at_once": False},
+        {"betas": (0.9, 0.0), "direction": "dual"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
+def test_losses_that_make_no_logits(kind, options):
+    if kind == "gpt2" and "base" not in options:
+        options = options | {"eps": 1e-4}
+    assert_equal_steps(made(kind), losses=linear_losses_of, **options)
+
+
+@pytest.mark.parametrize("losses", [losses_of, linear_losses_of])
+def test_a_head_that_trains_has_no_whole_gradient(losses, monkeypatch):
+    """Neither with its logits nor without: nothing as large is made in a step."""
+    model = made("tied", vocab_size=2048)
+    shape, whole = model.lm_head.weight.shape, []
+
+    def watch(g):
+        whole.append(g.shape)
+
+    model.lm_head.weight.register_hook(watch)
+    opt = MOLLMOptimizer(model.parameters(), gradient_memory="streamed")
+    rows = next(batches(1, 0))
+    monkeypatch.setattr("streamed_steps.VOCAB", 2048)
+    with opt.streamed(find_blocks(model)):
+        opt.backward(losses(model, rows[0][:, :4], rows[1][:2, :4]))
+    before = model.lm_head.weight.detach().clone()
+    with Largest() as largest:
+        opt.step()
+    assert whole == []
+    assert largest.elements < shape.numel()
+    assert not torch.equal(before, model.lm_head.weight)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how large tensors are that are made in a block, apart from the optimizer's state."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        new = isinstance(made, torch.Tensor) and not func.is_view
+        if new and func is not torch.ops.aten.zeros_like.default:
+            self.elements = max(self.elements, made.numel())
+        return made
 
 
 # ---- a step that must not be

@@ -72,7 +72,7 @@ def test_more_shards_never_take_more():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"gradient_memory": "streamed"}, "shards must be 1 with streamed, which is planned"),
+        ({"gradient_memory": "streamed"}, "freeze_embeddings must be True .* 'streamed' in shards"),
         ({"lora_rank": 8, "quantization": "nf4"}, "shards must be 1 with nf4"),
     ],
 )
@@ -269,7 +269,7 @@ def test_what_is_printed_starts_a_run(options, tmp_path, capsys, monkeypatch):
         ),
         (
             ["--gpus", "8", "--fsdp", "full_shard", "--gradient-memory", "streamed"],
-            "shards must be 1 with streamed",
+            "freeze_embeddings must be True with gradient_memory 'streamed' in shards",
         ),
     ],
 )
@@ -280,7 +280,9 @@ def test_mistakes_are_told_in_one_sentence(options, words, capsys):
 
 def test_streamed_gradients_say_why_shards_are_left_out(capsys):
     main(["plan", "--shape", "llama-3-8b", "--gpus", "8", "--gradient-memory", "streamed"])
-    assert "full_shard: shards must be 1 with streamed" in capsys.readouterr().out
+    assert "full_shard: freeze_embeddings must be True with" in capsys.readouterr().out
+    main(["plan", "--shape", "llama-3-8b", "--gpus", "8", "--freeze-embeddings"])
+    assert re.search(r"^full_shard, streamed .* fits ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_one_gpu_has_nothing_to_share(capsys):

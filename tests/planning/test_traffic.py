@@ -29,12 +29,16 @@ CASES = {
         ("fsdp", "in micro-batches", "float32"),
         ("fsdp", "relearning", "float32"),
         ("fsdp", "lora", "float32"),
+        ("fsdp", "streamed body", "float32"),
+        ("fsdp", "streamed by blocks", "float32"),
+        ("fsdp", "streamed body", "bfloat16"),
     ],
     4: [
         ("copies", "adamw", "float32"),
         ("fsdp", "adamw", "float32"),
         ("hsdp", "adamw", "float32"),
         ("hsdp", "relearning", "bfloat16"),
+        ("hsdp", "streamed body", "float32"),
     ],
     8: [("copies", "adamw", "float32"), ("fsdp", "adamw", "float32")],
 }
