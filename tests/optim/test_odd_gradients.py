@@ -152,8 +152,9 @@ def test_a_weight_that_float32_does_not_hold_makes_no_step(base, metric):
 @pytest.mark.parametrize("direction", ["pcgrad", "upgrad", "mgda"])
 def test_a_gradient_of_next_to_nothing_poisons_nothing(direction):
     p = nn.Parameter(torch.ones(3))
-    optimizer = MOLLMOptimizer([p], lr=0.1, base="sgd", direction=direction, length="min-norm",
-                               momentum=0.9)  # fmt: skip
+    length = {} if direction == "pcgrad" else {"length": "min-norm"}
+    optimizer = MOLLMOptimizer([p], lr=0.1, base="sgd", direction=direction, normalize=True,
+                               momentum=0.9, **length)  # fmt: skip
     for _ in range(2):
         for name, size in zip(NAMES, (2e-45, 1.0, 1.0), strict=True):
             with optimizer.objective(name):
