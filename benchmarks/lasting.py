@@ -167,6 +167,7 @@ TASKS = {
             "graddiff, relearning": {"method": "graddiff", **_RELEARNING},
             "gently, β₂ = 0": {"method": "mollm", "adam_beta2": 0.0, **_GENTLY},
             "gently, margin": {"method": "margin", **_GENTLY},
+            "margin at 1e-4": {"method": "margin", **_GENTLY, "learning_rate": 1e-4},
             "gently, floor": {
                 "method": "floor",
                 "method_options": {"floor": _WRONG_ANSWERS},
@@ -190,6 +191,13 @@ TASKS = {
                 **_GENTLY,
             }
             for count in (4, 8, 16)
+        }
+        | {
+            "16 authors": {
+                "method": "mollm",
+                "retain": partial(_of_authors, 16),
+                **_RELEARNING,
+            }
         },
         (5e-4, 1.5e-3),
         ("forget", "kept", "outside", "others", "utility"),
