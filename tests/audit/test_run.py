@@ -90,9 +90,11 @@ def test_padding_and_ids_beyond_the_embeddings(suite, original):
     options = FAST | {"original": original, "short": True}
     tokenizer = copy.deepcopy(audit_models.tokenizer())
     plain = audit(original, tokenizer, suite, **options)
+    rows = len(original.get_input_embeddings().weight)
+    tokenizer.add_tokens([f"[{n}]" for n in range(len(tokenizer), rows)])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.add_tokens(["[MORE]"])
-    assert tokenizer.pad_token_id >= len(original.get_input_embeddings().weight)
+    assert tokenizer.pad_token_id >= rows
     padded = audit(original, tokenizer, suite, **options)
     assert padded.findings == plain.findings
     unknown = dataclasses.replace(suite.forget[0], question="Who is [MORE]?")
