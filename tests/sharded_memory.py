@@ -29,7 +29,7 @@ from mollm.training.step import accumulate
 WORLD = 2
 ROWS, LENGTH = 4, 192
 SIZES = {
-    "vocab_size": 1024,
+    "vocab_size": 4096,
     "hidden_size": 256,
     "intermediate_size": 768,
     "num_hidden_layers": 6,
