@@ -41,12 +41,14 @@ def provenance(device: str, *packages: str) -> Row:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
+    # Folders of this machine are nobody else's.
+    words = ["FOLDER" if os.path.isabs(word) else word for word in sys.argv[1:]]
     return {
         "device": device_name(device),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": machine.versions("triton", *packages),
         "commit": known or commit or "unknown",
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
     }
 
 

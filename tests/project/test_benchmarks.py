@@ -37,6 +37,7 @@ def test_a_benchmark_writes_its_rows_and_their_provenance(command, tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads(path.read_text())
     assert {"device", "date", "versions", "commit", "command", "rows"} <= set(written)
+    assert str(tmp_path) not in path.read_text()
     ours = [row for row in written["rows"] if row.get("method", "mollm") == "mollm"]
     assert ours
     assert all(row.get("error", 0) < 1e-2 for row in ours)
