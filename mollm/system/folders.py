@@ -32,11 +32,15 @@ _LONGEST_PATH = 1024
 
 
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, instead_of: re.Pattern[str] | None = None) -> Iterator[Path]:
     """Gives an empty folder to write to, and moves what is in it into `out` at the end.
 
     Where the block raises, `out` is left as it was. Files of the same names are replaced, others
     in `out` stay. What was written is on the disk before it replaces anything.
+
+    Args:
+        out: Where it goes.
+        instead_of: Matches the names of files that go from `out` where the block wrote none such.
 
     Raises:
         UsageError: `out` cannot be made or written, or another process writes to it; found out
@@ -51,7 +55,12 @@ def staged(out: Path) -> Iterator[Path]:
             yield stage
             _permit(stage)
             _sync_all(stage)
+            written = {entry.name for entry in stage.iterdir()}
             _move_into(stage, out)
+            if instead_of is not None:
+                for path in out.iterdir():
+                    if instead_of.fullmatch(path.name) and path.name not in written:
+                        path.unlink()
             _sync(out)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
