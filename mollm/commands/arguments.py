@@ -14,6 +14,8 @@ from mollm.system.parsing import parse_yaml
 if TYPE_CHECKING:
     import torch
 
+EXIT_FAILED = 1
+"""The exit status of a command whose run failed, or whose results do not hold."""
 NO_ORIGINAL = "none"
 """Given as the original where there is to be none."""
 CHAT_OPTIONS = ("system_prompt", "chat_template_kwargs", "prompt_format")

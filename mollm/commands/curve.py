@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mollm.commands import evaluate, unlearn
-from mollm.commands.arguments import chat_words, data_of, device_of
+from mollm.commands.arguments import EXIT_FAILED, chat_words, data_of, device_of
 from mollm.commands.evaluation_options import SAFETY, TOFU
 from mollm.commands.series import call, hash_of_data, shared_settings
 from mollm.errors import UsageError
@@ -18,7 +18,6 @@ from mollm.system.tables import aligned
 
 SUSTAINABILITY, SCALABILITY = "sustainability", "scalability"
 CURVE_FILE, PAGE_FILE = "curve.json", "curve.html"
-_FAILED = 1
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -99,7 +98,7 @@ def _curve(arguments: argparse.Namespace) -> int:
             if forget is not None:
                 if not _trained(folder, {**settings, "model": model, "forget": forget}):
                     print(f"Run {folder.name} failed: see {folder / 'README.md'}")
-                    return _FAILED
+                    return EXIT_FAILED
                 if arguments.kind == SUSTAINABILITY:
                     model = str(folder / "model")
             point = {"run": folder.name, "forget": None if forget is None else number - 1}

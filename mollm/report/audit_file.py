@@ -148,4 +148,5 @@ def write_audited_cards(facts: Mapping[str, Any]) -> None:
     audit, root = audit_of(facts), Path(facts["folder"])
     for path in (root / CARD_FILE, root / "model" / CARD_FILE):
         if is_file(path):
-            replace_text(path, with_audit(read_text(path, _CARD_BYTES), audit))
+            card = with_audit(read_text(path, _CARD_BYTES), audit)
+            replace_text(path, card, follow_link=False)

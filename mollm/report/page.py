@@ -105,7 +105,8 @@ def write_report(folders: Sequence[Path | str], path: Path) -> None:
     Raises:
         UsageError: A folder is not that of a run, or the file cannot be written.
     """
-    replace_text(path, render([read_reported(folder) for folder in folders]))
+    page = render([read_reported(folder) for folder in folders])
+    replace_text(path, page, follow_link=False)
 
 
 def as_dict(run: ReportedRun) -> dict[str, Any]:

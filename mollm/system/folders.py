@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from mollm.system.units import GIB
 UNFINISHED = ".unfinished-"
 """Begins the names of what is not whole yet."""
 _PROBE_BYTES = 4096
+_WITHOUT_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+"""What flock says on some file systems of a network, which have no locks."""
 _PART = r"/[^\s/,;:'\"]+"
 _PATHS = re.compile(rf"(?<![\w/.<])(?:file://)?(?:~(?:[A-Za-z_][\w.-]*)?|{_PART})(?:{_PART})+")
 _REST = re.compile(rf"(?:{_PART})*")
@@ -29,11 +32,15 @@ _LONGEST_PATH = 1024
 
 
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, instead_of: re.Pattern[str] | None = None) -> Iterator[Path]:
     """Gives an empty folder to write to, and moves what is in it into `out` at the end.
 
     Where the block raises, `out` is left as it was. Files of the same names are replaced, others
     in `out` stay. What was written is on the disk before it replaces anything.
+
+    Args:
+        out: Where it goes.
+        instead_of: Matches the names of files that go from `out` where the block wrote none such.
 
     Raises:
         UsageError: `out` cannot be made or written, or another process writes to it; found out
@@ -48,7 +55,12 @@ def staged(out: Path) -> Iterator[Path]:
             yield stage
             _permit(stage)
             _sync_all(stage)
+            written = {entry.name for entry in stage.iterdir()}
             _move_into(stage, out)
+            if instead_of is not None:
+                for path in out.iterdir():
+                    if instead_of.fullmatch(path.name) and path.name not in written:
+                        path.unlink()
             _sync(out)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -110,19 +122,31 @@ def complete(folder: Path, *, private: bool = False) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, follow_link: bool = True) -> None:
     """Writes a file that holds either what it held before or all of the text, in UTF-8.
 
-    Of a file's name that is no UTF-8, bytes stand in it as \\udcff and the like.
+    A file that is there keeps its permissions. Of a file's name that is no UTF-8, bytes stand in it
+    as \\udcff and the like.
+
+    Args:
+        path: The file.
+        text: What it is to hold.
+        follow_link: Whether a link is followed, as to a file that the user names, or gives way to
+            the file, as in a folder that others may have made.
 
     Raises:
         UsageError: There is no room, or it cannot be written.
     """
-    part = path.with_name(f"{UNFINISHED}{path.name}")
+    target = Path(os.path.realpath(path)) if follow_link else path
+    part = target.with_name(f"{UNFINISHED}{target.name}")
     try:
+        mode = stat.S_IMODE(target.stat().st_mode) if target.is_file() else None
+        part.touch(0o666 if mode is None else 0o600)
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if mode is not None:
+            part.chmod(mode)
         _sync(part)
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -162,7 +186,8 @@ def check_new_file(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{UNFINISHED}{path.name}")
+        target = Path(os.path.realpath(path))
+        part = target.with_name(f"{UNFINISHED}{target.name}")
         part.write_bytes(b"\0" * _PROBE_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -251,9 +276,10 @@ def _is_prose(text: str) -> bool:
 
 def _not_written(path: Path, error: Exception) -> UsageError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    shown = Path(*(part for part in path.parts if not part.startswith(UNFINISHED)))
     return UsageError(
-        f"{path} cannot be written: {reason.rstrip('.')}; free some space or change its "
-        "permissions, then go on from the last checkpoint with --resume."
+        f"{shown} cannot be written: {reason.rstrip('.')}; free some space or change its "
+        "permissions, then start again: with --resume, a run goes on from the last checkpoint."
     )
 
 
@@ -290,6 +316,8 @@ def clear_unfinished(folder: Path) -> None:
 def locked(folder: Path, *, flag: str = "out") -> Iterator[None]:
     """Keeps other processes that ask out of `folder`; a process that dies lets go of it.
 
+    On a file system without locks it keeps nobody out.
+
     Args:
         folder: Which; it is made where it is not there.
         flag: What the user names it with.
@@ -321,6 +349,9 @@ def _lock(descriptor: int, folder: Path, flag: str) -> None:
             f"{flag} must be a folder of no other run, but one is writing to {folder}: wait for "
             f"it, or choose another one with --{flag}."
         ) from error
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise _refused(folder, error, flag) from error
 
 
 def _permit(folder: Path, *, private: bool = False) -> None:

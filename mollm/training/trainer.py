@@ -1092,7 +1092,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with processes.raise_on_all_ranks():
             _refuse_broken(broken)
             if processes.rank() == 0:
-                with staged(folder) as stage:
+                old = loading.WEIGHT_FILES if self._wrapped is None else None
+                with staged(folder, instead_of=old) as stage:
                     checkpoint.write_weights(self._base, self._wrapped, weights, stage)
                     self.processing_class.save_pretrained(stage)
 

@@ -5,6 +5,7 @@ import tiny
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mollm.errors import UsageError
 from mollm.models.adapters import (
@@ -126,7 +127,7 @@ def test_checkpointed_activations_of_a_class_without_them_are_refused():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: w.pop(sorted(w)[0]), "lora_A.weight is missing"),
+        (lambda w: w.pop(sorted(w)[0]), "lora_A.default.weight is missing"),
         (lambda w: w.update(x=torch.ones(2)), "x is one too many"),
         (lambda w: w.clear(), "is missing"),
         (lambda w: w.update({n: t * math.nan for n, t in w.items()}), "must have finite weights"),
@@ -148,6 +149,81 @@ def test_an_adapter_that_is_not_what_it_says_is_refused(change, words, tmp_path)
     assert str(tmp_path) in str(refused.value)
 
 
+def small_gpt2(vocabulary=48):
+    options = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=48, **options))
+    if vocabulary != 48:
+        model.resize_token_embeddings(vocabulary)
+    return model.eval()
+
+
+def with_adapter(model, settings, folder):
+    """What a model says with an adapter that was saved."""
+    wrapped = peft.get_peft_model(model, settings).eval()
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    wrapped.save_pretrained(folder)
+    return wrapped(IDS).logits
+
+
+VECTORS = {"num_vectors": 4, "vector_length": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (tiny.model, lambda: config(target_modules=["q_proj", "embed_tokens"])),
+        (tiny.model, lambda: config(target_modules=["q_proj", "lm_head"])),
+        (
+            lambda: tiny.model(tie_word_embeddings=False),
+            lambda: config(target_modules=["embed_tokens", "lm_head"]),
+        ),
+        (lambda: small_gpt2(60), lambda: config(target_modules=["c_attn"], fan_in_fan_out=True)),
+        (tiny.model, lambda: peft.VBLoRAConfig(topk=1, **VECTORS)),
+        (tiny.model, lambda: peft.VBLoRAConfig(topk=2, save_only_topk_weights=True, **VECTORS)),
+        (tiny.model, lambda: peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # peft tells of tied and of resized matrices
+def test_an_adapter_of_which_peft_renames_or_shares_weights_is_loaded(make, settings, tmp_path):
+    expected = with_adapter(make(), settings(), tmp_path)
+    torch.testing.assert_close(load_adapter(make(), str(tmp_path))(IDS).logits, expected)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    lost = next(n for n in weights if "lora_" in n or "vector" in n or "prompt" in n)
+    save_file(
+        {n: t for n, t in weights.items() if n != lost}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UsageError, match=r"is missing|cannot be put on"):
+        load_adapter(make(), str(tmp_path))
+
+
+def test_an_adapter_of_experts_one_by_one_is_loaded(tmp_path):
+    model = zoo.model("mixtral")
+    settings = config(target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    settings.save_pretrained(str(tmp_path))
+    weights = {}
+    for layer in range(model.config.num_hidden_layers):
+        for expert in range(model.config.num_local_experts):
+            for name in ("w1", "w2", "w3"):
+                inner, outer = model.config.hidden_size, model.config.intermediate_size
+                if name == "w2":
+                    inner, outer = outer, inner
+                start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                weights[f"base_model.model.{start}.lora_A.weight"] = torch.randn(4, inner)
+                weights[f"base_model.model.{start}.lora_B.weight"] = torch.randn(outer, 4)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    ids = IDS % zoo.VOCABULARY
+    before = model(ids).logits
+    assert not torch.allclose(load_adapter(model, str(tmp_path))(ids).logits, before)
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match="cannot be put on"):
+        load_adapter(zoo.model("mixtral"), str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "jamba"])
 def test_what_mamba_reads_past_an_adapter_has_none(kind):
     model = zoo.model(kind)
@@ -162,3 +238,22 @@ def test_what_mamba_reads_past_an_adapter_has_none(kind):
     for names in (["x_proj", "dt_proj"], r".*\.dt_proj"):
         with pytest.raises(UsageError, match="target_modules must leave out 'dt_proj', whose matr"):
             adapted(zoo.model(kind), config(target_modules=names))
+
+
+@pytest.mark.parametrize(
+    "spared",
+    [
+        {"exclude_modules": r".*\.mamba\..*"},
+        {"exclude_modules": ["mamba.dt_proj"]},
+        {"layers_to_transform": [1]},
+    ],
+)
+def test_what_is_spared_of_the_layers_of_mamba_is_not_refused(spared):
+    def asked(**options):
+        return adapted(zoo.model("jamba"), config(target_modules=["dt_proj", "q_proj"], **options))
+
+    with pytest.raises(UsageError, match="target_modules must leave out 'dt_proj'"):
+        asked()
+    names = [name for name, p in asked(**spared).named_parameters() if p.requires_grad]
+    assert names
+    assert not any("dt_proj" in name for name in names)

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import tiny
@@ -44,6 +45,27 @@ def test_what_is_saved_loads_again(saved):
     plain = AutoModelForCausalLM.from_pretrained(saved)
     assert torch.equal(plain.get_input_embeddings().weight, model.get_input_embeddings().weight)
     assert AutoTokenizer.from_pretrained(saved)("Oslo")["input_ids"]
+
+
+@pytest.mark.parametrize("sharded_first", [True, False])
+def test_of_an_earlier_export_no_weights_are_left(tmp_path, sharded_first):
+    (tmp_path / "model-notes.safetensors").touch()
+    for seed, sharded in enumerate([sharded_first, not sharded_first]):
+        model = tiny.model(seed)
+        if sharded:
+            model.save_pretrained = partial(model.save_pretrained, max_shard_size="60KB")
+        loading.save(model, tiny.tokenizer(), tmp_path)
+        names = {path.name for path in tmp_path.glob("model*")} - {"model-notes.safetensors"}
+        if sharded:
+            count = len(names) - 1
+            shards = {f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)}
+            assert names == shards | {"model.safetensors.index.json"}
+            assert count > 1
+        else:
+            assert names == {"model.safetensors"}
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
+    assert (tmp_path / "model-notes.safetensors").exists()
 
 
 def test_half_precision_weights_become_float32(tmp_path):

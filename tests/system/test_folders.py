@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 
 import pytest
@@ -56,6 +58,30 @@ def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert path.read_text() == "two\n"
     clear_unfinished(tmp_path)
     assert listing(tmp_path) == ["history.jsonl"]
+
+
+def test_a_text_goes_where_a_link_leads_or_takes_its_place_and_keeps_the_permissions(tmp_path):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "run.yaml", tmp_path / "run.yaml"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    check_new_file(link)
+    replace_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+    replace_text(link, "apart", follow_link=False)
+    assert not link.is_symlink()
+    assert (target.read_text(), link.read_text()) == ("new", "apart")
+    assert listing(tmp_path) == ["far", "far/run.yaml", "run.yaml"]
+
+
+def test_a_file_that_cannot_be_written_has_the_name_that_it_would_get(tmp_path):
+    (tmp_path / ".unfinished-x" / "metrics.json").mkdir(parents=True)
+    with pytest.raises(UsageError) as refused:
+        replace_text(tmp_path / ".unfinished-x" / "metrics.json", "{}")
+    assert str(refused.value).startswith(f"{tmp_path}/metrics.json cannot be written: Is a direc")
 
 
 @pytest.mark.parametrize("context", [staged, complete])
@@ -142,6 +168,20 @@ def test_a_locked_folder_lets_nobody_else_in(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="can be written"), locked(tmp_path / "file"):
         pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_where_a_file_system_has_no_locks_a_run_goes_on_without(tmp_path, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with staged(tmp_path / "out") as stage:
+        (stage / "weights").touch()
+    assert listing(tmp_path / "out") == ["weights"]
+    code = errno.EIO
+    with pytest.raises(UsageError, match="out must be a folder that can be written, but got"):
+        locked(tmp_path / "out").__enter__()
 
 
 def test_two_that_write_to_one_folder_do_not_meet_at_the_end(tmp_path):

@@ -170,6 +170,22 @@ def test_an_export_is_one_model_with_the_adapter_in_it(tmp_path, in_float32):
     assert made._wrapped is not None  # goes on as it was
 
 
+@pytest.mark.parametrize(
+    ("lora", "write", "kept"),
+    [
+        (None, "save_model", {"model.safetensors"}),
+        (None, "export", {"model.safetensors"}),
+        ({}, "export", {"model.safetensors"}),
+        ({}, "save_model", {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}),
+    ],
+)
+def test_weights_of_an_earlier_save_go_where_a_whole_model_is_saved(tmp_path, lora, write, kept):
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("old")
+    getattr(trainer(tmp_path / "run", lora=lora), write)(str(tmp_path))
+    assert {path.name for path in tmp_path.glob("model*")} == kept
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, step):
         self.step = step
