@@ -188,7 +188,7 @@ def idle_notes(args: MOLLMConfig) -> list[str]:
     notes = [
         f"{name} is {plain(mine[name])}, which does nothing {beside}."
         for name, beside in _overruled(args)
-        if name in mine
+        if mine.get(name) or mine.get(name) is False  # 0 steps, or none, are a way to say off
     ]
     if args.max_steps > 0 and args.lr_scheduler_type != SchedulerType.CONSTANT:
         warm = args.get_warmup_steps(args.max_steps)

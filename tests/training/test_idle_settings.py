@@ -122,6 +122,8 @@ def test_another_direction_goes_without_the_methods_preferences():
         ({"save_steps": 7, "save_strategy": "no"}, ["save_steps is 7, .* save_strategy no"]),
         ({"save_steps": 7, "save_strategy": "epoch"}, ["save_steps is 7, .* save_strategy epoch"]),
         ({"save_steps": 7}, []),
+        ({"save_steps": 0, "save_strategy": "no"}, []),
+        ({"logging_steps": 0, "logging_strategy": "no", "save_total_limit": -1}, []),
         ({"save_total_limit": 4, "save_strategy": "no"}, ["save_total_limit is 4"]),
         ({"eval_steps": 7}, ["eval_steps is 7, .* eval_strategy no"]),
         ({"eval_steps": 7, "eval_strategy": "steps"}, []),
