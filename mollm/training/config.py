@@ -29,7 +29,7 @@ from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
 from mollm.optim.constants import EIGHT_BITS, STREAMED
 from mollm.optim.directions import uses_normalize, uses_preferences
-from mollm.optim.idle_options import IdleOptionError
+from mollm.optim.idle_options import FIRST_BETA, IdleOptionError
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
@@ -446,9 +446,11 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         try:
             optimizer = MOLLMOptimizer([nn.Parameter(torch.zeros(1))], **options)
         except IdleOptionError as error:
+            name = f"{error.name} must be left out of optimizer_options"
+            if error.name == FIRST_BETA and "betas" not in self.optimizer_options:
+                name = "adam_beta1 must be left out"
             raise UsageError(
-                f"{error.name} must be left out of optimizer_options {error.beside}, but got "
-                f"{error.value!r}: {error.instead}."
+                f"{name} {error.beside}, but got {error.value!r}: {error.instead}."
             ) from error
         except (TypeError, ValueError) as error:
             reason = reason_of(error, None)

@@ -89,8 +89,11 @@ def test_an_option_of_the_optimizer_that_would_do_nothing_is_refused(option, bes
 
 
 def test_the_first_moment_is_refused_however_it_is_named():
-    with pytest.raises(UsageError, match=r"the first of betas must be 0\.9 .* but got 0\.5"):
+    with pytest.raises(UsageError, match=r"the first of betas must be left out of .* but got 0\.5"):
         config(**options(betas=[0.5, 0.99]))
+    with pytest.raises(UsageError, match=r"adam_beta1 must be left out in AdamW's .* but got 0\.5"):
+        config(adam_beta1=0.5)
+    assert config(adam_beta1=0).for_optimizer()["betas"][0] == 0
     assert config(**options(betas=[0.9, 0.99])).for_optimizer()["betas"] == [0.9, 0.99]
     made = config(**options(betas=[0.5, 0.99], metric="euclidean"))
     assert made.for_optimizer()["betas"] == [0.5, 0.99]
