@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mollm.data.table import shown
+from mollm.data.table import is_empty, is_missing, shown
 from mollm.errors import UsageError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -38,7 +38,15 @@ class Turn(NamedTuple):
     content: str
 
 
-def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
+class ReadTurns(NamedTuple):
+    """The turns in a field of a row."""
+
+    turns: list[Turn]
+    weightless: list[str | None]
+    """Of each turn: what gives it no loss, such as messages[1].weight, if anything does."""
+
+
+def read_turns(value: Any, name: str, place: str, check: Check) -> ReadTurns:
     """The turns in a field of a row: a list of objects with role and content, or from and value.
 
     The content of a turn may be a list of parts of the type text.
@@ -48,6 +56,9 @@ def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
         name: The name of the field.
         place: Where the row is, for error messages.
         check: Takes the text of every turn, with its name.
+
+    Returns:
+        The turns, and which of them are to carry no loss.
 
     Raises:
         UsageError: It is no such list, a turn is neither of the system nor of the user or the
@@ -63,7 +74,32 @@ def read_turns(value: Any, name: str, place: str, check: Check) -> list[Turn]:
             f"{place}: the field {name} must be a list of turns with role and content, but got "
             f"{shown(value)}."
         )
-    return [_read_turn(turn, f"{name}[{i}]", place, check) for i, turn in enumerate(value)]
+    named = [(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
+    turns = [_read_turn(turn, at, place, check) for turn, at in named]
+    return ReadTurns(turns, [_weightless(turn, at) for turn, at in named])
+
+
+def _weightless(turn: dict[str, Any], name: str) -> str | None:
+    """The field of a turn that says 0, if any does."""
+    return next((f"{name}.{field}" for field in _WEIGHTS if turn.get(field) == 0), None)
+
+
+def refuse_weightless(name: str | None, place: str) -> None:
+    """Refuses an answer to train on that is to carry no loss.
+
+    Args:
+        name: What says so, see `ReadTurns`; None where nothing does.
+        place: Where the row is.
+
+    Raises:
+        UsageError: Something does.
+    """
+    if name is not None:
+        raise UsageError(
+            f"{place}: {name} must not be 0 or false, for the last answer of a conversation "
+            "carries the loss, but it is: end the conversation with the answer to train on, or "
+            "remove the row."
+        )
 
 
 def _read_turn(turn: dict[str, Any], name: str, place: str, check: Check) -> Turn:
@@ -77,17 +113,18 @@ def _read_turn(turn: dict[str, Any], name: str, place: str, check: Check) -> Tur
             "remove the turn or the row."
         )
     for unread in _UNREAD:
-        if turn.get(unread):
+        if not is_empty(turn.get(unread)):
             raise UsageError(
                 f"{place}: {name}.{unread} must be empty, for of a turn its {content} is read "
                 f"alone, but got {shown(turn[unread])}: write it into the {content} or remove the "
                 "row."
             )
     for weight in _WEIGHTS:
-        if _ROLES[role] == ASSISTANT and turn.get(weight) not in (None, 1):
+        said = turn.get(weight)
+        if _ROLES[role] == ASSISTANT and not is_missing(said) and said not in (0, 1):
             raise UsageError(
-                f"{place}: {name}.{weight} must be 1, for train_on_turns says which answers carry "
-                f"a loss, but got {shown(turn[weight])}: remove it, or split the conversation."
+                f"{place}: {name}.{weight} must be 0 or 1, for an answer carries a loss or none, "
+                f"but got {shown(said)}: remove it, or split the conversation."
             )
     text = _joined(turn.get(content), f"{name}.{content}", place)
     return Turn(_ROLES[role], check(text, f"{name}.{content}"))

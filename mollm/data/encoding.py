@@ -75,7 +75,8 @@ def encode_records(
 
     Raises:
         UsageError: An answer leaves no room for a prompt, or has no tokens, or tokens that the
-            model does not know; or the format cannot write a conversation.
+            model does not know; the format cannot write a conversation; or all answers are to carry
+            a loss, and the data set says of one that it is to carry none.
     """
     if max_length < 1:
         raise UsageError(f"max_length must be at least 1, but got {max_length}.")
@@ -87,6 +88,12 @@ def encode_records(
     check_long_rows(long_rows)
     rows, origins, cut, lost, skipped = [], [], [], 0, 0
     for place, record in enumerate(records):
+        if record.weightless and train_on_turns == "all":
+            raise UsageError(
+                f"{record.place}: {record.weightless} must not be 0 or false with train_on_turns: "
+                "all, where every answer carries a loss, but it is: choose last, or split the "
+                "conversation."
+            )
         if record.is_text:
             some = chat.encode_text(record.answer, max_length)
         else:

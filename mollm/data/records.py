@@ -23,10 +23,19 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mollm.data.conversations import ASSISTANT, SYSTEM, USER, Turn, read_turns, split_turns
+from mollm.data.conversations import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    ReadTurns,
+    Turn,
+    read_turns,
+    refuse_weightless,
+    split_turns,
+)
 from mollm.data.files import read_table
 from mollm.data.selection import labelled, where_of
-from mollm.data.table import Table, Unit, listed, shown
+from mollm.data.table import Table, Unit, is_empty, listed, shown
 from mollm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -105,6 +114,9 @@ class Record:
     """Whether the assistant's turn ends with the answer; if so, its end carries a loss too."""
     is_question: bool = True
     """Whether the prompt is a question, and not the beginning of any text."""
+    weightless: str = ""
+    """The field that gives an earlier answer no loss, such as messages[1].weight; empty where none
+    does."""
 
     @property
     def place(self) -> str:
@@ -147,9 +159,9 @@ class _Row:
             )
         return value
 
-    def turns(self, name: str) -> list[Turn]:
+    def turns(self, name: str) -> ReadTurns:
         """A conversation, which is written without tools."""
-        if self.values.get(_TOOLS):
+        if not is_empty(self.values.get(_TOOLS)):
             raise UsageError(
                 f"{self.place}: the field {_TOOLS} must be empty, for conversations are written "
                 f"without tools, but got {shown(self.values[_TOOLS])}: say what they are in a turn "
@@ -284,7 +296,7 @@ def _with_its_system(row: _Row, read: _Reader) -> list[Record]:
         UsageError: As the reader; or what was said before is in a column of its own.
     """
     records = read(row)
-    if row.values.get(_HISTORY):
+    if not is_empty(row.values.get(_HISTORY)):
         raise UsageError(
             f"{row.place}: the field {_HISTORY} must be empty, for a conversation of many turns is "
             f"one column, but got {shown(row.values[_HISTORY])}: write it as messages, or remove "
@@ -430,7 +442,7 @@ def _holds_turns(value: Any) -> bool:
 
 def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
     """A prompt that is a list of turns, as TRL has it; its answer may be one, of a single turn."""
-    turns = row.turns(prompt)
+    turns, weightless = row.turns(prompt)
     if not turns or turns[-1].role != USER:
         raise UsageError(
             f"{row.place}: the field {prompt} must end with a turn of the user, but got "
@@ -438,21 +450,33 @@ def _read_turns(row: _Row, prompt: str, answer: str) -> list[Record]:
         )
     *history, question = turns
     said = row.value(answer)
+    earlier = _earlier(turns, weightless)
     if not _holds_turns(said):
-        return row.records(question.content, answer, history=history)
-    replies = read_turns(said, answer, row.place, row.checked)
+        records = row.records(question.content, answer, history=history)
+        return [replace(record, weightless=earlier) for record in records]
+    replies, idle = read_turns(said, answer, row.place, row.checked)
     if [turn.role for turn in replies] != [ASSISTANT]:
         raise UsageError(
             f"{row.place}: the field {answer} must hold one turn of the assistant, but got "
             f"{shown([turn.role for turn in replies])}."
         )
-    return [row.record(question.content, replies[0].content, answer, history=history)]
+    refuse_weightless(idle[0], row.place)
+    record = row.record(question.content, replies[0].content, answer, history=history)
+    return [replace(record, weightless=earlier)]
 
 
 def _read_conversation(row: _Row, name: str) -> list[Record]:
-    turns = row.turns(name)
+    turns, weightless = row.turns(name)
     history, question, answer = split_turns(turns, name, row.place)
-    return [row.record(question.content, answer.content, name, history=history)]
+    refuse_weightless(weightless[-1], row.place)
+    record = row.record(question.content, answer.content, name, history=history)
+    return [replace(record, weightless=_earlier(history, weightless))]
+
+
+def _earlier(turns: Sequence[Turn], weightless: Sequence[str | None]) -> str:
+    """What gives the first of the assistant's turns no loss, if anything does."""
+    found = zip(turns, weightless, strict=False)
+    return next((name for turn, name in found if turn.role == ASSISTANT and name), "")
 
 
 def _read_text(row: _Row, name: str) -> list[Record]:

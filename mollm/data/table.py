@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from mollm.errors import UsageError
 Unit = Literal["line", "row"]
 Rows = list[tuple[int, dict[str, Any]]]
 """Rows, each with its number."""
+_NOTHING = ("", "[]", "{}", "null")
+"""Texts that say nothing; the last three as JSON."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,28 @@ def table(name: str, unit: Unit, rows: Rows) -> Table:
         raise UsageError(f"{name} must hold at least one row, but it holds none.")
     columns = dict.fromkeys(column for _, row in rows for column in row)
     return Table(name, unit, tuple(columns), rows)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether there is no value: None, or NaN, as tables of numbers write it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing.
+
+    That is None, NaN, False and 0, blank text, JSON of nothing, an empty list, and a mapping whose
+    values are all so, as data sets write that one of several fields is not used.
+
+    Example:
+        >>> [is_empty(value) for value in (" ", "[]", {"name": None}, "none", [0])]
+        [True, True, True, False, False]
+    """
+    if isinstance(value, Mapping):
+        return all(is_empty(item) for item in value.values())
+    if isinstance(value, str):
+        return value.strip() in _NOTHING
+    return is_missing(value) or not value
 
 
 def shown(value: Any) -> str:

@@ -440,7 +440,7 @@ def _dated(template: str) -> str:
         f' | replace("{directive}", "{text}")'
         for directive, text in {**bare, **days, "%%": "%"}.items()
     )
-    known = {text: DATE.strftime(text) for text in _formats_in(template)}
+    known = _dates_in(template)
     macro = (
         f"{{%- macro strftime_now(format) -%}}{{%- set known = {known!r} -%}}"
         f"{{{{ known[format] if format in known else format{filters} }}}}{{%- endmacro %}}"
@@ -448,13 +448,16 @@ def _dated(template: str) -> str:
     return f"{macro}\n{template}"
 
 
-def _formats_in(template: str) -> set[str]:
-    """Texts in the expressions of a template that may say how a date is written."""
+def _dates_in(template: str) -> dict[str, str]:
+    """DATE as the texts in the expressions of a template say to write it, by those texts."""
     from jinja2 import Environment, TemplateSyntaxError
 
-    found = set()
+    found = {}
     with contextlib.suppress(TemplateSyntaxError):  # said when it is rendered
         for _, kind, value in Environment(autoescape=False).lex(template):
-            if kind == "string" and "%" in value:
-                found.add(value[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape"))
+            if kind != "string" or "%" not in value:
+                continue
+            with contextlib.suppress(ValueError):  # no text, or none that a date can be written in
+                text = value[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+                found[text] = DATE.strftime(text)
     return found

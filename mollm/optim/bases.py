@@ -85,6 +85,12 @@ def _check_number(name: str, value: Any, what: str = "") -> None:
         raise ValueError(f"{what}{name} must be finite in float32, but got {value}.")
 
 
+def _shares_words(name: str, option: str) -> bool:
+    """Whether one of the two consists of whole words of the other, as lr_scale has lr."""
+    one, other = f"_{name}_", f"_{option}_"
+    return one in other or other in one
+
+
 class FusedBase(Optimizer, ABC):
     """What AdamW and SGD share: state made on first use, and a step along Σ_k w_k g_k.
 
@@ -128,7 +134,8 @@ class FusedBase(Optimizer, ABC):
             )
 
     def _refuse_misspelt_options(self, group: dict[str, Any]) -> None:
-        """Torch takes any name in a group; one that is nearly ours is a mistake."""
+        """Torch takes any name in a group; one that is nearly ours is a mistake, but not a longer
+        one, such as no_weight_decay, with which programs mark their groups."""
         known = [name for name in self.defaults if name not in ("fused", "rounding_seed")]
         for name, value in group.items():
             if name in self.defaults:
@@ -136,7 +143,7 @@ class FusedBase(Optimizer, ABC):
             near = _LONG_NAMES.get(name) or next(
                 iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)), None
             )
-            if near in known:
+            if near in known and not _shares_words(str(name), near):
                 raise ValueError(
                     f"a parameter group must not have {name}, which nothing reads, but got "
                     f"{value!r}: did you mean {near}?"
@@ -571,7 +578,8 @@ class AdamW(FusedBase):
         if float(group["eps"]) < _LEAST_EPS:
             raise ValueError(
                 f"eps must be at least {_LEAST_EPS:.2g}, the smallest normal number of float32, "
-                f"but got {group['eps']}: a weight whose gradients are 0 would become 0 / 0."
+                f"but got {group['eps']}, with which a weight whose gradients are 0 would become "
+                "0 / 0: choose 1e-8."
             )
 
     def _check_same_kind(self, group: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mollm.optim.constants import PER_OBJECTIVE
@@ -10,6 +10,9 @@ from mollm.optim.directions import Direction, uses_length, uses_normalize
 
 MEAN_BETA, NORMALIZE, LENGTH = 0.9, False, "mean"
 """What these options are where nobody chose them."""
+FIRST_BETA = "the first of betas"
+_NO_FIRST = (0, 0.9)
+"""β₁ where there is no first moment: as it is by default, or as that says itself."""
 
 
 class IdleOptionError(ValueError):
@@ -42,6 +45,18 @@ def refuse_idle_options(
         value, usual = given[name]
         if value != usual:
             raise IdleOptionError(name, beside, value, instead)
+
+
+def refuse_idle_first_beta(betas: Sequence[Any] | None) -> None:
+    """Refuses a β₁ that somebody chose for a base that keeps no first moment.
+
+    Raises:
+        IdleOptionError: There is one.
+    """
+    if betas is not None and betas[0] not in _NO_FIRST:
+        beside = "in AdamW's metric and with per-objective momentum, where there is no first moment"
+        instead = "leave it at 0.9, or choose metric='euclidean' without per-objective momentum"
+        raise IdleOptionError(FIRST_BETA, beside, betas[0], instead)
 
 
 def _idle(direction: Direction, normalize: bool, momentum: Any) -> Iterator[tuple[str, str, str]]:

@@ -33,7 +33,13 @@ from mollm.optim.bases import SGD, AdamW, FusedBase
 from mollm.optim.constants import BLOCKS, MODEL, PER_OBJECTIVE, STREAMED
 from mollm.optim.directions import make_rule
 from mollm.optim.groups import alike, columns_of, columns_of_means, slices_of
-from mollm.optim.idle_options import LENGTH, MEAN_BETA, NORMALIZE, refuse_idle_options
+from mollm.optim.idle_options import (
+    LENGTH,
+    MEAN_BETA,
+    NORMALIZE,
+    refuse_idle_first_beta,
+    refuse_idle_options,
+)
 from mollm.optim.means import ObjectiveMeans, moved, next_means
 from mollm.optim.saved_state import (
     check_finite_state,
@@ -288,6 +294,7 @@ class MOLLMOptimizer(Optimizer):
         self._second_weights = self._unopposed_weights().square() if preconditioned else None
         if isinstance(self.base, FusedBase) and (preconditioned or self._means):
             self.base.drop_first()
+            refuse_idle_first_beta(base_options.get("betas"))
         refuse_partitioned([p for group in self.base.param_groups for p in group["params"]])
         super().__init__(self.base.param_groups, self.base.defaults)
         self._share_state_with_base()

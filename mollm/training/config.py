@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
 from mollm.optim.constants import EIGHT_BITS, STREAMED
 from mollm.optim.directions import uses_normalize, uses_preferences
-from mollm.optim.idle_options import IdleOptionError
+from mollm.optim.idle_options import FIRST_BETA, IdleOptionError
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.system.parsing import parse_yaml, reason_of
 from mollm.system.precision import COMPUTE_DTYPES, DTYPES, compute_dtype, computing_in
@@ -84,10 +84,13 @@ _POSITIVE = (
     "learning_rate",
     "max_loss_rise",
     "relearn_lr",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
 )
+_STEPS = {
+    "logging_steps": "logging_strategy",
+    "save_steps": "save_strategy",
+    "eval_steps": "eval_strategy",
+}
+"""Steps between two of something, with what says whether it goes by steps."""
 _NOT_NEGATIVE = (
     "sample_replies",
     "weight_decay",
@@ -96,8 +99,9 @@ _NOT_NEGATIVE = (
     "warmup_steps",
     "relearn_steps",
     "eval_delay",
-    "save_total_limit",
 )
+_OF_THE_OPTIMIZER = ("preferences", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""Settings that MOLLMOptimizer checks, beside optimizer_options."""
 _FORGET_IS_ONE = ("retain-first", "forget-first")
 """Directions in which the first gradient is that of all that is to be forgotten."""
 _BY_A_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -278,14 +282,17 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         }
         self._refuse_other_options()
         self._refuse_launchers()
+        for name, kind in _ENUMERATIONS.items():
+            setattr(self, name, _enumerated(name, getattr(self, name), kind))
         self._refuse_unusable_numbers()
+        self._refuse_unusable_steps()
+        if self.save_total_limit is not None and self.save_total_limit <= 0:
+            self.save_total_limit = None  # as in transformers, all are kept
         self.sharding = _sharding(self.fsdp)
         # Accelerate, which transformers would hand it on to, is not to wrap the model.
         self.fsdp = None
         for name in ("log_level", "log_level_replica"):
             _one_of(name, getattr(self, name), _LOG_LEVELS)
-        for name, kind in _ENUMERATIONS.items():
-            setattr(self, name, _enumerated(name, getattr(self, name), kind))
         self._refuse_unlike_strategies()
         await_others()
         if getattr(self, "report_to", None) in (None, False):  # to YAML, no is nothing
@@ -439,16 +446,20 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         try:
             optimizer = MOLLMOptimizer([nn.Parameter(torch.zeros(1))], **options)
         except IdleOptionError as error:
+            name = f"{error.name} must be left out of optimizer_options"
+            if error.name == FIRST_BETA and "betas" not in self.optimizer_options:
+                name = "adam_beta1 must be left out"
             raise UsageError(
-                f"{error.name} must be left out of optimizer_options {error.beside}, but got "
-                f"{error.value!r}: {error.instead}."
+                f"{name} {error.beside}, but got {error.value!r}: {error.instead}."
             ) from error
         except (TypeError, ValueError) as error:
             reason = reason_of(error, None)
-            asked = {"preferences": self.preferences, **self.optimizer_options}
-            told = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value)
+            mine = chosen(self)
+            asked = {name: mine[name] for name in _OF_THE_OPTIMIZER if name in mine}
+            asked |= self.optimizer_options
+            told = ", ".join(f"{n}={value!r}" for n, value in asked.items() if value is not None)
             raise UsageError(
-                f"optimizer_options must suit MOLLMOptimizer, but got {told}: {reason}."
+                f"the optimizer's settings must suit MOLLMOptimizer, but got {told}: {reason}."
             ) from error
         refuse_idle_options(self, optimizer)
         if optimizer.streams:
@@ -639,7 +650,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         self.preferences = _numbers(self.preferences)
         for f in fields(self):
             value = getattr(self, f.name)
-            setattr(self, f.name, _as_declared(f.name, f.type, value))
+            setattr(self, f.name, _as_declared(f, value))
             _refuse_not_finite(f.name, getattr(self, f.name))
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:
@@ -650,10 +661,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
             if not left_out and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number from 1, but got {value}.")
         for name in _POSITIVE:
-            value = getattr(self, name)
-            left_out = value is None and name == "eval_steps"
-            if not left_out and not value > 0:
-                raise UsageError(f"{name} must be a positive number, but got {value}.")
+            if not getattr(self, name) > 0:
+                raise UsageError(
+                    f"{name} must be a positive number, but got {getattr(self, name)}."
+                )
         if self.max_steps != -1 and self.max_steps < 1:
             raise UsageError(
                 "max_steps must be at least 1, or -1 where num_train_epochs decides, but got "
@@ -670,6 +681,19 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 f"weight_decay must be less than 1 / learning_rate, {1 / self.learning_rate:g}, or "
                 f"a step would turn weights around, but got {decay:g}."
             )
+
+    def _refuse_unusable_steps(self) -> None:
+        """Of what does not go by steps nothing reads their number, so that 0 and None are taken."""
+        for name, strategy in _STEPS.items():
+            if getattr(self, strategy).value != "steps":
+                continue
+            if name == "eval_steps" and self.eval_steps is None:
+                name = "logging_steps"  # which transformers takes then
+            value = getattr(self, name)
+            if value is None or not value > 0:
+                raise UsageError(
+                    f"{name} must be a positive number with the {strategy} steps, but got {value}."
+                )
 
     def _refuse_unknown_reports(self) -> None:
         from transformers.integrations.integration_utils import (
@@ -861,12 +885,23 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _as_declared(name: str, kind: Any, value: Any) -> Any:
-    """The value of a number or a switch; of a number that is a text or 3.0, the number itself."""
+def _as_declared(declared: Field[Any], value: Any) -> Any:
+    """The value of a number or a switch; of a number that is a text or 3.0, the number itself.
+
+    None is 0 where that is the default.
+    """
+    name, kind = declared.name, declared.type
     said = kind.__name__ if isinstance(kind, type) else str(kind)
-    found = re.fullmatch(r"(?:typing\.Optional\[)?(bool|int|float)(?: \| None|\])?", said)
-    if found is None or value is None:
+    found = re.fullmatch(r"(?:typing\.Optional\[)?(bool|int|float)( \| None|\])?", said)
+    if found is None:
         return value
+    if value is None:
+        needed = found[1] != "bool" and not found[2] and name not in _STEPS
+        if needed and declared.default != 0:
+            raise UsageError(
+                f"{name} must be a number, but got None: leave it out for {declared.default}."
+            )
+        return declared.default if needed else None
     if found[1] == "bool":
         return _switch(name, value)
     number = _number_in(value) if isinstance(value, str) else value

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from mollm.errors import UsageError
 from mollm.methods import unlearning_cross_entropy
-from mollm.optim.bases import AdamW, FusedBase
+from mollm.optim.bases import FusedBase
 from mollm.optim.constants import PER_OBJECTIVE
 from mollm.training.setting_roles import plain
 
@@ -117,16 +117,6 @@ def refuse_idle_options(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> None:
                 f"{name} must be left out of optimizer_options {beside}, but got "
                 f"{value!r}: {instead}."
             )
-    usual = type(args).adam_beta1
-    first = options["betas"][0] if "betas" in options else args.adam_beta1
-    if isinstance(optimizer.base, AdamW) and not optimizer.base.keeps_first and first != usual:
-        name, how = ("the first of betas", f"{usual}") if "betas" in options else ("adam_beta1", "")
-        raise UsageError(
-            f"{name} must be {how or 'left out'} in AdamW's metric and with per-objective "
-            f"momentum, where there is no first moment, but got {first}: "
-            f"{'leave it so' if how else 'leave it out'}, or add metric='euclidean' to "
-            "optimizer_options."
-        )
 
 
 def _idle_options(args: MOLLMConfig, optimizer: MOLLMOptimizer) -> Iterator[tuple[str, str, str]]:
@@ -188,7 +178,7 @@ def idle_notes(args: MOLLMConfig) -> list[str]:
     notes = [
         f"{name} is {plain(mine[name])}, which does nothing {beside}."
         for name, beside in _overruled(args)
-        if name in mine
+        if mine.get(name) or mine.get(name) is False  # 0 steps, or none, are a way to say off
     ]
     if args.max_steps > 0 and args.lr_scheduler_type != SchedulerType.CONSTANT:
         warm = args.get_warmup_steps(args.max_steps)

@@ -1,6 +1,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -166,6 +167,15 @@ def test_the_last_answer_of_a_conversation_carries_the_loss_or_all(chat):
     assert text_with_loss(chat, each) == "Ann.<|end|>In Norway.<|end|>"
     with pytest.raises(UsageError, match="train_on_turns must be one of last, all, but got 'one'"):
         encode_records([TALK], chat, max_length=512, train_on_turns="one")
+
+
+def test_an_answer_that_is_to_carry_no_loss_is_refused_where_all_do(chat):
+    talk = replace(TALK, weightless="messages[2].weight")
+    plain = encode_records([TALK], chat, max_length=512).rows
+    assert encode_records([talk], chat, max_length=512).rows == plain
+    words = r"line 3: messages\[2\]\.weight must not be 0 or false with train_on_turns: all"
+    with pytest.raises(UsageError, match=words):
+        encode_records([talk], chat, max_length=512, train_on_turns="all")
 
 
 def test_a_long_conversation_loses_its_earliest_turns(chat):

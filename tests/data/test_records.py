@@ -457,8 +457,10 @@ CALL = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
         ({"tool_calls": CALL}, r"messages\[1\]\.tool_calls must be empty"),
         ({"reasoning_content": "So."}, r"messages\[1\]\.reasoning_content must be empty, .*So\."),
         ({"thinking": "So."}, ".* write it into the content or remove the row"),
-        ({"weight": 0}, r"messages\[1\]\.weight must be 1, for train_on_turns says"),
-        ({"train": False}, r"messages\[1\]\.train must be 1, .* but got false"),
+        ({"function_call": {"name": "f", "arguments": None}}, r"messages\[1\]\.function_call must"),
+        ({"weight": 0}, r"messages\[1\]\.weight must not be 0 or false, for the last answer"),
+        ({"train": False}, r"messages\[1\]\.train must not be 0 or false"),
+        ({"weight": 0.5}, r"messages\[1\]\.weight must be 0 or 1, .* but got 0\.5: remove it"),
     ],
 )
 def test_what_a_turn_says_beside_its_text_is_refused_and_not_left_out(write, more, words):
@@ -469,10 +471,46 @@ def test_what_a_turn_says_beside_its_text_is_refused_and_not_left_out(write, mor
         load_records(write({"messages": [asked, answer | more]}), role="forget")
 
 
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"reasoning_content": "\n"},
+        {"reasoning_content": float("nan")},
+        {"function_call": {"name": None, "arguments": None}},
+        {"tool_calls": "[]"},
+        {"weight": float("nan"), "train": None},
+    ],
+)
+def test_a_field_of_a_turn_that_says_nothing_is_taken(write, nothing):
+    asked, answer = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
+    (record,) = load_records(write({"messages": [asked, answer | nothing]}), role="forget")
+    assert (record.prompt, record.answer, record.weightless) == ("p", "a", "")
+
+
+@pytest.mark.parametrize("none", [{"weight": 0}, {"train": False}])
+def test_an_earlier_answer_may_carry_no_loss_as_only_the_last_one_does(write, none):
+    asked, answer = {"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}
+    turns = [asked | none, answer | none, asked | none, answer | {"weight": 1}]
+    field = f"[1].{next(iter(none))}"
+    (record,) = load_records(write({"messages": turns}), role="forget")
+    assert record.weightless == f"messages{field}"
+    for said in ("a", turns[3:]):
+        row = {"prompt": turns[:3], "completion": said}
+        (record,) = load_records(write(row), role="forget")
+        assert record.weightless == f"prompt{field}"
+    row = {"prompt": turns[:1], "completion": [answer | none]}
+    with pytest.raises(UsageError, match=r"completion\[0\]\..* must not be 0 or false"):
+        load_records(write(row), role="forget")
+    (record,) = load_records(write({"messages": [asked | none, answer]}), role="forget")
+    assert record.weightless == ""
+
+
 def test_tools_of_a_conversation_are_refused_and_a_column_of_that_name_elsewhere_is_not(write):
     turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]
     assert load_records(write({"messages": turns, "tools": None}), role="forget")
     assert load_records(write({"question": "q", "answer": "a", "tools": "saw"}), role="forget")
+    for empty in ("[]", "null", " ", [], {}, float("nan")):
+        assert load_records(write({"messages": turns, "tools": empty}), role="forget")
     for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
         with pytest.raises(UsageError, match="line 1: the field tools must be empty"):
             load_records(write(row | {"tools": CALL}), role="forget")

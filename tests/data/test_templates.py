@@ -184,6 +184,21 @@ def test_a_date_may_be_given_to_a_template_that_takes_one():
     assert "Today: 1 May 1999" in chat.prompt(QUESTION)
 
 
+@pytest.mark.parametrize("literal", ["% \\0", "%d \\ud800"])
+def test_a_text_that_no_date_can_be_written_in_is_left_alone(clock, literal):
+    template = f"{{% set odd = '{literal}' %}}{{{{ strftime_now('%Y') }}}}"
+    tokenizer = chat_templates.make("gemma", template=template + chat_templates.GEMMA)
+    asked = ChatFormat(tokenizer).encode(Example(QUESTION, ANSWER)).ids
+    assert asked == written(tokenizer, ("user", QUESTION), ("assistant", ANSWER))
+
+
+def test_a_text_that_is_none_is_refused_as_the_template_fails():
+    template = "{{ strftime_now('%Y') }}{% set odd = '100 % \\x' %}"
+    tokenizer = chat_templates.make("gemma", template=template + chat_templates.GEMMA)
+    with pytest.raises(UsageError, match="chat template"):
+        ChatFormat(tokenizer)
+
+
 def test_every_way_to_write_a_date_is_pinned(clock):
     ways = [f"%{d}" for d in "aAbBdeHIjmMpSyYFTCgGkluPrRDhnstVf"]
     ways += ["%-d", "%-m", "%_d", "%^a", "100 %%", "100%%d", "%d.%m.%Y", "%A, le %-d\\u00e9"]

@@ -199,6 +199,15 @@ def test_an_option_that_is_misspelt_is_refused(name, meant):
     assert len(made.param_groups) == 1
 
 
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+def test_tags_of_groups_are_no_misspelt_options(base):
+    tags = ("no_weight_decay", "use_weight_decay", "weight_decay_mult", "initial_lr", "lr_scale")
+    tags += ("max_momentum", "base_momentum", "max_lr", "base_lr", "param_names", "layer_name")
+    group = {"params": [torch.nn.Parameter(torch.ones(2))], **dict.fromkeys(tags, 0.5)}
+    made = MOLLMOptimizer([group], base=base)
+    assert [made.param_groups[0][tag] for tag in tags] == [0.5] * len(tags)
+
+
 def test_a_group_of_sgd_cannot_have_the_betas_of_adam():
     a, b = parameters(0)
     with pytest.raises(ValueError, match="must not have betas, which base SGD does not use"):

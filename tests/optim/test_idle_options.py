@@ -40,3 +40,13 @@ def test_an_option_is_refused_where_it_would_do_nothing(option, beside, other):
 def test_what_is_so_anyway_may_be_said(usual):
     direction = "dual" if "normalize" in usual else "upgrad"
     assert torch.equal(walked(direction=direction, **usual), walked(direction=direction))
+
+
+@pytest.mark.parametrize("more", [{}, {"metric": "euclidean", "momentum": "per-objective"}])
+def test_a_first_beta_without_a_first_moment_is_refused(more):
+    params = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"the first of betas must be .* but got 0\.5: leave"):
+        MOLLMOptimizer(params, betas=(0.5, 0.99), **more)
+    for first in (0, 0.9):
+        MOLLMOptimizer(params, betas=(first, 0.99), **more)
+    MOLLMOptimizer(params, betas=(0.5, 0.99), metric="euclidean")

@@ -85,10 +85,25 @@ STREAMED = {"optimizer_options": {"gradient_memory": "streamed"}}
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 7},
             "save_steps must be a multiple of eval_steps .*, but got 500.* and 7",
         ),
-        ({"logging_steps": 0}, "logging_steps must be a positive number, but got 0"),
-        ({"save_steps": -1}, "save_steps must be a positive number, but got -1"),
-        ({"eval_steps": 0}, "eval_steps must be a positive number, but got 0"),
-        ({"save_total_limit": -1}, "save_total_limit must not be negative, but got -1"),
+        ({"logging_steps": 0}, "logging_steps must be a positive number with .* steps, but got 0"),
+        ({"logging_steps": None}, "logging_steps must be a positive number .*, but got None"),
+        ({"save_steps": -1}, "save_steps must be a positive number with .* steps, but got -1"),
+        ({"save_steps": None}, "save_steps must be a positive number with .* but got None"),
+        (
+            {"eval_steps": 0, "eval_strategy": "steps"},
+            "eval_steps must be a positive number with the eval_strategy steps, but got 0",
+        ),
+        (
+            {"eval_strategy": "steps", "logging_strategy": "no", "logging_steps": 0},
+            "logging_steps must be a positive number with the eval_strategy steps, but got 0",
+        ),
+        ({"learning_rate": None}, "learning_rate must be a number, but got None: leave it out for"),
+        ({"max_steps": None}, "max_steps must be a number, but got None: leave it out for -1"),
+        ({"uce_eps": None}, "uce_eps must be a number, but got None: leave it out for 0.0001"),
+        ({"adam_epsilon": 0}, r"but got adam_epsilon=0: eps must be .*0 / 0: choose 1e-8\.$"),
+        ({"adam_epsilon": None}, "adam_epsilon must be a number, but got None"),
+        ({"adam_beta2": 1.0}, r"settings must suit .*, but got adam_beta2=1\.0: betas must be in"),
+        ({"optimizer_options": {"eps": 0}}, "but got eps=0: eps must be at least"),
         ({"max_steps": 0}, "max_steps must be at least 1, or -1 .*, but got 0"),
         ({"logging_steps": 2.5}, "must suit the TrainingArguments of transformers.*2.5"),
         (
@@ -180,6 +195,31 @@ def test_what_parts_do_not_go_with_is_refused(monkeypatch):
 @pytest.mark.parametrize("no", [False, None, "no"])
 def test_a_strategy_that_is_off_may_be_no_as_yaml_reads_it(name, no):
     assert getattr(config(**{name: no}), name).value == "no"
+
+
+@pytest.mark.parametrize("nothing", [0, None, -1])
+def test_steps_of_what_does_not_go_by_steps_may_be_none(nothing):
+    off = {"logging_strategy": "no", "save_strategy": "epoch", "eval_strategy": "no"}
+    names = ("logging_steps", "save_steps", "eval_steps")
+    made = config(**off, **dict.fromkeys(names, nothing))
+    assert [getattr(made, name) for name in names] == [nothing] * 3
+
+
+def test_evaluations_go_by_the_steps_of_logs_where_they_have_none():
+    made = config(eval_strategy="steps", eval_steps=None, logging_steps=7)
+    assert made.eval_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(-1, None), (0, None), (None, None), (1, 1), ("-1", None)]
+)
+def test_no_limit_of_checkpoints_may_be_0_or_less_as_in_transformers(given, kept):
+    assert config(save_total_limit=given).save_total_limit == kept
+
+
+@pytest.mark.parametrize("name", ["relearn_steps", "warmup_steps", "max_grad_norm", "weight_decay"])
+def test_nothing_is_0_where_that_is_the_default(name):
+    assert getattr(config(**{name: None}), name) == 0
 
 
 def test_every_word_of_transformers_is_in_a_table():

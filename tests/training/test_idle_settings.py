@@ -89,8 +89,11 @@ def test_an_option_of_the_optimizer_that_would_do_nothing_is_refused(option, bes
 
 
 def test_the_first_moment_is_refused_however_it_is_named():
-    with pytest.raises(UsageError, match=r"the first of betas must be 0\.9 .* but got 0\.5"):
+    with pytest.raises(UsageError, match=r"the first of betas must be left out of .* but got 0\.5"):
         config(**options(betas=[0.5, 0.99]))
+    with pytest.raises(UsageError, match=r"adam_beta1 must be left out in AdamW's .* but got 0\.5"):
+        config(adam_beta1=0.5)
+    assert config(adam_beta1=0).for_optimizer()["betas"][0] == 0
     assert config(**options(betas=[0.9, 0.99])).for_optimizer()["betas"] == [0.9, 0.99]
     made = config(**options(betas=[0.5, 0.99], metric="euclidean"))
     assert made.for_optimizer()["betas"] == [0.5, 0.99]
@@ -122,6 +125,8 @@ def test_another_direction_goes_without_the_methods_preferences():
         ({"save_steps": 7, "save_strategy": "no"}, ["save_steps is 7, .* save_strategy no"]),
         ({"save_steps": 7, "save_strategy": "epoch"}, ["save_steps is 7, .* save_strategy epoch"]),
         ({"save_steps": 7}, []),
+        ({"save_steps": 0, "save_strategy": "no"}, []),
+        ({"logging_steps": 0, "logging_strategy": "no", "save_total_limit": -1}, []),
         ({"save_total_limit": 4, "save_strategy": "no"}, ["save_total_limit is 4"]),
         ({"eval_steps": 7}, ["eval_steps is 7, .* eval_strategy no"]),
         ({"eval_steps": 7, "eval_strategy": "steps"}, []),
