@@ -12,7 +12,8 @@ constexpr int64_t kScratch = 512;  // elements of a row converted at a time
 
 MOLLM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// As size_of of lists.h, whose functions are not to be compiled with an instruction set of its own.
+// In place of size_of of lists.h, which is not always inlined: of its copies in all sources the
+// linker keeps one, maybe one made for AVX-512, which code for any processor would then call.
 MOLLM_INLINE int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

@@ -61,29 +61,38 @@ class DeferredWeight:
     def __init__(self, weight: Tensor, head: Head, found: list[DeferredWeight]) -> None:
         self.weight = weight
         self._found = found
-        self.head = head.detach()
+        self._head = _lasting(head, weight)
         self._reference: Head | None = None
         self._kept = Kept()
         self._eps: float | None = None
         self._dtype = head.hidden.dtype
         self._terms: list[_Term] = []
+        self._versions: list[tuple[str, Tensor, int]] = []
 
     def compute(
         self,
+        head: Head,
         reference: Head | None,
+        ref_weight: Tensor | None,
         target: Tensor,  # [N], as `mollm_ops.rows` takes it
         ce: Loss | None,
         kl: Loss | None,
         eps: float | None,
         chunk_rows: int | None,
     ) -> list[Tensor]:
-        """Losses [N] and gradients of ce and kl, those that are given, one after the other."""
-        self._reference = None if reference is None else reference.detach()
+        """Losses [N] and gradients of ce and kl, those that are given, one after the other.
+
+        Args:
+            head: The call's, with a constant for its weight.
+            reference: The same of the reference.
+            ref_weight: As the call was given it.
+        """
         self._eps = eps
         if reference is not None:
+            self._reference = _lasting(reference, self.weight if ref_weight is None else ref_weight)
             self._dtype = wide_dtype(self._dtype)
         losses, gradients = losses_in_chunks(
-            self.head,
+            head,
             reference,
             target,
             ce=ce,
@@ -93,7 +102,10 @@ class DeferredWeight:
             wide_logits=reference is not None,
             kept=self._kept,
         )
-        self._found.append(self)
+        kept = {"hidden": self._kept.hidden, "ref_hidden": self._kept.ref_hidden}
+        self._versions = [(name, t, version_of(t)) for name, t in kept.items() if t is not None]
+        found, self._found = self._found, []  # a cycle would hold memory until it is collected
+        found.append(self)
         return [t for loss, each in zip(losses, gradients, strict=True) for t in (loss, *each)]
 
     def watched(self, loss: Tensor, scale: Tensor, *, kl: bool = False) -> Tensor:
@@ -117,13 +129,22 @@ class DeferredWeight:
             arrived: For each objective the gradients of `probes`, None where it reads none.
             begin: The first row.
             end: The row after the last.
+
+        Raises:
+            RuntimeError: The call's hidden states were changed since.
         """
+        for name, t, version in self._versions:
+            if version_of(t) != version:
+                raise RuntimeError(
+                    f"{name} was changed in place after a loss had read it, so that the gradient "
+                    "of the loss's weight can no longer be made: change a copy of it."
+                )
         kept = self._kept
-        head = _part(replace(self.head, hidden=kept.hidden), begin, end)
+        head = _part(replace(self._head, hidden=kept.hidden), begin, end)
         reference = None
         if self._reference is not None and kept.ref_hidden is not None:
             reference = _part(replace(self._reference, hidden=kept.ref_hidden), begin, end)
-        size = self._chunk_rows(end - begin)
+        size = rows_at_a_time(self.weight.device.type, self._dtype, end - begin)
         chunks = -(-len(kept.hidden) // size)
         parts: list[tuple[int, _Term, RowScales, GradientSums]] = []
         for k, upstreams in enumerate(arrived):
@@ -142,24 +163,19 @@ class DeferredWeight:
             gradients = self._gradients(head, reference, some, begin)
             for _, term, scales, sums in parts:
                 dz = gradients[term.kl] * scales.rows[some, None]
-                sums.add(dz.to(self.head.hidden.dtype), kept.hidden[some], start)
+                sums.add(dz.to(head.hidden.dtype), kept.hidden[some], start)
         for k, _, _, sums in parts:
             g, before = sums.finish(None).weight.to(self.weight.dtype), found[k]
             found[k] = g if before is None else before.add_(g)
         return found
 
-    def _chunk_rows(self, width: int) -> int:
-        kind = self.weight.device.type
-        size = ROWS_ALIVE * wide_dtype(self._dtype).itemsize * width
-        return max(MIN_ROWS, WORKSPACE_BYTES.get(kind, WORKSPACE_BYTES["cuda"]) // size)
-
     def _scales(self, term: _Term, upstream: Tensor) -> RowScales:
         """What the gradients of the rows that count are multiplied by."""
-        count = len(self.head.hidden)
+        count = len(self._head.hidden)
         scale = (upstream.reshape(-1) * term.scale.to(upstream.device)).expand(count)
         if self._kept.index is not None:
             scale = scale[self._kept.index]
-        return RowScales.of(scale, self.head.transform.scale, self.head.hidden.dtype)
+        return RowScales.of(scale, self._head.transform.scale, self._head.hidden.dtype)
 
     def _gradients(
         self, head: Head, reference: Head | None, rows: slice, begin: int
@@ -185,9 +201,34 @@ class DeferredWeight:
         return {kl: torch.where(counted, g, 0) for kl, g in found.items()}
 
 
+def rows_at_a_time(device: str, dtype: torch.dtype, width: int) -> int:
+    """Tokens of which so many columns of logits are worked on at a time.
+
+    Args:
+        device: Its type.
+        dtype: Of the logits.
+        width: How many columns.
+    """
+    size = ROWS_ALIVE * wide_dtype(dtype).itemsize * width
+    return max(MIN_ROWS, WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]) // size)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; one of inference mode never is outside of it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _lasting(head: Head, weight: Tensor) -> Head:
+    """A head for later: with the weight that the call was given, of which some rows at a time are
+    cast, and a bias that does not change with the parameter."""
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return replace(head.detach(), weight=weight.detach(), bias=bias)
+
+
 def _part(head: Head, begin: int, end: int) -> Head:
     bias = None if head.bias is None else head.bias[begin:end]
-    return replace(head, weight=head.weight[begin:end], bias=bias)
+    weight = head.weight[begin:end].to(head.hidden.dtype)
+    return replace(head, weight=weight, bias=bias)
 
 
 def _projected(head: Head, hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,8 +275,9 @@ def deferring(weights: Collection[Tensor], found: list[DeferredWeight]) -> Itera
         _REQUEST.reset(token)
 
 
-def deferred(weight: Tensor, head: Head) -> DeferredWeight | None:
-    """For a call of a linear loss: where its weight's gradients go, if they are to wait."""
+def deferred(weight: Tensor, head: Head, ref_weight: Tensor | None = None) -> DeferredWeight | None:
+    """For a call of a linear loss: where its weight's gradients go, if they are to wait. They are
+    not where the reference reads another such weight, whose rows change at another time."""
     request = _REQUEST.get()
     if (
         request is None
@@ -243,6 +285,13 @@ def deferred(weight: Tensor, head: Head) -> DeferredWeight | None:
         or not torch.is_grad_enabled()
         or not head.hidden.requires_grad
         or not any(weight is each for each in request.weights)
+        or (ref_weight is not None and _is_another(ref_weight, weight, request.weights))
     ):
         return None
     return DeferredWeight(weight, head, request.found)
+
+
+def _is_another(ref_weight: Tensor, weight: Tensor, weights: Collection[Tensor]) -> bool:
+    own = ref_weight.untyped_storage().data_ptr()
+    others = (each for each in weights if each is not weight)
+    return any(each.untyped_storage().data_ptr() == own for each in others)

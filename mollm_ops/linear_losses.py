@@ -70,7 +70,9 @@ def _ce(
         )
     else:
         rows = row_targets(target, len(weight), ignore_index)
-        losses, *gradients = later.compute(None, rows, Loss(scale, wants), None, eps, chunk_rows)
+        losses, *gradients = later.compute(
+            head, None, None, rows, Loss(scale, wants), None, eps, chunk_rows
+        )
     if reduction == "none":
         joined: Tensor = ops.join_ce(
             losses, *head.operands, target, eps, ignore_index, False, chunk_rows
@@ -261,7 +263,7 @@ def linear_kl_div(
     reference = reference_head_of(
         head, ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap
     )
-    later = deferred(weight, head)
+    later = deferred(weight, head, ref_weight)
     head = head if later is None else replace(head, weight=head.weight.detach())
     target = mask_target(mask, head)
     scale = scale_of(reduction, normalizer, target >= 0, head.hidden.dtype)
@@ -272,7 +274,9 @@ def linear_kl_div(
         )
     else:
         kl = Loss(scale, wants)
-        losses, *gradients = later.compute(reference, target, None, kl, None, chunk_rows)
+        losses, *gradients = later.compute(
+            head, reference, ref_weight, target, None, kl, None, chunk_rows
+        )
     if reduction == "none":
         joined: Tensor = ops.join_kl(
             losses, *head.operands, *reference.operands, target, chunk_rows
@@ -325,7 +329,7 @@ def linear_ce_kl(
     reference = reference_head_of(
         head, ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap
     )
-    later = deferred(weight, head)
+    later = deferred(weight, head, ref_weight)
     head = head if later is None else replace(head, weight=head.weight.detach())
     target = flat_target(target, head.lead, hidden.device)
     counted = target != ignore_index
@@ -343,7 +347,7 @@ def linear_ce_kl(
         )
     else:
         rows, each = row_targets(target, len(weight), ignore_index), Loss(scale, wants)
-        results = later.compute(reference, rows, each, each, None, chunk_rows)
+        results = later.compute(head, reference, ref_weight, rows, each, each, None, chunk_rows)
     ce, *ce_gradients = results[:4]
     kl, *kl_gradients = results[4:]
     if reduction == "none":

@@ -32,12 +32,13 @@ KINDS = {
     "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "bos_token_id": 1, "eos_token_id": 2},
     "mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},
 }
+BIASED_HEADS = {"phi": {}, "tied phi": {"tie_word_embeddings": True}}
 
 
 def made(kind="llama", dtype=torch.float64, **options):
     torch.manual_seed(0)
-    name = kind if kind in ("gpt2", "mixtral") else "llama"
-    config = AutoConfig.for_model(name, **(SIZES | KINDS[kind] | options))
+    name = kind.split()[-1] if kind in ("gpt2", "mixtral", *BIASED_HEADS) else "llama"
+    config = AutoConfig.for_model(name, **(SIZES | (KINDS | BIASED_HEADS)[kind] | options))
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
@@ -62,7 +63,8 @@ def losses_of(model, forget, retain):
 def linear_losses_of(model, forget, retain):
     """The same roles, of losses that read the head's weight and make no logits; each objective
     meets it twice."""
-    weight = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
 
     def states(ids):
         return states_at_head(model, ids, torch.ones_like(ids))[:, :-1]
@@ -72,9 +74,10 @@ def linear_losses_of(model, forget, retain):
     kept[0, :2] = -100
     ramp = torch.linspace(-1, 1, r.numel(), dtype=r.dtype).reshape(r.shape)
     fixed = torch.linspace(-1, 1, weight.numel(), dtype=r.dtype).reshape(weight.shape).sin()
-    ce, kl = linear_ce_kl(r, weight, kept, ramp, fixed, softcap=3.0, ref_softcap=9.0)
-    each = linear_cross_entropy(h, weight, seen, reduction="none", logit_scale=0.5)
-    forgotten = linear_uce_loss(h, weight, seen, normalizer=30.0, chunk_rows=5)
+    caps = {"softcap": 3.0, "ref_softcap": 9.0}
+    ce, kl = linear_ce_kl(r, weight, kept, ramp, fixed, bias=bias, ref_bias=bias, **caps)
+    each = linear_cross_entropy(h, weight, seen, bias=bias, reduction="none", logit_scale=0.5)
+    forgotten = linear_uce_loss(h, weight, seen, bias=bias, normalizer=30.0, chunk_rows=5)
     return {"forget": forgotten - each.square().mean(), "kl": kl + 0.1 * ce, "retain": ce}
 
 

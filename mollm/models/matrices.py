@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mollm_ops.deferred import deferring
+from mollm_ops.deferred import deferring, version_of
 
 SLICES_OF_A_BLOCK = 4
 """A slice has as many elements as the largest block has parameters, divided by this."""
@@ -54,11 +54,13 @@ class _Lookup:
     weight: Tensor
     ids: Tensor
     padding: int | None
-    output: Tensor
+    probe: Tensor
+    node: Any
+    """Where autograd goes from what was looked up to the probe."""
 
     @property
     def probes(self) -> Sequence[Tensor]:
-        return [self.output]
+        return [self.probe]
 
     def rows(
         self, arrived: Sequence[Sequence[Tensor | None]], begin: int, end: int
@@ -83,6 +85,8 @@ class _Lookup:
 class _Projection:
     weight: Tensor
     hidden: Tensor
+    version: int
+    """Of `hidden` when it was read."""
     probe: Tensor
 
     @property
@@ -92,12 +96,17 @@ class _Projection:
     def rows(
         self, arrived: Sequence[Sequence[Tensor | None]], begin: int, end: int
     ) -> list[Tensor | None]:
+        if version_of(self.hidden) != self.version:
+            raise RuntimeError(
+                "what the head reads was changed in place after the head had read it, so that the "
+                "gradient of its weight can no longer be made: change a copy of it."
+            )
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
 
         def of(g: Tensor | None) -> Tensor | None:
             if g is None:
                 return None
-            part = g.reshape(len(hidden), -1)[:, begin:end]
+            part = g.reshape(-1, g.shape[-1])[:, begin:end]
             return (part.t() @ hidden.to(g.dtype)).to(self.weight.dtype)
 
         return [of(g) for (g,) in arrived]
@@ -131,10 +140,13 @@ class Matrices:
 
     def embedding(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
         """`F.embedding`, noted."""
-        output = F.embedding(ids, weight.detach(), padding).requires_grad_()
+        output = F.embedding(ids, weight.detach(), padding)
         if padding is not None:
             padding %= len(weight)
-        self._uses.append(_Lookup(weight, ids, padding, output))
+        probe = _probe(output)
+        output.add_(probe)  # no leaf, so that it may be changed in place
+        # Whoever gave the ids may use their memory for the next batch.
+        self._uses.append(_Lookup(weight, ids.clone(), padding, probe, output.grad_fn))
         return output
 
     def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,10 +156,14 @@ class Matrices:
         if sum(h.numel() for h in [*known, hidden]) > weight.shape[1] ** 2:
             return F.linear(hidden, weight, bias)
         output = F.linear(hidden, weight.detach(), bias)
-        # A leaf of zeros without memory: its gradient is the output's, and it holds no graph.
-        probe = output.new_zeros(()).expand(output.shape).requires_grad_()
-        self._uses.append(_Projection(weight, hidden.detach(), probe))
+        probe, hidden = _probe(output), hidden.detach()
+        self._uses.append(_Projection(weight, hidden, version_of(hidden), probe))
         return output + probe
+
+    def gave(self, tensor: Tensor) -> bool:
+        """Whether a lookup gave this tensor, which then follows from nothing else."""
+        nodes = (use.node for use in self._uses if isinstance(use, _Lookup))
+        return any(node is tensor.grad_fn for node in nodes)
 
     @property
     def probes(self) -> list[Tensor]:
@@ -187,6 +203,11 @@ class Matrices:
                 before = total[k]
                 total[k] = before if g is None else g if before is None else before.add_(g)
         return total
+
+
+def _probe(output: Tensor) -> Tensor:
+    """A leaf of zeros without memory: its gradient is the output's, and it holds no graph."""
+    return output.new_zeros(()).expand(output.shape).requires_grad_()
 
 
 class _Watch(TorchFunctionMode):

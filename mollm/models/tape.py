@@ -300,7 +300,7 @@ class Tape:
         """
         # What leads to a block's input may lead to the loss as well, and is needed in a sweep.
         before = [t for call in self._calls for t in call.inputs if id(t) not in self._of]
-        glue = any(t.grad_fn is not None for t in before)
+        glue = any(t.grad_fn is not None and not self._matrices.gave(t) for t in before)
         if before and self._sharded:
             raise UsageError(
                 "what comes before the blocks must be frozen where gradients are streamed through "

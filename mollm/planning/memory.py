@@ -54,6 +54,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from mollm.models.matrices import SLICES_OF_A_BLOCK
 from mollm.optim.constants import BUCKET_BYTES, EIGHT_BITS, PER_OBJECTIVE
 from mollm.planning.settings import (
@@ -647,10 +649,10 @@ def _slice_of_logits(shape: Shape, settings: PlanSettings, elements: int) -> int
     """Bytes of the columns of logits that a slice of the head's gradients is made from."""
     if not elements:
         return 0
-    size = deferred.ROWS_ALIVE * 4 * -(-elements // shape.hidden)
-    most = max(deferred.MIN_ROWS, deferred.WORKSPACE_BYTES[settings.device] // size)
+    width = -(-elements // shape.hidden)
+    most = deferred.rows_at_a_time(settings.device, torch.float32, width)
     answers = max(side.answers for side in (settings, settings.of_retain_batch))
-    return min(answers, most) * size
+    return min(answers, most) * deferred.ROWS_ALIVE * 4 * width
 
 
 def _block_moments(

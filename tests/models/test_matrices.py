@@ -68,6 +68,17 @@ def test_a_module_that_scales_what_it_looks_up():
     assert assert_equal(layer.weight, lambda: layer(IDS).square().sum()) == [None]
 
 
+def test_what_was_looked_up_may_be_changed_in_place():
+    weight = matrix()
+
+    def loss():
+        x = F.embedding(IDS, weight)
+        x *= 3
+        return x.square().sum()
+
+    assert assert_equal(weight, loss) == [None]
+
+
 @pytest.mark.parametrize("bias", [None, torch.ones(20, dtype=torch.float64)])
 def test_a_projection(bias):
     weight, hidden = matrix(), torch.randn(2, 5, 64, dtype=torch.float64, requires_grad=True)
@@ -76,6 +87,32 @@ def test_a_projection(bias):
         return F.linear(hidden, weight, bias).logsumexp(-1).sum()
 
     assert assert_equal(weight, loss, lambda: loss().square()) == [None, None]
+
+
+def test_a_projection_of_no_token():
+    weight = matrix()
+
+    def loss():
+        rest = F.linear(torch.ones(2, 64, dtype=torch.float64), weight).square().sum()
+        return F.linear(weight.new_zeros(0, 64), weight).sum() + rest
+
+    assert assert_equal(weight, loss) == [None]
+
+
+def test_ids_may_change_and_hidden_states_may_not():
+    weight, ids, hidden = matrix(), IDS.clone(), torch.ones(3, 64, dtype=torch.float64)
+    matrices = Matrices([weight], 256, 1)
+    with matrices.recording():
+        loss = F.embedding(ids, weight).square().sum()
+        other = F.linear(hidden, weight).square().sum()
+    matrices.arrive(0, torch.autograd.grad(loss, matrices.probes, allow_unused=True))
+    ids.zero_()
+    plain = torch.autograd.grad(F.embedding(IDS, weight).square().sum(), weight)[0]
+    torch.testing.assert_close(matrices.rows(weight, 0, 20)[0], plain)
+    matrices.arrive(0, torch.autograd.grad(other, matrices.probes, allow_unused=True))
+    hidden.zero_()
+    with pytest.raises(RuntimeError, match="what the head reads was changed in place"):
+        matrices.rows(weight, 0, 20)
 
 
 def test_a_projection_of_more_tokens_than_a_matrix_is_wide_is_left_to_autograd():

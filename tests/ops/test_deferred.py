@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from loss_cases import DTYPES, IGNORED, error, inputs, leaves
@@ -182,6 +185,94 @@ def test_an_objective_may_read_both_losses_of_a_call_and_another_none():
     expected = (2 * of_ce[1][10:20] + 3 * of_kl[1][10:20]) / scale
     torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-14)
     assert nothing is None
+
+
+@pytest.mark.parametrize("name", ["hidden", "ref_hidden"])
+def test_hidden_states_that_change_before_the_rows_are_made_are_refused(name):
+    hidden, weight, target, ref_hidden = case(torch.float64, ignored=False)
+    own, head = leaves(hidden, weight)
+    found = []
+    with deferring({head}, found):
+        (loss,) = kl(own, head, target, ref_hidden)
+    arrived = [torch.autograd.grad(loss, found[0].probes)]
+    before = found[0].rows(arrived, 0, 10)
+    target.zero_()
+    torch.testing.assert_close(found[0].rows(arrived, 0, 10), before, rtol=0, atol=0)
+    with torch.no_grad():
+        (own if name == "hidden" else ref_hidden).add_(1)
+    with pytest.raises(RuntimeError, match=f"^{name} was changed in place.* change a copy of it"):
+        found[0].rows(arrived, 0, 10)
+
+
+def test_hidden_states_of_inference_mode():
+    hidden, weight, target, _ = case(torch.float64)
+    with torch.inference_mode():
+        ref_hidden = hidden * 2
+    _, plain = at_once(kl, hidden, weight, target, hidden * 2)
+    _, ours = later(kl, hidden, weight, target, ref_hidden)
+    torch.testing.assert_close([list(a) for a in plain], ours, rtol=1e-12, atol=1e-14)
+
+
+def test_biases_that_change_before_the_rows_are_made():
+    hidden, weight, target, ref_hidden = case(torch.float64)
+    biases = dict(zip(("bias", "ref_bias"), torch.randn(2, len(weight)).double(), strict=True))
+    own, head = leaves(hidden, weight)
+    found = []
+    with deferring({head}, found):
+        (loss,) = kl(own, head, target, ref_hidden, **biases)
+    arrived = [torch.autograd.grad(loss, found[0].probes)]
+    before = found[0].rows(arrived, 0, 10)
+    for bias in biases.values():
+        bias.add_(1).mul_(2)
+    torch.testing.assert_close(found[0].rows(arrived, 0, 10), before, rtol=0, atol=0)
+
+
+def test_a_reference_that_reads_another_such_weight_is_not_put_off():
+    hidden, weight, _, ref_hidden = case(torch.float64)
+    own, head, other = leaves(hidden, weight, weight.flip(0))
+    found = []
+    with deferring([head, other], found):
+        linear_kl_div(own, head, ref_hidden, ref_weight=other).backward()
+        assert found == []
+        assert head.grad is not None
+        linear_kl_div(own, head, ref_hidden, ref_weight=head.detach())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_under_autocast_rows_are_cast_and_no_weight_is_kept(loss):
+    hidden, weight, target, ref_hidden = case(torch.float32)
+    own, head = leaves(hidden, weight)
+    found = []
+    with deferring({head}, found), torch.autocast("cpu", torch.bfloat16):
+        losses = [loss(own, head, target, ref_hidden) for _ in range(3)]
+    alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == weight.shape]
+    assert not any(t.dtype == torch.bfloat16 for t in alive)
+    cast = [t.bfloat16() for t in (hidden, weight)]
+    _, expected = later(loss, *cast, target, ref_hidden.bfloat16())
+    arrived = [
+        torch.autograd.grad(each, found[0].probes, u, allow_unused=True)
+        for each, u in zip(losses[0], upstreams(losses[0]), strict=True)
+    ]
+    ours = found[0].rows(arrived, 0, len(weight))
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b[1].float(), rtol=0, atol=0)
+
+
+def test_a_call_is_gone_with_the_last_who_holds_it():
+    hidden, weight, target, _ = case(torch.float64)
+    own, head = leaves(hidden, weight)
+    found = []
+    with deferring({head}, found):
+        linear_cross_entropy(own, head, target)
+    call = weakref.ref(found[0])
+    gc.disable()
+    try:
+        del found
+        assert call() is None
+    finally:
+        gc.enable()
 
 
 def test_other_weights_have_their_gradients_at_once():

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from streamed_steps import NAMES, batches, losses_of, made, trained
+from streamed_steps import BIASED_HEADS, NAMES, batches, linear_losses_of, losses_of, made, trained
 
 from mollm import MOLLMOptimizer, find_blocks
 from mollm.models.forward import freeze_embeddings
@@ -25,13 +25,13 @@ def parts_of(model):
     return [params for params in (*blocks, outside) if params]
 
 
-def trained_apart(model, *, steps, micro, **options):
+def trained_apart(model, *, steps, micro, losses=losses_of, **options):
     """Plain steps with an optimizer for each block, all along gradients of the same weights."""
     model = copy.deepcopy(model)
     optimizers = [MOLLMOptimizer(params, objectives=NAMES, **options) for params in parts_of(model)]
     for step in range(steps):
         for forget, retain in batches(micro, step):
-            for name, loss in losses_of(model, forget, retain).items():
+            for name, loss in losses(model, forget, retain).items():
                 params = [p for p in model.parameters() if p.requires_grad]
                 found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
                 of = dict(zip(params, found, strict=True))
@@ -80,6 +80,16 @@ def test_the_step_is_that_of_an_optimizer_for_each_block(kind, options):
     for name in NAMES:
         apart_changes = sum(each.changes[name] for each in last)
         assert reports[-1].changes[name] == pytest.approx(apart_changes, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"eps": 1e-4}, {"base": "sgd"}], ids=str)
+@pytest.mark.parametrize("kind", BIASED_HEADS)
+def test_losses_without_logits_of_a_head_whose_bias_trains(kind, options):
+    options = {"lr": 1e-2, "steps": 5, "micro": 2, "losses": linear_losses_of, **options}
+    apart, _ = trained_apart(made(kind), **options)
+    found = trained(made(kind), streamed=True, gram="blocks", **options)[0]
+    for p, q in zip(apart.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
 def test_every_objective_descends_in_every_step():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 from streamed_steps import (
+    BIASED_HEADS,
     KINDS,
     assert_same,
     batches,
@@ -171,9 +172,9 @@ def test_no_more_than_one_block_of_gradients_is_alive():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", *BIASED_HEADS])
 def test_losses_that_make_no_logits(kind, options):
-    if kind == "gpt2" and "base" not in options:
+    if kind in ("gpt2", *BIASED_HEADS) and "base" not in options:
         options = options | {"eps": 1e-4}
     assert_equal_steps(made(kind), losses=linear_losses_of, **options)
 
@@ -533,6 +534,35 @@ def test_what_changed_since_the_forward_is_refused():
     with torch.no_grad():
         seen[0].add_(1)
     with pytest.raises(RuntimeError, match="an input of block 1 was changed in place"):
+        opt.step()
+
+
+@pytest.mark.parametrize("losses", [losses_of, linear_losses_of])
+def test_ids_may_be_those_of_the_next_batch_by_the_time_of_the_step(losses):
+    def run(streamed, reuse):
+        model = made("tied")
+        memory = "streamed" if streamed else "as-produced"
+        opt = MOLLMOptimizer(model.parameters(), lr=1e-2, gradient_memory=memory)
+        rows = [ids.clone() for ids in next(batches(1, 0))]
+        with opt.streamed(find_blocks(model)) if streamed else contextlib.nullcontext():
+            opt.backward(losses(model, *rows))
+        for ids in rows if reuse else ():
+            ids.zero_()
+        opt.step()
+        return model, opt, [opt.last_step]
+
+    assert_same(run(False, reuse=False), run(True, reuse=True))
+
+
+def test_hidden_states_that_changed_before_the_step_are_refused():
+    model = made()
+    opt, seen = streaming(model), []
+    model.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    with opt.streamed(find_blocks(model)):
+        opt.backward(losses_of(model, *next(batches(1, 0))))
+    with torch.no_grad():
+        seen[-2].zero_()  # of the rows to forget
+    with pytest.raises(RuntimeError, match=r"head reads was changed.*: change a copy of it"):
         opt.step()
 
 
