@@ -7,7 +7,8 @@
 While a tape records, lookups and projections by such a matrix are made with a constant in its place
 and noted; a tied one is in both. Any other way to read the matrix has a gradient as ever, held as a
 whole: a projection of so many tokens that its logits' gradients would take more than the matrix's,
-a lookup with `max_norm` or `scale_grad_by_freq`, a penalty on the matrix itself.
+a lookup with `max_norm` or `scale_grad_by_freq`, a penalty on the matrix itself, whatever is read
+inside of a compiled function.
 """
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (F.linear, F.embedding) and torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()
+        if func in (F.linear, F.embedding) and torch.is_grad_enabled() and not compiling:
             found = (self._linear if func is F.linear else self._embedding)(*args, **kwargs)
             if found is not None:
                 return found

@@ -17,6 +17,7 @@ are made a few rows at a time, see `mollm.models.matrices`.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,14 @@ def _refuse_inside(_: Any) -> Tensor:
         "a loss must read what a block returns, but one reads what a block computes inside, such "
         "as a router's logits: leave that loss out, or choose another gradient_memory."
     )
+
+
+def _as_it_is(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that is not compiled with a block: what it does to autograd would be lost."""
+    if "torch._dynamo" not in sys.modules:  # so nothing is compiled, and loading it takes a second
+        return hook
+    found: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -271,8 +280,8 @@ class Tape:
             return self._recorded(call, result)
 
         return [
-            block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            block.register_forward_hook(after, with_kwargs=True, always_call=True),
+            block.register_forward_pre_hook(_as_it_is(before), with_kwargs=True, prepend=True),
+            block.register_forward_hook(_as_it_is(after), with_kwargs=True, always_call=True),
         ]
 
     def _recorded(self, call: _Call, result: Any) -> Any:

@@ -396,6 +396,69 @@ def test_modules_of_ones_own():
     assert_same(run(False), run(True))
 
 
+class Small(nn.Module):
+    """Embeddings, blocks and a head, of which some are compiled."""
+
+    def __init__(self, compiled):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 64)
+        self.double()
+        if compiled == "forward":
+            self.forward = torch.compile(self.forward, backend="eager")
+        parts = {
+            "blocks": self.blocks,
+            "inside of blocks": [block[0] for block in self.blocks],
+            "ends": [self.embed, self.head],
+            "model": [self],
+        }
+        for part in parts.get(compiled, ()):
+            part.compile(backend="eager")
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("compiled", ["blocks", "inside of blocks", "ends", "model", "forward"])
+def test_what_is_compiled(compiled):
+    torch.compiler.reset()
+
+    def run(streamed):
+        model = Small(compiled if streamed else "")
+        memory = "streamed" if streamed else "as-produced"
+        opt = MOLLMOptimizer(
+            model.parameters(), lr=1e-2, objectives=("a", "b"), gradient_memory=memory
+        )
+        reports = []
+        for step in range(3):
+            opt.zero_grad()
+            with opt.streamed(model.blocks) if streamed else contextlib.nullcontext():
+                z, y = (model(torch.arange(7 * step, 7 * step + n)) for n in (6, 9))
+                opt.backward({"a": z.logsumexp(-1).sum(), "b": y.square().mean()})
+            opt.step()
+            reports.append(opt.last_step)
+        return model, opt, reports
+
+    assert_same(run(False), run(True))
+
+
+def test_backward_frees_the_graphs_of_losses():
+    model = made("tied")
+    opt = streaming(model)
+    with opt.streamed(find_blocks(model)):
+        losses = losses_of(model, *next(batches(1, 0)))
+        opt.backward(losses)
+    with pytest.raises(RuntimeError, match="a second time"):
+        losses["retain"].backward()
+
+
 # ---- what is refused
 
 
