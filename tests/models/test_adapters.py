@@ -201,6 +201,7 @@ def test_an_adapter_of_which_peft_renames_or_shares_weights_is_loaded(make, sett
 
 
 def test_an_adapter_of_experts_one_by_one_is_loaded(tmp_path):
+    pytest.importorskip("peft.utils.transformers_weight_conversion")  # earlier releases refuse it
     model = zoo.model("mixtral")
     settings = config(target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
     settings.save_pretrained(str(tmp_path))
