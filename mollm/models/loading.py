@@ -435,12 +435,12 @@ def _without_loading_bar() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Writes weights as safetensors, config and tokenizer for `from_pretrained(folder)`, all of it
     or nothing; weights of before go from the folder, other files in it stay."""
     # After dequantizing, transformers still names the format that the weights came from.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with _without_loading_bar(), staged(folder, instead_of=WEIGHT_FILES) as stage:
+    with _without_loading_bar(), staged(Path(folder), instead_of=WEIGHT_FILES) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
