@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -650,7 +650,8 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
         self.preferences = _numbers(self.preferences)
         for f in fields(self):
             value = getattr(self, f.name)
-            setattr(self, f.name, _as_declared(f, value))
+            kind = _DECLARED.get(f.name, f.type)
+            setattr(self, f.name, _as_declared(f.name, kind, f.default, value))
             _refuse_not_finite(f.name, getattr(self, f.name))
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**32:
@@ -885,23 +886,24 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _as_declared(declared: Field[Any], value: Any) -> Any:
+_DECLARED: Mapping[str, Any] = {f.name: f.type for f in fields(MOLLMConfig)}
+"""The types of the settings: HfArgumentParser takes the "| None" out of the fields themselves."""
+
+
+def _as_declared(name: str, kind: Any, default: Any, value: Any) -> Any:
     """The value of a number or a switch; of a number that is a text or 3.0, the number itself.
 
     None is 0 where that is the default.
     """
-    name, kind = declared.name, declared.type
     said = kind.__name__ if isinstance(kind, type) else str(kind)
     found = re.fullmatch(r"(?:typing\.Optional\[)?(bool|int|float)( \| None|\])?", said)
     if found is None:
         return value
     if value is None:
         needed = found[1] != "bool" and not found[2] and name not in _STEPS
-        if needed and declared.default != 0:
-            raise UsageError(
-                f"{name} must be a number, but got None: leave it out for {declared.default}."
-            )
-        return declared.default if needed else None
+        if needed and default != 0:
+            raise UsageError(f"{name} must be a number, but got None: leave it out for {default}.")
+        return default if needed else None
     if found[1] == "bool":
         return _switch(name, value)
     number = _number_in(value) if isinstance(value, str) else value
