@@ -278,10 +278,11 @@ def deferring(weights: Collection[Tensor], found: list[DeferredWeight]) -> Itera
 def deferred(weight: Tensor, head: Head, ref_weight: Tensor | None = None) -> DeferredWeight | None:
     """For a call of a linear loss: where its weight's gradients go, if they are to wait. They are
     not where the reference reads another such weight, whose rows change at another time."""
+    if torch.compiler.is_compiling():  # Dynamo does not trace what reads a context variable
+        return None
     request = _REQUEST.get()
     if (
         request is None
-        or torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
         or not head.hidden.requires_grad
         or not any(weight is each for each in request.weights)
