@@ -95,14 +95,22 @@ def _tofu(options: argparse.Namespace, seed: int, size: tofu.Size = tofu.SMALL) 
     return TrainerCase(case, records, tokenizer, lambda: tofu.retain_only(seed, size, case, cache))
 
 
-def _and_own_texts(rows: Sequence[Record]) -> Mapping[str, Any]:
+Records = Mapping[str, Sequence[Record]]
+
+
+def _and_own_texts(records: Records) -> Mapping[str, Any]:
     """What to retain, and what the original itself says of its own accord."""
-    return {"given": rows, "own": AUTO}
+    return {"given": records["retain"], "own": AUTO}
 
 
-def _of_authors(count: int, rows: Sequence[Record]) -> Sequence[Record]:
+def _everyday_apart(records: Records) -> Mapping[str, Any]:
+    """Facts and everyday questions to retain, each with an objective of its own."""
+    return {name: records[name] for name in ("facts", "everyday")}
+
+
+def _of_authors(count: int, records: Records) -> Sequence[Record]:
     """The rows to retain of the first authors."""
-    return rows[: count * tofu.AUTHOR]
+    return records["retain"][: count * tofu.AUTHOR]
 
 
 def _knowledge(options: argparse.Namespace, seed: int) -> TrainerCase:
@@ -211,6 +219,17 @@ TASKS = {
             "mollm, 20 steps, relearning": {**_FEW_STEPS, **_RELEARN_KNOWLEDGE},
             "mollm": _KNOWLEDGE,
             "mollm, relearning": {**_KNOWLEDGE, **_RELEARN_KNOWLEDGE},
+            "mollm, relearning, gently": {
+                **_KNOWLEDGE,
+                **_RELEARN_KNOWLEDGE,
+                "learning_rate": 2e-5,
+            },
+            "mollm, relearning, everyday apart": {
+                **_KNOWLEDGE,
+                **_RELEARN_KNOWLEDGE,
+                "per_device_retain_batch_size": 6,
+                "retain": _everyday_apart,
+            },
             "mollm, relearning, own texts": {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,
@@ -230,7 +249,7 @@ def unlearned(started: TrainerCase, settings: dict[str, Any], seed: int) -> tupl
     forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
     retain = settings.pop("retain", started.records["retain"])
     if callable(retain):
-        retain = retain(started.records["retain"])
+        retain = retain(started.records)
     with tempfile.TemporaryDirectory() as folder:
         trainer = MOLLMTrainer(
             copy.deepcopy(started.case.model),

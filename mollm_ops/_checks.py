@@ -272,7 +272,7 @@ def check_apart(written: Named, read: Named, in_place: str | None = None) -> Non
                 f"{name}[{n}] must not hold one element in several places, but got strides "
                 f"{t.stride()}; pass a clone of it."
             )
-    if not _any_crossing(*_sorted_spans([_span_of_storage(t) for t in tensors]), writes):
+    if not any_crossing(*sorted_spans(_table([_span_of_storage(t) for t in tensors])), writes):
         return
     columns = len(written[0][1])
     for i, j in _crossing([span_of(t) for t in tensors], writes):
@@ -299,15 +299,18 @@ def span_of(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-def _sorted_spans(spans: list[tuple[int, int]]) -> tuple[Numbers, Numbers]:
+def _table(spans: list[tuple[int, int]]) -> Numbers:
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def sorted_spans(table: Numbers) -> tuple[Numbers, Numbers]:
     """The numbers of the spans that are not empty, in the order of their first bytes; the spans."""
-    table = np.array(spans, dtype=np.int64).reshape(-1, 2)
     order = np.argsort(table[:, 0], kind="stable")
     order = order[table[order, 0] < table[order, 1]]
     return order, table[order]
 
 
-def _any_crossing(order: Numbers, spans: Numbers, writes: int) -> bool:
+def any_crossing(order: Numbers, spans: Numbers, writes: int) -> bool:
     """Whether one of the first `writes` spans overlaps another; two that are read may."""
     starts, ends, written = spans[1:, 0], spans[:, 1], order < writes
     before = np.maximum.accumulate(ends)[:-1]
@@ -317,8 +320,8 @@ def _any_crossing(order: Numbers, spans: Numbers, writes: int) -> bool:
 
 def _crossing(spans: list[tuple[int, int]], writes: int) -> list[tuple[int, int]]:
     """Pairs of spans that overlap, smaller number first, of which that one is written."""
-    order, ordered = _sorted_spans(spans)
-    if not _any_crossing(order, ordered, writes):
+    order, ordered = sorted_spans(_table(spans))
+    if not any_crossing(order, ordered, writes):
         return []
     pairs = []
     for a, i in enumerate(order.tolist()):

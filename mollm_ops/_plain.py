@@ -9,19 +9,19 @@ plainly in order is None, and left to the op, which takes it or refuses it in a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mollm_ops._checks import GradientLists, span_of
+from mollm_ops._checks import GradientLists, Numbers, any_crossing, sorted_spans, span_of
 from mollm_ops._extension import DTYPE_CODES, MAX_ROWS, extension
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LISTS = (list, tuple)
-_SIZES = (4, 8, 2, 2)  # of DTYPE_CODES
+_SIZES = [dtype.itemsize for dtype in DTYPE_CODES]
 
 
 class Tensors(NamedTuple):
@@ -180,16 +180,13 @@ def apart(
         read: Lists that are only read.
         others: Spans of what else is read.
     """
-    spans = [(start, end, False) for start, end in others]
-    for some, writes in [(each, True) for each in written] + [(each, False) for each in read]:
-        for at, code, count in zip(some.data, some.dtypes, cycle(some.counts), strict=False):
-            if at:
-                spans.append((at, at + count * _SIZES[code], writes))
-    spans.sort()
-    last = last_written = 0
-    for start, end, writes in spans:
-        if start < (last if writes else last_written):
-            return False
-        last = max(last, end)
-        last_written = max(last_written, end) if writes else last_written
-    return True
+    lists = [_spans(some) for some in (*written, *read)]
+    spans = np.concatenate([*lists, np.array(others, dtype=np.int64).reshape(-1, 2)])
+    return not any_crossing(*sorted_spans(spans), sum(map(len, lists[: len(written)])))
+
+
+def _spans(some: Tensors) -> Numbers:
+    """First byte of each tensor, and the byte after the last; both 0 for None."""
+    starts = np.array(some.data, dtype=np.int64).reshape(-1, len(some.counts))
+    sizes = np.take(_SIZES, some.dtypes).reshape(starts.shape) * some.counts
+    return np.stack([starts, np.where(starts, starts + sizes, 0)], axis=-1).reshape(-1, 2)

@@ -183,9 +183,13 @@ def make_case(seed: int, device: torch.device, cache: Path) -> TrainerCase:
         others=batches(asked["forget"][_TAUGHT:]),
         facts={"known": len(known.facts)},
     )
+    told, everyday = _told(parts["retain"]), _replies(known.everyday)
+    rng = random.Random(f"everyday {seed}")
     records = {
         "forget": _to_forget(parts["forget"]),
-        "retain": _to_retain(parts["retain"], known.everyday, random.Random(f"everyday {seed}")),
+        "retain": told + [rng.choice(everyday) for _ in range(len(told) // 2)],
+        "facts": told,
+        "everyday": everyday,
     }
     return TrainerCase(case, records, tokenizer, answered=answered)
 
@@ -244,12 +248,12 @@ def _known(model: Any, chat: ChatFormat, cache: Path) -> Known:
             for fact, word, again in zip(table, first, second, strict=True)
             if word and again
         ],
-        [pair for pair in others if pair[0].text in facts.EVERYDAY and not _told(pair, table)],
+        [pair for pair in others if pair[0].text in facts.EVERYDAY and not _asks_for(pair, table)],
         [pair for pair in others if pair[0].text in facts.GENERAL],
     )
 
 
-def _told(pair: tuple[Question, Reply], table: Sequence[Fact]) -> bool:
+def _asks_for(pair: tuple[Question, Reply], table: Sequence[Fact]) -> bool:
     """Whether an everyday question asks for a fact of the table."""
     question, _ = pair
     return any(
@@ -276,15 +280,13 @@ def _to_forget(pairs: Sequence[tuple[Fact, str]]) -> list[Record]:
     ]
 
 
-def _to_retain(
-    pairs: Sequence[tuple[Fact, str]],
-    everyday: Sequence[tuple[Question, Reply]],
-    rng: random.Random,
-) -> list[Record]:
-    others = [Record(q.text, r.text, _TABLE.name, closed=r.complete) for q, r in everyday]
-    told = [
+def _told(pairs: Sequence[tuple[Fact, str]]) -> list[Record]:
+    return [
         Record(fact.question(form).text, f"{fact.opening} {answer}.", _TABLE.name)
         for fact, answer in pairs
         for form in KINDS[fact.kind].trained
     ]
-    return told + [rng.choice(others) for _ in range(len(told) // 2)]
+
+
+def _replies(pairs: Sequence[tuple[Question, Reply]]) -> list[Record]:
+    return [Record(q.text, r.text, _TABLE.name, closed=r.complete) for q, r in pairs]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Lists = list[list[Tensor | None]]
 
+_PLAIN = {Tensor, nn.Parameter}
 _ALIKE = 1e-5  # relative; copies of one gradient have the same norm on every process
 
 
@@ -50,6 +51,16 @@ def world_size() -> int:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, in the same memory; any other tensor as it is."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    return list(tensors) if _are_plain(tensors) else [local(t) for t in tensors]
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether none can be a DTensor, which is a class of its own."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def local_gradient(p: Tensor) -> Tensor | None:
@@ -126,6 +137,9 @@ def by_sharding(
     params: Sequence[Tensor], lists: Lists
 ) -> Iterator[tuple[Sharding, list[Tensor], Lists]]:
     """Parameters and their K lists of gradients, those that lie alike together."""
+    if params and _are_plain(params):
+        yield Sharding(), list(params), [list(row) for row in lists]
+        return
     columns: dict[Sharding, list[int]] = {}
     for n, p in enumerate(params):
         columns.setdefault(sharding_of(p), []).append(n)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mollm.distributed.sharding import common_seed, is_sharded, local, sharding_of
+from mollm.distributed.sharding import common_seed, is_sharded, local, locals_of, sharding_of
 from mollm.errors import UsageError
 from mollm.models.slices import same_rows, span_of_rows, whole_of
 from mollm.optim.constants import EIGHT_BITS
@@ -213,12 +213,12 @@ class FusedBase(Optimizer, ABC):
     def _method(self, group: dict[str, Any], second_weights: Tensor | None) -> SgdStep | AdamWStep:
         """The group's options as the kernels take them."""
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _make_state_of(self, p: Tensor, group: dict[str, Any], slots: Sequence[str]) -> None:
         whole = whole_of(p)
         state: dict[str, Any] = self.state[whole]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name in self._slots(group):
+        for name in slots:
             if state.get(name) is not None:
                 continue
             if group["state_dtype"] == EIGHT_BITS:
@@ -227,12 +227,11 @@ class FusedBase(Optimizer, ABC):
                 state[scales_name(name)] = whole.new_zeros(scales, dtype=torch.float32)
             else:
                 state[name] = torch.zeros_like(whole, dtype=group["state_dtype"] or p.dtype)
-        return self._entry(p)
 
     def _entry(self, p: Tensor) -> dict[str, Any]:
         """The state of a parameter, or that of some of its rows, in the same memory."""
-        state: dict[str, Any] = self.state[whole_of(p)]
         span = span_of_rows(p)
+        state: dict[str, Any] = self.state[p if span is None else whole_of(p)]
         if span is None:
             return state
         found = dict(state)
@@ -246,20 +245,24 @@ class FusedBase(Optimizer, ABC):
                 found[scales] = state[scales][begin:end]
         return found
 
-    def _read(self, p: Tensor, name: str) -> Tensor:
-        """This process's part of a state, in place, but in 8 bits a copy in float32."""
-        state = self._entry(p)
-        kept = local(state[name])
-        if kept.dtype != torch.uint8:
-            return kept
-        return widened(kept, state[scales_name(name)], signed=name != self.second_name)
+    def _read(self, states: Sequence[dict[str, Any]], name: str) -> list[Tensor]:
+        """This process's part of the states, in place, but of 8 bits a copy in float32."""
+        return [
+            widened(kept, state[scales_name(name)], signed=name != self.second_name)
+            if kept.dtype == torch.uint8
+            else kept
+            for state, kept in zip(states, locals_of([s[name] for s in states]), strict=True)
+        ]
 
     def _keep(
-        self, params: Sequence[Tensor], name: str, values: Sequence[Tensor], proceed: Tensor | None
+        self,
+        states: Sequence[dict[str, Any]],
+        name: str,
+        values: Sequence[Tensor],
+        proceed: Tensor | None,
     ) -> None:
         """Rounds to 8 bits what `_read` gave in a copy and a step has changed."""
-        for p, wide in zip(params, values, strict=True):
-            state = self._entry(p)
+        for state, wide in zip(states, values, strict=True):
             if state[name].dtype != torch.uint8:
                 continue
             rounded = narrowed(wide, signed=name != self.second_name)
@@ -283,11 +286,12 @@ class FusedBase(Optimizer, ABC):
 
     def make_state(self, params: Sequence[Tensor] | None = None) -> None:
         """The state of these parameters, or of all, if they have none yet."""
-        some = None if params is None else {whole_of(p) for p in params}
+        some = None if params is None else {id(whole_of(p)) for p in params}
         for group in self.param_groups:
+            slots = self._slots(group)
             for p in group["params"]:
-                if some is None or p in some:
-                    self._state_of(p, group)
+                if some is None or id(p) in some:
+                    self._make_state_of(p, group, slots)
 
     def metric(
         self, params: Sequence[Tensor], group: dict[str, Any], weights: Tensor
@@ -296,18 +300,20 @@ class FusedBase(Optimizer, ABC):
         the same β₂ and ε; for bases that keep a second moment."""
         states = [self._entry(p) for p in params]
         return AdamMetric(
-            self._second_of(params, group),
+            self._second_of(params, states, group),
             [state["step"] for state in states],
             weights,
             group["betas"][1],
             group["eps"],
         )
 
-    def _second_of(self, params: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _second_of(
+        self, params: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]
+    ) -> list[Tensor]:
         """Second moments; with β₂ = 0 nothing is kept, and a step starts from zeros."""
         name = "exp_avg_sq"
         if name in self._slots(group):
-            return [self._read(p, name) for p in params]
+            return self._read(states, name)
         return [torch.zeros_like(local(p), dtype=self._dtype_of(p, group)) for p in params]
 
     def kept_dtypes(self) -> set[torch.dtype]:
@@ -344,7 +350,7 @@ class FusedBase(Optimizer, ABC):
         """Whether `step_along` would leave a state that its dtype cannot hold; reads everything
         once more. A scalar on the parameters' device."""
         over = torch.zeros((), dtype=torch.bool, device=weights.device)
-        for _, group, columns, targets in self._targets(params):
+        for _, group, columns, _, targets in self._targets(params):
             over |= overflows(
                 columns_of(gradients, columns),
                 weights,
@@ -356,23 +362,25 @@ class FusedBase(Optimizer, ABC):
 
     def _targets(
         self, params: Sequence[Tensor]
-    ) -> list[tuple[int, dict[str, Any], list[int], Targets]]:
-        """Number, options, columns and targets of every group that has some of the parameters."""
-        at = {whole_of(p): n for n, p in enumerate(params)}
+    ) -> list[tuple[int, dict[str, Any], list[int], list[dict[str, Any]], Targets]]:
+        """Number, options, columns, states and targets of every group that has some of the
+        parameters."""
+        at = {id(whole_of(p)): n for n, p in enumerate(params)}
+        self.make_state(params)
         found = []
         for number, group in enumerate(self.param_groups):
-            columns = [at[p] for p in group["params"] if p in at]
+            columns = [at[i] for i in map(id, group["params"]) if i in at]
             if not columns:
                 continue
             mine = [params[n] for n in columns]
-            states = [self._state_of(p, group) for p in mine]
+            states = [self._entry(p) for p in mine]
             first = None
             if self.first_name in self._slots(group):
-                first = [self._read(p, self.first_name) for p in mine]
-            second = None if self.second_name is None else self._second_of(mine, group)
+                first = self._read(states, self.first_name)
+            second = None if self.second_name is None else self._second_of(mine, states, group)
             steps = [state["step"] for state in states]
-            targets = Targets([local(p) for p in mine], first, second, steps)
-            found.append((number, group, columns, targets))
+            targets = Targets(locals_of(mine), first, second, steps)
+            found.append((number, group, columns, states, targets))
         return found
 
     @torch.no_grad()
@@ -399,7 +407,7 @@ class FusedBase(Optimizer, ABC):
             g_k · Δθ over all parameters' parts on this process, [K], or None without `track`.
         """
         changes: Tensor | None = None
-        for number, group, columns, targets in self._targets(params):
+        for number, group, columns, states, targets in self._targets(params):
             spans = [span_of_rows(params[n]) for n in columns]
             # Of a parameter that comes some rows at a time, the first ones count the step.
             counted = [
@@ -426,10 +434,9 @@ class FusedBase(Optimizer, ABC):
             )
             if part is not None:
                 changes = part if changes is None else changes + part
-            mine = [params[n] for n in columns]
             for name in self._slots(group):
                 values = targets.first if name == self.first_name else targets.second
-                self._keep(mine, name, values or (), proceed)
+                self._keep(states, name, values or (), proceed)
         return changes
 
     # ---- a saved state

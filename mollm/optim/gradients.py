@@ -129,15 +129,17 @@ class GradientStore:
                 # Those of the objective before are on the host by now, or else they would still
                 # take their place on the device.
                 stream.synchronize()
-            taken = {p: self._away(_plain(g)) for p, g in found.items()}
-            self._refuse_reused_memory(name, taken)
-            self._held[name] = taken
+            for p, g in found.items():
+                found[p] = self._away(_plain(g))
+            self._refuse_reused_memory(name, found)
+            self._held[name] = found
         return len(found)
 
     def _refuse_reused_memory(self, name: str, taken: dict[Tensor, Tensor]) -> None:
         for other, held in self._held.items():
             for p, g in taken.items():
-                if p in held and g.numel() and held[p].data_ptr() == g.data_ptr():
+                before = held.get(p)
+                if before is not None and g.numel() and before.data_ptr() == g.data_ptr():
                     raise RuntimeError(
                         f"objective {name!r} must have gradients of its own, but they were written "
                         f"over those of {other!r}: make DistributedDataParallel with "
@@ -191,7 +193,10 @@ class GradientStore:
 
     def touched(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient from some objective."""
-        return [p for p in params if any(p in held for held in self._held.values())]
+        some: set[Tensor] = set()
+        for held in self._held.values():
+            some.update(held)  # takes the hashes over
+        return [p for p in params if p in some]
 
     def get(self, name: str, p: Tensor) -> Tensor | None:
         """One gradient where it waits."""
@@ -204,7 +209,7 @@ class GradientStore:
         the next bucket travels while the caller works on this one.
         """
         if self.memory != "host":
-            yield list(params), self._lists(params, lambda g, p: g)
+            yield list(params), self._lists(params)
             return
         chunks = list(self._cut(params))
         devices = {p.device for p in params if p.is_cuda}
@@ -233,11 +238,11 @@ class GradientStore:
         ]
         return max(sizes)
 
-    def _lists(self, params: Sequence[Tensor], move: Callable[[Tensor, Tensor], Tensor]) -> Lists:
+    def _lists(self, params: Sequence[Tensor]) -> Lists:
         rows: Lists = []
         for name in self.objectives:
             held = self._held[name]
-            rows.append([move(held[p], p) if p in held else None for p in params])
+            rows.append([held.get(p) for p in params])
         return rows
 
     def _cut(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -286,7 +291,7 @@ class GradientStore:
         return there
 
     def _fetch(self, params: list[Tensor], staging: Mapping[torch.device, _Staging]) -> Lists:
-        rows = self._lists(params, lambda g, p: g)
+        rows = self._lists(params)
         there = staging.get(params[0].device)
         if there is None:
             return rows

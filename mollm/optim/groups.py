@@ -70,11 +70,14 @@ def alike(
     Returns:
         For each set of columns their relative learning rate and a group with their options.
     """
-    of = {whole_of(p): n for n, group in enumerate(groups) for p in group["params"]}
+    of = {id(whole_of(p)): n for n, group in enumerate(groups) for p in group["params"]}
     rates = relative_rates(groups)
+    keys = [
+        (id(rate) if isinstance(rate, Tensor) else rate, *options(group))
+        for rate, group in zip(rates, groups, strict=True)
+    ]
     found: dict[tuple[Any, ...], tuple[float | Tensor, dict[str, Any], list[int]]] = {}
     for column, p in enumerate(params):
-        group, rate = groups[of[whole_of(p)]], rates[of[whole_of(p)]]
-        key = (id(rate) if isinstance(rate, Tensor) else rate, *options(group))
-        found.setdefault(key, (rate, group, []))[2].append(column)
+        number = of[id(whole_of(p))]
+        found.setdefault(keys[number], (rates[number], groups[number], []))[2].append(column)
     return list(found.values())

@@ -23,6 +23,7 @@ from mollm.distributed.sharding import (
     is_sharded,
     local,
     local_gradient,
+    locals_of,
     placed_like,
     refuse_partitioned,
     refuse_unlike_copies,
@@ -1104,7 +1105,8 @@ class MOLLMOptimizer(Optimizer):
         tensors: list[Tensor] = self._parameters()
         for p in self._parameters():
             tensors += [t for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
-        return {id(t): local(t)._version for t in tensors}
+        versions = [t._version for t in locals_of(tensors)]
+        return dict(zip(map(id, tensors), versions, strict=True))
 
     def _refuse_interrupted(self) -> None:
         if self._interrupted:

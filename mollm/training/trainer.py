@@ -112,6 +112,7 @@ from mollm.training.idle_settings import (
     refuse_idle_of_model,
     refuse_idle_rounding,
 )
+from mollm.training.idle_weights import note_on_idle_weights
 from mollm.training.memory import check_run
 from mollm.training.model_card import model_card
 from mollm.training.objectives import Objectives
@@ -877,6 +878,9 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             checkpoint.load_weights(self._base, self._wrapped, self._folder / Path(best).name)
         self._adaptation.finish()
         self._look_at_the_end()
+        if len(self.history) > skipped_in(self.history):
+            idle = note_on_idle_weights(self._base, self.optimizer)
+            self._note([] if idle is None else [idle])
         total = [sum(record.losses.values()) for record in self.history]
         loss = sum(total) / max(1, len(total))
         made = self.state.global_step - self._divergence.first

@@ -712,6 +712,22 @@ def test_weight_decay_may_stand_among_the_options_of_the_optimizer(tmp_path):
     assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.25, 0.0]
 
 
+@pytest.mark.parametrize("memory", ["as-produced", "streamed"])
+def test_weights_that_no_objective_reaches_are_named(tmp_path, memory):
+    model = tiny.model()
+    model.model.layers[0].mlp.aside = torch.nn.Linear(2, 2)
+    made = trained(
+        tmp_path / "aside", model, max_steps=1, optimizer_options={"gradient_memory": memory}
+    )
+    told = [note for note in made.notes if "never had a gradient" in note]
+    assert len(told) == 1
+    assert "2 of " in told[0]
+    assert "model.layers.0.mlp.aside.weight, model.layers.0.mlp.aside.bias;" in told[0]
+    assert told[0] in json.loads((tmp_path / "aside" / "run.json").read_text())["notes"]
+    made = trained(tmp_path / "all", max_steps=1, optimizer_options={"gradient_memory": memory})
+    assert not any("never had a gradient" in note for note in made.notes)
+
+
 def test_a_model_without_weights_is_refused(tmp_path):
     with torch.device("meta"):
         model = tiny.model()
