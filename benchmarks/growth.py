@@ -146,6 +146,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, StrMethodFormatter
 
     curves = list(dict.fromkeys(row["curve"] for row in rows))
     figure, fields = plt.subplots(
@@ -157,8 +158,15 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.loglog(x, [p["ms"] for p in points], "o-", color="#3b6ea5", label="step, ms")
         axes.loglog(x, [p["peer ms"] for p in points], "o--", color="#999", label="peer, ms")
         axes.set_xlabel(curve)
+        axes.set_xticks(x)
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
+        axes.tick_params("x", labelsize=7, rotation=30)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         right = axes.twinx()
-        right.loglog(x, [p["peak GiB"] for p in points], "s:", color="#b5533c", label="peak, GiB")
+        right.plot(x, [p["peak GiB"] for p in points], "s:", color="#b5533c", label="peak, GiB")
+        right.set_ylim(0, 1.1 * max(p["peak GiB"] for p in points))
         axes.legend(handles=[*axes.lines, *right.lines], fontsize=7)
     for axes in list(fields.flat)[len(curves) :]:
         axes.set_visible(False)

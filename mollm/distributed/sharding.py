@@ -73,6 +73,13 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return local(g)
 
 
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """`local_gradient` of each."""
+    if _are_plain(params):
+        return [p.grad for p in params]
+    return [local_gradient(p) for p in params]
+
+
 def placed_like(part: Tensor, p: Tensor) -> Tensor:
     """The inverse of `local_gradient`: the gradient of p that has this part here."""
     if not is_sharded(p):

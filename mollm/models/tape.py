@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd import backward, grad
 from torch.autograd.graph import saved_tensors_hooks
 
-from mollm.distributed.sharding import is_sharded, local_gradient
+from mollm.distributed.sharding import is_sharded, local_gradients
 from mollm.errors import UsageError
 from mollm.models.matrices import SLICES_OF_A_BLOCK, Matrices
 from mollm.models.slices import rows_of
@@ -357,7 +357,7 @@ class Tape:
             return grad(roots, tensors, grads, retain_graph=keep_graph, allow_unused=True)
         # FSDP2 adds gradients up and cuts them in hooks of a backward that writes them.
         backward(roots, grads, retain_graph=keep_graph)
-        found = [local_gradient(t) for t in tensors]
+        found = local_gradients(tensors)
         for t in tensors:
             t.grad = None
         return found

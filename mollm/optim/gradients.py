@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mollm.distributed.sharding import Lists, local, local_gradient, placed_like
+from mollm.distributed.sharding import Lists, local, local_gradients, placed_like
 from mollm.optim.constants import BUCKET_BYTES, MEMORIES
 
 
@@ -53,6 +53,8 @@ class _Staging:
 def _plain(g: Tensor) -> Tensor:
     """A gradient in memory of its own: one that a hook or a caller has put there may be a view that
     negates, or hold one element in several places."""
+    if g.is_contiguous() and not g.is_neg():
+        return g
     g = g.resolve_neg()
     return g.clone() if torch._debug_has_internal_overlap(g) == 1 else g
 
@@ -115,8 +117,9 @@ class GradientStore:
             TypeError: a gradient is sparse.
             RuntimeError: a gradient was written over that of another objective.
         """
-        sparse = [n for n, p in enumerate(params) if p.grad is not None and p.grad.is_sparse]
-        found = {p: g for p in params if (g := local_gradient(p)) is not None}
+        grads = local_gradients(params)
+        sparse = [n for n, g in enumerate(grads) if g is not None and g.is_sparse]
+        found = {p: g for p, g in zip(params, grads, strict=True) if g is not None}
         for p in found:
             p.grad = None
         if sparse and name is not None:

@@ -22,7 +22,7 @@ from mollm.distributed.sharding import (
     expect_backward,
     is_sharded,
     local,
-    local_gradient,
+    local_gradients,
     locals_of,
     placed_like,
     refuse_partitioned,
@@ -1005,7 +1005,7 @@ class MOLLMOptimizer(Optimizer):
             for sharding, some, lists in pieces:
                 part = base.step_along(
                     some,
-                    [[local_gradient(p) for p in some], *lists],
+                    [local_gradients(some), *lists],
                     weights,
                     second_weights=None if second is None else pad(second, (1, 0)),
                     proceed=proceed,
@@ -1028,7 +1028,7 @@ class MOLLMOptimizer(Optimizer):
         whether all of it was. `anew` is the solution that would have been cut, if not this one."""
         parts = _Parts()
         for sharding, some, lists in self._pieces(params):
-            parts.add(sharding, gram([[local_gradient(p) for p in some], *lists]))
+            parts.add(sharding, gram([local_gradients(some), *lists]))
         products = parts.total(Sharding.total_gram)
         w = solution.weights
         square, along, before = products[0, 0], products[0, 1:] @ w, w @ products[1:, 1:] @ w
@@ -1045,14 +1045,14 @@ class MOLLMOptimizer(Optimizer):
     def _norm_of_grad(self, params: Sequence[Tensor]) -> Tensor:
         parts = _Parts()
         for sharding, some, _ in by_sharding(params, []):
-            parts.add(sharding, gram([[local_gradient(p) for p in some]]))
+            parts.add(sharding, gram([local_gradients(some)]))
         return parts.total(Sharding.total_gram)[0, 0].sqrt()
 
     def _overflow_of_grad(self, params: Sequence[Tensor]) -> Tensor:
         assert isinstance(self.base, FusedBase), "other bases' state is not known"
         parts = _Parts()
         for sharding, some, _ in by_sharding(params, []):
-            rows = [[local_gradient(p) for p in some]]
+            rows = [local_gradients(some)]
             one = torch.ones(1, dtype=torch.float64, device=params[0].device)
             parts.add(sharding, self.base.overflows(some, rows, one).double())
         return parts.total(Sharding.total)

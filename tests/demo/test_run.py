@@ -266,9 +266,10 @@ def test_the_demo_needs_no_more_than_its_extra_installs(tmp_path):
     )
 
 
+@pytest.mark.soak
 @pytest.mark.model
 def test_smollm2_forgets_in_a_short_run(tmp_path):
-    """The real model, 4 steps: everything but the quality of a full run."""
+    """The real model, 4 steps: everything but the quality of a full run. CI runs `make demo` so."""
     out = tmp_path / "out"
     finished = run_demo(DemoSettings(steps=4, out=out, forget=("Japan", "France")))
     summary = json.loads((out / "summary.json").read_text())

@@ -318,6 +318,7 @@ def test_a_quick_study_of_capitals_asks_what_the_model_knows_once(study, tmp_pat
     assert len(first["end"]["rewordings"]) == 2 * 8
 
 
+@pytest.mark.soak
 @pytest.mark.model
 def test_smollm2_knows_capitals_in_other_words_and_languages(study, tmp_path):
     """The real model, 4 steps; what it knows is given, which spares most of the time."""
