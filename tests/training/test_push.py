@@ -8,6 +8,7 @@ import tiny
 pytest.importorskip("transformers")
 
 import huggingface_hub
+from huggingface_hub.utils import filter_repo_objects
 
 from mollm import MOLLMConfig, MOLLMTrainer, Record, UsageError
 
@@ -28,7 +29,8 @@ class Hub:
         type(self).calls += (("create", repo_id, self.token, options),)
         return Url("https://hub/ann/my-model")
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+        type(self).replaced = delete_patterns
         files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         type(self).calls += (("upload", repo_id, files, commit_message),)
 
@@ -64,6 +66,8 @@ def test_the_model_and_its_card_go_up_in_one_commit(trainer, tmp_path):
     assert sent[3] == "One"
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= sent[2].keys()
     assert str(tmp_path).encode() not in sent[2]["README.md"]
+    before = ["model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_config.json"]
+    assert list(filter_repo_objects([*before, "notes.md"], allow_patterns=Hub.replaced)) == before
     assert not {"run.json", "report.html", "history.jsonl"} & sent[2].keys()
 
 

@@ -180,10 +180,13 @@ def test_an_export_is_one_model_with_the_adapter_in_it(tmp_path, in_float32):
     ],
 )
 def test_weights_of_an_earlier_save_go_where_a_whole_model_is_saved(tmp_path, lora, write, kept):
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+    shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for name in (*shards, "adapter_config.json"):
         (tmp_path / name).write_text("old")
     getattr(trainer(tmp_path / "run", lora=lora), write)(str(tmp_path))
     assert {path.name for path in tmp_path.glob("model*")} == kept
+    adapter = tmp_path / "adapter_config.json"  # transformers would load what it names instead
+    assert adapter.exists() == (write == "save_model" and lora is not None)
 
 
 class StopAfter(TrainerCallback):
