@@ -6,7 +6,6 @@ For tests/planning/test_traffic.py: a small Llama, a step of a MOLLMTrainer at a
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import struct
@@ -14,6 +13,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import launch
 import torch
 import torch.distributed as dist
 import training_processes
@@ -133,8 +133,7 @@ def bytes_of(tensors):
     return sum(local(t).nbytes for t in tensors if isinstance(t, torch.Tensor) and t.ndim)
 
 
-def _work(rank, world, port, folder, cases):
-    training_processes.join(rank, world, port)
+def _work(folder, cases):
     found = {}
     for case in cases:
         try:
@@ -142,17 +141,9 @@ def _work(rank, world, port, folder, cases):
         except Exception:
             found[case] = {"failed": traceback.format_exc()}
             break
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    os._exit(0)  # gloo's threads now and then do not hear that they should end
+    return found
 
 
 def run(world, folder, cases):
     """What every process counted, by case."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["counted_traffic"])
-    torch.multiprocessing.start_processes(
-        _work, (world, port, str(folder), cases), nprocs=world, start_method="forkserver"
-    )
-    return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
+    return launch.in_processes(_work, world, folder, str(folder), cases)

@@ -5,15 +5,12 @@ For tests/planning/test_sharded_memory.py.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 import traceback
-from pathlib import Path
 
+import launch
 import tiny
 import torch
-import training_processes
+import torch.distributed as dist
 from allocated import peak_of
 
 from mollm import MOLLMOptimizer, find_blocks
@@ -80,9 +77,8 @@ def measured(gram, dtype):
         return min(peak_of(step) for _ in range(3))
 
 
-def _work(rank, world, port, folder, cases):
-    training_processes.join(rank, world, port)
-    torch.manual_seed(rank)
+def _work(cases):
+    torch.manual_seed(dist.get_rank())
     found = {}
     for case in cases:
         try:
@@ -90,17 +86,9 @@ def _work(rank, world, port, folder, cases):
         except Exception:
             found[case] = traceback.format_exc()
             break
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    os._exit(0)  # gloo's threads now and then do not hear that they should end
+    return found
 
 
 def run(folder, cases):
     """What every process measured, by case."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["sharded_memory"])
-    torch.multiprocessing.start_processes(
-        _work, (WORLD, port, str(folder), cases), nprocs=WORLD, start_method="forkserver"
-    )
-    return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(WORLD)]
+    return launch.in_processes(_work, WORLD, folder, cases)

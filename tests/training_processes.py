@@ -5,15 +5,12 @@ Every case trains a tiny Llama with a MOLLMTrainer and returns what the test com
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 import traceback
 from pathlib import Path
 
+import launch
 import tiny
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from mollm import MOLLMConfig, MOLLMTrainer
@@ -317,41 +314,16 @@ def run_case(folder, case):
         return {"failed": traceback.format_exc()}
 
 
-def join(rank, world, port):
-    """Makes this process one of a gloo group; four of them are two nodes of two."""
-    local = 2 if world == 4 else world
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank % local),
-        LOCAL_WORLD_SIZE=str(local),
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-
-
-def _work(rank, world, port, folder, cases):
-    join(rank, world, port)
+def _work(folder, cases):
     results = {}
     for case in cases:
         with precision.computing_in("float32"):
             results[case] = run_case(folder, case)
         if "failed" in results[case]:
             break  # the other processes may be waiting in another place
-    torch.save(results, folder / f"{rank}.pt")
-    os._exit(0)  # gloo's threads now and then do not hear that they should end
+    return results
 
 
 def run(world, folder, cases=None):
     """What every process found, by case."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (world, port, Path(folder), cases or cases_for(world))
-    # All processes are forks of one that has imported everything and computed nothing.
-    multiprocessing.set_forkserver_preload(["training_processes"])
-    torch.multiprocessing.start_processes(_work, arguments, nprocs=world, start_method="forkserver")
-    return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
+    return launch.in_processes(_work, world, folder, Path(folder), cases or cases_for(world))

@@ -51,10 +51,10 @@ _SMOLLM2_PARAMETERS = 134_515_008
 
 WEIGHT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter_config\.json|adapter_model\.safetensors"
+    r"|adapter_config\.json"
 )
-"""Names of the files that hold the weights of a whole model, in one or in several, and of those
-that transformers would load in their place."""
+"""Names of the files that hold the weights of a whole model, in one or in several, and of the one
+by which transformers would load an adapter in their place."""
 _HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 _OWN_EXTRAS = (
     "accelerate",

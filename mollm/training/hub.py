@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_config.json")
-"""What holds weights in a repository, or is loaded in their place."""
+"""What holds the weights of a repository, or is loaded in their place."""
 
 
 def upload(
@@ -26,11 +28,13 @@ def upload(
     try:
         api = HfApi(token=token)
         made = api.create_repo(repo_id, private=private, exist_ok=True)
+        files = api.list_repo_files(made.repo_id)
+        old = [name for name in files if any(fnmatchcase(name, each) for each in _WEIGHTS)]
         api.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
             commit_message=commit_message,
-            delete_patterns=list(_WEIGHTS),
+            delete_patterns=[glob.escape(name) for name in old if "/" not in name] or None,
         )
     except (OSError, ValueError) as error:
         raise UsageError(

@@ -1089,7 +1089,11 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     # ---- what is left
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model, or its adapter, and the tokenizer, for `from_pretrained`."""
+        """Writes the model, or its adapter, and the tokenizer, for `from_pretrained`.
+
+        A whole model takes away what would be loaded in its place: other files of weights and an
+        `adapter_config.json`.
+        """
         folder = user_path(output_dir or self.args.output_dir)
         broken = self._broken()
         weights = checkpoint.whole_weights(self._base, self._wrapped)
@@ -1105,7 +1109,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         """Writes the whole model as safetensors, an adapter merged into it, and the tokenizer.
 
         The trainer's own model stays as it is; to merge takes the memory of a second one. All
-        processes must call it, and the first one writes.
+        processes must call it, and the first one writes. What would be loaded in place of these
+        weights goes from the folder: other files of weights and an `adapter_config.json`.
 
         Raises:
             UsageError: A weight is not finite; nothing is written.
@@ -1126,6 +1131,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with_report: bool = False,
     ) -> str | None:
         """Uploads the whole model with its card, and returns where they are.
+
+        They take the place of the weights at the top of the repository, whose history keeps them.
 
         All processes must call it, and the first one uploads; the others get None.
 

@@ -12,6 +12,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from mollm import MOLLMConfig, MOLLMTrainer, Record, UsageError
 
+OLD = ["model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_config.json"]
+OTHERS = ["notes.md", "vision/model.safetensors", "other/adapter_config.json", "tokenizer.json"]
+
 
 class Url(str):
     repo_id = "ann/my-model"
@@ -28,6 +31,9 @@ class Hub:
             raise OSError("403 Forbidden.")
         type(self).calls += (("create", repo_id, self.token, options),)
         return Url("https://hub/ann/my-model")
+
+    def list_repo_files(self, repo_id):
+        return [*OLD, *OTHERS]
 
     def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         type(self).replaced = delete_patterns
@@ -66,8 +72,7 @@ def test_the_model_and_its_card_go_up_in_one_commit(trainer, tmp_path):
     assert sent[3] == "One"
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= sent[2].keys()
     assert str(tmp_path).encode() not in sent[2]["README.md"]
-    before = ["model-00001-of-00002.safetensors", "pytorch_model.bin", "adapter_config.json"]
-    assert list(filter_repo_objects([*before, "notes.md"], allow_patterns=Hub.replaced)) == before
+    assert list(filter_repo_objects([*OTHERS, *OLD], allow_patterns=Hub.replaced)) == OLD
     assert not {"run.json", "report.html", "history.jsonl"} & sent[2].keys()
 
 

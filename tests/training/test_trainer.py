@@ -724,11 +724,13 @@ def test_weights_that_no_objective_reaches_are_named(tmp_path, memory):
     )
     told = [note for note in made.notes if "never had a gradient" in note]
     assert len(told) == 1
-    assert "2 of " in told[0]
+    assert "trained tensors, 2 never had a gradient" in told[0]
     assert "model.layers.0.mlp.aside.weight, model.layers.0.mlp.aside.bias;" in told[0]
     assert told[0] in json.loads((tmp_path / "aside" / "run.json").read_text())["notes"]
-    made = trained(tmp_path / "all", max_steps=1, optimizer_options={"gradient_memory": memory})
-    assert not any("never had a gradient" in note for note in made.notes)
+    others = [{"gradient_memory": memory}, {"base": torch.optim.SGD, "metric": "euclidean"}]
+    for number, options in enumerate(others):  # that base keeps nothing of what it has changed
+        made = trained(tmp_path / f"{number}", max_steps=1, optimizer_options=options)
+        assert not any("never had a gradient" in note for note in made.notes)
 
 
 def test_a_model_without_weights_is_refused(tmp_path):
