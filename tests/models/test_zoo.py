@@ -23,7 +23,7 @@ FEW = (
     "phimoe", "qwen3", "recurrent_gemma", "rwkv", "xlstm",
 )  # fmt: skip
 NOT_CAUSAL = {"bert, encoder", "cpmant", "prophetnet", "roc_bert", "xlm", "xlnet"}
-WITHOUT_CHECKPOINTS = {"ctrl"}
+WITHOUT_CHECKPOINTS = {"ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "xlm"}
 NOT_IN_EVALUATION_MODE = {"reformer"}
 """Training such a model fails with an error of its own."""
 
