@@ -230,6 +230,13 @@ TASKS = {
                 "per_device_retain_batch_size": 6,
                 "retain": _everyday_apart,
             },
+            "mollm, relearning, everyday apart, gently": {
+                **_KNOWLEDGE,
+                **_RELEARN_KNOWLEDGE,
+                "learning_rate": 2e-5,
+                "per_device_retain_batch_size": 6,
+                "retain": _everyday_apart,
+            },
             "mollm, relearning, own texts": {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,

@@ -35,6 +35,9 @@ _REACH = 60.0
 _SMALLEST = 1e-3
 """The ramp's smallest numbers, where a cap does nothing and the scale shows."""
 _TOKENS = 4
+_CHUNKS = ("chunk_size", "mamba_chunk_size")
+"""Where configurations say from how many tokens on a model computes by other operations."""
+_LONGEST_CHUNK = 1024
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:
@@ -149,6 +152,7 @@ class _Probe:
                 handle.remove()
                 if len(calls) == 1:
                     hidden = hidden_states(model, ids, mask)
+                    self._run_a_whole_chunk(vocabulary)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that wants other inputs
@@ -158,7 +162,12 @@ class _Probe:
                     f"the model {self._name} cannot compute its matrix products in bfloat16 "
                     f"({type(error).__name__}: {reason}): set compute_dtype to float32."
                 ) from error
-            self._refuse(f"gives no logits for token ids alone ({type(error).__name__}: {reason})")
+            failed = f"gives no logits for token ids alone ({type(error).__name__}: {reason})"
+            if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+                raise UsageError(
+                    f"the model {self._name} {failed}: load it in float32, or choose another model."
+                ) from error
+            self._refuse(failed)
         finally:
             handle.remove()
         if hidden is None or calls[0][0].shape != hidden.shape:
@@ -167,6 +176,15 @@ class _Probe:
         if taken.isfinite().all() and _apart(hidden, taken) > _tolerance(taken):
             self._refuse("gives its head other states when it runs again")
         return _Seen(*(t.detach() for t in (taken, given, values, logits)))
+
+    def _run_a_whole_chunk(self, vocabulary: int) -> None:
+        """Raises what the model raises only for inputs that are longer than the probe's."""
+        config = self.model.config.get_text_config()
+        sizes = (getattr(config, name, None) for name in _CHUNKS)
+        chunk = next((size for size in sizes if isinstance(size, int)), 0)
+        if _TOKENS <= chunk <= _LONGEST_CHUNK:
+            ids = torch.arange(chunk + 1, device=self.model.device)[None] % vocabulary
+            hidden_states(self.model, ids, torch.ones_like(ids))
 
     def _check_causality(self, taken: Tensor) -> None:
         first, second = taken[:, :-1].double()
