@@ -76,6 +76,8 @@ ALTERNATE = "alternate"
 to be forgotten."""
 ACCEPTED = "accepted_answers"
 """In a record's `extra`: all accepted answers of its row, where there are several."""
+_COMPARED = 1000
+"""How many columns at most a refused table is compared with the known shapes by."""
 _ONE_COLUMN = {"conversation": _CONVERSATIONS, "text": (_TEXT,)}
 """Columns by the schemas of which a row has but one."""
 _FLAGS = {"true": True, "false": False}
@@ -381,7 +383,8 @@ def _require(table: Table, names: Sequence[str], purpose: str) -> None:
 def _unknown(table: Table) -> UsageError:
     shapes = [*_PAIRS, *((name,) for names in _ONE_COLUMN.values() for name in names), _PKU]
     known = "; ".join(" and ".join(shape) for shape in shapes[:-1])
-    nearest = max(shapes, key=lambda shape: _likeness(shape, table.columns))
+    some = table.columns[:_COMPARED]
+    nearest = max(shapes, key=lambda shape: _likeness(shape, some))
     lacking = [name for name in nearest if name not in table.columns]
     return UsageError(
         f"{table.name} must have columns that tell prompts from answers ({known}; or those of "

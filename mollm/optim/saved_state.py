@@ -32,8 +32,8 @@ def check_structure(state_dict: Any) -> None:
     kinds = {"state": dict, "param_groups": list, "mollm": dict}
     for name, kind in kinds.items():
         found = state_dict.get(name) if isinstance(state_dict, dict) else None
-        if name == "mollm" and isinstance(state_dict, dict) and found is None:
-            continue
+        if name == "mollm" and isinstance(state_dict, dict) and name not in state_dict:
+            continue  # that of the base alone
         if not isinstance(found, kind):
             raise UsageError(
                 f"the state to load must hold {name} as a {kind.__name__}, but it holds "

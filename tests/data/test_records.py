@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -514,3 +515,11 @@ def test_tools_of_a_conversation_are_refused_and_a_column_of_that_name_elsewhere
     for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
         with pytest.raises(UsageError, match="line 1: the field tools must be empty"):
             load_records(write(row | {"tools": CALL}), role="forget")
+
+
+def test_a_row_of_a_hundred_thousand_columns_is_refused_at_once(write):
+    path = write({f"k{n}": n for n in range(100_000)})
+    started = time.process_time()
+    with pytest.raises(UsageError, match="99980 more, and the nearest shape"):
+        load_records(path, role="forget")
+    assert time.process_time() - started < 3

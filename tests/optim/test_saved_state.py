@@ -201,6 +201,7 @@ def broken(change):
         ({}, lambda s: {**s, "state": {0: 3}}, "state of parameter 0 must be a dict"),
         ({}, lambda s: {**s, "mollm": 3}, "must hold mollm as a dict"),
         ({}, lambda s: {**s, "mollm": 0}, "must hold mollm as a dict"),
+        ({}, lambda s: {**s, "mollm": None}, "must hold mollm as a dict"),
         ({}, lambda s: {**s, "mollm": []}, "must hold mollm as a dict"),
         ({}, lambda s: {**s, "mollm": ""}, "must hold mollm as a dict"),
         ({}, lambda s: {**s, "mollm": {"skipped_steps": -1}}, "skipped_steps in the state"),
