@@ -15,7 +15,7 @@ import torch
 
 from mollm.data.chat import ChatFormat, Example, context_of, ends_of
 from mollm.errors import UsageError
-from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply
+from mollm.evaluation.generation import MAX_NEW_TOKENS, Reply, written_by
 from mollm.models.forward import in_evaluation_mode
 from mollm.system.precision import autocast
 
@@ -137,15 +137,15 @@ class ReplyStream:
         def write() -> None:
             steps.wait()
             with in_evaluation_mode(self._model), autocast(device):
-                self._model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self._room,
-                    pad_token_id=self._chat.pad_id,
-                    eos_token_id=sorted(stops) or None,
-                    streamer=steps,
+                asked = {
+                    "input_ids": ids,
+                    "attention_mask": torch.ones_like(ids),
+                    "max_new_tokens": self._room,
+                    "pad_token_id": self._chat.pad_id,
+                    "eos_token_id": sorted(stops) or None,
                     **self._sampling.options(),
-                )
+                }
+                written_by(self._model, asked, steps)
 
         yield from steps.run(write)
 

@@ -178,13 +178,7 @@ def ask_tokens(
         if chat.format.stop:
             asked["stopping_criteria"] = [_stop_words(chat, batch.input_ids.shape[1])]
         with autocast(model.device):
-            try:
-                written = model.generate(**asked)
-            except torch.OutOfMemoryError:
-                raise
-            except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-                _refuse_generation_config(model, asked, error)
-                raise
+            written = written_by(model, asked)
         answers = written[:, batch.input_ids.shape[1] :].tolist()
         replies |= {
             p: _read(chat, a, stops, plain[p]) for p, a in zip(places, answers, strict=True)
@@ -273,6 +267,30 @@ def _first_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> T
         )
     logits: Tensor = torch.stack(output.logits, 1).double()
     return logits.masked_fill(logits.isinf(), 0)  # of ids that no token has
+
+
+def written_by(
+    model: PreTrainedModel, asked: Mapping[str, Any], streamer: Any | None = None
+) -> Tensor:
+    """What `model.generate` writes.
+
+    Args:
+        model: The model.
+        asked: The arguments of `generate`.
+        streamer: Another, which hears of the tokens.
+
+    Raises:
+        UsageError: The model's own generation config makes it fail.
+    """
+    try:
+        heard = {} if streamer is None else {"streamer": streamer}
+        written: Tensor = model.generate(**asked, **heard)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a config can make of it
+        _refuse_generation_config(model, asked, error)
+        raise
+    return written
 
 
 def _refuse_generation_config(

@@ -24,7 +24,7 @@ from mollm.data.chat import (
 )
 from mollm.data.encoding import cut_note
 from mollm.errors import UsageError
-from mollm.evaluation.generation import answers_alike_in_company
+from mollm.evaluation.generation import answers_alike_in_company, written_by
 from mollm.evaluation.scores import TokenScores, score_rows
 from mollm.methods import answers_of
 from mollm.models.forward import in_evaluation_mode
@@ -102,15 +102,16 @@ def continuations(
             places = order[start : start + size]
             some = [Tokens(rows[p], [IGNORE_INDEX] * len(rows[p])) for p in places]
             batch = collate(some, pad, side="left").to(model.device)
-            written = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=pad,
-                eos_token_id=sorted(stops) or None,
-            )
+            asked = {
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "max_new_tokens": max_new_tokens,
+                "do_sample": False,
+                "num_beams": 1,
+                "pad_token_id": pad,
+                "eos_token_id": sorted(stops) or None,
+            }
+            written = written_by(model, asked)
             for place, ids in zip(places, written[:, batch.input_ids.shape[1] :], strict=True):
                 said[place] = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
             done(len(places))

@@ -19,6 +19,7 @@ from mollm.evaluation.evaluate import evaluate
 from mollm.evaluation.examine import Examiner
 from mollm.evaluation.generation import Reply, answers_alike_in_company, ask, generate_replies
 from mollm.evaluation.journal import Journal
+from mollm.evaluation.raw_text import continuations
 from mollm.evaluation.suite import Row, Suite, load_suite
 
 
@@ -370,3 +371,19 @@ def test_a_generation_config_that_does_not_work_is_to_blame():
     model.generation_config.bad_words_ids = None
     model.generation_config.num_beams = 10**9  # greedy is greedy
     assert len(ask(model, chat, ["Who?"], max_new_tokens=2)) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("bad_words_ids", 3), ("assistant_early_exit", "")])
+@pytest.mark.parametrize("way", ["asked", "streamed", "continued"])
+def test_whoever_generates_blames_it(way, name, value):
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    model.name_or_path = "tiny"
+    setattr(model.generation_config, name, value)
+    chat = ChatFormat(tokenizer)
+    ways = {
+        "asked": lambda: ask(model, chat, ["Who?"], max_new_tokens=2),
+        "streamed": lambda: list(ReplyStream(model, chat, "Who?", Sampling(max_new_tokens=2))),
+        "continued": lambda: continuations(model, tokenizer, ["Who"], max_new_tokens=2),
+    }
+    with pytest.raises(UsageError, match="generation config of the model tiny must suit"):
+        ways[way]()
