@@ -620,6 +620,7 @@ def _in_child(argv: list[str], out: Path, err: Path) -> int:
     from mollm.cli import main
 
     torch.set_num_threads(1)
+    os.chdir(out.parent)  # a setting that is taken for a folder's name makes it there
     faulthandler.dump_traceback_later(8 * SECONDS, file=err.open("a"))  # where it hangs
     for path, descriptor in ((out, 1), (err, 2)):
         with path.open("ab") as file:
