@@ -696,7 +696,7 @@ def data_cases(inputs: Inputs, rng: random.Random) -> Iterator[Case]:
         path = inputs.new("rows.parquet")
         pyarrow.parquet.write_table(made, path, **options)
         yield Case("parquet", name, inputs.command(0, inputs.model, path), names=path.name)
-        if number % 4 == 0:
+        if number % 4 == 0 and name != "a bomb":  # which is as large on the disk here
             folder = inputs.new("saved")
             folder.mkdir()
             with pyarrow.ipc.new_stream(folder / "x.arrow", made.schema) as stream:

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mollm.commands.arguments import format_of, template_options
 from mollm.errors import UsageError, did_you_mean
-from mollm.system.parsing import parse_yaml, read_text, user_path
+from mollm.system.parsing import is_unicode, parse_yaml, read_text, user_path
 
 _DATA = ("forget", "retain", "eval_forget", "eval_retain")
 
@@ -110,7 +110,7 @@ def _own(name: str, value: Any) -> Any:
     if value is None or name == "lora":
         return value
     path = value.get("path") if isinstance(value, Mapping) else value
-    if isinstance(path, str) and any("\ud800" <= letter <= "\udfff" for letter in path):
+    if isinstance(path, str) and not is_unicode(path):
         raise UsageError(f"{name} must be a name in UTF-8, but got {path!r}: rename it.")
     if isinstance(path, str) and any(len(part.encode()) > _LONGEST for part in path.split("/")):
         raise UsageError(

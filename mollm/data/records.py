@@ -37,6 +37,7 @@ from mollm.data.files import read_table
 from mollm.data.selection import labelled, where_of
 from mollm.data.table import Table, Unit, is_empty, listed, shown
 from mollm.errors import UsageError
+from mollm.system.parsing import is_unicode
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -154,7 +155,7 @@ class _Row:
                 f"{self.place}: the field {name} must be a text that is not blank, but got "
                 f"{shown(value)}: fill it in or remove the row."
             )
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not is_unicode(value):
             raise UsageError(
                 f"{self.place}: the field {name} must be valid Unicode, but it holds half of a "
                 f"surrogate pair: {shown(value.encode('ascii', 'backslashreplace').decode())}."

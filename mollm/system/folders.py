@@ -125,7 +125,8 @@ def complete(folder: Path, *, private: bool = False) -> Iterator[Path]:
 def replace_text(path: Path, text: str, *, follow_link: bool = True) -> None:
     """Writes a file that holds either what it held before or all of the text, in UTF-8.
 
-    A file that is there keeps its permissions. Of a file's name that is no UTF-8, bytes stand in it
+    A file that is there keeps its permissions; a device or a pipe stays what it is, and is given
+    the text. Of a file's name that is no UTF-8, bytes stand in it
     as \\udcff and the like.
 
     Args:
@@ -140,6 +141,9 @@ def replace_text(path: Path, text: str, *, follow_link: bool = True) -> None:
     target = Path(os.path.realpath(path)) if follow_link else path
     part = target.with_name(f"{UNFINISHED}{target.name}")
     try:
+        if _is_device(path, follow_link=follow_link):
+            _write_into(path, text)
+            return
         mode = stat.S_IMODE(target.stat().st_mode) if target.is_file() else None
         part.touch(0o666 if mode is None else 0o600)
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -151,6 +155,23 @@ def replace_text(path: Path, text: str, *, follow_link: bool = True) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise _not_written(path, error) from error
+
+
+def _is_device(path: Path, *, follow_link: bool) -> bool:
+    """Whether it is there and neither a file nor a folder, nor a link that is to be replaced."""
+    try:
+        mode = (path.stat() if follow_link else path.lstat()).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+
+def _write_into(device: Path, text: str) -> None:
+    """Not waiting for whoever might read a pipe: where nobody does, that is an OSError."""
+    number = os.open(device, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    os.set_blocking(number, True)
+    with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
 
 
 def check_writable(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,17 @@ from mollm.errors import UsageError
 _YAML_BYTES = 1 << 18
 _TEXT_BYTES = 1 << 28
 _PART = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def reason_of(error: BaseException, length: int | None = 300) -> str:
     """What an error says, in one line without a full stop at its end; else its type."""
     return " ".join(str(error).split())[:length].rstrip(".") or type(error).__name__
+
+
+def is_unicode(text: str) -> bool:
+    """Whether no half of a surrogate pair is in it, which UTF-8 cannot hold."""
+    return _SURROGATE.search(text) is None
 
 
 def is_file(path: Path) -> bool:
