@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 200
 """As in open-unlearning."""
+_TRIED = 32
+"""Tokens of a reply by which a generation config is found to be what makes it fail."""
 
 
 def check_sizes(**sizes: int) -> None:
@@ -285,10 +287,11 @@ def written_by(
     try:
         heard = {} if streamer is None else {"streamer": streamer}
         written: Tensor = model.generate(**asked, **heard)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever a config can make of it
-        _refuse_generation_config(model, asked, error)
+        few = min(asked["max_new_tokens"], _TRIED)  # nobody waits for the rest
+        _refuse_generation_config(model, {**asked, "max_new_tokens": few}, error)
         raise
     return written
 

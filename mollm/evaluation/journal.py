@@ -48,7 +48,8 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{path} must be a file to write to, but is not: {error}.") from error
-        replace_text(path, "".join(line + "\n" for line in kept or [_line({"key": key})]))
+        first = "".join(line + "\n" for line in kept or [_line({"key": key})])
+        replace_text(path, first, follow_link=False)
 
     @property
     def known(self) -> int:

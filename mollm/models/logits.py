@@ -60,7 +60,7 @@ def set_logit_transform(model: PreTrainedModel, transform: LogitTransform) -> No
 
 
 def check_logits(model: PreTrainedModel) -> LogitTransform:
-    """Probes a model where it enters: two forward passes of eight tokens.
+    """Probes a model where it enters: forward passes over a few tokens, or over one chunk of them.
 
     Raises:
         UsageError: Its logits are no scaled or capped output of a linear head on its final hidden
@@ -123,6 +123,7 @@ class _Probe:
         try:
             with in_evaluation_mode(self.model):
                 self.model(input_ids=ids, attention_mask=mask)
+                self._run_a_whole_chunk(self.model.get_input_embeddings().weight.shape[0])
         except Exception:  # then autocast is not what is wrong
             return False
         return True
@@ -163,7 +164,8 @@ class _Probe:
                     f"({type(error).__name__}: {reason}): set compute_dtype to float32."
                 ) from error
             failed = f"gives no logits for token ids alone ({type(error).__name__}: {reason})"
-            if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+            narrow = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+            if narrow and getattr(model, "hf_quantizer", None) is None:
                 raise UsageError(
                     f"the model {self._name} {failed}: load it in float32, or choose another model."
                 ) from error

@@ -138,12 +138,15 @@ def replace_text(path: Path, text: str, *, follow_link: bool = True) -> None:
     Raises:
         UsageError: There is no room, or it cannot be written.
     """
+    if _is_device(path, follow_link=follow_link):
+        try:
+            _write_into(path, text)
+        except OSError as error:
+            raise _not_written(path, error) from error
+        return
     target = Path(os.path.realpath(path)) if follow_link else path
     part = target.with_name(f"{UNFINISHED}{target.name}")
     try:
-        if _is_device(path, follow_link=follow_link):
-            _write_into(path, text)
-            return
         mode = stat.S_IMODE(target.stat().st_mode) if target.is_file() else None
         part.touch(0o666 if mode is None else 0o600)
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -167,10 +170,14 @@ def _is_device(path: Path, *, follow_link: bool) -> bool:
 
 
 def _write_into(device: Path, text: str) -> None:
-    """Not waiting for whoever might read a pipe: where nobody does, that is an OSError."""
+    """Of a disk nothing is overwritten. Nobody is waited for who might read a pipe: where nobody
+    does, that is an OSError."""
     number = os.open(device, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    os.set_blocking(number, True)
     with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        mode = os.fstat(number).st_mode
+        if not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+            raise OSError(errno.EINVAL, "it is a disk or a socket")
+        os.set_blocking(number, True)
         file.write(text)
 
 
@@ -206,6 +213,8 @@ def check_new_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if _is_device(path, follow_link=True):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         target = Path(os.path.realpath(path))
         part = target.with_name(f"{UNFINISHED}{target.name}")

@@ -84,6 +84,7 @@ def test_a_device_or_a_pipe_stays_what_it_is(tmp_path):
     (tmp_path / "log").symlink_to(terminal)
     replace_text(tmp_path / "log", "one\n")
     assert os.read(reader, 100).split() == [b"one"]
+    check_new_file(tmp_path / "log")
     assert terminal.is_char_device()
     replace_text(tmp_path / "log", "two\n", follow_link=False)
     assert (tmp_path / "log").read_text() == "two\n"
