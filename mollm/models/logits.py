@@ -123,7 +123,7 @@ class _Probe:
         try:
             with in_evaluation_mode(self.model):
                 self.model(input_ids=ids, attention_mask=mask)
-                self._run_a_whole_chunk(self.model.get_input_embeddings().weight.shape[0])
+                self._run_a_whole_chunk()
         except Exception:  # then autocast is not what is wrong
             return False
         return True
@@ -153,7 +153,7 @@ class _Probe:
                 handle.remove()
                 if len(calls) == 1:
                     hidden = hidden_states(model, ids, mask)
-                    self._run_a_whole_chunk(vocabulary)
+                    self._run_a_whole_chunk()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that wants other inputs
@@ -179,12 +179,13 @@ class _Probe:
             self._refuse("gives its head other states when it runs again")
         return _Seen(*(t.detach() for t in (taken, given, values, logits)))
 
-    def _run_a_whole_chunk(self, vocabulary: int) -> None:
+    def _run_a_whole_chunk(self) -> None:
         """Raises what the model raises only for inputs that are longer than the probe's."""
         config = self.model.config.get_text_config()
         sizes = (getattr(config, name, None) for name in _CHUNKS)
         chunk = next((size for size in sizes if isinstance(size, int)), 0)
         if _TOKENS <= chunk <= _LONGEST_CHUNK:
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
             ids = torch.arange(chunk + 1, device=self.model.device)[None] % vocabulary
             hidden_states(self.model, ids, torch.ones_like(ids))
 
