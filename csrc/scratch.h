@@ -48,7 +48,7 @@ static void convert(const void* from, DType dtype, int64_t begin, int64_t count,
   }
 }
 
-static void convert(const void* from, DType dtype, int64_t begin, int64_t count, double* to) {
+inline void convert(const void* from, DType dtype, int64_t begin, int64_t count, double* to) {
   if (dtype == DType::kFloat64) {
     std::memcpy(to, static_cast<const double*>(from) + begin,
                 static_cast<size_t>(count) * sizeof(double));
@@ -77,7 +77,7 @@ static void moved_mean(const void* mean, DType dtype, double beta, int64_t begin
   for (int64_t n = 0; n < count; ++n) g[n] = kept * old[n] + fresh * g[n];
 }
 
-static bool any_double(int rows, const DType* dtypes) {
+inline bool any_double(int rows, const DType* dtypes) {
   for (int k = 0; k < rows; ++k)
     if (dtypes[k] == DType::kFloat64) return true;
   return false;
@@ -94,7 +94,7 @@ static void put(const float* from, int64_t count, T* to) {
   }
 }
 
-static void put(const float* from, int64_t begin, int64_t count, void* out, DType dtype) {
+inline void put(const float* from, int64_t begin, int64_t count, void* out, DType dtype) {
   switch (dtype) {
     case DType::kFloat32: return put(from, count, static_cast<float*>(out) + begin);
     case DType::kBFloat16: return put(from, count, static_cast<bf16*>(out) + begin);
@@ -106,7 +106,7 @@ static void put(const float* from, int64_t begin, int64_t count, void* out, DTyp
   }
 }
 
-static void put(const double* from, int64_t begin, int64_t count, void* out, DType dtype) {
+inline void put(const double* from, int64_t begin, int64_t count, void* out, DType dtype) {
   if (dtype == DType::kFloat64) {
     std::memcpy(static_cast<double*>(out) + begin, from,
                 static_cast<size_t>(count) * sizeof(double));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -13,6 +14,16 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for every core already
     torch.set_num_threads(int(os.environ.get("MOLLM_TEST_THREADS", "1")))
+
+
+def pytest_collection_finish():
+    """What was imported by now stays: tests that count what is freed need not look through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -76,21 +76,21 @@ def sent():
     return total
 
 
-class CountSteps(TrainerCallback):
+class CountLastStep(TrainerCallback):
     """What the last step sent."""
 
-    def __init__(self, calls):
-        self.calls = calls
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == STEPS - 1:
+            dist.barrier()
+            self.calls = Calls()
+            self.calls.__enter__()
+            self.before = sent()
 
-    def on_step_begin(self, *_, **__):
-        dist.barrier()
-        self.calls.bytes.clear()
-        self.before = sent()
-
-    def on_step_end(self, *_, **__):
-        self.counted = dict(self.calls.bytes)
-        dist.barrier()
-        self.sent = sent() - self.before
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == STEPS:
+            self.calls.__exit__(None, None, None)
+            dist.barrier()
+            self.sent = sent() - self.before
 
 
 def count(folder, layout, key, dtype):
@@ -99,11 +99,11 @@ def count(folder, layout, key, dtype):
     options = dict(training_processes.OPTIONS[key])
     torch.manual_seed(0)
     model = LlamaForCausalLM(config(options.pop("tied", False)))
-    with precision.computing_in(dtype), Calls() as calls:
+    with precision.computing_in(dtype):
         made = training_processes.trainer(
             folder, layout, model=model, steps=STEPS, compute_dtype=dtype, **options
         )
-        counting = CountSteps(calls)
+        counting = CountLastStep()
         made.add_callback(counting)
         made.train()
         adapter = None if made._wrapped is None else made._wrapped.peft_config["default"]
@@ -115,7 +115,7 @@ def count(folder, layout, key, dtype):
         }
     return {
         "settings": settings,
-        "calls": counting.counted,
+        "calls": dict(counting.calls.bytes),
         "sent": counting.sent,
         "held": {name: bytes_of(tensors) for name, tensors in held.items()},
     }

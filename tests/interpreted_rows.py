@@ -11,6 +11,10 @@ from mollm_ops.rows import row_targets
 UNIT = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # Around a block of 128 and of 8192 logits, which 16384 + 5 exceeds twice.
 VOCABS = [1, 127, 128, 129, 8192, 16389]
+SHAPES = [(torch.float32, vocab) for vocab in VOCABS] + [
+    (dtype, vocab) for dtype in (torch.bfloat16, torch.float16) for vocab in (129, 16389)
+]
+"""A dtype matters where rows are read and written, whatever is computed between."""
 CAPPED = LogitTransform(2.0, 7.0)
 TRANSFORMS = [IDENTITY, LogitTransform(0.0625), CAPPED]
 ONE = torch.ones(1)
@@ -23,7 +27,7 @@ def row_loss(z, scale, gradient=True):
     )
 
 
-def logits(dtype, vocab, rows=5, pad=3):
+def logits(dtype, vocab, rows=3, pad=3):
     """Rows that begin at any alignment."""
     return (3 * torch.randn(rows, vocab + pad)).to(dtype)[:, pad:]
 
@@ -33,15 +37,14 @@ def check(to, losses, gradient, dtype):
     torch.testing.assert_close(to.gradient.double(), gradient, rtol=2 * UNIT[dtype], atol=2e-7)
 
 
-@pytest.mark.parametrize("dtype", UNIT)
-@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize(("dtype", "vocab"), SHAPES)
 @pytest.mark.parametrize("eps", [None, 1e-3])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_log_rows(dtype, vocab, eps, transform):
     torch.manual_seed(vocab)
     z = logits(dtype, vocab)
-    target = torch.tensor([0, vocab - 1, vocab // 2, 0, vocab - 1])
-    scale = torch.rand(5)
+    target = torch.tensor([0, vocab - 1, vocab // 2])
+    scale = torch.rand(3)
     to = row_loss(z, scale)
     log_rows_triton(z, target, to, eps, transform)
     wide = z.double().requires_grad_()
@@ -55,8 +58,7 @@ def test_log_rows(dtype, vocab, eps, transform):
     assert torch.equal(z, to.gradient)
 
 
-@pytest.mark.parametrize("dtype", UNIT)
-@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize(("dtype", "vocab"), SHAPES)
 @pytest.mark.parametrize(
     ("transform", "ref_transform"),
     [(IDENTITY, IDENTITY), (CAPPED, CAPPED), (CAPPED, IDENTITY), (IDENTITY, CAPPED)],
@@ -65,9 +67,9 @@ def test_log_rows(dtype, vocab, eps, transform):
 def test_kl_rows_and_both_gradients(dtype, vocab, transform, ref_transform):
     torch.manual_seed(vocab)
     z, z_ref = logits(dtype, vocab), logits(dtype, vocab, pad=1)
-    target = torch.tensor([0, vocab - 1, vocab // 2, 0, vocab - 1])
+    target = torch.tensor([0, vocab - 1, vocab // 2])
     scale = torch.rand(())
-    kl, ce, alone = (row_loss(z, scale.expand(5)) for _ in range(3))
+    kl, ce, alone = (row_loss(z, scale.expand(3)) for _ in range(3))
     kl_rows_triton(z, z_ref, target, kl, ce, transform, ref_transform)
     kl_rows_triton(z, z_ref, target, alone, None, transform, ref_transform)
     assert torch.equal(alone.gradient, kl.gradient)

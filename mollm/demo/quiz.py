@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from mollm.data.chat import ChatFormat
@@ -12,6 +13,9 @@ from mollm.evaluation.generation import Reply, ask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_TOGETHER = 80
+"""Questions in a batch: they are short, and more of them share the cost of a token."""
 
 
 @dataclass(frozen=True)
@@ -52,5 +56,17 @@ def quiz(
     model: PreTrainedModel, chat: ChatFormat, questions: Sequence[Question], **options: Any
 ) -> Score:
     """Asks all `questions`, with the options of `ask`, and scores the replies."""
-    replies = ask(model, chat, [question.text for question in questions], **options)
+    texts = [question.text for question in questions]
+    replies = ask(model, chat, texts, **({"batch_size": _TOGETHER} | options))
     return Score(tuple(questions), tuple(replies))
+
+
+def quizzes(
+    model: PreTrainedModel, chat: ChatFormat, groups: Mapping[str, Sequence[Question]]
+) -> dict[str, Score]:
+    """The score of each group; all are asked in one go."""
+    replies = iter(quiz(model, chat, [q for group in groups.values() for q in group]).replies)
+    return {
+        name: Score(tuple(group), tuple(islice(replies, len(group))))
+        for name, group in groups.items()
+    }

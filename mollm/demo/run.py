@@ -28,7 +28,7 @@ from mollm.data.chat import ChatFormat
 from mollm.data.records import Record
 from mollm.demo import facts
 from mollm.demo.facts import Question, capital_question
-from mollm.demo.quiz import Score, quiz
+from mollm.demo.quiz import Score, quiz, quizzes
 from mollm.demo.report import DemoRun, conflict_rates, write_run
 from mollm.demo.settings import DemoSettings
 from mollm.demo.short_audit import audit_shortly
@@ -86,7 +86,6 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
     """
     started = time.perf_counter()
     chosen = facts.find_countries(settings.forget) if settings.forget else []
-    machine.return_freed_memory()
     with staged(settings.out) as folder, computing_in(settings.compute_dtype):
         device = machine.find_device(settings.device)
         source = loading.find_model(settings.model)
@@ -100,7 +99,7 @@ def run_demo(settings: DemoSettings, *, say: Say = print) -> DemoRun:
         original = copy.deepcopy(model)  # to load it again would take longer than its audit
         trainer, seconds = train(model, chat, split, settings, folder, say)
         say("Asking the same questions again …")
-        after = {group: quiz(model, chat, score.questions) for group, score in before.items()}
+        after = quizzes(model, chat, {group: score.questions for group, score in before.items()})
 
         trainer.export(folder / "model")
         history, failure = trainer.history, trainer.stop_reason
@@ -143,12 +142,15 @@ def examine(
     form = facts.TRAIN_FORMS[0]
     say(f"Asking for {len(facts.CAPITALS)} capitals and {len(facts.GENERAL)} other facts …")
     first = quiz(model, chat, [capital_question(country, form) for country in facts.CAPITALS])
-    second = quiz(model, chat, [capital_question(country) for country in first.known()])
+    asked = {
+        "capitals": [capital_question(country) for country in first.known()],
+        "general": facts.questions_of(facts.GENERAL),
+    }
+    second, general = quizzes(model, chat, asked).values()
     known = second.known()
     _refuse_unknown(chosen, known, first, model.name_or_path)
     split = divide(known, chosen, rng, _spellings(second))
 
-    general = quiz(model, chat, facts.questions_of(facts.GENERAL))
     if not general.known():
         raise UsageError(
             f"{model.name_or_path} answers none of the general questions, so nothing can tell "

@@ -29,6 +29,7 @@ from mollm.models.checks import (
     stored_elements,
 )
 from mollm.models.four_bits import NF4
+from mollm.models.gguf_files import headers_read_once
 from mollm.models.logits import check_logits
 from mollm.system.folders import staged
 from mollm.system.parsing import (
@@ -147,6 +148,7 @@ def _find_smollm2() -> Source:
     return Source(SMOLLM2, str(files[0].parent), files[0].name)
 
 
+@headers_read_once()
 def count_parameters(source: Source) -> int:
     """The number of parameters, read without loading the weights."""
     if source.label == SMOLLM2 and source.gguf_file:
@@ -156,6 +158,7 @@ def count_parameters(source: Source) -> int:
     return sum(parameter.numel() for parameter in load_without_weights(source).parameters())
 
 
+@headers_read_once()
 def load_config(name: str) -> tuple[Any, str]:
     """The configuration of a model whose weights are not loaded, and a label for the model.
 
@@ -205,6 +208,7 @@ def _read_config(source: Source) -> Any:
     return config
 
 
+@headers_read_once()
 def load(
     source: Source,
     device: torch.device,
@@ -361,6 +365,7 @@ def _refuse_encoder(config: Any, source: Source) -> None:
         )
 
 
+@headers_read_once()
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer alone.
 

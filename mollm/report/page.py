@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def render(runs: Sequence[ReportedRun]) -> str:
     return page
 
 
+@cache
 def environment(*packages: str) -> Any:
     """The templates of this package, and of others that build on them."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined

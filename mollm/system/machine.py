@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,18 +58,6 @@ def available_memory(device: torch.device) -> float:
     return min([_kernel_available(), *_control_group_room()])
 
 
-def return_freed_memory() -> None:
-    """Makes the C library give large freed blocks back to the system at once.
-
-    By default glibc learns from the first large blocks that are freed to keep later ones of up to
-    32 MB in its heap; the gradients of a language model, made and freed in every step, then leave
-    holes that cost half a gigabyte. Elsewhere this does nothing.
-    """
-    m_mmap_threshold, one_megabyte = -3, 1 << 20
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, one_megabyte)
-
-
 def _kernel_available(path: Path = Path("/proc/meminfo")) -> float:
     try:
         return _kilobytes(path, "MemAvailable")
@@ -113,11 +100,18 @@ def versions(*more: str) -> dict[str, str]:
     """Versions of Python and of the packages that make a result, and of `more` packages."""
     found = {"python": platform.python_version()}
     for package in (*_PACKAGES, *more):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        version = _version(package)
+        if version is not None:
+            found[package] = version
     return found
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -108,24 +109,26 @@ def first_rows(folder, path, count):
 
 @pytest.mark.model
 def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
-    """The real model, the same four rows in every step: all but the quality of a full run."""
+    """The real model, the same two rows in every step: all but the quality of a full run."""
     loading.save(*loading.load(loading.find_model(None), torch.device("cpu")), tmp_path / "tiny")
-    forget, retain = (first_rows(tmp_path, path, 4) for path in (FORGET, RETAIN))
+    forget, retain = (first_rows(tmp_path, path, 2) for path in (FORGET, RETAIN))
     evaluated = {"eval_forget": forget, "eval_retain": retain, "eval_strategy": "steps"}
     config = settings_file(
         tmp_path,
         forget=forget,
         retain=retain,
         **evaluated,
-        eval_steps=3,
-        max_steps=3,
+        eval_steps=2,
+        max_steps=2,
+        save_steps=1,
         max_length=128,
         learning_rate=2e-5,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
     )
     out = tmp_path / "out"
     assert main(["unlearn", "--config", config]) == 0
-    os.rename(out / "model", tmp_path / "whole")  # as if it had been killed after its last save
+    os.rename(out / "model", tmp_path / "whole")  # as if it had been killed in its second step
+    shutil.rmtree(out / "checkpoint-2")
     assert main(["unlearn", "--config", config, "--resume"]) == 0
     whole, resumed = (
         folder / "model.safetensors" for folder in (tmp_path / "whole", out / "model")
@@ -133,9 +136,9 @@ def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     assert whole.read_bytes() == resumed.read_bytes()
 
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    found = re.search(r"eval_forget_loss (\S+)", capsys.readouterr().out.rpartition("3 steps")[2])
+    found = re.search(r"eval_forget_loss (\S+)", capsys.readouterr().out.rpartition("2 steps")[2])
     forget = [*(step["losses"]["forget"] for step in history), float(found[1])]
-    assert len(history) == 3
+    assert len(history) == 2
     assert forget == sorted(forget, reverse=True)
     assert forget[-1] < 0.9 * forget[0]
     before, after = weights(tmp_path / "tiny"), weights(out / "model")

@@ -63,9 +63,22 @@ KL = [
 ]
 
 
+def does_all(constants):
+    return all(wanted for name, wanted in constants.items() if name != "NARROW")
+
+
+EVERY = [
+    # Of other targets than the H100's by default those that do everything at once.
+    pytest.param(
+        *case, capability, marks=() if capability == 90 or does_all(case[3]) else pytest.mark.soak
+    )
+    for case in LOG + KL
+    for capability in (90, 80, 100)
+]
+
+
 @needs_ptxas
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("kernel", "dtype", "gradient", "constants"), LOG + KL)
+@pytest.mark.parametrize(("kernel", "dtype", "gradient", "constants", "capability"), EVERY)
 def test_compiles_without_spills(kernel, dtype, gradient, constants, capability, tmp_path):
     code, shared = compiled_rows(kernel, (dtype, gradient), constants, capability, tmp_path)
     assert code.spilled == 0

@@ -74,11 +74,6 @@ def test_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     assert machine.commit() == f"{head} with changes"
 
 
-def test_returning_memory_is_harmless():
-    machine.return_freed_memory()
-    assert torch.ones(1 << 20).sum() == 1 << 20
-
-
 @pytest.mark.gpu
 def test_available_memory_of_a_gpu():
     assert 0 < machine.available_memory(torch.device("cuda")) < 1e4 * GIB

@@ -54,6 +54,7 @@ class FakeTrainer:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(module, "MOLLMTrainer", FakeTrainer)
+    monkeypatch.setattr(module.gc, "collect", lambda: 0)  # of a model that such a run has not
     FakeTrainer.made = ()
     return FakeTrainer
 
