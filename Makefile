@@ -41,7 +41,7 @@ demo: $(VENV)/demo-installed
 	$(BIN)/mollm demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -26,7 +26,26 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+LONGEST = (
+    "distributed/test_processes.py",
+    "planning/test_traffic.py",
+    "planning/test_sharded_memory.py",
+    "project/test_install.py",
+    "commands/test_unlearn.py",
+    "planning/test_memory.py",
+    "ops/test_rows_triton.py",
+    "optim/test_streamed.py",
+    "project/test_examples.py",
+    "project/test_benchmarks.py",
+    "training/test_trainer.py",
+    "training/test_rivals.py",
+)
+"""Begun first, so that no core waits for the other at the end: `--dist loadfile` gives a file to one
+process, which makes what its tests share once."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "needs a CUDA device, and this machine has none"

@@ -15,7 +15,7 @@ part() {
   [ -e "$DONE/$name.passed" ] && return
   echo "== $name"
   if env "$@" TORCHINDUCTOR_CACHE_DIR="$(mktemp -d)" \
-    "$PYTHON" -m pytest -n "${WORKERS:-auto}" --dist worksteal; then
+    "$PYTHON" -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder; then
     touch "$DONE/$name.passed"
   else
     status=1

