@@ -40,8 +40,8 @@ LONGEST = (
     "training/test_trainer.py",
     "training/test_rivals.py",
 )
-"""Begun first, so that no core waits for the other at the end: `--dist loadfile` gives a file to one
-process, which makes what its tests share once."""
+"""Begun first, so that no core waits for the other at the end: `--dist loadfile` gives a file to
+one process, which makes what its tests share once."""
 
 
 def pytest_collection_modifyitems(items):

@@ -61,7 +61,7 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     """The whole way on data in the form of TOFU, with the vocabulary of Llama 3."""
     loading.save(tiny.llama3(), tiny.tokenizer(), tmp_path / "tiny")
     evaluated = {"eval_forget": FORGET, "eval_retain": RETAIN, "eval_strategy": "steps"}
-    config = settings_file(tmp_path, eval_steps=2, **evaluated)
+    config = settings_file(tmp_path, eval_steps=2, sample_replies=1, **evaluated)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["unlearn", "--config", config, "--out", str(whole)]) == 0
     told = capsys.readouterr().out
@@ -124,6 +124,7 @@ def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
         max_length=128,
         learning_rate=2e-5,
         per_device_train_batch_size=2,
+        sample_replies=0,
     )
     out = tmp_path / "out"
     assert main(["unlearn", "--config", config]) == 0
