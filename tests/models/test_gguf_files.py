@@ -2,9 +2,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 gguf = pytest.importorskip("gguf")
 
+from mollm.models import loading  # noqa: E402
 from mollm.models.gguf_files import headers_read_once  # noqa: E402
 
 
@@ -42,9 +44,26 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
     write(path, "first", [1.0])
     with headers_read_once():
         assert name_of(gguf.GGUFReader(path)) == "first"
-        write(path, "other", [2.0])
-        os.utime(path, ns=(1, 1))
-        assert name_of(gguf.GGUFReader(path)) == "other"
+        write(tmp_path / "other.gguf", "the second", [2.0])
+        os.replace(tmp_path / "other.gguf", path)
+        assert name_of(gguf.GGUFReader(path)) == "the second"
+
+
+def test_a_table_of_names_is_made_once():
+    with headers_read_once():
+        first, second = (gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) for _ in range(2))
+    assert first is second
+    assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is not first
+
+
+@pytest.mark.model
+def test_to_load_a_model_takes_one_reading_of_its_header(monkeypatch):
+    made, plain = [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda self, path: made.append(path) or plain(self, path)
+    )
+    loading.load(loading.find_model(None), torch.device("cpu"))
+    assert len(made) == 1
 
 
 def test_an_error_leaves_no_trace(tmp_path):

@@ -64,7 +64,9 @@ KL = [
 
 
 def does_all(constants):
-    return all(wanted for name, wanted in constants.items() if name != "NARROW")
+    """Narrow gradients of log rows are asked for without UCE's ε alone."""
+    left_out = {"NARROW"} | ({"HAS_EPS"} if constants["NARROW"] else set())
+    return all(wanted for name, wanted in constants.items() if name not in left_out)
 
 
 EVERY = [
