@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,20 @@ def test_every_command_is_listed(capsys):
 def test_no_command_is_answered_with_help(capsys):
     assert main([]) == 0
     assert "commands:" in capsys.readouterr().out
+
+
+def test_threads_wait_as_the_user_says_or_spin_for_a_moment(monkeypatch):
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and is put back afterwards
+    assert main([]) == 0
+    assert [os.environ[name] for name in names] == ["PASSIVE", "4000"]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert main([]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_importing_does_nothing():
