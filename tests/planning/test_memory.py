@@ -32,7 +32,7 @@ from mollm.training.step import accumulate
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
 
-BATCH, LENGTH = 4, 64
+BATCH, LENGTH = 4, 128
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 256,
