@@ -30,7 +30,7 @@ SIZES = {
     "vocab_size": 1024,
     "hidden_size": 192,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,
@@ -101,7 +101,13 @@ def count(folder, layout, key, dtype):
     model = LlamaForCausalLM(config(options.pop("tied", False)))
     with precision.computing_in(dtype):
         made = training_processes.trainer(
-            folder, layout, model=model, steps=STEPS, compute_dtype=dtype, **options
+            folder,
+            layout,
+            model=model,
+            steps=STEPS,
+            compute_dtype=dtype,
+            eval_strategy="no",
+            **options,
         )
         counting = CountLastStep()
         made.add_callback(counting)

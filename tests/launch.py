@@ -1,13 +1,19 @@
-"""Runs a command of Python in a process group of its own, and functions in gloo processes."""
+"""Runs a command of Python in a process group of its own, and functions and scripts in forks."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -46,27 +52,107 @@ def in_processes(work, world, folder, *arguments):
 
     Four processes are two nodes of two. Results go through `folder`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(MODULES)
-    given = (work, world, port, Path(folder), arguments)
+    start_server()
+    given = (work, world, free_port(), Path(folder), arguments)
     torch.multiprocessing.start_processes(_joined, given, nprocs=world, start_method="forkserver")
     return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
 
 
+def start_server():
+    """Starts the process that forks, once; Python 3.11 does not tell it where to find modules."""
+    multiprocessing.set_forkserver_preload(MODULES)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        os.environ.update({"PYTHONPATH": before} if before else {})
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _joined(rank, work, world, port, folder, arguments):
-    local = 2 if world == 4 else world
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank % local),
-        LOCAL_WORLD_SIZE=str(local),
-    )
+    os.environ.update(_as_torchrun(rank, world, port))
+    gc.freeze()  # what was imported stays
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.save(work(*arguments), folder / f"{rank}.pt")
     os._exit(0)  # gloo's threads now and then do not hear that they should end
+
+
+def _as_torchrun(rank, world, port):
+    local = 2 if world == 4 else world
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank % local),
+        "LOCAL_WORLD_SIZE": str(local),
+    }
+
+
+def script(path, *arguments, world=1, seconds):
+    """As `python(path, ...)`, where `path` may be -m, or as torchrun in `world` processes.
+
+    In forks of a process that imported `MODULES`, which spares each of them seconds. The output of
+    the first, the messages of all, and the greatest exit code: None if one did not end in time.
+    """
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    port, argv = free_port(), [str(word) for word in (path, *arguments)]
+    started, codes, end = [], [], time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(world):
+            joined = _as_torchrun(rank, world, port) if world > 1 else {}
+            environment = {**os.environ, **joined, "CUDA_VISIBLE_DEVICES": ""}
+            given = (argv, environment, [f"{folder}/{rank}.{name}" for name in ("out", "err")])
+            started.append(context.Process(target=_as_script, args=given))
+            started[-1].start()
+        for one in started:
+            one.join(max(0.0, end - time.monotonic()))
+            codes.append(one.exitcode)
+            one.kill()
+        told = [Path(folder, f"{rank}.err").read_text() for rank in range(world)]
+        out = Path(folder, "0.out").read_text()
+    return out, "".join(told), None if None in codes else max(codes)
+
+
+def succeeds(path, *arguments, seconds):
+    """What such a script prints, which must end well."""
+    out, err, code = script(path, *arguments, seconds=seconds)
+    assert code == 0, (code, out + err)
+    return out
+
+
+def _as_script(argv, environment, streams):
+    for number, path in enumerate(streams, start=1):
+        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, number)
+    os.environ.clear()
+    os.environ.update(environment)
+    gc.freeze()
+    torch.set_num_threads(1)
+    module = argv.pop(1) if argv[0] == "-m" else None
+    sys.argv[:] = argv
+    code = 0
+    try:
+        if module is None:
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -85,7 +85,7 @@ def trainer(
     layout="one",
     *,
     model=None,
-    steps=3,
+    steps=2,
     tied=False,
     lora=None,
     dtype=torch.float64,
@@ -175,7 +175,7 @@ def exported(out, layout, key):
     return {"exported": read.state_dict(), "after": after}
 
 
-SAVING = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
+SAVING = {"steps": 3, "save_strategy": "steps", "save_steps": 2}
 
 
 def resumed(out, layout, key):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mollm.distributed import processes
 from mollm.errors import UsageError, did_you_mean
 from mollm.models import forward, four_bits
+from mollm.system.finite import all_finite
 from mollm.system.parsing import (
     check_file,
     is_file,
@@ -655,7 +656,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [
         name
         for name, t in tensors.items()
-        if t.is_floating_point() and not t.is_meta and not bool(torch.isfinite(local(t)).all())
+        if t.is_floating_point() and not t.is_meta and not all_finite(local(t))
     ]
 
 

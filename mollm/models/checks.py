@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mollm.errors import UsageError
+from mollm.system.finite import all_finite
 from mollm.system.parsing import (
     check_file,
     is_file,
@@ -289,9 +290,7 @@ def check_finite(model: nn.Module, label: str) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_floating_point() or weight.is_meta:
             continue
-        # A sum is one pass without a copy; where it overflows, the elements decide.
-        finite = weight.sum(dtype=torch.float32).isfinite() or weight.isfinite().all()
-        if not finite:
+        if not all_finite(weight):
             count = int((~weight.isfinite()).sum())
             raise UsageError(
                 f"the model {label} must have finite weights, but {count:,} of {name} are NaN or "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mollm.distributed.sharding import is_sharded, local
 from mollm.errors import UsageError
+from mollm.system.finite import all_finite
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -63,7 +64,7 @@ def check_finite_state(state_dict: dict[str, Any]) -> None:
     for n, named in [*state_dict["state"].items(), *options]:
         for name, value in named.items():
             if isinstance(value, Tensor):
-                good = not value.is_meta and bool(local(value).isfinite().all())
+                good = not value.is_meta and all_finite(local(value))
             else:
                 good = not isinstance(value, float) or math.isfinite(value)
             if not good:
@@ -140,7 +141,7 @@ def check_entry(what: str, value: Any, n: int, p: Tensor) -> None:
         )
 
     mine = local(value)
-    if not bool(mine.isfinite().all()):
+    if not all_finite(mine):
         raise UsageError(
             f"{what} of parameter {n} must be finite, but the state to load has "
             f"{int((~mine.isfinite()).sum())} elements that are not: load an earlier checkpoint."
@@ -202,7 +203,7 @@ def check_narrowing(what: str, value: Tensor, n: int, dtype: torch.dtype) -> Non
     mine = local(value)
     if torch.finfo(dtype).max >= torch.finfo(mine.dtype).max or not mine.numel():
         return
-    if not mine.to(dtype).isfinite().all():
+    if not all_finite(mine.to(dtype)):
         raise UsageError(
             f"{what} of parameter {n} overflows in {dtype}: choose a wider state_dtype, such as "
             "torch.float32."

@@ -4,11 +4,10 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import launch
 import pytest
 import tiny
 import torch
@@ -26,6 +25,7 @@ from mollm.planning import run as planning_run
 from mollm.system import machine
 from mollm.system.units import GIB
 
+TESTS = Path(__file__).parents[1]
 FORGET, RETAIN = (str(sample_path(f"authors-{role}.jsonl")) for role in ("forget", "retain"))
 
 
@@ -405,25 +405,8 @@ def test_a_run_that_diverges_writes_no_model(tmp_path, saved, capsys):
     assert not (tmp_path / "out" / "model").exists()
 
 
-def run_script(*arguments, timeout):
-    """Runs a script of the tests, which forks, in a process of its own."""
-    here = Path(__file__).parents[1]
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(here / arguments[0]), *map(str, arguments[1:])],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def killed(folder, kills, timeout):
-    told = run_script("killed_runs.py", folder, kills, timeout=timeout)
+    told = launch.succeeds(TESTS / "killed_runs.py", folder, kills, seconds=timeout)
     assert f"killed {kills}" in told
     return told
 
@@ -439,7 +422,7 @@ def test_a_run_killed_at_a_hundred_moments_resumes_to_the_same_model(tmp_path):
 
 @pytest.mark.soak
 def test_full_disks_lose_nothing_and_jumping_clocks_change_nothing(tmp_path):
-    told = run_script("faulty_machines.py", tmp_path, timeout=1800)
+    told = launch.succeeds(TESTS / "faulty_machines.py", tmp_path, seconds=1800)
     assert told.count(": True") >= 7
 
 

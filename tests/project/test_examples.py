@@ -14,20 +14,24 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 
 
-def run(*command):
+def steps_of(out, err, code):
     """The weights of the combined gradient at every step, as the example prints them.
 
     In float32: the rounding of bfloat16 products depends on how the rows are cut into batches.
     """
-    out, err, code = launch.python(*command, "--lr", "1e-3", seconds=90)
     assert code in (0, None), err[-3000:]
     printed = re.findall(r"status=\w+.*?weights=\[(.*?)\]", out)
     return [[float(w) for w in step.split(",")] for step in printed]
 
 
+def run(script, *options, world=1):
+    words = (IN_FLOAT32, EXAMPLES / script, "--lr", "1e-3", *options)
+    return steps_of(*launch.script(*words, world=world, seconds=20))
+
+
 @pytest.fixture(scope="module")
 def alone():
-    return run(IN_FLOAT32, EXAMPLES / "plain.py")
+    return run("plain.py")
 
 
 def test_the_plain_loop_alone(alone):
@@ -36,19 +40,27 @@ def test_the_plain_loop_alone(alone):
     assert all(kl > 0 for _, kl, _ in alone[1:])
 
 
+def agree(steps, expected):
+    assert len(steps) == 3
+    for step, of_one in zip(steps, expected, strict=True):
+        assert step == pytest.approx(of_one, rel=1e-4)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_make_the_steps_of_one(script, alone):
+    agree(run(script, world=2), alone)
+
+
+def test_torchrun_starts_an_example(alone):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    steps = run(*torchrun, IN_FLOAT32, EXAMPLES / script)
-    assert len(steps) == 3
-    for step, expected in zip(steps, alone, strict=True):
-        assert step == pytest.approx(expected, rel=1e-4)
+    words = (*torchrun, IN_FLOAT32, EXAMPLES / "plain.py", "--lr", "1e-3")
+    agree(steps_of(*launch.python(*words, seconds=90)), alone)
 
 
 def test_a_model_from_a_folder(tmp_path, alone):
-    tiny.model().save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    steps = run(IN_FLOAT32, EXAMPLES / "plain.py", "--model", str(tmp_path), "--steps", "1")
+    tiny.model().save_pretrained(tmp_path / "tiny")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+    steps = run("plain.py", "--model", tmp_path / "tiny", "--steps", "1")
     assert len(steps) == 1
     assert steps[0] != pytest.approx(alone[0], rel=1e-2)
 

@@ -102,8 +102,8 @@ def test_a_recipe_makes_a_step(recipe, model, tmp_path):
 
 def test_the_recipe_for_parts_of_a_model_runs_in_two_processes(model, tmp_path):
     recipe = ROOT / "recipes" / "fsdp2.yaml"
-    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mollm")
-    out, err, _ = launch.python(*start, *words(recipe, model, tmp_path), seconds=200)
+    command = ("-m", "mollm", *words(recipe, model, tmp_path))
+    out, err, _ = launch.script(*command, world=2, seconds=60)
     assert "Next: mollm evaluate" in out, err
     assert (tmp_path / "out" / "model").is_dir()
 
