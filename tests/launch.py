@@ -102,7 +102,8 @@ def script(path, *arguments, world=1, seconds):
     """As `python(path, ...)`, where `path` may be -m, or as torchrun in `world` processes.
 
     In forks of a process that imported `MODULES`, which spares each of them seconds. The output of
-    the first, the messages of all, and the greatest exit code: None if one did not end in time.
+    the first, the messages of all, and an exit code that is not 0 where there is one, or None where
+    one did not end in time.
     """
     start_server()
     context = multiprocessing.get_context("forkserver")
@@ -121,7 +122,7 @@ def script(path, *arguments, world=1, seconds):
             one.kill()
         told = [Path(folder, f"{rank}.err").read_text() for rank in range(world)]
         out = Path(folder, "0.out").read_text()
-    return out, "".join(told), None if None in codes else max(codes)
+    return out, "".join(told), None if None in codes else next(filter(None, codes), 0)
 
 
 def succeeds(path, *arguments, seconds):

@@ -44,23 +44,28 @@ def modules():
 MODULES = modules()
 
 
+def statements(node, late=False):
+    """Every statement in `node`, and whether it runs later than this one or never."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue
+        typing = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        inside = late or typing or isinstance(child, ast.FunctionDef)
+        yield child, inside
+        yield from statements(child, inside)
+
+
 def imports_of(path):
     """(module, whether it is imported when this one is, line) of every import of our own."""
-    tree = ast.parse(path.read_text())
-    late = set()
-    for node in ast.walk(tree):
-        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if typing or isinstance(node, ast.FunctionDef):
-            late |= {id(child) for child in ast.walk(node)}
-    for node in ast.walk(tree):
+    for node, late in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}, line {node.lineno}: a relative import"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                yield submodule if submodule in MODULES else node.module, id(node) in late, node
+                yield submodule if submodule in MODULES else node.module, late, node
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, id(node) in late, node
+                yield alias.name, late, node
 
 
 ARROWS = [
