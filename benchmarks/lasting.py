@@ -237,14 +237,25 @@ TASKS = {
                 "per_device_retain_batch_size": 6,
                 "retain": _everyday_apart,
             },
-            "mollm, relearning, own texts": {
+            "mollm, relearning, everyday apart, preferred": {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,
-                "retain": _and_own_texts,
+                "per_device_retain_batch_size": 6,
+                "retain": _everyday_apart,
+                "preferences": {"retain_everyday": 4},
+            },
+            "mollm, relearning, everyday and own texts apart": {
+                **_KNOWLEDGE,
+                **_RELEARN_KNOWLEDGE,
+                "per_device_retain_batch_size": 4,
+                "retain": lambda records: {**_everyday_apart(records), "own": AUTO},
             },
         },
         (5e-5,),
-        ("forget", "kept", "outside", "forget answered", "general answered", "others answered"),
+        (
+            *("forget", "kept", "outside"),
+            *(f"{name} answered" for name in ("forget", "general", "further", "others")),
+        ),
         (),
         {"per_device_train_batch_size": 6},
     ),
@@ -310,10 +321,10 @@ def table(task: Task, rows: Sequence[Row]) -> list[Row]:
     for name in dict.fromkeys(row["settings"] for row in rows):
         mine = [row for row in rows if row["settings"] == name]
         line: Row = {"settings": name, "seeds": len(mine)}
-        for figure in mine[0]:
+        for figure in dict.fromkeys(name for row in mine for name in row):
             if figure.partition(" at ")[0] not in task.figures:
                 continue
-            values = [row[figure] for row in mine]
+            values = [row[figure] for row in mine if figure in row]
             reach = interval(values)
             middle = f"{statistics.mean(values):.3f}"
             line[figure] = middle if reach is None else f"{middle} ±{(reach[1] - reach[0]) / 2:.3f}"

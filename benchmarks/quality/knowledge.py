@@ -7,6 +7,7 @@ kind with one answer. Those that it gives here are dealt by a seed, as many of e
     retain      trained to stay, together with the demo's everyday questions
     heldout     never trained on
     outside     the demo's general questions, never trained on either
+    further     simpler ones of `general.tsv`, nor on these
 
 Answered is the share of questions whose reply holds the answer.
 """
@@ -36,6 +37,7 @@ from mollm.models import forward, loading
 from quality.case import Case, TrainerCase
 
 _TABLE = Path(__file__).with_name("knowledge.tsv")
+_GENERAL = Path(__file__).with_name("general.tsv")
 _EACH, _TAUGHT = 30, 10
 _BATCH = 30
 
@@ -134,6 +136,14 @@ def read_facts() -> list[Fact]:
         ]
 
 
+def _read_further() -> list[Question]:
+    with _GENERAL.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file, delimiter="\t")
+        return facts.questions_of(
+            {line["question"]: tuple(line["answers"].split("|")) for line in lines}
+        )
+
+
 @dataclass(frozen=True)
 class Known:
     """What the model knows, and in which words."""
@@ -142,6 +152,7 @@ class Known:
     """With the model's own spelling of the answer."""
     everyday: list[tuple[Question, Reply]]
     general: list[tuple[Question, Reply]]
+    further: list[tuple[Question, Reply]]
 
 
 def make_case(seed: int, device: torch.device, cache: Path) -> TrainerCase:
@@ -162,7 +173,9 @@ def make_case(seed: int, device: torch.device, cache: Path) -> TrainerCase:
     asked["outside"] = [Example(q.text, r.text, closed=r.complete) for q, r in known.general]
     del asked["retain"]  # measured would be what training is for
     to_forget = _questions(parts["forget"])
-    general = [question for question, _ in known.general]
+    general, further = (
+        [question for question, _ in part] for part in (known.general, known.further)
+    )
 
     def answered(model: Any) -> dict[str, float]:
         forgotten = quiz(model, chat, to_forget)
@@ -171,6 +184,7 @@ def make_case(seed: int, device: torch.device, cache: Path) -> TrainerCase:
             "forget answered": forgotten.accuracy,
             "others answered": sum(others) / len(others),
             "general answered": quiz(model, chat, general).accuracy,
+            "further answered": quiz(model, chat, further).accuracy,
         }
 
     case = Case(
@@ -221,11 +235,13 @@ def _known(model: Any, chat: ChatFormat, cache: Path) -> Known:
     table = read_facts()
     everyday = facts.questions_of(facts.EVERYDAY)
     general = facts.questions_of(facts.GENERAL)
+    further = _read_further()
     asked = [
         *(fact.question(KINDS[fact.kind].asked) for fact in table),
         *(fact.question(KINDS[fact.kind].trained[0]) for fact in table),
         *everyday,
         *general,
+        *further,
     ]
     texts = "\n".join([model.name_or_path, *(question.text for question in asked)])
     path = cache / f"knowledge-{hashlib.sha256(texts.encode()).hexdigest()[:12]}.json"
@@ -250,6 +266,7 @@ def _known(model: Any, chat: ChatFormat, cache: Path) -> Known:
         ],
         [pair for pair in others if pair[0].text in facts.EVERYDAY and not _asks_for(pair, table)],
         [pair for pair in others if pair[0].text in facts.GENERAL],
+        [pair for pair in others if pair[0] in further],
     )
 
 
