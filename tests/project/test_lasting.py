@@ -81,7 +81,7 @@ def test_a_task_asks_otherwise_than_it_trains(task):
     assert not asked & trained
     assert not {record.prompt for record in forget} & {record.prompt for record in retain}
     assert task.answered(case.model) == {
-        f"{group} answered": 1.0 for group in ("forget", "others", "general")
+        f"{group} answered": 1.0 for group in ("forget", "others", "general", "further")
     }
 
 
