@@ -108,6 +108,8 @@ def versions(*more: str) -> dict[str, str]:
 
 @cache
 def _version(package: str) -> str | None:
+    if package == "torch":  # whose own says for which CUDA it was built, unlike PyPI's
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
