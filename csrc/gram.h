@@ -71,8 +71,8 @@ void combine_cpu(const TensorLists& gradients, const double* weights, void* cons
 void dots_cpu(const TensorLists& gradients, const void* const* x, const DType* x_dtypes,
               double* dots, int threads);
 
-// The instruction set that the CPU's kernels run on: "avx512bf16" (of which Gram takes "avx512"),
-// "avx512", "avx2" or "baseline".
+// The instruction set that gram_cpu and combine_cpu run on: "avx512bf16", "avx512", "avx2" or
+// "baseline".
 const char* cpu_instruction_set();
 
 #ifdef MOLLM_WITH_CUDA

@@ -24,7 +24,7 @@ Isa choose_isa() {
   if (!up_to_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     if (!up_to_avx512 && __builtin_cpu_supports("avx512bf16"))
-      return {"avx512bf16", &avx512::gram_kernels};
+      return {"avx512bf16", &avx512bf16::gram_kernels};
     return {"avx512", &avx512::gram_kernels};
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))

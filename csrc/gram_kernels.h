@@ -40,5 +40,8 @@ extern const GramKernels gram_kernels;
 namespace avx512 {
 extern const GramKernels gram_kernels;
 }
+namespace avx512bf16 {
+extern const GramKernels gram_kernels;
+}
 
 }  // namespace mollm

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from mollm_ops._checks import check_dtype, check_tensor
 from mollm_ops._dtypes import name_of, wide_dtype
-from mollm_ops.operands import IDENTITY, LogitTransform
+from mollm_ops.operands import LogitTransform
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Head:
     """[V]"""
     lead: torch.Size
     """The shape that `hidden` came with, without H."""
-    transform: LogitTransform = IDENTITY
+    transform: LogitTransform
 
     def detach(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
@@ -67,7 +67,7 @@ def head_of(
     if bias is not None:
         check_tensor(names[2], bias)
     device = hidden.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = device != "meta" and torch.is_autocast_enabled(device)  # of which meta has none
     if casts and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

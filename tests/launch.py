@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 import traceback
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -58,16 +60,16 @@ def in_processes(work, world, folder, *arguments):
     return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
 
 
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""Of processes that are forks: much of it counts when a package is imported."""
+
+
 def start_server():
     """Starts the process that forks, once; Python 3.11 does not tell it where to find modules."""
     multiprocessing.set_forkserver_preload(MODULES)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, before]))
-    try:
+    path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, "PYTHONPATH": path}):
         forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        os.environ.update({"PYTHONPATH": before} if before else {})
 
 
 def free_port():
@@ -101,28 +103,37 @@ def _as_torchrun(rank, world, port):
 def script(path, *arguments, world=1, seconds):
     """As `python(path, ...)`, where `path` may be -m, or as torchrun in `world` processes.
 
-    In forks of a process that imported `MODULES`, which spares each of them seconds. The output of
-    the first, the messages of all, and an exit code that is not 0 where there is one, or None where
+    In forks of a process that imported `MODULES`, which spares each of them seconds. What all
+    print, to stdout and to stderr, and an exit code that is not 0 where there is one, or None where
     one did not end in time.
     """
     start_server()
     context = multiprocessing.get_context("forkserver")
     port, argv = free_port(), [str(word) for word in (path, *arguments)]
-    started, codes, end = [], [], time.monotonic() + seconds
+    started, end = [], time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        for rank in range(world):
-            joined = _as_torchrun(rank, world, port) if world > 1 else {}
-            environment = {**os.environ, **joined, "CUDA_VISIBLE_DEVICES": ""}
-            given = (argv, environment, [f"{folder}/{rank}.{name}" for name in ("out", "err")])
-            started.append(context.Process(target=_as_script, args=given))
-            started[-1].start()
-        for one in started:
-            one.join(max(0.0, end - time.monotonic()))
-            codes.append(one.exitcode)
-            one.kill()
-        told = [Path(folder, f"{rank}.err").read_text() for rank in range(world)]
-        out = Path(folder, "0.out").read_text()
-    return out, "".join(told), None if None in codes else next(filter(None, codes), 0)
+        outs, errs = (
+            [Path(folder, f"{r}.{name}") for r in range(world)] for name in ("out", "err")
+        )
+        for file in (*outs, *errs):
+            file.touch()
+        try:
+            for rank, streams in enumerate(zip(outs, errs, strict=True)):
+                joined = _as_torchrun(rank, world, port) if world > 1 else {}
+                given = (argv, {**os.environ, **joined, **ENVIRONMENT}, streams)
+                started.append(context.Process(target=_as_script, args=given))
+                started[-1].start()
+            for one in started:
+                one.join(max(0.0, end - time.monotonic()))
+            codes = [one.exitcode for one in started]
+        finally:
+            for one in filter(lambda one: one.pid, started):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(one.pid, signal.SIGKILL)  # what it has started too
+                one.kill()
+                one.join()
+        told = ["".join(file.read_text() for file in files) for files in (outs, errs)]
+    return *told, None if None in codes else next(filter(None, codes), 0)
 
 
 def succeeds(path, *arguments, seconds):
@@ -133,9 +144,9 @@ def succeeds(path, *arguments, seconds):
 
 
 def _as_script(argv, environment, streams):
+    os.setsid()
     for number, path in enumerate(streams, start=1):
-        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(file, number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     gc.freeze()
@@ -150,7 +161,10 @@ def _as_script(argv, environment, streams):
         else:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -136,7 +136,8 @@ def read_facts() -> list[Fact]:
         ]
 
 
-def _read_further() -> list[Question]:
+def read_further() -> list[Question]:
+    """All lines of the table of simple questions."""
     with _GENERAL.open(encoding="utf-8", newline="") as file:
         lines = csv.DictReader(file, delimiter="\t")
         return facts.questions_of(
@@ -235,7 +236,7 @@ def _known(model: Any, chat: ChatFormat, cache: Path) -> Known:
     table = read_facts()
     everyday = facts.questions_of(facts.EVERYDAY)
     general = facts.questions_of(facts.GENERAL)
-    further = _read_further()
+    further = read_further()
     asked = [
         *(fact.question(KINDS[fact.kind].asked) for fact in table),
         *(fact.question(KINDS[fact.kind].trained[0]) for fact in table),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mollm.distributed.sharding import local
 from mollm.errors import UsageError
 from mollm.system.finite import all_finite
 from mollm.system.parsing import (
@@ -290,8 +291,8 @@ def check_finite(model: nn.Module, label: str) -> None:
     for name, weight in model.named_parameters():
         if not weight.is_floating_point() or weight.is_meta:
             continue
-        if not all_finite(weight):
-            count = int((~weight.isfinite()).sum())
+        if not all_finite(local(weight)):
+            count = int((~local(weight).float().isfinite()).sum())
             raise UsageError(
                 f"the model {label} must have finite weights, but {count:,} of {name} are NaN or "
                 "infinite: its files are damaged, or the run that wrote them diverged."

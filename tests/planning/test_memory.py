@@ -31,6 +31,7 @@ from mollm.training.reference_model import AdapterReference, CopyReference
 from mollm.training.step import accumulate
 from mollm_ops import _chunks
 from mollm_ops._loss_arguments import Head
+from mollm_ops.operands import IDENTITY
 
 BATCH, LENGTH = 4, 128
 SIZES = {
@@ -387,7 +388,7 @@ def test_chunks_are_those_of_the_losses(rows, projections):
     settings = replace(ON_CPU, batch_size=1, sequence_length=rows + 1)
     hidden, weight = torch.empty(rows, 1), torch.empty(shape.vocab, 1)
     expected = _chunks.chunk_rows_for(
-        Head(hidden, weight, None, hidden.shape), projections, rows, None, torch.float32
+        Head(hidden, weight, None, hidden.shape, IDENTITY), projections, rows, None, torch.float32
     )
     assert planning.chunk_rows(shape, settings, projections) == expected
 

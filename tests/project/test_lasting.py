@@ -53,6 +53,14 @@ def test_facts_are_dealt_by_kind_each_once():
         divide(known[:80], random.Random(0))
 
 
+def test_further_questions_are_nowhere_else():
+    further = {question.text for question in knowledge.read_further()}
+    trained = {form.format(f.subject) for f in read_facts() for form in KINDS[f.kind].trained}
+    asked = {KINDS[f.kind].asked.format(f.subject) for f in read_facts()}
+    assert len(further) == 129
+    assert not further & (facts.GENERAL.keys() | facts.EVERYDAY.keys() | trained | asked)
+
+
 @pytest.fixture
 def task(tmp_path, monkeypatch):
     """That of a model which answers every question right."""

@@ -33,3 +33,5 @@ def test_the_largest_numbers_are_finite_and_nothing_is():
     assert all_finite(torch.empty(0, 3))
     assert all_finite(torch.tensor(2.0, requires_grad=True))
     assert all_finite(torch.arange(3))
+    assert all_finite(torch.tensor([1 + 2j]))
+    assert not all_finite(torch.tensor([complex(1, float("nan"))]))
