@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from mollm.data.chat import ChatFormat, Example, collate
+from mollm.demo import facts as demo_facts
 from mollm.demo.quiz import Score
 from mollm.evaluation.generation import Reply
 from mollm.methods import answers_of
@@ -58,7 +59,7 @@ def test_further_questions_are_nowhere_else():
     trained = {form.format(f.subject) for f in read_facts() for form in KINDS[f.kind].trained}
     asked = {KINDS[f.kind].asked.format(f.subject) for f in read_facts()}
     assert len(further) == 129
-    assert not further & (facts.GENERAL.keys() | facts.EVERYDAY.keys() | trained | asked)
+    assert not further & (demo_facts.GENERAL.keys() | demo_facts.EVERYDAY.keys() | trained | asked)
 
 
 @pytest.fixture
