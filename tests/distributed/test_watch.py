@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import launch
 import pytest
 
 from mollm.distributed import watch
@@ -131,12 +131,6 @@ print("together", flush=True)
 """
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("come", "seconds", "words"),
     [
@@ -147,7 +141,7 @@ def free_port():
     ids=str,
 )
 def test_a_process_that_dies_before_it_joins_is_named(come, seconds, words):
-    port, root = free_port(), Path(__file__).resolve().parents[2]
+    port, root = str(launch.free_port()), Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     alone = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     children = {
@@ -177,7 +171,7 @@ def test_a_process_that_dies_before_it_joins_is_named(come, seconds, words):
 
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_two_processes_without_a_launcher_end_when_one_does(how):
-    port = free_port()
+    port = str(launch.free_port())
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     children = [

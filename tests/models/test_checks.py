@@ -102,6 +102,15 @@ def test_finite_weights_whose_sum_is_not_pass():
     check_finite(model, "large")
 
 
+def test_weights_of_eight_bits_that_are_not_finite_are_counted():
+    model = torch.nn.Linear(4, 4).requires_grad_(False)
+    model.weight.data = model.weight.to(torch.float8_e4m3fn)
+    check_finite(model, "narrow")
+    model.weight.data[2, 3] = torch.nan
+    with pytest.raises(UsageError, match="finite weights, but 1 of weight are NaN"):
+        check_finite(model, "narrow")
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "gone.safetensors", 3])
 def test_an_index_names_weight_files_beside_it_alone(saved, name):
     index = saved / "model.safetensors.index.json"
