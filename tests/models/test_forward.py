@@ -84,6 +84,7 @@ def test_states_can_be_taken_within_a_compiled_function():
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("way", [way for way in WAYS if way is not by_head])
 @torch.no_grad()
 def test_a_frozen_copy_of_what_was_compiled_does_not_follow_the_model(way):
@@ -95,6 +96,7 @@ def test_a_frozen_copy_of_what_was_compiled_does_not_follow_the_model(way):
     assert torch.equal(hidden_states(copied, IDS, MASKS["whole"]), before)
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("kind", ["method", "partial"])
 @torch.no_grad()
 def test_a_layer_with_a_forward_of_its_own_is_copied_with_it(kind):

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mollm.errors import UsageError
 from mollm.models.forward import hidden_states
 from mollm.models.logits import check_logits, fit, logit_transform, ramp, set_logit_transform
+from mollm.system.precision import computing_in
 from mollm_ops.operands import IDENTITY, LogitTransform
 
 TINY = {
@@ -198,18 +199,28 @@ def test_what_the_losses_cannot_express_is_refused_in_one_sentence(cls, message)
     assert str(refused.value).count(". ") == 0
 
 
-def test_encoder_decoders_and_models_that_see_later_tokens_are_refused():
+def test_an_encoder_decoder_is_refused():
     t5 = transformers.T5Config(
         vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0
     )
     with pytest.raises(UsageError, match="is an encoder-decoder"):
         check_logits(transformers.T5ForConditionalGeneration(t5))
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("coupling", [1.0, 0.2])
+def test_a_model_that_sees_later_tokens_is_refused_however_little_it_sees_of_them(
+    coupling, compute_dtype
+):
     bert = transformers.BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="the losses do not support"):
-        check_logits(transformers.BertForMaskedLM(bert))
+    model = transformers.BertLMHeadModel(bert)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.output.dense.weight.mul_(coupling)
+    with computing_in(compute_dtype), pytest.raises(UsageError, match="see later ones"):
+        check_logits(model)
 
 
 def test_the_probe_leaves_the_model_as_it_was():
