@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kFlush = 2048;  // float products added before they go into doubles
 constexpr int kDirectRows = 4;    // up to here all products of a position fit in registers
-constexpr int kTile = 4;
+constexpr int kTile = kRegisters == 32 ? 4 : 3;
 
 // Below this sum of squares of a chunk, floats too small to have a square may be what is missing
 // from it: 2^16 of them, each up to the smallest normal float 2^-126, are 2^-24 of it.
@@ -56,7 +56,7 @@ struct Metric {
 // ---- Gram, few rows of one dtype: everything in registers.
 
 template <class T>
-MOLLM_INLINE f32x16 as_stored(f32x16 x) {
+MOLLM_INLINE f32v as_stored(f32v x) {
   T stored[kLanes];
   store(stored, x);
   return load(stored);
@@ -67,37 +67,37 @@ template <int K, class T, bool kMeans, bool kMetric>
 static void gram_direct(const GramChunk& chunk, double* partial) {
   constexpr int kPairs = K * (K + 1) / 2;
   const T *rows[K], *means[K];
-  f32x16 weights[K];
+  f32v weights[K];
   for (int k = 0; k < K; ++k) {
     rows[k] = static_cast<const T*>(chunk.data[k]);
     if constexpr (kMeans) means[k] = static_cast<const T*>(chunk.means[k]);
-    if constexpr (kMetric) weights[k] = f32x16{} + static_cast<float>(chunk.second_weights[k]);
+    if constexpr (kMetric) weights[k] = f32v{} + static_cast<float>(chunk.second_weights[k]);
   }
   const T* const second = static_cast<const T*>(chunk.second);
   const Metric<float> metric(chunk);
   const float beta = static_cast<float>(chunk.beta), fresh = static_cast<float>(1 - chunk.beta);
-  f64x8 total[kPairs] = {};
+  f64v total[kPairs] = {};
   for (int64_t begin = 0; begin < chunk.count; begin += kFlush) {
     const int64_t end = min64(begin + kFlush, chunk.count);
-    f32x16 products[kPairs] = {};
-    const auto add = [&](const f32x16* x, const f32x16* y) __attribute__((always_inline)) {
+    f32v products[kPairs] = {};
+    const auto add = [&](const f32v* x, const f32v* y) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < K; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j <= i; ++j) products[triangle(i, j)] += x[i] * y[j];
     };
     const auto accumulate = [&](auto read) __attribute__((always_inline)) {
-      f32x16 x[K];
+      f32v x[K];
 #pragma GCC unroll 4
       for (int i = 0; i < K; ++i) {
         x[i] = read(rows[i]);
         if constexpr (kMeans) x[i] = as_stored<T>(beta * read(means[i]) + fresh * x[i]);
       }
       if constexpr (kMetric) {
-        f32x16 square = {}, scaled[K];
+        f32v square = {}, scaled[K];
 #pragma GCC unroll 4
         for (int i = 0; i < K; ++i) square += weights[i] * x[i] * x[i];
-        const f32x16 scale = metric.at(second ? read(second) : f32x16{}, square);
+        const f32v scale = metric.at(second ? read(second) : f32v{}, square);
 #pragma GCC unroll 4
         for (int i = 0; i < K; ++i) scaled[i] = scale * x[i];
         add(scaled, x);
@@ -108,7 +108,7 @@ static void gram_direct(const GramChunk& chunk, double* partial) {
     int64_t n = begin;
     if constexpr (std::is_same_v<T, bf16> && !kMeans && !kMetric)
       for (; n + 2 * kLanes <= end; n += 2 * kLanes) {
-        f32x16 even[K], odd[K];
+        f32v even[K], odd[K];
 #pragma GCC unroll 4
         for (int i = 0; i < K; ++i) load_pairs(rows[i] + n, &even[i], &odd[i]);
         add(even, even);
@@ -148,15 +148,15 @@ template <class S>
 struct Vector;
 template <>
 struct Vector<float> {
-  using type = f32x16;
+  using type = f32v;
 };
 template <>
 struct Vector<double> {
-  using type = f64x8;
+  using type = f64v;
 };
 
-MOLLM_INLINE f64x8 widen(f32x16 v) { return widen_low(v) + widen_high(v); }
-MOLLM_INLINE f64x8 widen(f64x8 v) { return v; }
+MOLLM_INLINE f64v widen(f32v v) { return widen_low(v) + widen_high(v); }
+MOLLM_INLINE f64v widen(f64v v) { return v; }
 
 // products[triangle(i + r, j + c)] += row i + r times row j + c, for r < R, c < C; of a tile on the
 // diagonal only c <= r.
@@ -248,11 +248,69 @@ static void gram_scratch(const GramChunk& chunk, double* partial) {
           case 1: gram_tiles<1>(row, i, padded, products); break;
           case 2: gram_tiles<2>(row, i, padded, products); break;
           case 3: gram_tiles<3>(row, i, padded, products); break;
-          default: gram_tiles<4>(row, i, padded, products);
+          default: gram_tiles<kTile>(row, i, padded, products);
         }
     }
     for (int p = 0; p < pairs; ++p) partial[p] += sum(widen(products[p]));
   }
+}
+
+// ---- Gram, many rows of bfloat16: tiles straight from memory, a block of rows at a time in L1.
+
+constexpr int64_t kBlock = 1024;
+
+// products[triangle(i + r, j + c)] of `count` elements, as gram_tile.
+template <int R, int C, bool kDiagonal>
+static void pair_tile(const bf16* const* row, int i, int j, int64_t count, f64v* products) {
+  f32v tile[R][C] = {};
+  const auto add = [&](auto read) __attribute__((always_inline)) {
+    u32v x[R], y[C];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) x[r] = read(row[i + r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) y[c] = kDiagonal ? x[c] : read(row[j + c]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        if (!kDiagonal || c <= r) tile[r][c] = add_products(tile[r][c], x[r], y[c]);
+  };
+  int64_t n = 0;
+  for (; n + 2 * kLanes <= count; n += 2 * kLanes)
+    add([n](const bf16* p) __attribute__((always_inline)) { return load_bits<u32v>(p + n); });
+  if (n < count)
+    add([n, count](const bf16* p) __attribute__((always_inline)) {
+      bf16 padded[2 * kLanes] = {};
+      std::memcpy(padded, p + n, static_cast<size_t>(count - n) * sizeof(bf16));
+      return load_bits<u32v>(padded);
+    });
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < (kDiagonal ? r + 1 : C); ++c)
+      products[triangle(i + r, j + c)] += widen(tile[r][c]);
+}
+
+template <int R>
+static void pair_tiles(const bf16* const* row, int i, int64_t count, f64v* products) {
+  for (int j = 0; j < i; j += kTile) pair_tile<R, kTile, false>(row, i, j, count, products);
+  pair_tile<R, R, true>(row, i, i, count, products);
+}
+
+static void gram_pairs(const GramChunk& chunk, double* partial) {
+  const int rows = chunk.rows, pairs = rows * (rows + 1) / 2;
+  f64v products[kMaxRows * (kMaxRows + 1) / 2];
+  for (int p = 0; p < pairs; ++p) products[p] = f64v{};
+  for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
+    const int64_t length = min64(kBlock, chunk.count - begin);
+    const bf16* row[kMaxRows];
+    for (int k = 0; k < rows; ++k) row[k] = static_cast<const bf16*>(chunk.data[k]) + begin;
+    for (int i = 0; i < rows; i += kTile) switch (rows - i) {
+        case 1: pair_tiles<1>(row, i, length, products); break;
+        case 2: pair_tiles<2>(row, i, length, products); break;
+        case 3: pair_tiles<3>(row, i, length, products); break;
+        default: pair_tiles<kTile>(row, i, length, products);
+      }
+  }
+  for (int p = 0; p < pairs; ++p) partial[p] = sum(products[p]);
 }
 
 // The one dtype of all that is read, or float64 where there are several.
@@ -271,6 +329,8 @@ static void gram_in_float(const GramChunk& chunk, double* partial) {
       case DType::kFloat16: return gram_direct<fp16>(chunk, partial);
       case DType::kFloat64: break;
     }
+  const bool plain = !chunk.means && !chunk.second_weights;
+  if (plain && common_dtype(chunk) == DType::kBFloat16) return gram_pairs(chunk, partial);
   gram_scratch<float>(chunk, partial);
 }
 
@@ -346,9 +406,9 @@ static void dots(int rows, const void* const* data, const DType* dtypes, const v
     for (int k = 0; k < rows; ++k) {
       convert(data[k], dtypes[k], begin, length, row);
       pad(row, length);
-      f64x8 products = {};
-      for (int64_t n = 0; n < padded; n += 8)
-        products += load_bits<f64x8>(row + n) * load_bits<f64x8>(column + n);
+      f64v products = {};
+      for (int64_t n = 0; n < padded; n += kLanes / 2)
+        products += load_bits<f64v>(row + n) * load_bits<f64v>(column + n);
       partial[k] += sum(products);
     }
   }

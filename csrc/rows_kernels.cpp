@@ -10,9 +10,6 @@
 
 #include <cmath>
 #include <limits>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #include "simd.h"
 
@@ -26,17 +23,17 @@ MOLLM_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The last, partial vector: the missing lanes are minus infinity, whose exponential adds nothing.
 template <class T>
-MOLLM_INLINE f32x16 load_logits(const T* p, int64_t count) {
+MOLLM_INLINE f32v load_logits(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
   T some[kLanes] = {};
   std::memcpy(some, p, static_cast<size_t>(count) * sizeof(T));
-  f32x16 v = load(some);
+  f32v v = load(some);
   for (int64_t n = count; n < kLanes; ++n) v[n] = -kInfinity;
   return v;
 }
 
 template <class T>
-MOLLM_INLINE void store_some(T* p, f32x16 v, int64_t count) {
+MOLLM_INLINE void store_some(T* p, f32v v, int64_t count) {
   if (count >= kLanes) return store(p, v);
   T some[kLanes];
   store(some, v);
@@ -52,12 +49,12 @@ MOLLM_INLINE double at(const double* p) { return *p; }
 
 template <class T>
 MOLLM_INLINE void put(T* p, double v) {
-  store_some(p, f32x16{} + static_cast<float>(v), 1);
+  store_some(p, f32v{} + static_cast<float>(v), 1);
 }
 
 MOLLM_INLINE void put(double* p, double v) { *p = v; }
 
-MOLLM_INLINE double sum(f32x16 v) { return sum(widen_low(v) + widen_high(v)); }
+MOLLM_INLINE double sum(f32v v) { return sum(widen_low(v) + widen_high(v)); }
 
 // Calls f(n, count) for every vector of [begin, end); all but the last have count == kLanes.
 template <class F>
@@ -71,7 +68,7 @@ MOLLM_INLINE void for_vectors(int64_t begin, int64_t end, const F& f) {
 
 template <class T>
 static double maximum(const T* z, int64_t count) {
-  f32x16 top = f32x16{} - kInfinity;
+  f32v top = f32v{} - kInfinity;
   for_vectors(0, count, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
     top = maximum(top, load_logits(z + n, some));
   });
@@ -85,7 +82,7 @@ static double sum_exp(const T* z, int64_t count, double scale, double m) {
   const float s = static_cast<float>(scale), shift = static_cast<float>(m);
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kFlush) {
-    f32x16 partial = {};
+    f32v partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
                   partial += exp_negative(load_logits(z + n, some) * s - shift);
@@ -135,37 +132,39 @@ struct CappedTo {
 // that of exp_negative, with the 1 of its polynomial added last. A division would cost more than
 // all the rest: for d in [1, 2] the quadratic is 1 / d to r <= 1/99, and (1 + r)(1 + r^2) takes
 // that to r^4.
-MOLLM_INLINE CappedTo<f32x16> capped_far(f32x16 x, float cap, float minus_two_over_cap) {
+MOLLM_INLINE CappedTo<f32v> capped_far(f32v x, float cap, float minus_two_over_cap) {
   constexpr float kLowest = -87.33654f, kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.f;
-  const u32x16 sign = (u32x16)x & 0x80000000u;
-  const f32x16 b = (f32x16)((u32x16)x ^ sign) * minus_two_over_cap;
-  const f32x16 least = select(b < kLowest, f32x16{} + kLowest, b);
-  const f32x16 rounded = least * 1.44269504f + kRound;
-  const f32x16 n = rounded - kRound;
-  const f32x16 r = (least - n * kLog2High) - n * kLog2Low;
-  f32x16 q = r * (1.f / 5040) + 1.f / 720;
+  const u32v sign = (u32v)x & 0x80000000u;
+  const f32v b = (f32v)((u32v)x ^ sign) * minus_two_over_cap;
+  const f32v least = select(b < kLowest, f32v{} + kLowest, b);
+  const f32v rounded = least * 1.44269504f + kRound;
+  const f32v n = rounded - kRound;
+  const f32v r = (least - n * kLog2High) - n * kLog2Low;
+  f32v q = r * (1.f / 5040) + 1.f / 720;
   q = q * r + 1.f / 120;
   q = q * r + 1.f / 24;
   q = q * r + 1.f / 6;
   q = q * r + 0.5f;
   q = q * (r * r) + r;
-  const f32x16 power = (f32x16)(((u32x16)rounded + (127u - 0x4b400000u)) << 23);
-  const f32x16 u = q * power + power, w = (1.f - power) - q * power, d = 2.f - w;
-  f32x16 inverse = (d * (32.f / 99) - 144.f / 99) * d + 210.f / 99;
-  const f32x16 rest = 1.f - d * inverse;
+  const f32v power = (f32v)(((u32v)rounded + (127u - 0x4b400000u)) << 23);
+  const f32v u = q * power + power, w = (1.f - power) - q * power, d = 2.f - w;
+  f32v inverse = (d * (32.f / 99) - 144.f / 99) * d + 210.f / 99;
+  const f32v rest = 1.f - d * inverse;
   inverse = inverse * rest + inverse;
   inverse = inverse * (rest * rest) + inverse;
-  const f32x16 magnitude = w * (inverse * cap);
-  return {(f32x16)((u32x16)magnitude | sign), u * (4.f * (inverse * inverse))};
+  const f32v magnitude = w * (inverse * cap);
+  return {(f32v)((u32v)magnitude | sign), u * (4.f * (inverse * inverse))};
 }
 
-MOLLM_INLINE bool all_at_most(f32x16 v, float limit) {  // false of a NaN
+MOLLM_INLINE bool all_at_most(f32v v, float limit) {  // false of a NaN
 #ifdef __AVX512F__
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_LE_OQ) == 0xffff;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_LE_OQ)) == 0xff;
 #else
-  const i32x16 larger = ~(v <= limit);
-  uint64_t words[8], any = 0;
+  const i32v larger = ~(v <= limit);
+  uint64_t words[kVector / 8], any = 0;
   std::memcpy(words, &larger, sizeof(words));
   for (uint64_t word : words) any |= word;
   return any == 0;
@@ -173,8 +172,8 @@ MOLLM_INLINE bool all_at_most(f32x16 v, float limit) {  // false of a NaN
 }
 
 // tanh(a) / a to 1e-7 where a^2 <= 1.
-MOLLM_INLINE f32x16 tanh_ratio(f32x16 square) {
-  f32x16 q = square * -3.523280943633135e-4f + 2.2786476648711633e-3f;
+MOLLM_INLINE f32v tanh_ratio(f32v square) {
+  f32v q = square * -3.523280943633135e-4f + 2.2786476648711633e-3f;
   q = q * square - 7.912485058835692e-3f;
   q = q * square + 2.1461410155256627e-2f;
   q = q * square - 5.386970672481632e-2f;
@@ -185,25 +184,25 @@ MOLLM_INLINE f32x16 tanh_ratio(f32x16 square) {
 
 // The same. Few logits are beyond their cap: up to it a polynomial takes half the time, and
 // 1 - tanh^2 has its digits.
-MOLLM_INLINE CappedTo<f32x16> capped(f32x16 x, float cap, float over_cap) {
-  const f32x16 a = x * over_cap, s = a * a;
+MOLLM_INLINE CappedTo<f32v> capped(f32v x, float cap, float over_cap) {
+  const f32v a = x * over_cap, s = a * a;
   if (__builtin_expect(!all_at_most(s, 1.f), 0)) return capped_far(x, cap, -2 * over_cap);
-  const f32x16 t = a * tanh_ratio(s);
+  const f32v t = a * tanh_ratio(s);
   return {t * cap, 1.f - t * t};
 }
 
 // 2^y for |y| <= 100: exp_negative's way without its reduction, and a polynomial to 2e-9.
-MOLLM_INLINE f32x16 power_of_two(f32x16 y) {
+MOLLM_INLINE f32v power_of_two(f32v y) {
   constexpr float kRound = 12582912.f;
-  const f32x16 rounded = y + kRound;
-  const f32x16 f = y - (rounded - kRound);
-  f32x16 p = f * 1.5461444699e-4f + 1.3400428178e-3f;
+  const f32v rounded = y + kRound;
+  const f32v f = y - (rounded - kRound);
+  f32v p = f * 1.5461444699e-4f + 1.3400428178e-3f;
   p = p * f + 9.6180566785e-3f;
   p = p * f + 5.5503272267e-2f;
   p = p * f + 2.4022650922e-1f;
   p = p * f + 6.9314720670e-1f;
   p = p * f + 1.f;
-  return (f32x16)((u32x16)p + ((u32x16)rounded << 23));  // n is in rounded's last bits
+  return (f32v)((u32v)p + ((u32v)rounded << 23));  // n is in rounded's last bits
 }
 
 // What a sweep over the logits of a small cap keeps.
@@ -221,15 +220,15 @@ static double sum_exp_small_cap(const T* z, int64_t count, LogitMap map, float* 
   const float to_power = static_cast<float>(map.cap * 1.4426950408889634);
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kFlush) {
-    f32x16 partial = {};
+    f32v partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-                  const f32x16 z0 = load_logits(z + n, some);
-                  const f32x16 a = z0 * to_a, square = a * a;
-                  f32x16 t, slope;
+                  const f32v z0 = load_logits(z + n, some);
+                  const f32v a = z0 * to_a, square = a * a;
+                  f32v t, slope;
                   bool far = false;
                   if (all_at_most(square, 0.25f)) {
-                    f32x16 q = square * 1.7131344431e-2f - 5.2984238829e-2f;
+                    f32v q = square * 1.7131344431e-2f - 5.2984238829e-2f;
                     q = q * square + 1.3324750505e-1f;
                     q = q * square - 3.3333067944e-1f;
                     t = a * (q * square + 9.9999998676e-1f);
@@ -243,7 +242,7 @@ static double sum_exp_small_cap(const T* z, int64_t count, LogitMap map, float* 
                     slope = found.slope;
                     far = true;
                   }
-                  f32x16 e = power_of_two(t * to_power);
+                  f32v e = power_of_two(t * to_power);
                   if (far) e += t - t;  // NaN stays NaN, whose last bits the power would take in
                   if (some == kLanes) {
                     partial += e;
@@ -283,12 +282,12 @@ static double sum_exp_capped(const T* z, int64_t count, LogitMap map, double m, 
   const float cap = static_cast<float>(map.cap), over_cap = static_cast<float>(1 / map.cap);
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kFlush) {
-    f32x16 partial = {};
+    f32v partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
                   const auto [y, slope] = capped(load_logits(z + n, some) * s, cap, over_cap);
-                  const f32x16 x = y - shift;
-                  const f32x16 e = exp_negative(x);
+                  const f32v x = y - shift;
+                  const f32v e = exp_negative(x);
                   if (some == kLanes) {
                     partial += e;
                   } else {
@@ -304,7 +303,7 @@ static double sum_exp_capped(const T* z, int64_t count, LogitMap map, double m, 
 }
 
 // exp(-d) + d - 1 for |d| < 1/4, where the plain form cancels.
-MOLLM_INLINE f32x16 phi_series(f32x16 d) {
+MOLLM_INLINE f32v phi_series(f32v d) {
   return d * d * (1.f / 2 - d * (1.f / 6 - d * (1.f / 24 - d * (1.f / 120 - d * (1.f / 720)))));
 }
 
@@ -341,21 +340,21 @@ static double sweep_kl(Row<T, float> row, Shift own, Row<T, float> ref_row, Shif
   const float ce = static_cast<float>(factors.ce), kl = static_cast<float>(factors.kl);
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kFlush) {
-    f32x16 partial = {};
+    f32v partial = {};
     for_vectors(begin, min64(begin + kFlush, count),
                 [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-                  const f32x16 x = load_logits(z + n, some) * s - m;
-                  const f32x16 x_ref = load_logits(z_ref + n, some) * s_ref - m_ref;
-                  const f32x16 e = exp_negative(x);
-                  const f32x16 p = e * inv, p_ref = exp_negative(x_ref) * inv_ref;
-                  const f32x16 d = (x_ref - x) - log_ratio;
-                  const f32x16 far = p - p_ref + p_ref * d;
-                  const i32x16 is_near = (d < 0.25f) & (d > -0.25f);
-                  const f32x16 term = select(is_near, p_ref * phi_series(d), far);
+                  const f32v x = load_logits(z + n, some) * s - m;
+                  const f32v x_ref = load_logits(z_ref + n, some) * s_ref - m_ref;
+                  const f32v e = exp_negative(x);
+                  const f32v p = e * inv, p_ref = exp_negative(x_ref) * inv_ref;
+                  const f32v d = (x_ref - x) - log_ratio;
+                  const f32v far = p - p_ref + p_ref * d;
+                  const i32v is_near = (d < 0.25f) & (d > -0.25f);
+                  const f32v term = select(is_near, p_ref * phi_series(d), far);
                   partial += select(p_ref == 0.f, p, term);
-                  f32x16 to_ce = e * ce, to_kl = (p - p_ref) * kl;
+                  f32v to_ce = e * ce, to_kl = (p - p_ref) * kl;
                   if (slopes) {
-                    const f32x16 slope = load_logits(slopes + n, some);
+                    const f32v slope = load_logits(slopes + n, some);
                     to_ce *= slope;
                     to_kl *= slope;
                   }

@@ -20,14 +20,14 @@ MOLLM_INLINE int64_t bytes_of(DType dtype) {
 
 // The last, partial vector: the missing lanes are zero and add nothing.
 template <class T>
-MOLLM_INLINE f32x16 load_tail(const T* p, int64_t count) {
+MOLLM_INLINE f32v load_tail(const T* p, int64_t count) {
   T padded[kLanes] = {};
   std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
   return load(padded);
 }
 
 template <class T>
-MOLLM_INLINE f32x16 load_some(const T* p, int64_t count) {
+MOLLM_INLINE f32v load_some(const T* p, int64_t count) {
   return count >= kLanes ? load(p) : load_tail(p, count);
 }
 

@@ -17,14 +17,14 @@ constexpr int64_t kFlush = 4096;  // elements whose products are added in V befo
 template <class V>
 struct Lanes;
 template <>
-struct Lanes<f32x16> {
+struct Lanes<f32v> {
   using Scalar = float;
-  static constexpr int64_t count = 16;
+  static constexpr int64_t count = kLanes;
 };
 template <>
-struct Lanes<f64x8> {
+struct Lanes<f64v> {
   using Scalar = double;
-  static constexpr int64_t count = 8;
+  static constexpr int64_t count = kLanes / 2;
 };
 
 template <class V>
@@ -32,25 +32,25 @@ using ScalarOf = typename Lanes<V>::Scalar;
 
 // The first `valid` lanes come from p + at, the others are zero.
 template <class T>
-MOLLM_INLINE f32x16 read_as(const T* p, int64_t valid, f32x16) {
+MOLLM_INLINE f32v read_as(const T* p, int64_t valid, f32v) {
   return load_some(p, valid);
 }
 
-MOLLM_INLINE f32x16 read_as(const double* p, int64_t valid, f32x16) {
-  f32x16 x = {};
-  for (int64_t l = 0; l < min64(valid, 16); ++l) x[l] = static_cast<float>(p[l]);
+MOLLM_INLINE f32v read_as(const double* p, int64_t valid, f32v) {
+  f32v x = {};
+  for (int64_t l = 0; l < min64(valid, kLanes); ++l) x[l] = static_cast<float>(p[l]);
   return x;
 }
 
 template <class T>
-MOLLM_INLINE f64x8 read_as(const T* p, int64_t valid, f64x8) {
-  f32x16 x = load_tail(p, min64(valid, 8));
+MOLLM_INLINE f64v read_as(const T* p, int64_t valid, f64v) {
+  f32v x = load_tail(p, min64(valid, kLanes / 2));
   return widen_low(x);
 }
 
-MOLLM_INLINE f64x8 read_as(const double* p, int64_t valid, f64x8) {
-  f64x8 x = {};
-  std::memcpy(&x, p, static_cast<size_t>(min64(valid, 8)) * sizeof(double));
+MOLLM_INLINE f64v read_as(const double* p, int64_t valid, f64v) {
+  f64v x = {};
+  std::memcpy(&x, p, static_cast<size_t>(min64(valid, kLanes / 2)) * sizeof(double));
   return x;
 }
 
@@ -65,26 +65,26 @@ MOLLM_INLINE V read(const void* from, DType dtype, int64_t at, int64_t valid) {
 }
 
 template <class T>
-MOLLM_INLINE void write_as(T* to, f32x16 x, int64_t valid) {
+MOLLM_INLINE void write_as(T* to, f32v x, int64_t valid) {
   if (valid >= kLanes) return store(to, x);
   T tail[kLanes];
   store(tail, x);
   std::memcpy(to, tail, static_cast<size_t>(valid) * sizeof(T));
 }
 
-MOLLM_INLINE void write_as(double* to, f32x16 x, int64_t valid) {
-  for (int64_t l = 0; l < min64(valid, 16); ++l) to[l] = x[l];
+MOLLM_INLINE void write_as(double* to, f32v x, int64_t valid) {
+  for (int64_t l = 0; l < min64(valid, kLanes); ++l) to[l] = x[l];
 }
 
 template <class T>
-MOLLM_INLINE void write_as(T* to, f64x8 x, int64_t valid) {
-  f32x16 narrow = {};
-  for (int l = 0; l < 8; ++l) narrow[l] = static_cast<float>(x[l]);
-  write_as(to, narrow, min64(valid, 8));
+MOLLM_INLINE void write_as(T* to, f64v x, int64_t valid) {
+  f32v narrow = {};
+  for (int l = 0; l < kLanes / 2; ++l) narrow[l] = static_cast<float>(x[l]);
+  write_as(to, narrow, min64(valid, kLanes / 2));
 }
 
-MOLLM_INLINE void write_as(double* to, f64x8 x, int64_t valid) {
-  std::memcpy(to, &x, static_cast<size_t>(min64(valid, 8)) * sizeof(double));
+MOLLM_INLINE void write_as(double* to, f64v x, int64_t valid) {
+  std::memcpy(to, &x, static_cast<size_t>(min64(valid, kLanes / 2)) * sizeof(double));
 }
 
 template <class V>
@@ -100,7 +100,7 @@ MOLLM_INLINE void write(const Span& to, int64_t at, int64_t valid, V x) {
 // A bfloat16 keeps the upper half of a float's bits; adding a random lower half first carries into
 // it with just the probability that makes the mean exact. The bits below are cleared, so that the
 // write that follows rounds nothing.
-MOLLM_INLINE f32x16 rounded_stochastically(f32x16 x, uint32_t key, int64_t element) {
+MOLLM_INLINE f32v rounded_stochastically(f32v x, uint32_t key, int64_t element) {
   for (int l = 0; l < kLanes; ++l) {
     uint32_t bits;
     float value = x[l];
@@ -113,9 +113,9 @@ MOLLM_INLINE f32x16 rounded_stochastically(f32x16 x, uint32_t key, int64_t eleme
   return x;
 }
 
-MOLLM_INLINE f64x8 rounded_stochastically(f64x8 x, uint32_t key, int64_t element) {
-  f32x16 narrow = {};
-  for (int l = 0; l < 8; ++l) narrow[l] = static_cast<float>(x[l]);
+MOLLM_INLINE f64v rounded_stochastically(f64v x, uint32_t key, int64_t element) {
+  f32v narrow = {};
+  for (int l = 0; l < kLanes / 2; ++l) narrow[l] = static_cast<float>(x[l]);
   return widen_low(rounded_stochastically(narrow, key, element));
 }
 
@@ -252,11 +252,11 @@ static void update(const UpdateChunk& chunk, double* changes) {
 template <class T>
 static void update_alike(const UpdateChunk& chunk, double* changes) {
   switch (chunk.rows) {
-    case 1: return update<f32x16, T, 1>(chunk, changes);
-    case 2: return update<f32x16, T, 2>(chunk, changes);
-    case 3: return update<f32x16, T, 3>(chunk, changes);
-    case 4: return update<f32x16, T, 4>(chunk, changes);
-    default: return update<f32x16, T, 0>(chunk, changes);
+    case 1: return update<f32v, T, 1>(chunk, changes);
+    case 2: return update<f32v, T, 2>(chunk, changes);
+    case 3: return update<f32v, T, 3>(chunk, changes);
+    case 4: return update<f32v, T, 4>(chunk, changes);
+    default: return update<f32v, T, 0>(chunk, changes);
   }
 }
 
@@ -279,10 +279,10 @@ static bool any_of(const UpdateChunk& chunk, DType dtype) {
 }
 
 static void update(const UpdateChunk& chunk, double* changes) {
-  if (any_of(chunk, DType::kFloat64)) return update<f64x8, void, 0>(chunk, changes);
+  if (any_of(chunk, DType::kFloat64)) return update<f64v, void, 0>(chunk, changes);
   if (all_of(chunk, DType::kFloat32)) return update_alike<float>(chunk, changes);
   if (all_of(chunk, DType::kBFloat16)) return update_alike<bf16>(chunk, changes);
-  update<f32x16, void, 0>(chunk, changes);
+  update<f32v, void, 0>(chunk, changes);
 }
 
 }  // namespace
