@@ -62,12 +62,12 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     loading.save(tiny.llama3(), tiny.tokenizer(), tmp_path / "tiny")
     evaluated = {"eval_forget": FORGET, "eval_retain": RETAIN, "eval_strategy": "steps"}
     config = settings_file(tmp_path, eval_steps=2, sample_replies=1, **evaluated)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(["unlearn", "--config", config, "--out", str(whole)]) == 0
+    out = tmp_path / "out"
+    assert main(["unlearn", "--config", config]) == 0
     told = capsys.readouterr().out
-    for words in ("4 steps", "eval_kl_loss", "mollm evaluate --model", str(whole / "model")):
+    for words in ("4 steps", "eval_kl_loss", "mollm evaluate --model", str(out / "model")):
         assert words in told
-    assert {path.name for path in whole.iterdir()} == {
+    assert {path.name for path in out.iterdir()} == {
         "README.md",
         "checkpoint-2",
         "checkpoint-4",
@@ -76,7 +76,7 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
         "report.html",
         "run.json",
     }
-    assert len((whole / "history.jsonl").read_text().splitlines()) == 4
+    assert len((out / "history.jsonl").read_text().splitlines()) == 4
     (following,) = (line for line in told.splitlines() if line.startswith("Next: mollm "))
     quick = ["--max-new-tokens", "2", "--resamples", "2", "--limit", "2"]
     command = [*shlex.split(following)[2:], *quick, "--out", str(tmp_path / "evaluation")]
@@ -84,19 +84,19 @@ def test_llama_3_forgets_resumes_evaluates_and_exports(tmp_path, capsys):
     assert "forget_probability" in capsys.readouterr().out
 
     # What a run leaves that was killed after its second step: no model, and a half written save.
-    assert main(["unlearn", "--config", config, "--out", str(cut)]) == 0
+    first = weights(out / "model")
     for name in ("model", "checkpoint-4"):
-        os.rename(cut / name, tmp_path / f"gone-{name}")
-    (cut / ".unfinished-x" / "checkpoint-3").mkdir(parents=True)
-    (cut / ".unfinished-history.jsonl").touch()
-    assert main(["unlearn", "--config", config, "--out", str(cut), "--resume"]) == 0
-    first, second = weights(whole / "model"), weights(cut / "model")
+        os.rename(out / name, tmp_path / f"gone-{name}")
+    (out / ".unfinished-x" / "checkpoint-3").mkdir(parents=True)
+    (out / ".unfinished-history.jsonl").touch()
+    assert main(["unlearn", "--config", config, "--resume"]) == 0
+    second = weights(out / "model")
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not list(cut.glob(".unfinished-*"))
+    assert not list(out.glob(".unfinished-*"))
     before = weights(tmp_path / "tiny")
     assert any(not torch.equal(first[name], before[name]) for name in first)
     assert torch.equal(first["lm_head.weight"], before["lm_head.weight"])
-    assert main(["unlearn", "--config", config, "--out", str(cut), "--resume"]) == 2
+    assert main(["unlearn", "--config", config, "--resume"]) == 2
     assert "has finished" in capsys.readouterr().err
 
 

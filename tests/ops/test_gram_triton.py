@@ -18,11 +18,25 @@ def test_interpreted():
     run_interpreted("interpreted_gram.py")
 
 
+EVERY = [
+    # Of other targets than the H100's by default those with the most rows.
+    pytest.param(
+        kernel,
+        K,
+        dtype,
+        capability,
+        id=f"{kernel.__name__}-{K}-{dtype}-{capability}",
+        marks=() if capability == 90 or K == 8 else pytest.mark.soak,
+    )
+    for kernel in (gram_kernel, combine_kernel)
+    for K in (1, 2, 3, 8)
+    for dtype in SHORT.values()
+    for capability in (90, 80, 100)
+]
+
+
 @needs_ptxas
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", SHORT.values())
-@pytest.mark.parametrize("K", [1, 2, 3, 8])
-@pytest.mark.parametrize("kernel", [gram_kernel, combine_kernel], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(("kernel", "K", "dtype", "capability"), EVERY)
 def test_compiles_without_spills(kernel, K, dtype, capability, tmp_path):
     rows = triton.next_power_of_2(K)
     constants = {

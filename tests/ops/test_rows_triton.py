@@ -70,9 +70,13 @@ def does_all(constants):
 
 
 EVERY = [
-    # Of other targets than the H100's by default those that do everything at once.
+    # By default those that do everything at once, and for the H100 all of bfloat16.
     pytest.param(
-        *case, capability, marks=() if capability == 90 or does_all(case[3]) else pytest.mark.soak
+        *case,
+        capability,
+        marks=()
+        if does_all(case[3]) or (capability == 90 and torch.bfloat16 in case[1:3])
+        else pytest.mark.soak,
     )
     for case in LOG + KL
     for capability in (90, 80, 100)
