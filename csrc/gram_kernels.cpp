@@ -255,16 +255,28 @@ static void gram_scratch(const GramChunk& chunk, double* partial) {
   }
 }
 
-// ---- Gram, many rows of bfloat16: tiles straight from memory, a block of rows at a time in L1.
+// ---- Gram, many rows of one dtype: tiles straight from memory, a block of all rows at a time in
+// L1.
 
-constexpr int64_t kBlock = 1024;
+// What a tile multiplies: pairs of bfloat16 as they are, other numbers in float.
+template <class T>
+using Factors = std::conditional_t<std::is_same_v<T, bf16>, u32v, f32v>;
+
+template <class T>
+MOLLM_INLINE Factors<T> factors(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return load_bits<u32v>(p);
+  else
+    return load(p);
+}
 
 // products[triangle(i + r, j + c)] of `count` elements, as gram_tile.
-template <int R, int C, bool kDiagonal>
-static void pair_tile(const bf16* const* row, int i, int j, int64_t count, f64v* products) {
+template <int R, int C, bool kDiagonal, class T>
+static void direct_tile(const T* const* row, int i, int j, int64_t count, f64v* products) {
+  constexpr int64_t step = kLanes * (std::is_same_v<T, bf16> ? 2 : 1);
   f32v tile[R][C] = {};
   const auto add = [&](auto read) __attribute__((always_inline)) {
-    u32v x[R], y[C];
+    Factors<T> x[R], y[C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) x[r] = read(row[i + r]);
 #pragma GCC unroll 4
@@ -276,38 +288,39 @@ static void pair_tile(const bf16* const* row, int i, int j, int64_t count, f64v*
         if (!kDiagonal || c <= r) tile[r][c] = add_products(tile[r][c], x[r], y[c]);
   };
   int64_t n = 0;
-  for (; n + 2 * kLanes <= count; n += 2 * kLanes)
-    add([n](const bf16* p) __attribute__((always_inline)) { return load_bits<u32v>(p + n); });
+  for (; n + step <= count; n += step)
+    add([n](const T* p) __attribute__((always_inline)) { return factors(p + n); });
   if (n < count)
-    add([n, count](const bf16* p) __attribute__((always_inline)) {
-      bf16 padded[2 * kLanes] = {};
-      std::memcpy(padded, p + n, static_cast<size_t>(count - n) * sizeof(bf16));
-      return load_bits<u32v>(padded);
+    add([n, count](const T* p) __attribute__((always_inline)) {
+      T padded[step] = {};
+      std::memcpy(padded, p + n, static_cast<size_t>(count - n) * sizeof(T));
+      return factors(padded);
     });
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < (kDiagonal ? r + 1 : C); ++c)
       products[triangle(i + r, j + c)] += widen(tile[r][c]);
 }
 
-template <int R>
-static void pair_tiles(const bf16* const* row, int i, int64_t count, f64v* products) {
-  for (int j = 0; j < i; j += kTile) pair_tile<R, kTile, false>(row, i, j, count, products);
-  pair_tile<R, R, true>(row, i, i, count, products);
+template <int R, class T>
+static void direct_tiles(const T* const* row, int i, int64_t count, f64v* products) {
+  for (int j = 0; j < i; j += kTile) direct_tile<R, kTile, false>(row, i, j, count, products);
+  direct_tile<R, R, true>(row, i, i, count, products);
 }
 
-static void gram_pairs(const GramChunk& chunk, double* partial) {
+template <class T>
+static void gram_in_tiles(const GramChunk& chunk, double* partial) {
   const int rows = chunk.rows, pairs = rows * (rows + 1) / 2;
   f64v products[kMaxRows * (kMaxRows + 1) / 2];
   for (int p = 0; p < pairs; ++p) products[p] = f64v{};
-  for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
-    const int64_t length = min64(kBlock, chunk.count - begin);
-    const bf16* row[kMaxRows];
-    for (int k = 0; k < rows; ++k) row[k] = static_cast<const bf16*>(chunk.data[k]) + begin;
+  for (int64_t begin = 0; begin < chunk.count; begin += kScratch) {
+    const int64_t length = min64(kScratch, chunk.count - begin);
+    const T* row[kMaxRows];
+    for (int k = 0; k < rows; ++k) row[k] = static_cast<const T*>(chunk.data[k]) + begin;
     for (int i = 0; i < rows; i += kTile) switch (rows - i) {
-        case 1: pair_tiles<1>(row, i, length, products); break;
-        case 2: pair_tiles<2>(row, i, length, products); break;
-        case 3: pair_tiles<3>(row, i, length, products); break;
-        default: pair_tiles<kTile>(row, i, length, products);
+        case 1: direct_tiles<1>(row, i, length, products); break;
+        case 2: direct_tiles<2>(row, i, length, products); break;
+        case 3: direct_tiles<3>(row, i, length, products); break;
+        default: direct_tiles<kTile>(row, i, length, products);
       }
   }
   for (int p = 0; p < pairs; ++p) partial[p] = sum(products[p]);
@@ -329,8 +342,12 @@ static void gram_in_float(const GramChunk& chunk, double* partial) {
       case DType::kFloat16: return gram_direct<fp16>(chunk, partial);
       case DType::kFloat64: break;
     }
-  const bool plain = !chunk.means && !chunk.second_weights;
-  if (plain && common_dtype(chunk) == DType::kBFloat16) return gram_pairs(chunk, partial);
+  if (chunk.rows > kDirectRows && !chunk.means && !chunk.second_weights)
+    switch (common_dtype(chunk)) {
+      case DType::kFloat32: return gram_in_tiles<float>(chunk, partial);
+      case DType::kBFloat16: return gram_in_tiles<bf16>(chunk, partial);
+      default: break;
+    }
   gram_scratch<float>(chunk, partial);
 }
 

@@ -67,6 +67,8 @@ MOLLM_INLINE void load_pairs(const bf16* p, f32v* even, f32v* odd) {
   *odd = (f32v)(both & 0xffff0000u);
 }
 
+MOLLM_INLINE f32v add_products(f32v sum, f32v x, f32v y) { return sum + x * y; }
+
 // sum + x y, of two elements to a lane. The instruction takes what is below the smallest
 // normal float for zero.
 MOLLM_INLINE f32v add_products(f32v sum, u32v x, u32v y) {
