@@ -609,6 +609,12 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _folder(self) -> Path:
         return Path(self.args.output_dir)
 
+    def _what_trains(self) -> str:
+        """How many tensors of the model, and which."""
+        trains = [name for name, p in self._base.named_parameters() if p.requires_grad]
+        digest = hashlib.sha256("\n".join(trains).encode()).hexdigest()[:8]
+        return f"{len(trains)} of {sum(1 for _ in self._base.parameters())} tensors ({digest})"
+
     @property
     def resume_signature(self) -> dict[str, Any]:
         """What a checkpoint must agree with, to be resumed from."""
@@ -626,6 +632,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
             "objectives": list(self.objectives),
             **fixed,
             "freeze_embeddings": self._wrapped is None and self.args.freeze_embeddings,
+            "weights that train": self._what_trains(),
             **{n: plain(v) for n, v in self._chat.identity.items() if n not in fixed},
             # Last: these change with most of what stands above, which is then named in their place.
             **{f"{name} data": self._data.facts[name]["sha256"] for name in sets},

@@ -749,6 +749,26 @@ def test_settings_may_be_left_out(tmp_path, monkeypatch):
     }
 
 
+def test_what_the_caller_froze_does_not_train_and_a_resumed_run_trains_the_same(tmp_path):
+    def mlps():
+        model = tiny.model(tie_word_embeddings=False)
+        for name, p in model.named_parameters():
+            p.requires_grad_(".mlp." in name)
+        return model
+
+    first = trained(tmp_path, mlps(), **SAVING)
+    before, after = mlps().state_dict(), first.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp." in name}
+    checkpoint = str(tmp_path / "checkpoint-2")
+    whole = trainer(tmp_path, tiny.model(tie_word_embeddings=False), **SAVING)
+    with pytest.raises(UsageError, match="weights that train was 6 of 21 tensors .* now 19 of 21"):
+        whole.train(resume_from_checkpoint=checkpoint)
+    same = trainer(tmp_path, mlps(), **SAVING)
+    same.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(after[name], t) for name, t in same.model.state_dict().items())
+
+
 def test_what_is_no_model_and_what_are_no_settings_is_said(tmp_path):
     from transformers import TrainingArguments
 
