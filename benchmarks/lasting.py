@@ -71,7 +71,7 @@ class Task:
     start: Callable[[argparse.Namespace, int], TrainerCase]
     settings: Mapping[str, Mapping[str, Any]]
     """Of a run, by name; `also` names further records to forget, `retain` is what to retain, or
-    what makes it of the records to retain."""
+    what makes it of the records to retain, `trains` is part of the names of what trains."""
     rates: tuple[float, ...]
     """Of whoever teaches the ten rows again."""
     figures: tuple[str, ...]
@@ -244,6 +244,14 @@ TASKS = {
                 "retain": _everyday_apart,
                 "preferences": {"retain_everyday": 4},
             },
+            "mollm, relearning, everyday apart, MLPs alone": {
+                **_KNOWLEDGE,
+                "relearn_steps": 2,
+                "relearn_lr": 3e-4,
+                "trains": ".mlp.",
+                "per_device_retain_batch_size": 6,
+                "retain": _everyday_apart,
+            },
             "mollm, relearning, everyday and own texts apart": {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,
@@ -265,12 +273,17 @@ TASKS = {
 def unlearned(started: TrainerCase, settings: dict[str, Any], seed: int) -> tuple[Any, Row]:
     """A copy of the case's model after a run of the trainer, and what the run says of itself."""
     forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
+    model = copy.deepcopy(started.case.model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    only = settings.pop("trains", "")
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and only in name)
     retain = settings.pop("retain", started.records["retain"])
     if callable(retain):
         retain = retain(started.records)
     with tempfile.TemporaryDirectory() as folder:
         trainer = MOLLMTrainer(
-            copy.deepcopy(started.case.model),
+            model,
             MOLLMConfig(
                 output_dir=folder,
                 use_cpu=True,
@@ -288,6 +301,8 @@ def unlearned(started: TrainerCase, settings: dict[str, Any], seed: int) -> tupl
         )
         began = time.perf_counter(), time.process_time()
         trainer.train()
+    for p in trained:  # whoever teaches the ten rows again trains all
+        p.requires_grad_(True)
     history = trainer.history
     conflicts = [any(record.conflicts.values()) for record in history]
     return trainer.model, {
