@@ -27,7 +27,12 @@ Isa choose_isa() {
       return {"avx512bf16", &avx512bf16::gram_kernels};
     return {"avx512", &avx512::gram_kernels};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#if defined(__clang__) || __GNUC__ >= 11  // GCC 10 cannot be asked for it; whoever has AVX2 has it
+  const bool f16c = __builtin_cpu_supports("f16c");
+#else
+  const bool f16c = true;
+#endif
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)
     return {"avx2", &avx2::gram_kernels};
 #endif
   return {"baseline", &baseline::gram_kernels};

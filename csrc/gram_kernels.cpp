@@ -15,7 +15,8 @@ constexpr int kDirectRows = 4;    // up to here all products of a position fit i
 constexpr int kTile = kRegisters == 32 ? 4 : 3;
 
 // Below this sum of squares of a chunk, floats too small to have a square may be what is missing
-// from it: 2^16 of them, each up to the smallest normal float 2^-126, are 2^-24 of it.
+// from it: 2^16 of them, each up to the smallest normal float 2^-126, are 2^-24 of it. Products of
+// bfloat16 take smaller elements for zero, which is less.
 constexpr double kFaint = 0x1p-86;
 
 MOLLM_INLINE int triangle(int i, int j) { return i * (i + 1) / 2 + j; }
@@ -255,10 +256,10 @@ static void gram_scratch(const GramChunk& chunk, double* partial) {
   }
 }
 
-// ---- Gram, many rows of one dtype: tiles straight from memory, a block of all rows at a time in
-// L1.
+// ---- Gram, many rows of float or of bfloat16: tiles straight from memory, a block of all rows at
+// a time, of which eight of float stay in L1.
 
-// What a tile multiplies: pairs of bfloat16 as they are, other numbers in float.
+// What a tile multiplies: floats, or pairs of bfloat16.
 template <class T>
 using Factors = std::conditional_t<std::is_same_v<T, bf16>, u32v, f32v>;
 

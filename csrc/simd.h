@@ -80,14 +80,14 @@ MOLLM_INLINE f32v add_products(f32v sum, u32v x, u32v y) {
 #endif
 }
 
-// A half is 2^112 too small when its bits are moved under a float's exponent; the product also
-// normalises subnormal halves. Infinity and NaN need the float's own top exponent.
 MOLLM_INLINE f32v load(const fp16* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__)  // the masked form, for GCC 12 warns of the other's own definition
   return (f32v)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p));
 #elif defined(__F16C__)
   return (f32v)_mm256_cvtph_ps(load_bits<__m128i>(p));
 #else
+  // A half is 2^112 too small when its bits are moved under a float's exponent; the product also
+  // normalises subnormal halves. Infinity and NaN need the float's own top exponent.
   const u32v h = __builtin_convertvector(load_bits<u16v>(p), u32v);
   const u32v magnitude = (h & 0x7fff) << 13;
   const f32v finite = (f32v)magnitude * 0x1p112f;
@@ -115,13 +115,13 @@ MOLLM_INLINE void store(bf16* p, f32v v) {
 #endif
 }
 
-// Subnormal halves are rounded by adding 0.5, whose last bit is the half's last subnormal bit.
 MOLLM_INLINE void store(fp16* p, f32v v) {
 #if defined(__AVX512F__)
   const __m256i out = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
   const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
+  // Subnormal halves are rounded by adding 0.5, whose last bit is the half's last subnormal bit.
   const u32v sign = (u32v)v & 0x80000000u;
   const u32v magnitude = (u32v)v ^ sign;
   const u32v normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

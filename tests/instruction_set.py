@@ -27,10 +27,11 @@ def main():
     torch.set_num_threads(1)
     errors = {}
     for dtype in DTYPES:
-        for K in (1, 3, 6):
+        for K in (1, 3, 6, 7):
             name = f"{str(dtype).removeprefix('torch.')}, K={K}"
             errors |= {f"{what}, {name}": e for what, e in of_lists(dtype, K).items()}
         errors |= {f"{what}, {dtype}": e for what, e in of_losses(dtype).items()}
+        errors |= {f"{what}, {dtype}": e for what, e in of_special_numbers(dtype).items()}
     print(json.dumps({"instruction set": extension.cpu_instruction_set(), "errors": errors}))
 
 
@@ -69,6 +70,33 @@ def of_lists(dtype, K):
         "step": of_a_step(gradients, weights, metric, dtype),
     }
     return {what: float(error) for what, error in found.items()}
+
+
+def of_special_numbers(dtype):
+    """0 where Torch's own rounding and what is not finite come out, else more than 1."""
+    sizes = torch.logspace(-9, 6, 4096, dtype=torch.float64)
+    wide = torch.randn(4096, generator=torch.Generator().manual_seed(0)).double().mul(sizes).float()
+    wide[:5] = torch.tensor([0.0, float("inf"), -float("inf"), float("nan"), 6e-8])
+    rounded = [torch.empty_like(wide, dtype=dtype)]
+    combine([[wide]], torch.ones(1), out=rounded)
+    back = combine([[wide.to(dtype)]], torch.ones(1))
+    wrong = {
+        "rounding": not torch.equal(rounded[0].nan_to_num(7), wide.to(dtype).nan_to_num(7)),
+        "reading": not torch.equal(back[0].nan_to_num(7), wide.to(dtype).nan_to_num(7)),
+    }
+    for K in (6, 7):
+        for place in (0, 71):  # in a whole vector, and in the last, partial one
+            rows = [[torch.ones(72, dtype=dtype)] for _ in range(K)]
+            rows[K - 1][0][place] = float("inf")
+            G = gram(rows)
+            seen = not G[K - 1].isfinite().any() and (G[: K - 1, : K - 1] == 72).all()
+            wrong[f"infinity at {place} of {K}"] = not seen
+    small, large = torch.full((72,), 2.0**-130), torch.full((72,), 2.0**60)
+    rows = [[small.to(dtype)], *[[large.to(dtype)] for _ in range(5)]]
+    exact = gram_reference([[g.double() for g in row] for row in rows])
+    if dtype != torch.float16:  # which has neither number
+        wrong["numbers below the smallest normal float"] = gram_error(gram(rows), exact) > 1
+    return {what: 2.0 * bool(is_wrong) for what, is_wrong in wrong.items()}
 
 
 def gram_error(G, exact):

@@ -36,6 +36,8 @@ _FORMAT = 3
 _ABOUT = "mollm.json"
 _SETTINGS = "settings"
 _OF_EVERY_RUN = ("format", "version", _SETTINGS)
+_ADDED = ("weights that train",)
+"""What older checkpoints of this format do not tell."""
 _WEIGHTS = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
 _SAMPLED = 1024
@@ -210,7 +212,7 @@ def check(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
             f"({found.get('version', 'unknown')})."
         )
     for name in dict.fromkeys((*about, *found)):
-        if name in _OF_EVERY_RUN:
+        if name in _OF_EVERY_RUN or (name in _ADDED and name not in found):
             continue
         now, was = about.get(name), found.get(name)
         if now != was:

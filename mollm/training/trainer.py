@@ -611,7 +611,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
 
     def _what_trains(self) -> str:
         """How many tensors of the model, and which."""
-        trains = [name for name, p in self._base.named_parameters() if p.requires_grad]
+        trains = sorted(n for n, p in self._base.named_parameters() if p.requires_grad)
         digest = hashlib.sha256("\n".join(trains).encode()).hexdigest()[:8]
         return f"{len(trains)} of {sum(1 for _ in self._base.parameters())} tensors ({digest})"
 
