@@ -252,6 +252,14 @@ TASKS = {
                 "per_device_retain_batch_size": 6,
                 "retain": _everyday_apart,
             },
+            "mollm, relearning, everyday apart, MLPs alone at 5e-5": {
+                **_KNOWLEDGE,
+                **_RELEARN_KNOWLEDGE,
+                "learning_rate": 5e-5,
+                "trains": ".mlp.",
+                "per_device_retain_batch_size": 6,
+                "retain": _everyday_apart,
+            },
             "mollm, relearning, everyday and own texts apart": {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,
