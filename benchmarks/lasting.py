@@ -246,7 +246,7 @@ TASKS = {
             },
             "mollm, relearning, everyday apart, MLPs alone": {
                 **_KNOWLEDGE,
-                "relearn_steps": 2,
+                **_RELEARN_KNOWLEDGE,
                 "relearn_lr": 3e-4,
                 "trains": ".mlp.",
                 "per_device_retain_batch_size": 6,
