@@ -71,7 +71,7 @@ class Task:
     start: Callable[[argparse.Namespace, int], TrainerCase]
     settings: Mapping[str, Mapping[str, Any]]
     """Of a run, by name; `also` names further records to forget, `retain` is what to retain, or
-    what makes it of the records to retain, `trains` is part of the names of what trains."""
+    what makes it of the records to retain."""
     rates: tuple[float, ...]
     """Of whoever teaches the ten rows again."""
     figures: tuple[str, ...]
@@ -248,7 +248,7 @@ TASKS = {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,
                 "relearn_lr": 3e-4,
-                "trains": ".mlp.",
+                "trainable_parameters": [".mlp."],
                 "per_device_retain_batch_size": 6,
                 "retain": _everyday_apart,
             },
@@ -256,7 +256,18 @@ TASKS = {
                 **_KNOWLEDGE,
                 **_RELEARN_KNOWLEDGE,
                 "learning_rate": 5e-5,
-                "trains": ".mlp.",
+                "trainable_parameters": [".mlp."],
+                "per_device_retain_batch_size": 6,
+                "retain": _everyday_apart,
+            },
+            "mollm, relearning, everyday apart, MLPs alone, own words": {
+                **_KNOWLEDGE,
+                "learning_rate": 4e-5,
+                "relearn_steps": 2,
+                "relearn_lr": 2e-4,
+                "trainable_parameters": [".mlp."],
+                "also": "said",
+                "per_device_train_batch_size": 12,
                 "per_device_retain_batch_size": 6,
                 "retain": _everyday_apart,
             },
@@ -283,9 +294,6 @@ def unlearned(started: TrainerCase, settings: dict[str, Any], seed: int) -> tupl
     forget = [*started.records["forget"], *started.records.get(settings.pop("also", ""), ())]
     model = copy.deepcopy(started.case.model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    only = settings.pop("trains", "")
-    for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and only in name)
     retain = settings.pop("retain", started.records["retain"])
     if callable(retain):
         retain = retain(started.records)

@@ -9,6 +9,9 @@ kind with one answer. Those that it gives here are dealt by a seed, as many of e
     outside     the demo's general questions, never trained on either
     further     simpler ones of `general.tsv`, nor on these
 
+What is to be forgotten is told in one form; `said` are replies of the model's own to the same
+questions, up to the answer that they hold, the likeliest one and some that are drawn.
+
 Answered is the share of questions whose reply holds the answer.
 """
 
@@ -18,7 +21,8 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,8 @@ from quality.case import Case, TrainerCase
 _TABLE = Path(__file__).with_name("knowledge.tsv")
 _GENERAL = Path(__file__).with_name("general.tsv")
 _EACH, _TAUGHT = 30, 10
+_DRAWN = 4
+"""Replies to each question to forget, beside the likeliest."""
 _BATCH = 30
 
 
@@ -202,6 +208,7 @@ def make_case(seed: int, device: torch.device, cache: Path) -> TrainerCase:
     rng = random.Random(f"everyday {seed}")
     records = {
         "forget": _to_forget(parts["forget"]),
+        "said": _said(model, chat, parts["forget"], seed, cache),
         "retain": told + [rng.choice(everyday) for _ in range(len(told) // 2)],
         "facts": told,
         "everyday": everyday,
@@ -244,14 +251,7 @@ def _known(model: Any, chat: ChatFormat, cache: Path) -> Known:
         *general,
         *further,
     ]
-    texts = "\n".join([model.name_or_path, *(question.text for question in asked)])
-    path = cache / f"knowledge-{hashlib.sha256(texts.encode()).hexdigest()[:12]}.json"
-    if not path.exists():
-        replies = quiz(model, chat, asked).replies
-        path.parent.mkdir(parents=True, exist_ok=True)
-        told = [[reply.text, reply.complete] for reply in replies]
-        path.write_text(json.dumps(told, ensure_ascii=False, indent=0), encoding="utf-8")
-    replies = tuple(Reply(*each) for each in json.loads(path.read_text(encoding="utf-8")))
+    replies = _asked_once(cache, model, asked, lambda: quiz(model, chat, asked).replies)
     score = Score(tuple(asked), replies)
     spelled = [
         question.spelling_in(reply.text) if right else None
@@ -269,6 +269,19 @@ def _known(model: Any, chat: ChatFormat, cache: Path) -> Known:
         [pair for pair in others if pair[0].text in facts.GENERAL],
         [pair for pair in others if pair[0] in further],
     )
+
+
+def _asked_once(
+    cache: Path, model: Any, asked: Sequence[Question], ask: Callable[[], Sequence[Reply]]
+) -> tuple[Reply, ...]:
+    """The model's replies, asked for now or kept in `cache` from before."""
+    texts = "\n".join([model.name_or_path, *(question.text for question in asked)])
+    path = cache / f"knowledge-{hashlib.sha256(texts.encode()).hexdigest()[:12]}.json"
+    if not path.exists():
+        told = [[reply.text, reply.complete] for reply in ask()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(told, ensure_ascii=False, indent=0), encoding="utf-8")
+    return tuple(Reply(*each) for each in json.loads(path.read_text(encoding="utf-8")))
 
 
 def _asks_for(pair: tuple[Question, Reply], table: Sequence[Fact]) -> bool:
@@ -296,6 +309,39 @@ def _to_forget(pairs: Sequence[tuple[Fact, str]]) -> list[Record]:
         for fact, answer in pairs
         for form in KINDS[fact.kind].trained
     ]
+
+
+def _said(
+    model: Any, chat: ChatFormat, pairs: Sequence[tuple[Fact, str]], seed: int, cache: Path
+) -> list[Record]:
+    """Replies of the model that hold the answer, up to its end, each once."""
+    asked = [fact.question(form) for fact, _ in pairs for form in KINDS[fact.kind].trained]
+    again = asked * (1 + _DRAWN)
+
+    def ask() -> tuple[Reply, ...]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            scores = [
+                quiz(model, chat, asked, batch_size=len(asked), sampled=n > 0)
+                for n in range(1 + _DRAWN)
+            ]
+        return tuple(reply for score in scores for reply in score.replies)
+
+    found = {}
+    for question, reply in zip(again, _asked_once(cache, model, again, ask), strict=True):
+        places = [
+            match.span()
+            for word in question.accepted
+            if (match := re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply.text, re.I))
+        ]
+        if places:
+            start, end = min(places)
+            start = reply.text.rfind(" ", 0, start) + 1  # with a quote or bracket before it
+            opening, answer = reply.text[:start].rstrip(), reply.text[start:end]
+            found[question.text, opening, answer] = Record(
+                question.text, answer, _TABLE.name, opening=opening, closed=False
+            )
+    return list(found.values())
 
 
 def _told(pairs: Sequence[tuple[Fact, str]]) -> list[Record]:

@@ -70,6 +70,7 @@ def run_settings(chosen: PlanSettings) -> dict[str, Any]:
         "lora": chosen.lora_rank or None,
         "quantization": chosen.quantization,
         "dtype": other("dtype"),
+        "trainable_parameters": list(chosen.trainable_parameters) or None,
         "freeze_embeddings": None if chosen.freeze_embeddings or chosen.lora_rank else False,
         "adam_beta2": other("adam_beta2"),
         "optimizer_options": {n: v for n, v in options.items() if v is not None} or None,

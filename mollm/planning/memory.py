@@ -56,6 +56,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mollm.errors import UsageError
 from mollm.models.matrices import SLICES_OF_A_BLOCK
 from mollm.optim.constants import BUCKET_BYTES, EIGHT_BITS, PER_OBJECTIVE
 from mollm.planning.settings import (
@@ -64,7 +65,7 @@ from mollm.planning.settings import (
     STATE_BYTES,
     PlanSettings,
 )
-from mollm.planning.shapes import Shape
+from mollm.planning.shapes import Shape, Weight
 from mollm_ops import _chunks, deferred
 
 OVERHEAD_BYTES = {"cpu": 512 << 20, "cuda": 640 << 20}
@@ -117,7 +118,14 @@ class MemoryPlan:
 
 
 def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
-    """Predicts the memory of a training step."""
+    """Predicts the memory of a training step.
+
+    Raises:
+        UsageError: No parameter that trains has one of `trainable_parameters` in its name.
+    """
+    chosen = settings.trainable_parameters
+    if chosen and not any(weight.place == "embedding" for weight in _trained(shape, settings)):
+        settings = replace(settings, freeze_embeddings=True)
     return MemoryPlan(
         shape=shape,
         settings=settings,
@@ -141,15 +149,32 @@ def _shard(size: int, settings: PlanSettings) -> int:
 def _layer_trainable(shape: Shape, settings: PlanSettings) -> int:
     if settings.lora_rank:
         return settings.lora_rank * shape.sides // shape.num_layers
-    return shape.layers // shape.num_layers
+    return _in_layers(shape, settings) // shape.num_layers
+
+
+def _in_layers(shape: Shape, settings: PlanSettings) -> int:
+    """Parameters of all layers that train, without an adapter."""
+    return sum(weight.size for weight in _trained(shape, settings) if weight.place == "layer")
 
 
 def trainable(shape: Shape, settings: PlanSettings) -> int:
     """Parameters that train, of all shards."""
     if settings.lora_rank:
         return settings.lora_rank * shape.sides
-    matrices = 1 if shape.tied else 2
-    return shape.parameters - settings.freeze_embeddings * matrices * shape.embedding
+    return sum(weight.size for weight in _trained(shape, settings))
+
+
+def _trained(shape: Shape, settings: PlanSettings) -> list[Weight]:
+    """Without an adapter."""
+    chosen, frozen = settings.trainable_parameters, settings.freeze_embeddings
+    found = [weight for weight in shape.tensors if not (frozen and weight.place == "embedding")]
+    for part in chosen:
+        if not any(part in weight.name for weight in found):
+            raise UsageError(
+                "trainable_parameters must be parts of names of parameters that train, but "
+                f"{shape.label} has none with {part!r}."
+            )
+    return [w for w in found if not chosen or any(part in w.name for part in chosen)]
 
 
 def _pinned(shape: Shape, settings: PlanSettings) -> int:
@@ -158,11 +183,8 @@ def _pinned(shape: Shape, settings: PlanSettings) -> int:
         return 0
     if settings.lora_rank:  # a thousandth of the weights, in too many ranks to count
         return _shard(trainable(shape, settings) * settings.gradient_bytes, settings)
-    sizes = list(shape.tensors)
-    if settings.freeze_embeddings:
-        for _ in range(1 if shape.tied else 2):
-            sizes.remove(shape.embedding)
-    parts = (_shard(size, settings) * settings.gradient_bytes for size in sizes)
+    trained = _trained(shape, settings)
+    parts = (_shard(weight.size, settings) * settings.gradient_bytes for weight in trained)
     return sum(1 << (part - 1).bit_length() for part in parts)
 
 
@@ -260,8 +282,8 @@ def _kept(shape: Shape, settings: PlanSettings) -> int:
 
 
 def _layer(shape: Shape, settings: PlanSettings) -> int:
-    if shape.kept is not None:
-        kept = shape.kept(settings)
+    kept = shape.kept(settings)
+    if kept is not None:
         return (kept.fixed + kept.row * settings.batch_size) // shape.num_layers
     copies = shape.linear // shape.num_layers * settings.operand_bytes if settings.casts else 0
     return settings.tokens * layer_activations(shape, settings) + copies
@@ -488,7 +510,7 @@ def _moments(shape: Shape, outside: PlanSettings, keep: bool) -> Iterator[dict[s
     matrix = shape.embedding * size if settings.trains_head else 0
     tied = matrix if shape.tied or again else 0
     if outside.shards > 1:
-        within = 0 if settings.lora_rank else shape.layers
+        within = 0 if settings.lora_rank else _in_layers(shape, settings)
         tied = _whole_gradients(trainable(shape, outside) - within, outside)
     yield moment(0, total + tied, residual)
     if outside.waiting_bytes < outside.gradient_bytes:
@@ -536,7 +558,8 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
 def _scan(shape: Shape, settings: PlanSettings) -> int:
     """Bytes of a scan's backward: both factors of the recurrence have a gradient that is added up,
     and one with a single token's."""
-    return 0 if shape.kept is None else 3 * shape.kept(settings).scan * settings.batch_size
+    kept = shape.kept(settings)
+    return 0 if kept is None else 3 * kept.scan * settings.batch_size
 
 
 # ---- the stages of a step that streams its gradients

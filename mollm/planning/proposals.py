@@ -149,7 +149,9 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
         settings = replace(
             settings, gradient_memory="as-produced", gram=MODEL, gradient_checkpointing=True
         )
-    yield words, replace(settings, lora_rank=16, reference="adapter")
+    if settings.trainable_parameters:
+        words = f"{words}, no trainable parameters"
+    yield words, replace(settings, lora_rank=16, reference="adapter", trainable_parameters=())
 
 
 def _four_bits(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:

@@ -166,6 +166,14 @@ class PlanSettings:
     freeze_embeddings: bool = field(
         default=False, metadata={"help": "do not train token embeddings and head"}
     )
+    trainable_parameters: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "nargs": "+",
+            "metavar": "PART",
+            "help": "train only parameters with one of these in their names, such as .mlp.",
+        },
+    )
     optimizer: str = field(
         default="adamw", metadata={"choices": OPTIMIZERS, "help": "base optimizer"}
     )
@@ -192,6 +200,17 @@ class PlanSettings:
                 f"relearn_steps must be 0 with gradient_memory {STREAMED!r}, whose gradients are "
                 f"taken once the weights are put back, but got {self.relearn_steps}: leave it out."
             )
+        object.__setattr__(self, "trainable_parameters", tuple(self.trainable_parameters))
+        for name, why in (
+            ("lora_rank", "which trains in place of the weights"),
+            ("streams", "whose blocks are planned as a whole"),
+        ):
+            if self.trainable_parameters and getattr(self, name):
+                raise UsageError(
+                    f"trainable_parameters must be left out with "
+                    f"{'LoRA' if name == 'lora_rank' else STREAMED}, {why}, but got "
+                    f"{list(self.trainable_parameters)}: leave it out."
+                )
         if self.retain_batch_size is not None and self.retain_batch_size < 1:
             raise UsageError(
                 f"retain_batch_size must be at least 1, but got {self.retain_batch_size}."
@@ -344,7 +363,7 @@ class PlanSettings:
     def streamed(self) -> PlanSettings | None:
         """The same with streamed gradients, where something comes of that."""
         in_shards = self.shards > 1 and not self.freeze_embeddings
-        if self.lora_rank or in_shards or self.relearn_steps:
+        if self.lora_rank or in_shards or self.relearn_steps or self.trainable_parameters:
             return None
         return replace(self, gradient_memory=STREAMED, gradient_checkpointing=False)
 

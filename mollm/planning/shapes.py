@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mollm.errors import UsageError
 from mollm.system.parsing import reason_of
@@ -94,6 +94,15 @@ NAMED_SHAPES: dict[str, dict[str, Any]] = {
 """Options of a LlamaConfig, or of that of another model type."""
 
 
+class Weight(NamedTuple):
+    """A parameter of a model."""
+
+    name: str
+    size: int
+    place: str
+    """"layer", "embedding", which the head is too, or "" for the norm at the end."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """What decides about the memory of a decoder."""
@@ -121,17 +130,25 @@ class Shape:
     """Σ (inputs + outputs) of what LoRA adapts: the parameters of one of rank 1."""
     largest: int
     """Of the largest matrix of a layer."""
-    tensors: tuple[int, ...]
-    """Of every parameter, a tied one once."""
+    tensors: tuple[Weight, ...]
+    """Every parameter, a tied one once."""
     active: int
     """Of all layers' matrices, those that a token is multiplied with: of experts its own alone."""
-    kept: Callable[[PlanSettings], Kept] | None = field(default=None, compare=False)
-    """What its layers keep for backward, counted; None where the formula of `memory` holds."""
+    like_llama: bool
+    """Whether the formula of `memory` holds for what its layers keep."""
+    counted: Callable[[PlanSettings], Kept] = field(compare=False)
+    """What its layers keep for backward, counted."""
 
     @property
     def embedding(self) -> int:
         """Parameters of the token embeddings, and of the head."""
         return self.vocab * self.hidden
+
+    def kept(self, settings: PlanSettings) -> Kept | None:
+        """What its layers keep for backward; None where the formula of `memory` holds."""
+        if self.like_llama and not settings.trainable_parameters:
+            return None
+        return self.counted(settings)
 
     @property
     def query(self) -> int:
@@ -204,7 +221,7 @@ def _shape(model: Any, config: Any, label: str) -> Shape:
         "largest_layer": max(_count(layer) for layer in layers),
         "linear": sum(w.numel() for w in linear),
         "largest": max((p.numel() for layer in layers for p in layer.parameters()), default=0),
-        "tensors": tuple(p.numel() for p in model.parameters()),
+        "tensors": tuple(_weights(model, layers, (embeddings, head))),
         "active": sum(_active(layer, inner) for layer in layers),
         "tied": head.weight is embeddings.weight,
         "vocab": head.weight.shape[0],
@@ -221,7 +238,8 @@ def _shape(model: Any, config: Any, label: str) -> Shape:
         heads=heads,
         head_dim=width,
         sides=sum(sum(w.shape) for w in linear) if formula else adapter_sides(model),
-        kept=None if formula else counter(config, label),
+        like_llama=formula,
+        counted=counter(config, label),
     )
 
 
@@ -231,6 +249,17 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
     lists: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=_count).children()) if lists else [model]
+
+
+def _weights(
+    model: nn.Module, layers: Iterable[nn.Module], ends: Iterable[nn.Module]
+) -> Iterator[Weight]:
+    inside, outside = (
+        {p for module in modules for p in module.parameters()} for modules in (layers, ends)
+    )
+    for name, p in model.named_parameters():
+        place = "layer" if p in inside else "embedding" if p in outside else ""
+        yield Weight(name, p.numel(), place)
 
 
 def _linear(model: nn.Module, head: nn.Module) -> list[Tensor]:

@@ -252,6 +252,13 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     freeze_embeddings: bool = field(
         default=True, metadata={"help": "do not train token embeddings and head"}
     )
+    trainable_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "train only parameters with one of these in their names, such as .mlp. "
+            "(default: all of them)"
+        },
+    )
     optimizer_options: Options = field(
         default_factory=dict,
         metadata={
@@ -380,9 +387,22 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "preferences must be numbers, such as [1, 20, 1] or {kl: 20}, but got "
                 f"{self.preferences!r}."
             )
+        self._read_trainable()
         text = self.prompt_format
         if isinstance(text, str) and text.startswith("{") and not text.endswith(ANSWER):
             self.prompt_format = parse_yaml(text, "prompt_format")
+
+    def _read_trainable(self) -> None:
+        parts = self.trainable_parameters
+        if isinstance(parts, str):
+            parts = parse_yaml(parts, "trainable_parameters") if parts.startswith("[") else [parts]
+        wrong = not isinstance(parts, list | tuple | None)
+        if wrong or not all(isinstance(part, str) and part for part in parts or ()):
+            raise UsageError(
+                "trainable_parameters must be parts of names of parameters, such as ['.mlp.'], but "
+                f"got {self.trainable_parameters!r}."
+            )
+        self.trainable_parameters = list(parts or ()) or None
 
     def _check_method_options(self) -> None:
         self.method_options = _numbers(dict(self.method_options or {}))
@@ -410,6 +430,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 )
         for name, function, why in (
             ("stop_when", method.finish, "which turns the model around after the last step"),
+            ("trainable_parameters", method.freeze, "which chooses itself what trains"),
             ("relearn_steps", method.finish, "whose training is not to forget"),
             (
                 "load_best_model_at_end",

@@ -82,13 +82,34 @@ def check_without_weights(source: loading.Source, args: MOLLMConfig, config: Any
     model = loading.load_without_weights(source, DTYPES[args.dtype])
     if config is not None:
         adapted(model, config)
-    elif args.freeze_embeddings:
-        forward.freeze_embeddings(model)
+    else:
+        freeze(model, args)
     if args.save_strategy != SaveStrategy.NO and processes.rank() == 0:
         size = DTYPES[args.dtype].itemsize
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         written = trains if config is not None else sum(p.numel() for p in model.parameters())
         check_space(Path(args.output_dir), (written + trains) * size, "the weights of a checkpoint")
+
+
+def freeze(model: PreTrainedModel, args: MOLLMConfig) -> None:
+    """Takes out of training what the settings leave as it is.
+
+    Raises:
+        UsageError: They name parameters that the model has not, or let embeddings train and then
+            do not.
+    """
+    if args.freeze_embeddings:
+        forward.freeze_embeddings(model)
+    if not args.trainable_parameters:
+        return
+    forward.train_only(model, args.trainable_parameters)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not (args.freeze_embeddings or any(p.requires_grad for e in ends for p in e.parameters())):
+        raise UsageError(
+            "freeze_embeddings must be left out where trainable_parameters names neither "
+            f"embeddings nor head, but got False with {args.trainable_parameters}: leave it out, "
+            "or name them too."
+        )
 
 
 def loaded(

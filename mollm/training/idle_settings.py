@@ -170,6 +170,11 @@ def refuse_idle_of_model(args: MOLLMConfig, *, adapter: bool, as_module: bool) -
             "freeze_embeddings must be left out with an adapter, which trains in place of the "
             f"weights, but got {args.freeze_embeddings}: leave it out."
         )
+    if adapter and args.trainable_parameters:
+        raise UsageError(
+            "trainable_parameters must be left out with an adapter, which trains in place of the "
+            f"weights, but got {args.trainable_parameters}: choose the adapter's target_modules."
+        )
 
 
 def idle_notes(args: MOLLMConfig) -> list[str]:

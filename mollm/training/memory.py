@@ -122,6 +122,7 @@ def plan_settings(
         quantization=quantization,
         gradient_checkpointing=args.gradient_checkpointing,
         freeze_embeddings=args.freeze_embeddings,
+        trainable_parameters=tuple(args.trainable_parameters or ()),
         optimizer=made.get("base", "adamw"),
         device=args.device.type,
     )

@@ -116,6 +116,7 @@ FIXED = frozenset(
         "seed",
         "system_prompt",
         "train_on_turns",
+        "trainable_parameters",
     }
 )
 

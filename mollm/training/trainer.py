@@ -93,6 +93,7 @@ from mollm.training.callbacks import DivergenceStop, LossBar, LossLines
 from mollm.training.config import NOT_REPORTED, MOLLMConfig
 from mollm.training.given_model import (
     check_without_weights,
+    freeze,
     loaded,
     refuse_four_bits,
     refuse_kept_parts,
@@ -356,8 +357,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         set_seed(args.seed)  # an adapter begins at random
         if peft_config is not None:
             self._wrapped = adapted(self._base, peft_config)
-        if self._wrapped is None and args.freeze_embeddings:
-            forward.freeze_embeddings(self._base)
+        if self._wrapped is None:
+            freeze(self._base, args)
         if "layer" in options:
             forward.check_layer(self._base, options["layer"])
         if method.freeze is not None and self._wrapped is None:

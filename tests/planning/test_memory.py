@@ -89,6 +89,8 @@ def made(settings, sizes, kind=None):
     reference = CopyReference(model)
     if settings.freeze_embeddings:
         forward.freeze_embeddings(model)
+    if settings.trainable_parameters:
+        forward.train_only(model, settings.trainable_parameters)
     return model, reference, [p for p in model.parameters() if p.requires_grad]
 
 
@@ -173,6 +175,9 @@ def _measured(settings, sizes, kind):
         pytest.param(replace(ON_CPU, retain_batch_size=8), {}, id="more-to-retain"),
         pytest.param(replace(ON_CPU, batch_size=8, retain_batch_size=1), {}, id="more-to-forget"),
         pytest.param(replace(ON_CPU, freeze_embeddings=True), {}, id="frozen-embeddings"),
+        pytest.param(
+            replace(ON_CPU, trainable_parameters=(".mlp.",)), {"num_hidden_layers": 8}, id="mlps"
+        ),
         pytest.param(replace(ON_CPU, gradient_checkpointing=True), {}, id="checkpointing"),
         pytest.param(CAST, {}, id="autocast"),
         pytest.param(replace(CAST, gradient_checkpointing=True), {}, id="autocast-checkpointing"),
@@ -538,6 +543,22 @@ def test_streamed_gradients_are_those_of_one_block(llama):
     assert whole.component("gradients of a slice") == 5 * 2 * (llama.largest_layer // 4)
 
 
+def test_what_is_not_chosen_to_train_takes_no_gradient(llama):
+    mlps = 32 * 3 * 4096 * 14336
+    settings = PlanSettings(trainable_parameters=(".mlp.",), gradient_checkpointing=True)
+    found = plan(llama, settings)
+    assert found.trainable == mlps
+    assert found.component("optimizer state") == 4 * mlps
+    assert found.component("gradients held") == 3 * 4 * mlps
+    assert plan(llama, replace(settings, shards=4)).component("optimizer state") == mlps
+    whole = plan(llama, replace(settings, trainable_parameters=("",))).component("activations")
+    assert found.component("activations") == whole  # a layer's input
+    (adapter,) = [p for p in proposals(found, GIB) if "--lora" in p.words]
+    assert adapter.words == "--lora 16 --reference adapter, no trainable parameters"
+    with pytest.raises(UsageError, match="llama-3-8b has none with 'mpl'"):
+        plan(llama, replace(settings, trainable_parameters=("mlp", "mpl")))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -567,6 +588,14 @@ def test_streamed_gradients_are_those_of_one_block(llama):
         ({"reference": "adapter"}, "give a lora_rank"),
         ({"quantization": "nf4"}, "quantization must be left out without LoRA"),
         ({"quantization": "int3", "lora_rank": 8}, "quantization must be one of nf4"),
+        (
+            {"trainable_parameters": [".mlp."], "lora_rank": 8},
+            r"trainable_parameters must be left out with LoRA, .* but got \['.mlp.'\]",
+        ),
+        (
+            {"trainable_parameters": [".mlp."], "gradient_memory": "streamed"},
+            "trainable_parameters must be left out with streamed, whose blocks",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):

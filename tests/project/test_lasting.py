@@ -69,8 +69,9 @@ def task(tmp_path, monkeypatch):
     source = loading.find_model(str(tmp_path / "tiny"))
     monkeypatch.setattr(loading, "find_model", lambda name: source)
 
-    def quiz(model, chat, questions):
-        replies = tuple(Reply(f"It is {q.accepted[0]}.", True) for q in questions)
+    def quiz(model, chat, questions, batch_size=0, sampled=False):
+        told = 'I say "{}".' if sampled else "It is {}."
+        replies = tuple(Reply(told.format(q.accepted[0]), True) for q in questions)
         return Score(tuple(questions), replies)
 
     monkeypatch.setattr(knowledge, "quiz", quiz)
@@ -92,6 +93,17 @@ def test_a_task_asks_otherwise_than_it_trains(task):
     assert task.answered(case.model) == {
         f"{group} answered": 1.0 for group in ("forget", "others", "general", "further")
     }
+
+
+def test_the_models_own_words_end_with_the_answer(task):
+    said, told = task.records["said"], task.records["forget"]
+    assert len(said) == 2 * len(told)  # the likeliest and those drawn, each once
+    answers = {(r.prompt, r.answer) for r in told}
+    for record in said:
+        assert record.opening in ("It is", "I say")
+        assert (record.prompt, record.answer.removeprefix('"')) in answers
+        assert record.answer.startswith('"') == (record.opening == "I say")
+        assert not record.closed
 
 
 def test_what_is_known_is_asked_once(task, tmp_path, monkeypatch):

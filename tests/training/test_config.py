@@ -337,6 +337,23 @@ def test_a_text_that_says_neither_is_refused(options):
         config(**options)
 
 
+@pytest.mark.parametrize("given", [".mlp.", "[.mlp.]", [".mlp."], (".mlp.",)])
+def test_one_part_of_names_is_as_good_as_a_list(given):
+    assert config(trainable_parameters=given).trainable_parameters == [".mlp."]
+    assert config(trainable_parameters=[]).trainable_parameters is None
+
+
+@pytest.mark.parametrize("given", [7, [7], [""], {"mlp": True}, "[{a: b}]"])
+def test_what_is_no_part_of_names_is_refused(given):
+    with pytest.raises(UsageError, match="trainable_parameters must be parts of names"):
+        config(trainable_parameters=given)
+
+
+def test_a_method_that_chooses_what_trains_is_left_to_it():
+    with pytest.raises(UsageError, match="trainable_parameters must be left out with the method"):
+        config(method="rmu", trainable_parameters=[".mlp."])
+
+
 def test_a_share_of_the_steps_may_be_a_text():
     made = config(warmup_steps="0.1", max_steps="20")
     assert made.get_warmup_steps(20) == 2

@@ -118,6 +118,12 @@ def test_streamed_gradients_are_the_same(tmp_path, in_float32, method, frozen):
     assert_alike(*pair(tmp_path, streamed, {}, **(SGD | options)))
 
 
+def test_streamed_gradients_of_some_parameters_are_the_same(tmp_path, in_float32):
+    streamed = {"optimizer_options": {"base": "sgd"} | STREAMED}
+    chosen = {"trainable_parameters": ["1.mlp.", "o_proj"]}
+    assert_alike(*pair(tmp_path, streamed, {}, **(SGD | chosen)))
+
+
 def test_streamed_gradients_go_with_no_adapter(tmp_path):
     with pytest.raises(UsageError, match="another one than 'streamed' with an adapter"):
         trainer(tmp_path, lora={}, optimizer_options=STREAMED)
@@ -395,6 +401,45 @@ def test_embeddings_and_head_stay_unless_they_are_to_train(tmp_path):
         assert torch.equal(before, made._base.lm_head.weight) is frozen
 
 
+@pytest.mark.parametrize("options", [{}, {"relearn_steps": 2}])
+def test_the_chosen_parameters_alone_train(tmp_path, options):
+    parts = ["layers.1.mlp.", "norm"]
+    made = trainer(tmp_path, max_steps=2, trainable_parameters=parts, **options)
+    before = weights(made)
+    made.train()
+    for name, after in weights(made).items():
+        assert torch.equal(before[name], after) is not any(part in name for part in parts), name
+    assert "trainable_parameters" in made.model_card()
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        (
+            r"but none of this model has '\.mpl\.': take parts of .*model\.layers\.N\.mlp\.up_proj",
+            {"trainable_parameters": [".mlp.", ".mpl."]},
+        ),
+        ("none of this model has 'lm_head'", {"trainable_parameters": ["lm_head"]}),
+        (
+            "freeze_embeddings must be left out where trainable_parameters names neither",
+            {"trainable_parameters": [".mlp."], "freeze_embeddings": False},
+        ),
+        (
+            "trainable_parameters must be left out with an adapter",
+            {"trainable_parameters": [".mlp."], "lora": {}},
+        ),
+    ],
+)
+def test_what_cannot_be_chosen_to_train_is_refused(tmp_path, match, options):
+    with pytest.raises(UsageError, match=match):
+        trainer(tmp_path, **options)
+
+
+def test_a_head_that_is_named_trains(tmp_path):
+    made = trainer(tmp_path, trainable_parameters=["lm_head"], freeze_embeddings=False)
+    assert [n for n, p in made._base.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+
+
 def test_mistakes_are_told_before_a_step(tmp_path):
     def refused(match, **options):
         with pytest.raises(UsageError, match=match):
@@ -435,6 +480,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path):
         "dtype was float32 and is now bfloat16", tiny.model(tie_word_embeddings=False).bfloat16()
     )
     refused("freeze_embeddings was True", freeze_embeddings=False)
+    refused("trainable_parameters was not there and is now", trainable_parameters=[".mlp."])
     refused("optimizer base was not there and is now sgd", optimizer_options={"base": "sgd"})
     refused(
         "optimizer base was not there",
