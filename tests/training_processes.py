@@ -54,6 +54,11 @@ OPTIONS = {
         "optimizer_options": {"gradient_memory": "streamed", "gram": "blocks"},
         "per_device_train_batch_size": 1,
     },
+    "some parameters": {"trainable_parameters": [".mlp."], "relearn_steps": 1},
+    "streamed, some parameters": {
+        "optimizer_options": {"gradient_memory": "streamed"},
+        "trainable_parameters": ["layers.1.", "model.norm"],
+    },
     "npo": {"method": "npo"},
     "means": {"optimizer_options": {"momentum": "per-objective"}},
     "lora": {"lora": {"target_modules": "all-linear"}},

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,32 +57,6 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
     """
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         layer.requires_grad_(False)
-
-
-def train_only(model: PreTrainedModel, parts: Sequence[str]) -> None:
-    """Takes out of training what has none of `parts` in its name.
-
-    Args:
-        model: Whose parameters train or do not.
-        parts: Parts of names of parameters, such as ".mlp.", "down_proj" or "layers.7.".
-
-    Raises:
-        UsageError: No parameter that trains has one of them in its name.
-    """
-    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for part in parts:
-        if not any(part in name for name in trains):
-            some = ", ".join(sorted({_without_numbers(name) for name in trains}))
-            raise UsageError(
-                f"trainable_parameters must be parts of names of parameters that train, but none "
-                f"of this model has {part!r}: take parts of {some}."
-            )
-    for name, p in trains.items():
-        p.requires_grad_(any(part in name for part in parts))
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".N", name)
 
 
 def answer_hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

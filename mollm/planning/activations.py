@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mollm.errors import UsageError
-from mollm.models.forward import states_at_head, train_only
+from mollm.models.forward import states_at_head
 from mollm.system.parsing import reason_of
 
 if TYPE_CHECKING:
@@ -28,16 +28,6 @@ _RANK = 8
 _FEW = 8
 """Tokens over which a model that goes from token to token is followed, and twice and three times
 as many."""
-
-
-class How(NamedTuple):
-    """How the layers of a model compute, and what of them trains."""
-
-    dtype: str
-    casts: bool = False
-    lora: bool = False
-    trains: tuple[str, ...] = ()
-    """Parts of names of parameters; all train where there are none."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +52,10 @@ def counter(config: Any, label: str) -> Callable[[PlanSettings], Kept]:
     """
 
     @cache
-    def counted(how: How, length: int) -> Kept:
+    def counted(dtype: str, casts: bool, lora: bool, length: int) -> Kept:
         try:
-            one, two = (_bytes_of_rows(config, how, rows, length) for rows in (1, 2))
-            scan = _bytes_of_scan(config, how, length)
+            one, two = (_bytes_of_rows(config, dtype, casts, lora, rows, length) for rows in (1, 2))
+            scan = _bytes_of_scan(config, dtype, casts, lora, length)
         except Exception as error:  # whatever the code of an architecture makes of such tensors
             raise UsageError(
                 f"the memory of the model {label} cannot be planned, for a forward pass without "
@@ -74,12 +64,9 @@ def counter(config: Any, label: str) -> Callable[[PlanSettings], Kept]:
         return Kept(fixed=2 * one - two, row=two - one, scan=scan)
 
     return lambda settings: counted(
-        How(
-            settings.dtype,
-            settings.casts,
-            bool(settings.lora_rank),
-            settings.trainable_parameters,
-        ),
+        settings.dtype,
+        settings.casts,
+        bool(settings.lora_rank),
         settings.sequence_length,
     )
 
@@ -100,33 +87,32 @@ def adapter_sides(model: PreTrainedModel) -> int:
     return trained // _RANK
 
 
-def _bytes_of_rows(config: Any, how: How, rows: int, length: int) -> int:
+def _bytes_of_rows(config: Any, dtype: str, casts: bool, lora: bool, rows: int, length: int) -> int:
     """What is kept of rows of that length, over all layers.
 
-    Of each kind of layer one is followed, or two where some parameters train, and then one more: so
-    many layers are as many times what that one adds. All are followed where the model does not run
-    with fewer, or layers are chosen by their number.
+    Of each kind of layer one is followed, and then one more: so many layers are as many times what
+    the second one adds. All of them are followed where the model does not run with fewer.
     """
     kinds = _kinds_of_layers(config)
-    few = 2 if how.trains else 1  # no gradient leaves the lowest layer, which keeps less
-    first = sorted(n for kind in kinds for n in kind[:few])
-    by_number = any(c.isdigit() for part in how.trains for c in part)
-    if not by_number and sum(map(len, kinds)) > len(first) + 1:
+    first = [kind[0] for kind in kinds]
+    if sum(map(len, kinds)) > len(kinds) + 1:
         with contextlib.suppress(Exception):  # whatever the code of an architecture makes of it
-            one = _bytes_of_length(config, how, rows, length, first)
+            one = _bytes_of_length(config, dtype, casts, lora, rows, length, first)
             total = one
             for kind in kinds:
-                if len(kind) > few:
-                    some = sorted([*first, kind[few]])
-                    two = _bytes_of_length(config, how, rows, length, some)
-                    total += (len(kind) - few) * (two - one)
+                if len(kind) > 1:
+                    some = sorted([*first, kind[1]])
+                    two = _bytes_of_length(config, dtype, casts, lora, rows, length, some)
+                    total += (len(kind) - 1) * (two - one)
             return total
-    return _bytes_of_length(config, how, rows, length, None)
+    return _bytes_of_length(config, dtype, casts, lora, rows, length, None)
 
 
 def _bytes_of_length(
     config: Any,
-    how: How,
+    dtype: str,
+    casts: bool,
+    lora: bool,
     rows: int,
     length: int,
     layers: Sequence[int] | None,
@@ -138,7 +124,7 @@ def _bytes_of_length(
     """
 
     def counted(tokens: int) -> _Counted:
-        return _counted(config, how, rows, tokens, layers)
+        return _counted(config, dtype, casts, lora, rows, tokens, layers)
 
     if length > 2 * _FEW:
         few, more = counted(_FEW), counted(2 * _FEW)
@@ -154,14 +140,17 @@ def _goes_from_token_to_token(few: _Counted, more: _Counted) -> bool:
     return more.calls - few.calls >= _FEW
 
 
-def _bytes_of_scan(config: Any, how: How, length: int) -> int:
+def _bytes_of_scan(config: Any, dtype: str, casts: bool, lora: bool, length: int) -> int:
     """See `Kept.scan`; 0 for other models."""
     if length <= 2 * _FEW:
         return 0
     first = [kind[0] for kind in _kinds_of_layers(config)]
     for layers in (first, None):
         with contextlib.suppress(Exception):  # whatever the code makes of fewer layers
-            few, more = (_counted(config, how, 1, tokens, layers) for tokens in (_FEW, 2 * _FEW))
+            few, more = (
+                _counted(config, dtype, casts, lora, 1, tokens, layers)
+                for tokens in (_FEW, 2 * _FEW)
+            )
             if not _goes_from_token_to_token(few, more):
                 return 0
             return int(few.largest + (length / _FEW - 1) * (more.largest - few.largest))
@@ -252,7 +241,9 @@ class _WithoutGroups(TorchFunctionMode):
 
 def _counted(
     config: Any,
-    how: How,
+    dtype: str,
+    casts: bool,
+    lora: bool,
     rows: int,
     length: int,
     layers: Sequence[int] | None,
@@ -266,18 +257,16 @@ def _counted(
         kept[storage._cdata] = storage.nbytes(), tensor  # which keeps the number its own
         return tensor
 
-    model = _without_weights(config, how.dtype)
+    model = _without_weights(config, dtype)
     if layers is not None:
         _with_few(model, layers)
-    if how.lora:
+    if lora:
         adapter_sides(model)
-    if how.trains:
-        train_only(model, how.trains)
     model.eval()
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         _leave_meta(model)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.casts))
+        stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         calls = stack.enter_context(_WithoutGroups())
         states_at_head(model, ids, torch.ones_like(ids))

@@ -51,13 +51,14 @@ On a GPU it has not been measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from mollm.errors import UsageError
 from mollm.models.matrices import SLICES_OF_A_BLOCK
+from mollm.models.trainable import names_with
 from mollm.optim.constants import BUCKET_BYTES, EIGHT_BITS, PER_OBJECTIVE
 from mollm.planning.settings import (
     LORA_BYTES,
@@ -121,10 +122,10 @@ def plan(shape: Shape, settings: PlanSettings) -> MemoryPlan:
     """Predicts the memory of a training step.
 
     Raises:
-        UsageError: No parameter that trains has one of `trainable_parameters` in its name.
+        UsageError: One of `trainable_parameters` is in no name of a parameter that trains.
     """
     chosen = settings.trainable_parameters
-    if chosen and not any(weight.place == "embedding" for weight in _trained(shape, settings)):
+    if chosen and not any(weight.embedding for weight in _trained(shape, settings)):
         settings = replace(settings, freeze_embeddings=True)
     return MemoryPlan(
         shape=shape,
@@ -149,12 +150,17 @@ def _shard(size: int, settings: PlanSettings) -> int:
 def _layer_trainable(shape: Shape, settings: PlanSettings) -> int:
     if settings.lora_rank:
         return settings.lora_rank * shape.sides // shape.num_layers
-    return _in_layers(shape, settings) // shape.num_layers
+    if not settings.trainable_parameters:
+        return shape.layers // shape.num_layers
+    of_layers: Counter[int | None] = Counter()
+    for weight in _trained(shape, settings):
+        of_layers[weight.layer] += weight.size
+    return max((size for n, size in of_layers.items() if n is not None), default=0)
 
 
 def _in_layers(shape: Shape, settings: PlanSettings) -> int:
     """Parameters of all layers that train, without an adapter."""
-    return sum(weight.size for weight in _trained(shape, settings) if weight.place == "layer")
+    return sum(w.size for w in _trained(shape, settings) if w.layer is not None)
 
 
 def trainable(shape: Shape, settings: PlanSettings) -> int:
@@ -166,15 +172,12 @@ def trainable(shape: Shape, settings: PlanSettings) -> int:
 
 def _trained(shape: Shape, settings: PlanSettings) -> list[Weight]:
     """Without an adapter."""
-    chosen, frozen = settings.trainable_parameters, settings.freeze_embeddings
-    found = [weight for weight in shape.tensors if not (frozen and weight.place == "embedding")]
-    for part in chosen:
-        if not any(part in weight.name for weight in found):
-            raise UsageError(
-                "trainable_parameters must be parts of names of parameters that train, but "
-                f"{shape.label} has none with {part!r}."
-            )
-    return [w for w in found if not chosen or any(part in w.name for part in chosen)]
+    frozen = settings.freeze_embeddings
+    may = {weight.name: not (frozen and weight.embedding) for weight in shape.tensors}
+    if settings.trainable_parameters:
+        names = names_with(settings.trainable_parameters, may)
+        may = {name: name in names for name in may}
+    return [weight for weight in shape.tensors if may[weight.name]]
 
 
 def _pinned(shape: Shape, settings: PlanSettings) -> int:
@@ -282,8 +285,8 @@ def _kept(shape: Shape, settings: PlanSettings) -> int:
 
 
 def _layer(shape: Shape, settings: PlanSettings) -> int:
-    kept = shape.kept(settings)
-    if kept is not None:
+    if shape.kept is not None:
+        kept = shape.kept(settings)
         return (kept.fixed + kept.row * settings.batch_size) // shape.num_layers
     copies = shape.linear // shape.num_layers * settings.operand_bytes if settings.casts else 0
     return settings.tokens * layer_activations(shape, settings) + copies
@@ -558,8 +561,7 @@ def _working_sets(shape: Shape, settings: PlanSettings) -> tuple[int, int, int]:
 def _scan(shape: Shape, settings: PlanSettings) -> int:
     """Bytes of a scan's backward: both factors of the recurrence have a gradient that is added up,
     and one with a single token's."""
-    kept = shape.kept(settings)
-    return 0 if kept is None else 3 * kept.scan * settings.batch_size
+    return 0 if shape.kept is None else 3 * shape.kept(settings).scan * settings.batch_size
 
 
 # ---- the stages of a step that streams its gradients
@@ -584,7 +586,8 @@ def _streamed_stages(shape: Shape, settings: PlanSettings) -> Iterator[Stage]:
     layers = 2 * shape.largest_layer * settings.weight_bytes if outside.shards > 1 else 0
     at_losses = {"gathered": gathered["gathered"] - layers}  # the one that FSDP2 gathers in advance
     sliced = matrices_in_slices(shape, settings)
-    ends = _shard((trainable(shape, settings) - shape.layers - sliced) * size, outside)
+    others = trainable(shape, settings) - _in_layers(shape, settings) - sliced
+    ends = _shard(max(others, 0) * size, outside)
     dW = shape.embedding * size if settings.trains_head and not sliced else 0
     late = 0 if shape.tied else dW  # embeddings of their own have no gradient before the sweeps
     # Of a head in slices no loss makes a gradient: the states that met it are kept.

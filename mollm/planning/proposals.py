@@ -107,7 +107,7 @@ def _cached_reference(now: MemoryPlan, memory: float) -> Iterator[tuple[str, Pla
 
 
 def _frozen_embeddings(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSettings]]:
-    if not now.settings.lora_rank:
+    if not (now.settings.lora_rank or now.settings.trainable_parameters):
         yield "--freeze-embeddings", replace(now.settings, freeze_embeddings=True)
 
 
@@ -150,7 +150,7 @@ def _adapters(now: MemoryPlan, memory: float) -> Iterator[tuple[str, PlanSetting
             settings, gradient_memory="as-produced", gram=MODEL, gradient_checkpointing=True
         )
     if settings.trainable_parameters:
-        words = f"{words}, no trainable parameters"
+        words = f"{words}, without --trainable-parameters"
     yield words, replace(settings, lora_rank=16, reference="adapter", trainable_parameters=())
 
 

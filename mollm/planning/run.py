@@ -76,7 +76,8 @@ def plan_line(model: str, settings: PlanSettings) -> str:
     words = ["mollm", "plan", "--model", model]
     for option in fields(settings):
         value = getattr(settings, option.name)
-        if "help" in option.metadata and value is not None and value is not False:
+        if "help" in option.metadata and value not in (None, ()) and value is not False:
             words.append(flag_of(option.name))
-            words += [] if value is True else [str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [] if value is True else map(str, values)
     return shlex.join(words)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from mollm.errors import UsageError
 from mollm.models.four_bits import NF4
+from mollm.models.trainable import read_parts
 from mollm.optim.constants import (
     BLOCKS,
     EIGHT_BITS,
@@ -171,7 +172,8 @@ class PlanSettings:
         metadata={
             "nargs": "+",
             "metavar": "PART",
-            "help": "train only parameters with one of these in their names, such as .mlp.",
+            "help": "train only parameters with one of these in their names, such as .mlp.; "
+            "activations and FLOPs are planned as if all trained",
         },
     )
     optimizer: str = field(
@@ -200,17 +202,12 @@ class PlanSettings:
                 f"relearn_steps must be 0 with gradient_memory {STREAMED!r}, whose gradients are "
                 f"taken once the weights are put back, but got {self.relearn_steps}: leave it out."
             )
-        object.__setattr__(self, "trainable_parameters", tuple(self.trainable_parameters))
-        for name, why in (
-            ("lora_rank", "which trains in place of the weights"),
-            ("streams", "whose blocks are planned as a whole"),
-        ):
-            if self.trainable_parameters and getattr(self, name):
-                raise UsageError(
-                    f"trainable_parameters must be left out with "
-                    f"{'LoRA' if name == 'lora_rank' else STREAMED}, {why}, but got "
-                    f"{list(self.trainable_parameters)}: leave it out."
-                )
+        object.__setattr__(self, "trainable_parameters", read_parts(self.trainable_parameters))
+        if self.trainable_parameters and self.lora_rank:
+            raise UsageError(
+                "trainable_parameters must be left out with LoRA, which trains in place of the "
+                f"weights, but got {list(self.trainable_parameters)}: leave it out."
+            )
         if self.retain_batch_size is not None and self.retain_batch_size < 1:
             raise UsageError(
                 f"retain_batch_size must be at least 1, but got {self.retain_batch_size}."
@@ -363,7 +360,7 @@ class PlanSettings:
     def streamed(self) -> PlanSettings | None:
         """The same with streamed gradients, where something comes of that."""
         in_shards = self.shards > 1 and not self.freeze_embeddings
-        if self.lora_rank or in_shards or self.relearn_steps or self.trainable_parameters:
+        if self.lora_rank or in_shards or self.relearn_steps:
             return None
         return replace(self, gradient_memory=STREAMED, gradient_checkpointing=False)
 

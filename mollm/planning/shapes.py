@@ -99,8 +99,10 @@ class Weight(NamedTuple):
 
     name: str
     size: int
-    place: str
-    """"layer", "embedding", which the head is too, or "" for the norm at the end."""
+    layer: int | None
+    """The number of its decoder layer, if it is in one."""
+    embedding: bool
+    """Whether it is of the token embeddings or of the head."""
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,13 @@ class Shape:
     """Every parameter, a tied one once."""
     active: int
     """Of all layers' matrices, those that a token is multiplied with: of experts its own alone."""
-    like_llama: bool
-    """Whether the formula of `memory` holds for what its layers keep."""
-    counted: Callable[[PlanSettings], Kept] = field(compare=False)
-    """What its layers keep for backward, counted."""
+    kept: Callable[[PlanSettings], Kept] | None = field(default=None, compare=False)
+    """What its layers keep for backward, counted; None where the formula of `memory` holds."""
 
     @property
     def embedding(self) -> int:
         """Parameters of the token embeddings, and of the head."""
         return self.vocab * self.hidden
-
-    def kept(self, settings: PlanSettings) -> Kept | None:
-        """What its layers keep for backward; None where the formula of `memory` holds."""
-        if self.like_llama and not settings.trainable_parameters:
-            return None
-        return self.counted(settings)
 
     @property
     def query(self) -> int:
@@ -238,8 +232,7 @@ def _shape(model: Any, config: Any, label: str) -> Shape:
         heads=heads,
         head_dim=width,
         sides=sum(sum(w.shape) for w in linear) if formula else adapter_sides(model),
-        like_llama=formula,
-        counted=counter(config, label),
+        kept=None if formula else counter(config, label),
     )
 
 
@@ -254,12 +247,10 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _weights(
     model: nn.Module, layers: Iterable[nn.Module], ends: Iterable[nn.Module]
 ) -> Iterator[Weight]:
-    inside, outside = (
-        {p for module in modules for p in module.parameters()} for modules in (layers, ends)
-    )
+    inside = {p: n for n, layer in enumerate(layers) for p in layer.parameters()}
+    outside = {p for module in ends for p in module.parameters()}
     for name, p in model.named_parameters():
-        place = "layer" if p in inside else "embedding" if p in outside else ""
-        yield Weight(name, p.numel(), place)
+        yield Weight(name, p.numel(), inside.get(p), p in outside)
 
 
 def _linear(model: nn.Module, head: nn.Module) -> list[Tensor]:

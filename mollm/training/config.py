@@ -27,6 +27,7 @@ from mollm.errors import UsageError, did_you_mean
 from mollm.methods import METHODS, ForgetLoss, Method, find_method, unlearning_cross_entropy
 from mollm.methods.method import OBJECTIVES, role_of_objective
 from mollm.models.four_bits import NF4
+from mollm.models.trainable import read_parts
 from mollm.optim.constants import EIGHT_BITS, STREAMED
 from mollm.optim.directions import uses_normalize, uses_preferences
 from mollm.optim.idle_options import FIRST_BETA, IdleOptionError
@@ -114,11 +115,13 @@ if TYPE_CHECKING:
     Options = dict[str, Any]
     Preferences = list[float] | dict[str, float]
     Format = str | dict[str, Any]
+    Parts = list[str]
     Sharding = Any
 else:  # for HfArgumentParser, which reads what stands second in a union with None
     Options = dict[str, Any] | str | None
     Preferences = list[float] | str | dict[str, float] | None
     Format = dict[str, Any] | str | None
+    Parts = list[str] | str | None
     Sharding = list[str] | str | None | Any
 
 
@@ -252,7 +255,7 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
     freeze_embeddings: bool = field(
         default=True, metadata={"help": "do not train token embeddings and head"}
     )
-    trainable_parameters: list[str] | None = field(
+    trainable_parameters: Parts | None = field(
         default=None,
         metadata={
             "help": "train only parameters with one of these in their names, such as .mlp. "
@@ -387,22 +390,10 @@ class MOLLMConfig(TrainingArguments):  # type: ignore[misc]
                 "preferences must be numbers, such as [1, 20, 1] or {kl: 20}, but got "
                 f"{self.preferences!r}."
             )
-        self._read_trainable()
+        self.trainable_parameters = list(read_parts(self.trainable_parameters)) or None
         text = self.prompt_format
         if isinstance(text, str) and text.startswith("{") and not text.endswith(ANSWER):
             self.prompt_format = parse_yaml(text, "prompt_format")
-
-    def _read_trainable(self) -> None:
-        parts = self.trainable_parameters
-        if isinstance(parts, str):
-            parts = parse_yaml(parts, "trainable_parameters") if parts.startswith("[") else [parts]
-        wrong = not isinstance(parts, list | tuple | None)
-        if wrong or not all(isinstance(part, str) and part for part in parts or ()):
-            raise UsageError(
-                "trainable_parameters must be parts of names of parameters, such as ['.mlp.'], but "
-                f"got {self.trainable_parameters!r}."
-            )
-        self.trainable_parameters = list(parts or ()) or None
 
     def _check_method_options(self) -> None:
         self.method_options = _numbers(dict(self.method_options or {}))

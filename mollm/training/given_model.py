@@ -12,7 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from mollm.distributed import processes
 from mollm.errors import UsageError
-from mollm.models import forward, four_bits, loading
+from mollm.models import forward, four_bits, loading, trainable
 from mollm.models.adapters import adapted, given, uncompiled
 from mollm.system.folders import check_space
 from mollm.system.precision import DTYPES
@@ -72,12 +72,13 @@ def taken(model: Any, peft_config: Any | None, args: MOLLMConfig) -> tuple[Any, 
 
 
 def check_without_weights(source: loading.Source, args: MOLLMConfig, config: Any | None) -> None:
-    """What a model on the meta device tells: whether the adapter fits, and the checkpoints.
+    """What a model on the meta device tells: whether adapter, names and checkpoints fit.
 
     Raises:
         UsageError: One of them does not.
     """
-    if config is None and args.save_strategy == SaveStrategy.NO:
+    of_weights = config is not None or args.trainable_parameters
+    if not of_weights and args.save_strategy == SaveStrategy.NO:
         return
     model = loading.load_without_weights(source, DTYPES[args.dtype])
     if config is not None:
@@ -102,7 +103,7 @@ def freeze(model: PreTrainedModel, args: MOLLMConfig) -> None:
         forward.freeze_embeddings(model)
     if not args.trainable_parameters:
         return
-    forward.train_only(model, args.trainable_parameters)
+    trainable.train_only(model, args.trainable_parameters)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if not (args.freeze_embeddings or any(p.requires_grad for e in ends for p in e.parameters())):
         raise UsageError(

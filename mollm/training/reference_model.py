@@ -137,9 +137,10 @@ class CachedReference(nn.Module):
         self._transform = logit_transform(model)
         weight, bias = head_weights(model)
         self._width = weight.shape[1]
-        trains = original is None and weight.requires_grad
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        changes = trains and original is None
         for name, tensor in (("weight", weight), ("bias", bias)):
-            kept = tensor.detach().clone() if trains and tensor is not None else None
+            kept = tensor.detach().clone() if changes and tensor is not None else None
             self.register_buffer(name, kept, persistent=False)
         self._files: dict[str, Any] = {}
 

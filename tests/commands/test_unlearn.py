@@ -179,6 +179,10 @@ def test_yaml_that_reads_no_as_false_and_a_path_with_a_home(tmp_path, monkeypatc
     assert settings["quantization"] is None
     assert settings["report_to"] == "none"
     assert read_settings({"set": ["freeze_embeddings=no"]})["freeze_embeddings"] is False
+    for said, meant in ((".mlp.", ".mlp."), ("[.mlp., norm]", [".mlp.", "norm"])):
+        assert read_settings({"set": [f"trainable_parameters={said}"]}) == {
+            "trainable_parameters": meant
+        }
     assert read_settings({"set": ["run_name=7"]})["run_name"] == "7"
     with pytest.raises(UsageError, match="must have texts as keys, but got False"):
         (tmp_path / "run.yaml").write_text("no: 3\n")

@@ -1,4 +1,6 @@
+import argparse
 import json
+import shlex
 import tempfile
 from dataclasses import replace
 from itertools import pairwise
@@ -13,15 +15,18 @@ from plain_loop import descend
 
 from mollm import find_blocks
 from mollm.cli import main
+from mollm.commands import plan as plan_command
 from mollm.data.chat import Batch
 from mollm.errors import UsageError
 from mollm.models import forward, loading
 from mollm.models.adapters import adapted
+from mollm.models.trainable import train_only
 from mollm.optim.optimizer import MOLLMOptimizer
 from mollm.planning import memory as planning
 from mollm.planning.memory import plan
 from mollm.planning.proposals import proposals
-from mollm.planning.settings import PlanSettings
+from mollm.planning.run import plan_line
+from mollm.planning.settings import OPTIONS, PlanSettings
 from mollm.planning.shapes import shape_named, shape_of
 from mollm.system import precision
 from mollm.system.units import GIB
@@ -90,7 +95,7 @@ def made(settings, sizes, kind=None):
     if settings.freeze_embeddings:
         forward.freeze_embeddings(model)
     if settings.trainable_parameters:
-        forward.train_only(model, settings.trainable_parameters)
+        train_only(model, settings.trainable_parameters)
     return model, reference, [p for p in model.parameters() if p.requires_grad]
 
 
@@ -175,9 +180,6 @@ def _measured(settings, sizes, kind):
         pytest.param(replace(ON_CPU, retain_batch_size=8), {}, id="more-to-retain"),
         pytest.param(replace(ON_CPU, batch_size=8, retain_batch_size=1), {}, id="more-to-forget"),
         pytest.param(replace(ON_CPU, freeze_embeddings=True), {}, id="frozen-embeddings"),
-        pytest.param(
-            replace(ON_CPU, trainable_parameters=(".mlp.",)), {"num_hidden_layers": 8}, id="mlps"
-        ),
         pytest.param(replace(ON_CPU, gradient_checkpointing=True), {}, id="checkpointing"),
         pytest.param(CAST, {}, id="autocast"),
         pytest.param(replace(CAST, gradient_checkpointing=True), {}, id="autocast-checkpointing"),
@@ -551,12 +553,52 @@ def test_what_is_not_chosen_to_train_takes_no_gradient(llama):
     assert found.component("optimizer state") == 4 * mlps
     assert found.component("gradients held") == 3 * 4 * mlps
     assert plan(llama, replace(settings, shards=4)).component("optimizer state") == mlps
-    whole = plan(llama, replace(settings, trainable_parameters=("",))).component("activations")
-    assert found.component("activations") == whole  # a layer's input
     (adapter,) = [p for p in proposals(found, GIB) if "--lora" in p.words]
-    assert adapter.words == "--lora 16 --reference adapter, no trainable parameters"
-    with pytest.raises(UsageError, match="llama-3-8b has none with 'mpl'"):
+    assert adapter.words.endswith(", without --trainable-parameters")
+    assert adapter.plan.settings.trainable_parameters == ()
+    with pytest.raises(UsageError, match="no name holds 'mpl': take parts of lm_head"):
         plan(llama, replace(settings, trainable_parameters=("mlp", "mpl")))
+    both = replace(settings, trainable_parameters="[embed_tokens, .mlp.]")
+    assert plan(llama, both).trainable == mlps + 128256 * 4096
+    assert proposals(plan(llama, both), GIB)  # none of them freezes what was chosen
+    with pytest.raises(UsageError, match=r"'embed_tokens' names model\.embed_tokens"):
+        plan(llama, replace(both, freeze_embeddings=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        pytest.param(ON_CPU, (".mlp.",), id="mlps"),
+        pytest.param(ON_CPU, ("layers.6.", "layers.7."), id="layers"),
+        pytest.param(replace(ON_CPU, gradient_checkpointing=True), ("layers.6.",), id="checkpoint"),
+        pytest.param(STREAMED, (".mlp.",), id="streamed"),
+        pytest.param(replace(ON_CPU, accumulation=2), ("o_proj", "norm"), id="accumulation"),
+    ],
+)
+def test_a_plan_of_some_parameters_is_never_too_low(settings, parts):
+    settings = replace(settings, trainable_parameters=parts)
+    lasting, peak, shape = measured(settings, SIZES | {"num_hidden_layers": 8})
+    predicted = plan(shape, settings)
+    lasts = sum(planning._lasting(shape, settings).values()) - planning.OVERHEAD_BYTES["cpu"]
+    assert lasts == pytest.approx(lasting, rel=0.001)
+    step = predicted.peak.total - planning.OVERHEAD_BYTES["cpu"] - lasts
+    print(f"step {step / peak - 1:+.1%} of {peak / 1e6:.1f} MB")
+    assert step > 0.97 * peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PlanSettings(),
+        PlanSettings(trainable_parameters=(".mlp.", "norm"), freeze_embeddings=True),
+        PlanSettings(lora_rank=8, reference="adapter", quantization="nf4", state_dtype="bfloat16"),
+    ],
+)
+def test_the_line_that_plans_a_run_plans_it(settings):
+    parser = argparse.ArgumentParser()
+    plan_command.add_parser(parser.add_subparsers())
+    given = vars(parser.parse_args(shlex.split(plan_line("m", settings))[1:]))
+    assert PlanSettings(**{name: given[name] for name in OPTIONS if name in given}) == settings
 
 
 @pytest.mark.parametrize(
@@ -592,10 +634,7 @@ def test_what_is_not_chosen_to_train_takes_no_gradient(llama):
             {"trainable_parameters": [".mlp."], "lora_rank": 8},
             r"trainable_parameters must be left out with LoRA, .* but got \['.mlp.'\]",
         ),
-        (
-            {"trainable_parameters": [".mlp."], "gradient_memory": "streamed"},
-            "trainable_parameters must be left out with streamed, whose blocks",
-        ),
+        ({"trainable_parameters": [""]}, r"parts of names of parameters.* but got \[''\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, words):

@@ -36,6 +36,7 @@ GIVEN = {
     "compute_dtype": "float32",
     "quantization": "nf4",
     "freeze_embeddings": False,
+    "trainable_parameters": [".mlp.", "norm"],
     "optimizer_options": {"base": "sgd", "momentum": 0.9},
     "stop_when": {"forget_probability": 0.1, "steps": 5},
     "sample_replies": 3,

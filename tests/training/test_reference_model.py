@@ -4,10 +4,12 @@ import os
 import pytest
 import tiny
 import torch
+import zoo
 
 from mollm.data.chat import ChatFormat, Example, collate
 from mollm.errors import UsageError
 from mollm.models import forward
+from mollm.models.trainable import train_only
 from mollm.system.precision import computing_in
 from mollm.training.objectives import Objectives
 from mollm.training.reference_model import AdapterReference, cache_name, make_reference
@@ -195,3 +197,14 @@ def test_an_adapter_that_is_not_there_is_refused():
         made("adapter", tiny.model())
     with pytest.raises(UsageError, match="reference must be one of auto, adapter, copy, cache"):
         made("twin", tiny.model())
+
+
+def test_a_bias_that_trains_alone_leaves_the_cached_original_as_it_was(tmp_path):
+    model = zoo.model("phi", vocab_size=len(tiny.tokenizer()))
+    train_only(model, ["lm_head.bias"])
+    copied, cached = (made(kind, model, folder=tmp_path / kind) for kind in ("copy", "cache"))
+    with torch.no_grad():
+        model.lm_head.bias.add_(1.0)
+    batch = collate(ROWS[:1], CHAT.pad_id)
+    assert torch.equal(copied.answers(batch).bias, cached.answers(batch).bias)
+    assert not torch.equal(cached.answers(batch).bias, model.lm_head.bias)

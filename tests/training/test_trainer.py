@@ -416,10 +416,13 @@ def test_the_chosen_parameters_alone_train(tmp_path, options):
     ("match", "options"),
     [
         (
-            r"but none of this model has '\.mpl\.': take parts of .*model\.layers\.N\.mlp\.up_proj",
+            r"no name holds '\.mpl\.': take parts of .*model\.layers\.N\.mlp\.up_proj",
             {"trainable_parameters": [".mlp.", ".mpl."]},
         ),
-        ("none of this model has 'lm_head'", {"trainable_parameters": ["lm_head"]}),
+        (
+            r"'lm_head' names lm_head\.weight, which is: .* freeze_embeddings=False",
+            {"trainable_parameters": ["lm_head"]},
+        ),
         (
             "freeze_embeddings must be left out where trainable_parameters names neither",
             {"trainable_parameters": [".mlp."], "freeze_embeddings": False},
