@@ -62,6 +62,26 @@ _FEW_STEPS = {"method": "mollm", "learning_rate": 5e-5, "max_steps": 20}
 _RELEARN_KNOWLEDGE = {"relearn_steps": 2, "relearn_lr": 1e-4}
 _ENDS = ("original", "never learnt it")
 
+Records = Mapping[str, Sequence[Record]]
+
+
+def _everyday_apart(records: Records) -> Mapping[str, Any]:
+    """Facts and everyday questions to retain, each with an objective of its own."""
+    return {name: records[name] for name in ("facts", "everyday")}
+
+
+_OWN_WORDS = {
+    **_KNOWLEDGE,
+    "learning_rate": 4e-5,
+    "relearn_steps": 2,
+    "relearn_lr": 2e-4,
+    "trainable_parameters": [".mlp."],
+    "also": "said",
+    "per_device_train_batch_size": 12,
+    "per_device_retain_batch_size": 6,
+    "retain": _everyday_apart,
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -95,17 +115,9 @@ def _tofu(options: argparse.Namespace, seed: int, size: tofu.Size = tofu.SMALL) 
     return TrainerCase(case, records, tokenizer, lambda: tofu.retain_only(seed, size, case, cache))
 
 
-Records = Mapping[str, Sequence[Record]]
-
-
 def _and_own_texts(records: Records) -> Mapping[str, Any]:
     """What to retain, and what the original itself says of its own accord."""
     return {"given": records["retain"], "own": AUTO}
-
-
-def _everyday_apart(records: Records) -> Mapping[str, Any]:
-    """Facts and everyday questions to retain, each with an objective of its own."""
-    return {name: records[name] for name in ("facts", "everyday")}
 
 
 def _of_authors(count: int, records: Records) -> Sequence[Record]:
@@ -260,16 +272,10 @@ TASKS = {
                 "per_device_retain_batch_size": 6,
                 "retain": _everyday_apart,
             },
-            "mollm, relearning, everyday apart, MLPs alone, own words": {
-                **_KNOWLEDGE,
-                "learning_rate": 4e-5,
-                "relearn_steps": 2,
-                "relearn_lr": 2e-4,
-                "trainable_parameters": [".mlp."],
-                "also": "said",
-                "per_device_train_batch_size": 12,
-                "per_device_retain_batch_size": 6,
-                "retain": _everyday_apart,
+            "mollm, relearning, everyday apart, MLPs alone, own words": _OWN_WORDS,
+            "mollm, relearning, everyday apart, MLPs alone, own words, 50 steps": {
+                **_OWN_WORDS,
+                "max_steps": 50,
             },
             "mollm, relearning, everyday and own texts apart": {
                 **_KNOWLEDGE,
