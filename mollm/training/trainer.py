@@ -259,7 +259,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         with processes.raise_on_all_ranks():
             source, tokenizer = self._find(model, args, processing_class, peft_config)
             config = self._speak(model, source, args, tokenizer)
-            to_forget = self._rows_for_own_retain(model, config, args, data, peft_config)
+            to_forget = self._rows_for_own_retain(model, source, config, args, data, peft_config)
         if to_forget:
             data = (
                 data[0],
@@ -435,6 +435,7 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     def _rows_for_own_retain(
         self,
         model: str | PreTrainedModel,
+        source: loading.Source | None,
         config: Any,
         args: MOLLMConfig,
         data: tuple[Sets, Sets, Mapping[str, Sets] | None],
@@ -442,7 +443,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
     ) -> list[Record]:
         """What retain data of the model's own must not repeat; nothing where none are asked for.
 
-        The other data and the memory are looked at here, before the model takes its time.
+        The other data, the memory and what trains are looked at here, before the model takes its
+        time.
         """
         if AUTO not in named_sets(data[1], "retain").values():
             return []
@@ -454,6 +456,8 @@ class MOLLMTrainer(Trainer):  # type: ignore[misc]
         forget, retain, evaluate = data
         self._read((forget, _in_place_of_auto(retain, [_STAND_IN]), evaluate), args)
         self._check_memory(model, config, args, peft_config, step=False)
+        if source is not None:
+            check_without_weights(source, args, peft_config)
         return [
             record for name in self._data.named("forget") for record in self._data.records[name]
         ]
