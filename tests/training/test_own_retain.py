@@ -264,7 +264,7 @@ def test_what_else_may_be_wrong_is_found_before_they_are_made(tmp_path, monkeypa
         trainer(tmp_path, {"general": "auto", "own": long})
     loading.save(tiny.model(), tiny.tokenizer(), tmp_path / "tiny")
     named = sets | {"args": config(tmp_path / "run", trainable_parameters=[".mpl."])}
-    with pytest.raises(UsageError, match="no name holds '.mpl.'"):
+    with pytest.raises(UsageError, match=r"no name holds .\.mpl\."):
         MOLLMTrainer(str(tmp_path / "tiny"), **named)
     monkeypatch.setattr(planning_run.machine, "available_memory", lambda _: -(1 << 40))
     with pytest.raises(UsageError, match="must fit into memory"):
