@@ -74,7 +74,7 @@ def measured(gram, dtype):
             optimizer.step()
 
         step()
-        return min(peak_of(step) for _ in range(3))
+        return min(peak_of(step) for _ in range(5))
 
 
 def _work(cases):
